@@ -1,0 +1,245 @@
+"""timm's data sets and loaders, built from the options."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_dataset, create_loader
+from torch.utils.data import Dataset
+
+from classification.errors import UserError, one_line
+from classification.options import DataOptions, TrainOptions, ValidateOptions
+from classification.runtime import Runtime
+
+_logger = logging.getLogger("classification")
+
+
+class RepeatedDataset(Dataset[Any]):
+    """A data set seen several times, so that an epoch of a small one is not over at once.
+
+    Args:
+        dataset: With a length and a `transform`.
+        repeats: How many times.
+    """
+
+    def __init__(self, dataset: Any, repeats: int) -> None:
+        self.dataset = dataset
+        self.repeats = repeats
+
+    @property
+    def transform(self) -> Any:
+        """The inner data set's transform, which timm's loader sets."""
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, value: Any) -> None:
+        self.dataset.transform = value
+
+    def __len__(self) -> int:
+        return len(self.dataset) * self.repeats
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index % len(self.dataset)]
+
+
+@dataclasses.dataclass
+class TrainData:
+    """The loader of the training images and what mixes them."""
+
+    loader: Any
+    mixup: Mixup | None  # mixes on the device; None where the loader does it, or nobody
+
+    def set_epoch(self, epoch: int, off_epoch: int) -> None:
+        """Reshuffles several processes' shares, and stops mixing from `off_epoch` on."""
+        sampler: Any = getattr(self.loader, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        dataset: Any = self.loader.dataset
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(epoch)
+        if off_epoch and epoch >= off_epoch:
+            if self.mixup is not None:
+                self.mixup.mixup_enabled = False
+            elif hasattr(self.loader, "mixup_enabled"):
+                self.loader.mixup_enabled = False
+
+
+def open_dataset(options: DataOptions, split: str, training: bool, **more: Any) -> Any:
+    """One split as a timm data set.
+
+    Args:
+        options: Where the data is.
+        split: Its folder, .tar file or name.
+        training: Whether it is for training.
+        **more: Further arguments of `timm.data.create_dataset`.
+
+    Raises:
+        UserError: It is not there or holds no images.
+    """
+    flag = "--train-split" if training else "--val-split"
+    root = Path(options.data_dir)
+    if not options.dataset:
+        if not root.exists():
+            raise UserError(
+                f"--data-dir: there is no folder or .tar file '{root}'; give the one that holds the images."
+            )
+        if split.endswith(".tar") and not (root / split).exists():
+            raise UserError(f"{flag}: there is no file '{root / split}'; correct --data-dir or {flag}.")
+    try:
+        return create_dataset(
+            options.dataset,
+            root=options.data_dir or None,
+            split=split,
+            is_training=training,
+            class_map=options.class_map or None,
+            download=options.dataset_download,
+            batch_size=options.batch_size,
+            input_img_mode="L" if options.in_chans == 1 else "RGB",
+            **more,
+        )
+    except (RuntimeError, OSError, ValueError, AssertionError, ImportError) as error:
+        where = f"{options.dataset or 'images'} in '{root}', split '{split}'"
+        raise UserError(
+            f"--data-dir: cannot open {where} ({one_line(error)}); correct --data-dir or {flag}."
+        ) from error
+
+
+def class_names(dataset: Any) -> list[str] | None:
+    """The class names of folder and .tar data sets in the order of their indices; None where they cannot be known."""
+    reader = getattr(dataset, "reader", None)
+    index = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
+    return sorted(index, key=index.__getitem__) if index else None
+
+
+def check_same_classes(train: Any, validation: Any) -> None:
+    """Refuses splits whose class folders differ: timm numbers them by name, so one missing folder shifts all labels.
+
+    Raises:
+        UserError: Naming the first class that differs.
+    """
+    ours, theirs = class_names(train), class_names(validation)
+    if ours is None or theirs is None or ours == theirs:
+        return
+    odd = sorted(set(ours) ^ set(theirs)) or ours
+    where = "only the training" if odd[0] in ours else "only the validation"
+    raise UserError(
+        f"--data-dir: class folder '{odd[0]}' is in {where} split, so labels would not agree; make the folders equal."
+    )
+
+
+def check_labels(dataset: Any, num_classes: int) -> None:
+    """Refuses data with more classes than the model has outputs.
+
+    Raises:
+        UserError: Naming both numbers.
+    """
+    names = class_names(dataset)
+    if names is not None and len(names) > num_classes:
+        raise UserError(
+            f"--num-classes: the data has {len(names)} classes, the model {num_classes} outputs; give {len(names)}."
+        )
+
+
+def train_data(
+    options: TrainOptions, runtime: Runtime, dataset: Any, config: dict[str, Any], num_classes: int
+) -> TrainData:
+    """The training loader with its augmentation.
+
+    Args:
+        options: All options.
+        runtime: Device and processes.
+        dataset: From `open_dataset`.
+        config: timm's data configuration.
+        num_classes: For the mixed targets.
+
+    Raises:
+        UserError: Fewer images than one batch, or augmentation words that timm does not know.
+    """
+    if options.epoch_repeats > 1 and hasattr(dataset, "__getitem__"):
+        dataset = RepeatedDataset(dataset, options.epoch_repeats)
+    needed = options.batch_size * runtime.world_size
+    if hasattr(dataset, "__len__") and 0 < len(dataset) < needed:
+        raise UserError(f"--batch-size: {len(dataset)} training images do not fill one batch of {needed}; lower it.")
+    if options.aug_splits > 1:
+        dataset = AugMixDataset(dataset, num_splits=options.aug_splits)
+    mixing = _mixup_arguments(options, num_classes) if options.mixes else None
+    prefetch = not options.no_prefetcher
+    collate = FastCollateMixup(**mixing) if mixing and prefetch else None
+    augmentation = {
+        "no_aug": options.no_aug,
+        "train_crop_mode": options.train_crop_mode,
+        "scale": options.scale,
+        "ratio": options.ratio,
+        "hflip": options.hflip,
+        "vflip": options.vflip,
+        "color_jitter": options.color_jitter,
+        "color_jitter_prob": options.color_jitter_prob,
+        "auto_augment": options.aa,
+        "num_aug_repeats": options.aug_repeats if runtime.distributed else 0,
+        "num_aug_splits": options.aug_splits,
+        "re_prob": options.reprob,
+        "re_mode": options.remode,
+        "re_count": options.recount,
+        "re_split": options.resplit,
+    }
+    config = {**config, "interpolation": options.interpolation or options.train_interpolation}
+    try:
+        loader = _loader(options, runtime, dataset, config, True, collate_fn=collate, **augmentation)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise UserError(
+            f"augmentation: timm refuses it ({one_line(error)}); correct --aa, --scale or --ratio."
+        ) from error
+    return TrainData(loader, Mixup(**mixing) if mixing and not prefetch else None)
+
+
+def validation_loader(
+    options: TrainOptions | ValidateOptions, runtime: Runtime, dataset: Any, config: dict[str, Any]
+) -> Any:
+    """The loader of the validation images: every image once, without chance."""
+    return _loader(options, runtime, dataset, config, False)
+
+
+def _loader(
+    options: TrainOptions | ValidateOptions,
+    runtime: Runtime,
+    dataset: Any,
+    config: dict[str, Any],
+    training: bool,
+    **more: Any,
+) -> Any:
+    return create_loader(
+        dataset,
+        input_size=config["input_size"],
+        batch_size=options.batch_size,
+        is_training=training,
+        interpolation=config["interpolation"],
+        mean=config["mean"],
+        std=config["std"],
+        crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
+        num_workers=options.workers,
+        distributed=runtime.distributed,
+        pin_memory=options.pin_mem,
+        device=torch.device(runtime.device),
+        use_prefetcher=not options.no_prefetcher,
+        persistent_workers=False,  # workers that live on would carry randomness over epochs, which no resume restores
+        worker_seeding=getattr(options, "worker_seeding", "all"),
+        **more,
+    )
+
+
+def _mixup_arguments(options: TrainOptions, num_classes: int) -> dict[str, Any]:
+    return {
+        "mixup_alpha": options.mixup,
+        "cutmix_alpha": options.cutmix,
+        "cutmix_minmax": options.cutmix_minmax,
+        "prob": options.mixup_prob,
+        "switch_prob": options.mixup_switch_prob,
+        "mode": options.mixup_mode,
+        "label_smoothing": options.smoothing,
+        "num_classes": num_classes,
+    }

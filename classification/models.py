@@ -1,0 +1,177 @@
+"""Building the model, checking that it fits the images, and reading weights, with every mistake named."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from timm.models import clean_state_dict
+from torch import nn
+
+from classification.errors import UserError, did_you_mean, one_line
+from classification.options import TrainOptions, ValidateOptions
+
+_logger = logging.getLogger("classification")
+
+
+def build_model(options: TrainOptions | ValidateOptions) -> nn.Module:
+    """`timm.create_model` with the options, and a sentence for what can go wrong in it.
+
+    Raises:
+        UserError: Unknown model, or arguments that it does not take.
+    """
+    if not timm.is_model(options.model) and not options.model.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        hint = did_you_mean(options.model, timm.list_models())
+        raise UserError(f"--model: timm knows no '{options.model}'{hint}; timm.list_models() names all.")
+    arguments: dict[str, Any] = {
+        "num_classes": options.num_classes,
+        "in_chans": options.in_chans,
+        "global_pool": options.gp,
+        "drop_rate": getattr(options, "drop", None),
+        "drop_path_rate": getattr(options, "drop_path", None),
+        **options.model_kwargs,
+    }
+    path = getattr(options, "pretrained_path", "")
+    if path:
+        if not Path(path).is_file():
+            raise UserError(f"--pretrained-path: there is no file '{path}'; give one with published weights.")
+        arguments["pretrained_cfg_overlay"] = {"file": path}
+    try:
+        return timm.create_model(options.model, pretrained=options.pretrained or bool(path), **arguments)
+    except (TypeError, ValueError, AssertionError) as error:
+        given = {name: value for name, value in arguments.items() if value is not None}
+        raise UserError(
+            f"--model: {options.model} cannot be built with {given}: {one_line(error)}; correct --model-kwargs."
+        ) from error
+    except (RuntimeError, OSError) as error:
+        if not (options.pretrained or path):
+            raise
+        raise UserError(
+            f"--pretrained: no weights for {options.model} could be loaded ({one_line(error)}); "
+            "leave it out, or give a file as --pretrained-path."
+        ) from error
+
+
+def data_config(options: TrainOptions | ValidateOptions, model: nn.Module) -> dict[str, Any]:
+    """timm's data configuration of a model, with the options over it."""
+    names = ("img_size", "input_size", "in_chans", "crop_pct", "mean", "std", "interpolation")
+    given = {name: getattr(options, name) for name in names}
+    channels = options.input_size[0] if options.input_size else options.in_chans or 3
+    for name in ("mean", "std"):
+        values = given[name]
+        if values is not None and len(values) not in (1, channels):
+            raise UserError(
+                f"--{name}: {len(values)} numbers were given where {channels} (one per channel) were expected."
+            )
+    config: dict[str, Any] = resolve_data_config(given, model=model)
+    return config
+
+
+def check_model_fits(model: nn.Module, input_size: tuple[int, int, int], num_classes: int | None, name: str) -> None:
+    """Sends one black image through the model in eval mode, so that a wrong size is found before any data is read.
+
+    Args:
+        model: On its device.
+        input_size: Channels, height and width.
+        num_classes: How many numbers are expected for an image; None: any.
+        name: The model's name for the message.
+
+    Raises:
+        UserError: The model does not take such images, or gives another number of classes.
+    """
+    was_training = model.training
+    parameter = next(model.parameters())
+    image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
+    words = "x".join(str(n) for n in input_size)
+    try:
+        with torch.no_grad():
+            output = model.eval()(image)
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--img-size: {name} does not take {words} images: {one_line(error)}; give another size."
+        ) from error
+    finally:
+        model.train(was_training)
+    if num_classes is not None and output.shape[-1] != num_classes:
+        raise UserError(
+            f"--num-classes: {name} gives {output.shape[-1]} outputs, {num_classes} classes were expected; correct it."
+        )
+
+
+def read_checkpoint(path: str | Path, flag: str) -> dict[str, Any]:
+    """Reads a checkpoint as plain tensors and values (`weights_only=True`).
+
+    Args:
+        path: A file of torch.save, or a .safetensors file.
+        flag: The option it came from, for messages.
+
+    Returns:
+        The checkpoint; bare weights come under `state_dict`.
+
+    Raises:
+        UserError: Missing, truncated or not a checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{flag}: there is no file '{path}'; give an existing checkpoint.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content: Any = load_file(path)
+        else:
+            with torch.serialization.safe_globals([Namespace]):  # timm's own checkpoints hold their options in one
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = one_line(error).split(". ")[0][:160]
+        raise UserError(
+            f"{flag}: '{path}' cannot be read as a checkpoint ({reason}); it is damaged, give another."
+        ) from error
+    except Exception as error:
+        if type(error).__module__.startswith("safetensors"):
+            raise UserError(
+                f"{flag}: '{path}' is no valid .safetensors file ({one_line(error)}); give another."
+            ) from error
+        raise
+    if not isinstance(content, Mapping):
+        raise UserError(f"{flag}: '{path}' holds {type(content).__name__}, a checkpoint was expected; give another.")
+    if "state_dict" in content:
+        return dict(content)
+    return {"state_dict": content.get("model", content)}
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str, name: str) -> None:
+    """Loads weights that must fit the model exactly.
+
+    Args:
+        model: Not wrapped for several processes.
+        weights: Names to tensors.
+        source: Option and path, for messages.
+        name: The model's name.
+
+    Raises:
+        UserError: A name or a shape differs; the first one is named.
+    """
+    weights = clean_state_dict(weights)
+    own = model.state_dict()
+    missing = [key for key in own if key not in weights]
+    extra = [key for key in weights if key not in own]
+    shapes = [key for key in own if key in weights and own[key].shape != weights[key].shape]
+    problem = ""
+    if missing or extra:
+        problem = f"{len(missing)} tensors are missing and {len(extra)} left over, such as '{(missing or extra)[0]}'"
+    elif shapes:
+        key = shapes[0]
+        problem = f"'{key}' has shape {tuple(weights[key].shape)}, the model's {tuple(own[key].shape)}"
+    if problem:
+        raise UserError(
+            f"{source} is of another model than {name}: {problem}; give the same --model and --model-kwargs."
+        )
+    model.load_state_dict(dict(weights))

@@ -1,0 +1,270 @@
+# ruff: noqa: RUF009  (`option` returns a dataclass field, which the rule cannot see)
+"""Every option of the training and the validation script, under the names that timm's own scripts use."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from classification.config import option
+from classification.errors import UserError
+
+
+@dataclasses.dataclass
+class DataOptions:
+    """Data"""
+
+    data_dir: str = option("", "folder with one folder per split, or a .tar file")
+    dataset: str = option(
+        "", "timm data set type, such as hfds/NAME; empty for folders and .tar files of class folders"
+    )
+    train_split: str = option("train", "folder or .tar file of the training images inside --data-dir")
+    val_split: str = option("validation", "folder or .tar file of the validation images inside --data-dir")
+    dataset_download: bool = option(False, "let the data set type download itself where it can")
+    class_map: str = option("", "text file of class names that fixes their order")
+    img_size: int | None = option(None, "height and width of the images the network sees", low=1)
+    input_size: list[int] | None = option(None, "channels, height and width; wins over --img-size", low=1)
+    in_chans: int | None = option(None, "channels of the images", low=1)
+    crop_pct: float | None = option(None, "validation: part of the resized image that is kept", low=0.01, high=1)
+    mean: list[float] | None = option(None, "mean of each channel, images in 0 to 1")
+    std: list[float] | None = option(None, "standard deviation of each channel", low=1e-6)
+    interpolation: str = option("", "resampling: bilinear, bicubic, nearest; empty for the model's own")
+    batch_size: int = option(128, "images per process and step", flags=("-b",), low=1)
+    workers: int = option(
+        4, "loader processes per training process; 0 loads in the training process", flags=("-j",), low=0
+    )
+    pin_mem: bool = option(False, "pin the loader's memory for faster copies to the GPU")
+    no_prefetcher: bool = option(False, "do not use timm's prefetching loader")
+
+
+@dataclasses.dataclass
+class ModelOptions:
+    """Model"""
+
+    model: str = option("revbifpn_s0", "any name that timm.create_model knows, revnets' own included")
+    model_kwargs: dict[str, Any] = option({}, "further arguments of the model, such as mode=reversible exact=true")
+    num_classes: int | None = option(
+        None, "size of the classifier; training counts the class folders where not given", low=0
+    )
+    pretrained: bool = option(False, "start from published weights")
+    gp: str | None = option(None, "global pooling: avg, max, avgmax, catavgmax")
+
+
+@dataclasses.dataclass
+class DeviceOptions:
+    """Device and precision"""
+
+    device: str | None = option(None, "cpu, cuda, ...; cuda where there is one, else cpu, when not given")
+    amp: bool = option(False, "automatic mixed precision")
+    amp_dtype: str | None = option(None, "bfloat16 is usual on CPUs, float16 on GPUs", choices=("float16", "bfloat16"))
+    channels_last: bool = option(False, "channels-last memory layout")
+    log_interval: int = option(50, "steps between two lines of the log", low=1)
+
+
+@dataclasses.dataclass
+class StartOptions:
+    """Start and output"""
+
+    pretrained_path: str = option("", "file to read instead of the published weights; adapts the classifier")
+    initial_checkpoint: str = option("", "weights to start from, of exactly this model")
+    resume: str = option("", "checkpoint to go on from, or `auto`: the newest of the output folder if there is one")
+    no_resume_opt: bool = option(False, "do not take the optimizer's state from the checkpoint")
+    output: str = option("output/train", "folder for the folders of runs")
+    experiment: str = option("", "name of the run's folder; <model>-<size> where not given")
+    overwrite: bool = option(False, "start anew in a folder that already holds a run")
+    checkpoint_hist: int = option(3, "checkpoints of the best epochs to keep", low=1)
+    eval_metric: str = option("top1", "what makes an epoch the best", choices=("top1", "top5", "loss"))
+    val_interval: int = option(1, "epochs between two validations", low=1)
+    seed: int = option(42, "all randomness follows from it, the epoch and the process", low=0)
+    worker_seeding: str = option("all", "seeding of loader processes", choices=("all", "part"))
+
+
+@dataclasses.dataclass
+class OptimizerOptions:
+    """Optimizer"""
+
+    opt: str = option("sgd", "any name of timm.optim.list_optimizers()")
+    opt_eps: float | None = option(None, "epsilon of the optimizer", low=0)
+    opt_betas: list[float] | None = option(None, "betas of the optimizer", low=0, high=1)
+    opt_kwargs: dict[str, Any] = option({}, "further arguments of the optimizer")
+    momentum: float = option(0.9, "momentum", low=0, high=1)
+    weight_decay: float = option(2e-5, "weight decay; not on biases and norms", low=0)
+    layer_decay: float | None = option(None, "factor of the learning rate per layer, from the last to the first", low=0)
+    clip_grad: float | None = option(None, "gradient clipping", low=0)
+    clip_mode: str = option("norm", "what to clip", choices=("norm", "value", "agc"))
+    grad_accum_steps: int = option(1, "batches per update of the weights", low=1)
+    grad_checkpointing: bool = option(False, "checkpoint activations, in models that have timm's switch for it")
+    sync_bn: bool = option(False, "batch statistics over all processes (GPU)")
+    dist_bn: str = option(
+        "reduce", "after an epoch, running statistics of all processes", choices=("reduce", "broadcast", "none")
+    )
+    no_ddp_bb: bool = option(False, "do not send buffers to all processes at each step")
+    model_ema: bool = option(False, "keep a running mean of the weights, and choose the best epoch by it")
+    model_ema_decay: float = option(0.9998, "decay of that mean", low=0, high=1)
+    model_ema_warmup: bool = option(False, "let the decay rise to its value")
+    model_ema_force_cpu: bool = option(False, "keep that mean in CPU memory")
+
+
+@dataclasses.dataclass
+class ScheduleOptions:
+    """Learning-rate schedule"""
+
+    epochs: int = option(300, "epochs, warm-up included unless --warmup-prefix", low=1)
+    epoch_repeats: int = option(1, "passes over the training set that count as one epoch", low=1)
+    sched: str = option("cosine", "timm schedule: cosine, step, multistep, poly, tanh, plateau, none")
+    sched_on_updates: bool = option(False, "change the rate at each update instead of each epoch")
+    lr: float | None = option(None, "learning rate; from --lr-base and the batch size where not given", low=0)
+    lr_base: float = option(0.1, "learning rate for a global batch of --lr-base-size", low=0)
+    lr_base_size: int = option(256, "see --lr-base", low=1)
+    lr_base_scale: str = option("", "linear or sqrt; by optimizer where not given", choices=("", "linear", "sqrt"))
+    lr_cycle_mul: float = option(1.0, "cosine cycles: length factor", low=0)
+    lr_cycle_decay: float = option(0.5, "cosine cycles: height factor", low=0)
+    lr_cycle_limit: int = option(1, "cosine cycles: number", low=1)
+    lr_k_decay: float = option(1.0, "cosine and poly: k-decay", low=0)
+    warmup_lr: float = option(1e-5, "rate at the start of the warm-up", low=0)
+    min_lr: float = option(0.0, "lowest rate", low=0)
+    warmup_epochs: int = option(5, "epochs of rising rate", low=0)
+    warmup_prefix: bool = option(False, "do not count the warm-up in --epochs")
+    cooldown_epochs: int = option(0, "epochs at the lowest rate at the end", low=0)
+    decay_epochs: float = option(90.0, "step: epochs between two decays", low=0)
+    decay_milestones: list[int] = option([90, 180, 270], "multistep: epochs of the decays", low=0)
+    decay_rate: float = option(0.1, "step: factor", low=0)
+    patience_epochs: int = option(10, "plateau: epochs without progress before a decay", low=0)
+
+
+@dataclasses.dataclass
+class AugmentationOptions:
+    """Augmentation and regularisation"""
+
+    no_aug: bool = option(False, "no random transforms at all")
+    scale: list[float] = option([0.08, 1.0], "range of the area of random crops", low=0)
+    ratio: list[float] = option([3 / 4, 4 / 3], "range of the aspect ratio of random crops", low=0)
+    train_crop_mode: str | None = option(None, "random crop: rrc, rkrc or rkrr")
+    hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
+    vflip: float = option(0.0, "probability of a vertical flip", low=0, high=1)
+    color_jitter: float = option(0.4, "strength of colour jitter", low=0)
+    color_jitter_prob: float | None = option(None, "probability of colour jitter", low=0, high=1)
+    aa: str | None = option(None, "AutoAugment policy, such as rand-m9-mstd0.5")
+    aug_repeats: int = option(0, "repeated augmentation, with several processes", low=0)
+    aug_splits: int = option(0, "AugMix splits (0, or 2 and more)", low=0)
+    jsd_loss: bool = option(False, "Jensen-Shannon divergence over the splits")
+    bce_loss: bool = option(False, "binary cross-entropy")
+    bce_target_thresh: float | None = option(None, "binary cross-entropy: targets above this count as 1", low=0, high=1)
+    reprob: float = option(0.0, "random erasing: probability", low=0, high=1)
+    remode: str = option("pixel", "random erasing: filling", choices=("const", "rand", "pixel"))
+    recount: int = option(1, "random erasing: regions", low=1)
+    resplit: bool = option(False, "do not erase in the first split")
+    mixup: float = option(0.0, "mixup alpha; 0 is off", low=0)
+    cutmix: float = option(0.0, "cutmix alpha; 0 is off", low=0)
+    cutmix_minmax: list[float] | None = option(None, "cutmix: lowest and highest side, instead of alpha", low=0, high=1)
+    mixup_prob: float = option(1.0, "probability of mixup or cutmix", low=0, high=1)
+    mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on", low=0, high=1)
+    mixup_mode: str = option("batch", "draw per", choices=("batch", "pair", "elem"))
+    mixup_off_epoch: int = option(0, "stop mixup at this epoch; 0 never does", low=0)
+    smoothing: float = option(0.1, "label smoothing", low=0, high=0.999)
+    train_interpolation: str = option("random", "resampling of training images")
+    drop: float | None = option(
+        None, "dropout before the classifier; the model's own where not given", low=0, high=0.999
+    )
+    drop_path: float | None = option(None, "stochastic depth; the model's own where not given", low=0, high=0.999)
+
+
+@dataclasses.dataclass
+class TrainOptions(
+    AugmentationOptions, ScheduleOptions, OptimizerOptions, StartOptions, DeviceOptions, ModelOptions, DataOptions
+):
+    """Everything that `classification/train.py` reads."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether targets come as distributions over classes, from mixup or cutmix."""
+        return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
+
+    def check(self) -> None:
+        """Refuses combinations that cannot work.
+
+        Raises:
+            UserError: Naming the options and the fix.
+        """
+        check_shared(self)
+        if self.mixes and self.batch_size % 2:
+            raise UserError(
+                f"--batch-size: {self.batch_size} is odd, mixup and cutmix pair images; give an even number."
+            )
+        if self.aug_splits == 1:
+            raise UserError(
+                "--aug-splits: 1 was given where 0 or at least 2 was expected; give 3, as in the AugMix paper."
+            )
+        if self.jsd_loss and not self.aug_splits:
+            raise UserError("--jsd-loss compares augmented copies, but --aug-splits is 0; add --aug-splits 3.")
+        if self.aug_splits and self.mixes:
+            raise UserError("--aug-splits and --mixup/--cutmix exclude each other; set one of them to 0.")
+        if self.warmup_epochs > self.epochs and not self.warmup_prefix:
+            raise UserError(
+                f"--warmup-epochs: {self.warmup_epochs} is more than --epochs {self.epochs}; "
+                "lower it or add --warmup-prefix."
+            )
+        if self.resume == "auto" and self.overwrite:
+            raise UserError("--resume auto and --overwrite contradict each other; leave one of them out.")
+        for name, pair in (("scale", self.scale), ("ratio", self.ratio), ("cutmix-minmax", self.cutmix_minmax)):
+            if pair is not None and (len(pair) != 2 or pair[0] > pair[1]):
+                raise UserError(
+                    f"--{name}: {pair} was given where a lower and an upper number were expected; give two."
+                )
+
+
+@dataclasses.dataclass
+class ValidateOptions(DeviceOptions, ModelOptions, DataOptions):
+    """Everything that `classification/validate.py` reads."""
+
+    checkpoint: str = option("", "checkpoint of a training; it also names the model and the data")
+    use_ema: bool = option(False, "use the running mean of the weights that the checkpoint holds")
+    results_file: str = option("", "write the results there too: .csv or .json")
+
+    def check(self) -> None:
+        """Refuses combinations that cannot work.
+
+        Raises:
+            UserError: Naming the options and the fix.
+        """
+        check_shared(self)
+        if self.use_ema and not self.checkpoint:
+            raise UserError("--use-ema needs the --checkpoint that holds the running mean; add it.")
+        if self.results_file and not self.results_file.endswith((".csv", ".json")):
+            raise UserError(f"--results-file: '{self.results_file}' ends neither in .csv nor in .json; rename it.")
+
+
+def check_shared(options: TrainOptions | ValidateOptions) -> None:
+    """The checks that training and validation have in common.
+
+    Raises:
+        UserError: Naming the option and the fix.
+    """
+    if options.input_size is not None and len(options.input_size) != 3:
+        raise UserError(f"--input-size: {options.input_size} was given where channels, height and width were expected.")
+    if not options.data_dir and not options.dataset:
+        raise UserError(
+            "no data: --data-dir is not given; point it at a folder with train/ and validation/ class folders."
+        )
+
+
+def as_dict(options: TrainOptions | ValidateOptions) -> dict[str, Any]:
+    """The options as plain values that YAML and `torch.load(weights_only=True)` can read."""
+    return dataclasses.asdict(options)
+
+
+def from_checkpoint_args(args: Any) -> dict[str, Any]:
+    """What a validation may take over from the options that a checkpoint was trained with.
+
+    Args:
+        args: The `args` entry of a checkpoint; timm's own store a namespace.
+
+    Returns:
+        The values of the options that describe the model, the data and the precision.
+    """
+    values = args if isinstance(args, Mapping) else getattr(args, "__dict__", {})
+    wanted = {field.name for cls in (ModelOptions, DataOptions) for field in dataclasses.fields(cls)}
+    wanted |= {"amp", "amp_dtype", "channels_last"}
+    wanted -= {"pretrained"}
+    return {name: values[name] for name in wanted if name in values}

@@ -1,0 +1,194 @@
+"""What a run tells: progress line or bar, the summary CSV, the options it ran with, the picture of its curves."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from classification.errors import UserError, whole_file
+
+_logger = logging.getLogger("classification")
+SUMMARY = "summary.csv"
+Row = dict[str, float]
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+class Steps:
+    """Progress over the steps of an epoch: a bar in a terminal, else a line of the log now and then.
+
+    Args:
+        title: Such as `train 3`.
+        total: Number of steps.
+        every: Steps between two lines of the log.
+        shown: Only one of several processes shows it.
+    """
+
+    def __init__(self, title: str, total: int, every: int, shown: bool) -> None:
+        self.title, self.total, self.every = title, total, every
+        self._start = time.perf_counter()
+        self._bar: Progress | None = None
+        console = Console(stderr=True)
+        self._lines = shown and not console.is_terminal
+        if shown and console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True)
+            self._task = self._bar.add_task(title, total=total, note="")
+
+    def __enter__(self) -> Steps:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def due(self, step: int) -> bool:
+        """Whether this step (from 1) is one to report on."""
+        return step % self.every == 0 or step == self.total
+
+    def show(self, step: int, note: str) -> None:
+        """Reports on the steps done so far.
+
+        Args:
+            step: How many are done.
+            note: What else to say.
+        """
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, note=note)
+        elif self._lines:
+            rest = (time.perf_counter() - self._start) / step * (self.total - step)
+            share = 100 * step / self.total
+            _logger.info(f"{self.title} {step}/{self.total} ({share:.0f}%) ETA {clock(rest)} {note}")
+
+
+class Summary:
+    """The CSV with one row per epoch; each change writes the whole file anew, so it is never half a file.
+
+    Args:
+        folder: Of the run.
+        start_epoch: Rows of earlier epochs are kept, others come from a run that is being repeated.
+    """
+
+    def __init__(self, folder: Path, start_epoch: int = 0) -> None:
+        self.path = folder / SUMMARY
+        self.rows: list[Row] = []
+        if start_epoch and self.path.exists():
+            self.rows = [row for row in read_summary(self.path) if row["epoch"] < start_epoch]
+
+    def add(self, row: Row) -> None:
+        """Appends an epoch and writes the file."""
+        self.rows.append(row)
+        names = list(dict.fromkeys(name for each in self.rows for name in each))
+        with whole_file(self.path) as path, path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=names, restval="")
+            writer.writeheader()
+            writer.writerows({**row, "epoch": int(row["epoch"])} for row in self.rows)
+
+
+def read_summary(path: Path) -> list[Row]:
+    """The rows of a summary CSV; empty cells are left out.
+
+    Raises:
+        UserError: Someone wrote something else into the file.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [{name: float(text) for name, text in row.items() if text} for row in csv.DictReader(file)]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"'{path}' is no summary of a run ({error}); delete it or choose another --experiment."
+        ) from error
+
+
+def write_args(folder: Path, values: Mapping[str, Any]) -> None:
+    """Writes `args.yaml`, which `--config` reads back."""
+    with whole_file(folder / "args.yaml") as path:
+        path.write_text(yaml.safe_dump(dict(values), sort_keys=False), encoding="utf-8")
+
+
+def table(title: str, values: Mapping[str, object]) -> Table:
+    """Names and values as a table for the terminal."""
+    grid = Table("name", "value", title=title)
+    for name, value in values.items():
+        grid.add_row(name, f"{value:,.4g}" if isinstance(value, float) else str(value))
+    return grid
+
+
+def draw_curves(folder: Path, rows: Sequence[Row], title: str) -> Path | None:
+    """Draws loss, accuracy, learning rate, throughput and memory over the epochs into `curves.png`.
+
+    Args:
+        folder: Of the run.
+        rows: Of its summary.
+        title: Above the picture.
+
+    Returns:
+        The file, or None where matplotlib is not installed (said in one line).
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        _logger.info(
+            "no curves.png: matplotlib is not installed (pip install matplotlib); the figures are in summary.csv"
+        )
+        return None
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(2, 2)
+    plot_rows(axes[0, 0], rows, {"train_loss": "training", "eval_loss": "validation"}, "loss")
+    plot_rows(
+        axes[0, 1],
+        rows,
+        {"eval_top1": "top-1", "eval_raw_top1": "top-1 without EMA", "eval_top5": "top-5"},
+        "validation, %",
+    )
+    plot_rows(axes[1, 0], rows, {"lr": "learning rate"}, "learning rate")
+    plot_rows(axes[1, 1], rows, {"train_images_per_s": "images/s"}, "images/s")
+    memory = sorted({name for row in rows for name in row if name.endswith("_mb")})
+    if memory:
+        right = axes[1, 1].twinx()
+        names = {name: name.removesuffix("_mb").replace("_", " ") for name in memory}
+        plot_rows(right, rows, names, "memory, MB", style="--")
+    with whole_file(folder / "curves.png") as path:
+        figure.savefig(path, dpi=120, format="png")
+    return folder / "curves.png"
+
+
+def plot_rows(axis: Any, rows: Sequence[Row], names: Mapping[str, str], label: str, style: str = "-") -> None:
+    """Plots columns of a summary over the epochs; columns that no row has are left out.
+
+    Args:
+        axis: Of matplotlib.
+        rows: Of the summary.
+        names: Column to legend.
+        label: Of the y axis.
+        style: Of the lines.
+    """
+    for index, (name, legend) in enumerate(names.items()):
+        points = [(row["epoch"] + 1, row[name]) for row in rows if name in row]
+        if points:
+            color = f"C{index + (3 if style == '--' else 0)}"
+            axis.plot(*zip(*points, strict=True), style, marker=".", label=legend, color=color)
+    axis.set_xlabel("epoch")
+    axis.set_ylabel(label)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize="small", loc="lower left" if style == "--" else "best")
+    axis.grid(alpha=0.3)

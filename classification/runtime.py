@@ -1,0 +1,142 @@
+"""The device, the processes and the precision of a run, and how much memory it used at most."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from timm.utils import NativeScaler, init_distributed_device, setup_default_logging
+from torch import Tensor
+
+from classification.errors import UserError, one_line
+from classification.options import DeviceOptions
+
+_logger = logging.getLogger("classification")
+MB = 1e6
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """Where and how the tensors are computed."""
+
+    device: torch.device
+    rank: int
+    local_rank: int
+    world_size: int
+    amp_dtype: torch.dtype | None  # None: no mixed precision
+    memory_format: torch.memory_format
+
+    @property
+    def distributed(self) -> bool:
+        """Whether there are several processes."""
+        return self.world_size > 1
+
+    @property
+    def primary(self) -> bool:
+        """Whether this process writes the files and the log."""
+        return self.rank == 0
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The mixed precision of the run, on whatever device it is."""
+        if self.amp_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.amp_dtype)
+
+    def scaler(self) -> NativeScaler | None:
+        """timm's loss scaler; only float16 needs one."""
+        return NativeScaler(device=self.device.type) if self.amp_dtype is torch.float16 else None
+
+    def place(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Brings a batch to the device, in the memory layout of the run."""
+        images = images.to(self.device).contiguous(memory_format=self.memory_format)
+        return images, target.to(self.device)
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums numbers over all processes."""
+        if not self.distributed:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(total)
+        return total.tolist()
+
+    def synchronize(self) -> None:
+        """Waits until the device has done all that was asked of it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def start_runtime(options: DeviceOptions) -> Runtime:
+    """Sets up logging, the device and, under torchrun, the processes.
+
+    Args:
+        options: Device and precision.
+
+    Raises:
+        UserError: The device does not exist here.
+    """
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args = SimpleNamespace(device=name)
+    try:
+        if torch.device(name).type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("torch sees no CUDA device")
+        device = init_distributed_device(args)
+        torch.empty(1, device=device)
+    except torch.distributed.DistError:
+        raise
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device: '{name}' cannot be used here ({one_line(error)}); give cpu or one that exists."
+        ) from error
+    _start_logging(primary=args.rank == 0)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    amp_dtype = None
+    if options.amp:
+        usual = "float16" if device.type == "cuda" else "bfloat16"
+        amp_dtype = getattr(torch, options.amp_dtype or usual)
+    layout = torch.channels_last if options.channels_last else torch.contiguous_format
+    return Runtime(device, args.rank, args.local_rank, args.world_size, amp_dtype, layout)
+
+
+def _start_logging(primary: bool) -> None:
+    if not logging.root.handlers:
+        setup_default_logging()
+    logging.root.setLevel(logging.INFO if primary else logging.ERROR)
+    for noisy in ("matplotlib", "PIL", "timm.utils.checkpoint_saver", "timm.models._builder"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Starts a new peak where the device can; the peak RSS of a process only ever rises."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Peak memory in MB (1e6 bytes), each number under the name of what it is.
+
+    Args:
+        device: CUDA gives `max_memory_allocated` (tensors) and `max_memory_reserved` (what the allocator holds).
+            Others give `peak_rss`, the largest resident memory of this process, libraries and data included.
+    """
+    if device.type == "cuda":
+        return {
+            "max_memory_allocated_mb": torch.cuda.max_memory_allocated(device) / MB,
+            "max_memory_reserved_mb": torch.cuda.max_memory_reserved(device) / MB,
+        }
+    if sys.platform == "win32":
+        return {}
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MB}
+
+
+def memory_words(memory: dict[str, float]) -> str:
+    """Peak memory for the log."""
+    return ", ".join(f"{name.removesuffix('_mb').replace('_', ' ')} {value:,.0f} MB" for name, value in memory.items())

@@ -1,0 +1,132 @@
+"""Measures top-1, top-5 and loss of any timm model on a validation set.
+
+python classification/validate.py --data-dir output/quickstart/data --checkpoint output/.../model_best.pth.tar
+python classification/validate.py --data-dir /data/imagenet --model resnet18 --pretrained
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run by its path, see train.py
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from rich.console import Console
+
+import revnets  # noqa: F401  (registers its models with timm)
+from classification.config import given, options_of
+from classification.data import check_labels, open_dataset, validation_loader
+from classification.errors import UserError, guarded, whole_file
+from classification.loop import validate as measure
+from classification.models import build_model, check_model_fits, data_config, load_weights, read_checkpoint
+from classification.options import TrainOptions, ValidateOptions, from_checkpoint_args
+from classification.report import table
+from classification.runtime import memory_words, peak_memory, start_runtime
+
+_logger = logging.getLogger("classification")
+DESCRIPTION = "Validate a timm model. With --checkpoint, the model and the data are those of the training unless given."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script; returns its exit code: 2 after a user mistake."""
+    return guarded(lambda: validate(argv))
+
+
+def validate(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Validates as the command line says, prints a table and writes the results file.
+
+    Args:
+        argv: The arguments, `sys.argv[1:]` where None.
+
+    Returns:
+        The figures.
+
+    Raises:
+        UserError: A mistake in the options, the data or the checkpoint.
+    """
+    training_only = frozenset(set(options_of(TrainOptions)) - set(options_of(ValidateOptions)))
+    values = given(ValidateOptions, argv, DESCRIPTION, prog="validate.py", ignored=training_only)
+    checkpoint = read_checkpoint(values["checkpoint"], "--checkpoint") if values.get("checkpoint") else None
+    options = ValidateOptions(**_with_training_options(values, checkpoint))
+    options.check()
+    runtime = start_runtime(options)
+    dataset = open_dataset(options, options.val_split, training=False)
+    model = build_model(options)
+    source = "published weights" if options.pretrained else "random weights"
+    if checkpoint is not None:
+        source = _load(model, checkpoint, options)
+    model.to(device=runtime.device, memory_format=runtime.memory_format)  # type: ignore[call-overload]
+    config = data_config(options, model)
+    check_model_fits(model, config["input_size"], options.num_classes, options.model)
+    check_labels(dataset, int(getattr(model, "num_classes", 1000)))
+    loader = validation_loader(options, runtime, dataset, config)
+    figures = measure(model, loader, runtime, "validate", options.log_interval)
+    results = {
+        "model": options.model,
+        "weights": source,
+        "top1": figures["top1"],
+        "top5": figures["top5"],
+        "loss": figures["loss"],
+        "images": int(figures["images"]),
+        "img_size": config["input_size"][-1],
+        "images_per_s": figures["images_per_s"],
+        **peak_memory(runtime.device),
+    }
+    if runtime.primary:
+        Console().print(table("validation", results))
+        if options.results_file:
+            _write(Path(options.results_file), results)
+        _logger.info(f"peak memory: {memory_words(peak_memory(runtime.device))}")
+    return results
+
+
+def _with_training_options(values: dict[str, Any], checkpoint: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the user set, over what the checkpoint was trained with."""
+    if checkpoint is None:
+        return values
+    trained = from_checkpoint_args(checkpoint.get("args"))
+    if values.get("model", trained.get("model")) != trained.get("model"):
+        trained = {}  # another model: the error about it comes from its weights
+    known = options_of(ValidateOptions)
+    trained = {name: value for name, value in trained.items() if name in known and _usable(value)}
+    joined = {**trained, **values}
+    joined["model_kwargs"] = {**(trained.get("model_kwargs") or {}), **values.get("model_kwargs", {})}
+    return joined
+
+
+def _usable(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str, list, dict))
+
+
+def _load(model: Any, checkpoint: Mapping[str, Any], options: ValidateOptions) -> str:
+    weights = checkpoint["state_dict"]
+    if options.use_ema:
+        weights = checkpoint.get("state_dict_ema")
+        if weights is None:
+            raise UserError(f"--use-ema: '{options.checkpoint}' holds no running mean of weights; leave --use-ema out.")
+    load_weights(model, weights, f"--checkpoint: '{options.checkpoint}'", options.model)
+    return options.checkpoint + (" (EMA)" if options.use_ema else "")
+
+
+def _write(path: Path, results: Mapping[str, Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            if path.suffix == ".json":
+                json.dump(dict(results), file, indent=2)
+            else:
+                writer = csv.DictWriter(file, fieldnames=list(results))
+                writer.writeheader()
+                writer.writerow(results)
+    except OSError as error:
+        raise UserError(f"--results-file: '{path}' cannot be written ({error.strerror}); give another path.") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
