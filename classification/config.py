@@ -74,11 +74,11 @@ class Option:
         words = f"a list, each {_NAMES[self.item]}" if self.kind is list else _NAMES[self.kind]
         low, high = self.metadata["low"], self.metadata["high"]
         if low is not None or high is not None:
-            words += f" from {low:g}" if low is not None else ""
-            words += f" up to {high:g}" if high is not None else ""
+            words += f" of at least {low:g}" if low is not None else ""
+            words += f" and at most {high:g}" if high is not None else ""
         if self.metadata["choices"]:
             words = "one of " + ", ".join(self.metadata["choices"])
-        return words + (" or none" if self.optional else "")
+        return words + (", or none," if self.optional else "")
 
 
 def options_of(schema: type) -> dict[str, Option]:
@@ -304,6 +304,8 @@ def given(
     if rest:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         hint = did_you_mean(rest[0].partition("=")[0], flags)
+        if not rest[0].startswith("-") and "data_dir" in known:
+            hint = f" (a data folder is given as --data-dir {rest[0]})"
         raise UserError(f"unknown argument '{rest[0]}'{hint}; `{parser.prog} --help` lists all options.")
     texts = vars(namespace)
     config = texts.pop("config", None)

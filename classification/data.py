@@ -186,7 +186,8 @@ def train_data(
         "re_count": options.recount,
         "re_split": options.resplit,
     }
-    config = {**config, "interpolation": options.interpolation or options.train_interpolation}
+    if options.train_interpolation and not options.no_aug:
+        config = {**config, "interpolation": options.train_interpolation}
     try:
         loader = _loader(options, runtime, dataset, config, True, collate_fn=collate, **augmentation)
     except (AssertionError, KeyError, ValueError) as error:

@@ -200,13 +200,16 @@ def validate(model: nn.Module, loader: Any, runtime: Runtime, title: str, log_in
                 output, target = output[:take].float(), target[:take]
                 top1, top5 = accuracy(output, target, topk=(1, 5))
                 loss = nn.functional.cross_entropy(output, target)
-                sums += torch.stack([loss, top1, top5, loss.new_ones(())]).double() * take
+                correct = (
+                    torch.stack([top1, top5]).double() * (take / 100)
+                ).round()  # whole images, not rounded percent
+                sums += torch.stack([loss.double() * take, *correct, correct.new_tensor(take)])
             if steps.due(step):
                 steps.show(step, "")
     loss_sum, top1_sum, top5_sum, count = runtime.sum(*sums.tolist())
     count = max(count, 1.0)
     seconds = time.perf_counter() - start
-    result = {"loss": loss_sum / count, "top1": top1_sum / count, "top5": top5_sum / count}
+    result = {"loss": loss_sum / count, "top1": 100 * top1_sum / count, "top5": 100 * top5_sum / count}
     return {**result, "images": count, "images_per_s": count / seconds}
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,10 @@ class DataOptions:
     interpolation: str = option("", "resampling: bilinear, bicubic, nearest; empty for the model's own")
     batch_size: int = option(128, "images per process and step", flags=("-b",), low=1)
     workers: int = option(
-        4, "loader processes per training process; 0 loads in the training process", flags=("-j",), low=0
+        min(4, os.cpu_count() or 1),
+        "loader processes per training process; 0 loads in the training process",
+        flags=("-j",),
+        low=0,
     )
     pin_mem: bool = option(False, "pin the loader's memory for faster copies to the GPU")
     no_prefetcher: bool = option(False, "do not use timm's prefetching loader")

@@ -165,7 +165,7 @@ def draw_curves(folder: Path, rows: Sequence[Row], title: str) -> Path | None:
     memory = sorted({name for row in rows for name in row if name.endswith("_mb")})
     if memory:
         right = axes[1, 1].twinx()
-        names = {name: name.removesuffix("_mb").replace("_", " ") for name in memory}
+        names = {name: name.removeprefix("train_").removesuffix("_mb").replace("_", " ") for name in memory}
         plot_rows(right, rows, names, "memory, MB", style="--")
     with whole_file(folder / "curves.png") as path:
         figure.savefig(path, dpi=120, format="png")
@@ -188,6 +188,9 @@ def plot_rows(axis: Any, rows: Sequence[Row], names: Mapping[str, str], label: s
             color = f"C{index + (3 if style == '--' else 0)}"
             axis.plot(*zip(*points, strict=True), style, marker=".", label=legend, color=color)
     axis.set_xlabel("epoch")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    if label.startswith(("images/s", "memory")):
+        axis.set_ylim(bottom=0)
     axis.set_ylabel(label)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize="small", loc="lower left" if style == "--" else "best")

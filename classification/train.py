@@ -222,7 +222,10 @@ def _loss(options: TrainOptions) -> nn.Module:
 
 def _distributed(model: nn.Module, runtime: Runtime, options: TrainOptions) -> nn.Module:
     devices = None if runtime.device.type == "cpu" else [runtime.device]
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=not options.no_ddp_bb)
+    more: dict[str, Any] = (
+        {"broadcast_buffers": False} if options.no_ddp_bb else {}
+    )  # newer torch warns where the default is named
+    return DistributedDataParallel(model, device_ids=devices, **more)
 
 
 def _start(run: Training, model: nn.Module) -> tuple[Path, dict[str, Any] | None]:
