@@ -3,6 +3,8 @@
 Importing this package registers the networks with timm, and nothing heavier: no mmdet, scikit-learn or matplotlib.
 """
 
+from . import models
+from .reversible import set_mode
 from .version import __version__
 
-__all__ = ["__version__"]
+__all__ = ["__version__", "models", "set_mode"]

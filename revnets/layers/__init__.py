@@ -1,0 +1,9 @@
+"""Building blocks of networks: norm-activation pairs that keep one tensor, MBConv.
+
+Layers know of the reversible engine only ``once`` (statistics computed once per step), and nothing of models or mmdet.
+"""
+
+from .mbconv import MBConv
+from .norm_act import norm_act
+
+__all__ = ["MBConv", "norm_act"]

@@ -1,0 +1,111 @@
+"""Batch norm followed by an activation, keeping one tensor for the backward pass where autograd keeps two or three."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..reversible.replay import once
+
+
+def norm_act(x: Tensor, norm: nn.Module, act: nn.Module | None = None) -> Tensor:
+    r"""``act(norm(x))`` with less memory and the same values.
+
+    For ``nn.BatchNorm2d`` with Hardswish, ReLU, SiLU or no activation, training keeps only ``x`` and the statistics
+    (autograd would also keep the norm's output, the activation's input), and in a recomputed branch the statistics of
+    the forward pass are reused, which also makes the recomputation cheaper. Any other pair of modules is simply called.
+
+    Args:
+        x: ``(N, C, H, W)``.
+        norm: e.g. ``nn.BatchNorm2d(C)``.
+        act: activation, or None.
+
+    Returns:
+        ``(N, C, H, W)``.
+
+    Example:
+        >>> norm_act(torch.ones(2, 4, 3, 3), nn.BatchNorm2d(4), nn.Hardswish()).shape
+        torch.Size([2, 4, 3, 3])
+    """
+    kind = _ACTIVATIONS.get(type(act))
+    if not _is_plain(norm, act) or kind is None or not norm.training or torch.compiler.is_compiling():
+        x = norm(x)
+        return x if act is None else act(x)
+    mean, var = once(lambda: _update_statistics(x, norm))
+    return _NormAct.apply(x, norm.weight, norm.bias, mean, var, norm.eps, kind)
+
+
+def _is_plain(norm: nn.Module, act: nn.Module | None) -> bool:
+    """Whether calling the modules would do nothing but their formula: no hooks, usual batch norm."""
+    return (
+        type(norm) is nn.BatchNorm2d
+        and norm.track_running_stats
+        and norm.momentum is not None
+        and norm.affine
+        and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks)
+        and not (act is not None and (act._forward_hooks or act._forward_pre_hooks))
+    )
+
+
+@torch.no_grad()
+def _update_statistics(x: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of the batch ``(C,)``; the running ones move once."""
+    if x.numel() == x.shape[1]:
+        raise ValueError(
+            f"batch norm in training needs more than one value per channel, got input of shape {tuple(x.shape)}: "
+            "use a larger batch or image, or norm.eval()"
+        )
+    norm.num_batches_tracked.add_(1)
+    return torch.batch_norm_update_stats(x.detach(), norm.running_mean, norm.running_var, norm.momentum)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def _hardswish_grad(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.hardswish_backward(grad, x)
+
+
+def _silu_grad(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.silu_backward(grad, x)
+
+
+def _relu_grad(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.threshold_backward(grad, x, 0)
+
+
+# activation module -> (in-place activation, its gradient from the gradient and the activation's input)
+_ACTIVATIONS: dict[type, tuple[Any, Any]] = {
+    type(None): (_identity, None),
+    nn.Hardswish: (lambda x: F.hardswish(x, inplace=True), _hardswish_grad),
+    nn.SiLU: (lambda x: F.silu(x, inplace=True), _silu_grad),
+    nn.ReLU: (lambda x: F.relu(x, inplace=True), _relu_grad),
+}
+
+
+class _NormAct(torch.autograd.Function):
+    """act(batch_norm(x)) with given batch statistics, which are functions of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, kind: tuple[Any, Any]
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, mean, var)
+        ctx.eps, ctx.kind = eps, kind
+        return kind[0](F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x, weight, bias, mean, var = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: the plain formula, differentiable again
+            y = ctx.kind[0](F.batch_norm(x, None, None, weight, bias, True, 0.0, ctx.eps))
+            return *torch.autograd.grad(y, (x, weight, bias), grad, create_graph=True), None, None, None, None
+        activation_grad = ctx.kind[1]
+        if activation_grad is not None:
+            grad = activation_grad(grad, F.batch_norm(x, mean, var, weight, bias, False, 0.0, ctx.eps))
+        grads = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, None, None, mean, (var + ctx.eps).rsqrt_(), True, ctx.eps, list(ctx.needs_input_grad[:3])
+        )
+        return *grads, None, None, None, None

@@ -1,0 +1,8 @@
+"""Networks built on the reversible engine, registered with timm under the names of their entry points.
+
+Importing a module here registers its models; checkpoint conversion lives beside the network it serves.
+"""
+
+from . import revbifpn
+
+__all__ = ["revbifpn"]

@@ -1,0 +1,32 @@
+"""The reversible engine: ops, RevSilo, and the autograd node that rebuilds activations instead of keeping them.
+
+It knows nothing of vision models, layers or data: branches are any modules.
+"""
+
+from .coupling import AdditiveCoupling
+from .errors import RangeError, ReversibleError
+from .grid import DEFAULT_GRID_BITS, round_to_grid
+from .mode import MODES, recompute, set_mode
+from .op import ReversibleOp
+from .parallel import Parallel
+from .replay import once
+from .sequential import RevSequential
+from .silo import RevSilo
+from .stem import SpaceToDepth
+
+__all__ = [
+    "DEFAULT_GRID_BITS",
+    "MODES",
+    "AdditiveCoupling",
+    "Parallel",
+    "RangeError",
+    "RevSequential",
+    "RevSilo",
+    "ReversibleError",
+    "ReversibleOp",
+    "SpaceToDepth",
+    "once",
+    "recompute",
+    "round_to_grid",
+    "set_mode",
+]

@@ -1,0 +1,90 @@
+"""Additive coupling of two halves: the reversible residual block."""
+
+import torch
+from torch import Tensor, nn
+
+from .op import Grads, ReversibleOp, Step, Tensors, add_grads
+
+
+class AdditiveCoupling(ReversibleOp):
+    r"""Reversible residual block (RevNet, arXiv 1707.04585) on the two channel halves of a tensor, or on two tensors.
+
+    .. math:: y_2 = x_2 + F(x_1), \qquad y_1 = x_1 + G(y_2)
+
+    and backwards :math:`x_1 = y_1 - G(y_2)`, :math:`x_2 = y_2 - F(x_1)`. With one tensor of C channels the first half
+    has ``C - C // 2``.
+
+    Args:
+        f: module from the first half's shape to the second's.
+        g: module from the second half's shape to the first's.
+        exact: see ``ReversibleOp``.
+
+    Example:
+        >>> block = AdditiveCoupling(nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1))
+        >>> (y,) = block(torch.ones(1, 4, 8, 8))
+        >>> y.shape
+        torch.Size([1, 4, 8, 8])
+    """
+
+    def __init__(self, f: nn.Module, g: nn.Module, exact: bool | int = False) -> None:
+        super().__init__(exact)
+        self.f = f
+        self.g = g
+
+    def forward(self, *xs: Tensor) -> Tensors:
+        """Args: xs: one tensor ``(N, C, ...)`` or two. Returns as many, of the same shapes."""
+        x1, x2 = self._halves(xs)
+        y2 = x2 + self.quantize(self.branch("f", self.f, x1), x2)
+        y1 = x1 + self.quantize(self.branch("g", self.g, y2), x1)
+        return _joined((y1, y2), len(xs))
+
+    def inverse(self, *ys: Tensor) -> Tensors:
+        """Undo ``forward``: same shapes."""
+        with self.undoing():
+            y1, y2 = self._halves(ys)
+            x1 = y1 - self.quantize(self.branch("g", self.g, y2), y1)
+            x2 = y2 - self.quantize(self.branch("f", self.f, x1), y2)
+        return _joined((x1, x2), len(ys))
+
+    def rewind(self, step: Step, ys: Tensors, grad_ys: Grads) -> tuple[Tensors, Grads]:
+        count = len(ys)
+        y1, y2 = self._halves(ys)
+        (grad_1, grad_2) = grad_ys if count == 2 else (None, None)
+        if count == 1 and grad_ys[0] is not None:
+            grad_1, grad_2 = grad_ys[0].split((y1.shape[1], y2.shape[1]), dim=1)
+
+        value, pull = self.evaluate(step, "g", self.g, y2)
+        x1 = y1 - self.quantize(value, y1)
+        del value, y1
+        grad_2 = add_grads(grad_2, pull(grad_1)[0])
+
+        value, pull = self.evaluate(step, "f", self.f, x1, needs_grad=step.needs_input_grad[0])
+        x2 = y2 - self.quantize(value, y2)
+        del value, y2
+        grad_1 = add_grads(grad_1, pull(grad_2)[0])
+        if count == 2:
+            return (x1, x2), (grad_1, grad_2)
+        return (torch.cat((x1, x2), dim=1),), (_joined_grads(grad_1, grad_2, x1, x2),)
+
+    def _halves(self, xs: Tensors) -> tuple[Tensor, Tensor]:
+        if len(xs) == 2:
+            return xs
+        if len(xs) != 1:
+            raise ValueError(f"AdditiveCoupling takes one tensor, to be split along its channels, or two; got {len(xs)}")
+        channels = xs[0].shape[1]
+        if channels < 2:
+            raise ValueError(f"AdditiveCoupling splits the channels in halves: expected at least 2, got {channels}")
+        first, second = xs[0].split((channels - channels // 2, channels // 2), dim=1)
+        return first, second
+
+
+def _joined(pair: tuple[Tensor, Tensor], count: int) -> Tensors:
+    return pair if count == 2 else (torch.cat(pair, dim=1),)
+
+
+def _joined_grads(grad_1: Tensor | None, grad_2: Tensor | None, x1: Tensor, x2: Tensor) -> Tensor | None:
+    if grad_1 is None and grad_2 is None:
+        return None
+    first = torch.zeros_like(x1) if grad_1 is None else grad_1
+    second = torch.zeros_like(x2) if grad_2 is None else grad_2
+    return torch.cat((first, second), dim=1)

@@ -1,0 +1,158 @@
+"""The autograd node of one op, and the tape that hands rebuilt activations from node to node."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ReversibleError
+from .grid import check_range, max_abs
+from .op import Grads, ReversibleOp, Step, Tensors
+from .replay import Precision, Recorder, activated, is_fake
+
+
+class Tape:
+    """What the nodes of one forward call share: in the backward pass, the newest rebuilt activation and no other.
+
+    Args:
+        length: number of nodes.
+        device_types: of the inputs, for autocast.
+    """
+
+    def __init__(self, length: int, device_types: tuple[str, ...]) -> None:
+        self.length = length
+        self.precision = Precision(*device_types)
+        self._owner = -1
+        self._values: Tensors = ()
+
+    def put(self, owner: int, values: Tensors) -> None:
+        """Leave the outputs of node ``owner``, rebuilt by the node after it."""
+        self._owner, self._values = owner, values
+
+    def take(self, owner: int, name: str) -> Tensors:
+        """Outputs of node ``owner``; the tape keeps no reference.
+
+        Raises:
+            ReversibleError: when they were consumed already.
+        """
+        if self._owner != owner:
+            raise ReversibleError(
+                f"{name}: backward pass through a consumed tape: its activations were rebuilt and used once already; "
+                'run the forward pass again, or use set_mode("store")'
+            )
+        values, self._owner, self._values = self._values, -1, ()
+        return values
+
+
+class OpNode(torch.autograd.Function):
+    """One op as one autograd node: inputs are the op's and its parameters, so autograd sees every gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, op: ReversibleOp, name: str, tape: Tape, index: int, num_inputs: int, *tensors: Tensor
+    ) -> Tensors:
+        xs, parameters = tensors[:num_inputs], tensors[num_inputs:]
+        recorder = Recorder()
+        with activated(runner=recorder):
+            ys = op(*xs)
+        ctx.op, ctx.name, ctx.tape, ctx.index, ctx.num_inputs = op, name, tape, index, num_inputs
+        ctx.records = recorder.records
+        ctx.parameters = parameters
+        ctx.versions = [p._version for p in parameters]
+        ctx.set_materialize_grads(False)
+        if index == tape.length - 1:
+            ctx.save_for_backward(*ys)
+        return ys
+
+    @staticmethod
+    def backward(ctx: Any, *grad_ys: Tensor | None) -> Any:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise ReversibleError(
+                f"{ctx.name}: second derivatives (create_graph=True) do not exist through rebuilt activations; "
+                'use set_mode("store")'
+            )
+        _check_versions(ctx)
+        op, tape = ctx.op, ctx.tape
+        ys = _outputs(ctx)
+        step = Step(ctx.records, ctx.parameters, ctx.needs_input_grad[5 : 5 + ctx.num_inputs])
+        with tape.precision.entered(), activated(in_stack=True, runner=None, kept=None, playback=None):
+            xs, grad_xs = op.rewind(step, ys, grad_ys)
+        del ys
+        if ctx.index > 0:
+            tape.put(ctx.index - 1, xs)
+        return (None, None, None, None, None, *grad_xs, *step.parameter_grads())
+
+
+def _outputs(ctx: Any) -> Tensors:
+    if ctx.index < ctx.tape.length - 1:
+        return ctx.tape.take(ctx.index, ctx.name)
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace" in str(error):
+            raise ReversibleError(
+                f"{ctx.name}: its output was changed in place after the forward pass, so its input cannot be rebuilt: "
+                "use an operation that is not in place, or clone the output first"
+            ) from error
+        raise ReversibleError(
+            f"{ctx.name}: second backward pass through a consumed tape: run the forward pass again, or pass "
+            "retain_graph=True to the first backward"
+        ) from error
+
+
+def _check_versions(ctx: Any) -> None:
+    for parameter, version in zip(ctx.parameters, ctx.versions, strict=True):
+        if parameter._version != version:
+            name = next((n for n, p in ctx.op.named_parameters() if p is parameter), "a parameter")
+            raise ReversibleError(
+                f"{ctx.name}: parameter {name} was changed in place between forward and backward (an optimizer step?), "
+                "so the recomputed activations would differ: call backward before changing weights"
+            )
+
+
+class RangeGuard:
+    """Watches that values stay on the grid of exact mode, without making an accelerator wait.
+
+    On CPU the check is immediate. Elsewhere the maxima go to pinned memory while the device works on, and are checked
+    when the backward pass arrives.
+    """
+
+    def __init__(self, grid_bits: int) -> None:
+        self.grid_bits = grid_bits
+        self._seen: list[tuple[str, torch.dtype, Tensor]] = []
+        self._host: Tensor | None = None
+        self._event: Any = None
+
+    def watch(self, where: str, values: Tensors) -> None:
+        """Check the outputs of an op, now or later."""
+        for value in values:
+            if is_fake(value) or value.device.type == "meta":
+                continue
+            if value.device.type == "cpu":
+                check_range(max_abs(value).item(), self.grid_bits, value.dtype, where)
+            else:
+                self._seen.append((where, value.dtype, max_abs(value)))
+
+    def arm(self, outputs: Tensors) -> None:
+        """Start copying the maxima to the host, to be checked when the backward pass reaches ``outputs``."""
+        if self._seen:
+            device = self._seen[0][2].device
+            self._host = torch.stack([m.double() for _, _, m in self._seen]).to("cpu", non_blocking=True)
+            self._event = torch.get_device_module(device).Event()
+            self._event.record()
+            for output in outputs:
+                if output.requires_grad:
+                    output.register_hook(self.settle)
+
+    def settle(self, _: Any = None) -> None:
+        """Raise for the first value out of range, once the copy has arrived.
+
+        Raises:
+            RangeError: naming the op, the value, and the grid that would hold it.
+        """
+        if self._host is None:
+            return
+        self._event.synchronize()
+        for (where, dtype, _), value in zip(self._seen, self._host.tolist(), strict=True):
+            check_range(value, self.grid_bits, dtype, where)
+        self._host, self._seen = None, []

@@ -1,0 +1,222 @@
+"""``ReversibleOp``: the contract between an op and the engine, and ``Step``, which evaluates branches in backward."""
+
+import copy
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .grid import resolve_grid_bits, round_to_grid
+from .replay import BranchRecord, FrozenRunner, Replayer, activated, active, replaying
+
+Tensors = tuple[Tensor, ...]
+Grads = tuple[Tensor | None, ...]
+
+
+class ReversibleOp(nn.Module):
+    """A map from a tuple of tensors to a tuple of tensors that can be undone.
+
+    A new op defines ``forward`` and ``inverse`` and calls its branches through ``self.branch(key, module, x)``; values
+    added to the stream go through ``self.quantize`` so that exact mode works. ``rewind`` may be overridden to evaluate
+    each branch once in the backward pass; the default evaluates it twice.
+
+    Args:
+        exact: round branch outputs to a fixed grid in training, so that the inverse is exact to the bit: True for the
+            default grid, an integer k for ``2^-k``, False for plain addition.
+
+    Example:
+        >>> class Shift(ReversibleOp):
+        ...     def forward(self, x):
+        ...         return (x + 1,)
+        ...     def inverse(self, y):
+        ...         return (y - 1,)
+        >>> Shift().inverse(*Shift()(torch.zeros(2)))
+        (tensor([0., 0.]),)
+    """
+
+    def __init__(self, exact: bool | int = False) -> None:
+        super().__init__()
+        self.grid_bits = resolve_grid_bits(exact)
+
+    def forward(self, *xs: Tensor) -> Tensors:
+        """Outputs from inputs: plain differentiable code."""
+        raise NotImplementedError(f"{type(self).__name__} needs a forward(*xs)")
+
+    def inverse(self, *ys: Tensor) -> Tensors:
+        """Inputs from outputs."""
+        raise NotImplementedError(f"{type(self).__name__} needs an inverse(*ys)")
+
+    def rewind(self, step: "Step", ys: Tensors, grad_ys: Grads) -> tuple[Tensors, Grads]:
+        """From outputs and their gradients to inputs and theirs; parameter gradients gather in ``step``.
+
+        Gradients of ``ys`` may be None (output not used); gradients of inputs too (nothing to pass on). Overriding ops
+        visit their branches in the reverse order of ``forward``: then gradients add up in autograd's own order and
+        equal those of stored activations to the bit.
+        """
+        with torch.no_grad(), activated(runner=Replayer(step.records)):
+            xs = self.inverse(*ys)
+        inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in xs]
+        with torch.enable_grad(), activated(runner=Replayer(step.records)):
+            outputs = self(*inputs)
+        return xs, step.pull(outputs, grad_ys, inputs, self)
+
+    def branch(self, key: Hashable, module: Callable[..., Tensor], *xs: Tensor) -> Tensor:
+        """Run a branch under the engine's eyes; ``key`` names it uniquely within the op."""
+        if active.runner is not None:
+            return active.runner.run((id(self), key), module, *xs)
+        if self.training and torch.is_grad_enabled():
+            # One consumer of x per branch: its gradients are summed within the branch first, as `Step.evaluate` does.
+            return module(*(x.view_as(x) for x in xs))
+        return module(*xs)
+
+    def evaluate(
+        self, step: "Step", key: Hashable, module: nn.Module, *xs: Tensor, needs_grad: bool = True
+    ) -> tuple[Tensor, Callable[[Tensor | None], Grads]]:
+        """Within ``rewind``: compute the branch called ``key`` again, ready for its gradient; see ``Step.evaluate``."""
+        return step.evaluate((id(self), key), module, *xs, needs_grad=needs_grad)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether exact mode acts now: in training only."""
+        return self.grid_bits is not None and (self.training or active.in_stack)
+
+    def quantize(self, value: Tensor, like: Tensor) -> Tensor:
+        """What is added to the stream ``like``: ``value``, rounded to the grid where exact mode acts."""
+        if not self.rounds or self.grid_bits is None:
+            return value
+        return round_to_grid(value.to(like.dtype), self.grid_bits)
+
+    def extra_repr(self) -> str:
+        return "" if self.grid_bits is None else f"exact={self.grid_bits}"
+
+    @contextmanager
+    def undoing(self) -> Any:
+        """For ``inverse``: running statistics stay as they are unless the engine already sees to that."""
+        with activated(runner=active.runner or FrozenRunner()):
+            yield
+
+
+class Step:
+    """One op's backward pass: evaluates recorded branches with gradient, once each, and gathers parameter gradients.
+
+    Args:
+        records: what the forward pass noted about each branch.
+        parameters: those that need a gradient, in the order in which the node takes them.
+        needs_input_grad: for each input of the op, whether anyone asks for its gradient.
+    """
+
+    def __init__(
+        self,
+        records: dict[Hashable, BranchRecord],
+        parameters: Sequence[Tensor],
+        needs_input_grad: tuple[bool, ...],
+    ) -> None:
+        self.records = records
+        self.parameters = parameters
+        self.needs_input_grad = needs_input_grad
+        self._wanted = {id(p) for p in parameters}
+        self._grads: dict[int, Tensor] = {}
+
+    def narrowed(self, index: int) -> "Step":
+        """The same step as an inner op sees it that takes only input ``index``."""
+        inner = copy.copy(self)
+        inner.needs_input_grad = (self.needs_input_grad[index],)
+        return inner
+
+    def parameter_grads(self) -> Grads:
+        """The gradients gathered so far; None where a parameter took no part."""
+        return tuple(self._grads.get(id(p)) for p in self.parameters)
+
+    def evaluate(
+        self, key: Hashable, module: nn.Module, *xs: Tensor, needs_grad: bool = True
+    ) -> tuple[Tensor, Callable[[Tensor | None], Grads]]:
+        """Compute a branch again.
+
+        Args:
+            key: the name under which ``forward`` called it.
+            module: the branch.
+            xs: its inputs, equal to the bit to those of the forward pass (or nearly, without exact mode).
+            needs_grad: whether gradients of ``xs`` are wanted.
+
+        Returns:
+            its value, without graph, and a function that takes the value's gradient to the gradients of ``xs``
+            (parameter gradients are gathered here) and frees the graph.
+        """
+        inputs = [x.detach().requires_grad_(needs_grad) for x in xs]
+        with torch.enable_grad(), _without_hooks(module), replaying(self.records[key], module):
+            value = module(*inputs)
+            graph: list[tuple[Tensor, Any]] = [(value, _parameters_in_use(module, self._wanted))]
+
+        def pull(grad: Tensor | None) -> Grads:
+            output, in_use = graph.pop()
+            return self._pull([output], [grad], inputs, *in_use)
+
+        return value.detach(), pull
+
+    def pull(self, outputs: Sequence[Tensor], grads: Grads, inputs: Sequence[Tensor], module: nn.Module) -> Grads:
+        """Gradients of ``inputs`` through a graph already built; parameter gradients are gathered."""
+        return self._pull(outputs, grads, inputs, *_parameters_in_use(module, self._wanted))
+
+    def _pull(
+        self,
+        outputs: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        inputs: Sequence[Tensor],
+        owners: Sequence[int],
+        parameters: Sequence[Tensor],
+    ) -> Grads:
+        pairs = [(y, g.to(y.dtype)) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
+        wanted = [x for x in inputs if x.requires_grad]
+        if not pairs or not (wanted or parameters):
+            return (None,) * len(inputs)
+        found = torch.autograd.grad(
+            [y for y, _ in pairs], [*wanted, *parameters], [g for _, g in pairs], allow_unused=True
+        )
+        for owner, grad in zip(owners, found[len(wanted) :], strict=True):
+            if grad is not None:
+                former = self._grads.get(owner)
+                self._grads[owner] = grad if former is None else former + grad
+        by_input = iter(found)
+        return tuple(next(by_input) if x.requires_grad else None for x in inputs)
+
+
+def add_grads(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """Sum of two gradients of which either may be missing."""
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second
+
+
+def _slots(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
+    return [(m._parameters, name, p) for m in module.modules() for name, p in m._parameters.items() if p is not None]
+
+
+def _parameters_in_use(module: nn.Module, wanted: set[int]) -> tuple[list[int], list[Tensor]]:
+    """Owners (identities of the true parameters) and the tensors that stand for them in the graph being built."""
+    owners, tensors = [], []
+    for _, _, p in _slots(module):
+        owner = getattr(p, "_stands_for", p)
+        if id(owner) in wanted and id(owner) not in owners:
+            owners.append(id(owner))
+            tensors.append(p)
+    return owners, tensors
+
+
+@contextmanager
+def _without_hooks(module: nn.Module) -> Any:
+    """Let aliases stand in for parameters with hooks, which must fire once per step, on the whole gradient."""
+    hooked = [(slots, name, p) for slots, name, p in _slots(module) if p._backward_hooks]
+    aliases: dict[int, nn.Parameter] = {}
+    for slots, name, p in hooked:
+        if id(p) not in aliases:
+            alias = nn.Parameter(p.detach(), requires_grad=p.requires_grad)
+            alias._stands_for = p  # type: ignore[attr-defined]
+            aliases[id(p)] = alias
+        slots[name] = aliases[id(p)]
+    try:
+        yield
+    finally:
+        for slots, name, p in hooked:
+            slots[name] = p

@@ -1,0 +1,242 @@
+"""What must be the same when a branch is computed a second time: randomness, precision, statistics.
+
+``Recorder`` runs branches in the forward pass and notes, per branch, the generator state it consumed (nothing if it
+consumed none) and the small tensors that layers asked to keep with ``once``. ``replaying`` puts all of it back.
+"""
+
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+
+class _Active(threading.local):
+    """What is going on in this thread (the backward pass of an accelerator runs in a thread of its own)."""
+
+    runner: "Runner | None" = None
+    kept: "list[Any] | None" = None  # where `once` appends (recording) ...
+    playback: "Iterator[Any] | None" = None  # ... or reads (replaying)
+    in_stack: bool = False  # a RevSequential is training: its ops round, whatever their own train/eval flag
+
+
+    @property
+    def inside_branch(self) -> bool:
+        """Whether a branch is being recorded or replayed: what happens inside is that branch's own affair."""
+        return self.kept is not None or self.playback is not None
+
+
+active = _Active()
+
+
+class Runner:
+    """How an op's branches are run: plainly, recorded, or replayed. See ``ReversibleOp.branch``."""
+
+    def run(self, key: Hashable, module: Callable[..., Tensor], *xs: Tensor) -> Tensor:
+        """Compute ``module(*xs)`` for the branch called ``key``."""
+        raise NotImplementedError
+
+
+@contextmanager
+def activated(**changes: Any) -> Iterator[None]:
+    """Set attributes of ``active`` for a block, and put the former ones back."""
+    former = {name: getattr(active, name) for name in changes}
+    for name, value in changes.items():
+        setattr(active, name, value)
+    try:
+        yield
+    finally:
+        for name, value in former.items():
+            setattr(active, name, value)
+
+
+def once(compute: Callable[[], Any]) -> Any:
+    """Compute a small value in the forward pass and reuse it when the branch is recomputed.
+
+    For layers with statistics: batch means and variances are computed (and running ones updated) exactly once per
+    step, and the recomputation is cheaper than the forward pass. Outside the engine it just calls ``compute``.
+
+    Args:
+        compute: returns tensors without gradient, small against activations.
+
+    Example:
+        >>> once(lambda: torch.ones(2))
+        tensor([1., 1.])
+    """
+    if active.playback is not None:
+        return next(active.playback)
+    value = compute()
+    if active.kept is not None:
+        active.kept.append(value)
+    return value
+
+
+# --- generators ------------------------------------------------------------------------------------------------------
+
+_RngState = dict[torch.device, Tensor]
+_CPU = torch.device("cpu")
+
+
+def _rng_state(devices: frozenset[torch.device]) -> _RngState:
+    state = {_CPU: torch.get_rng_state()}
+    for device in devices - {_CPU}:
+        state[device] = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def _set_rng_state(state: _RngState) -> None:
+    for device, value in state.items():
+        if device == _CPU:
+            torch.set_rng_state(value)
+        else:
+            torch.get_device_module(device).set_rng_state(value, device)
+
+
+def _devices(tensors: tuple[Tensor, ...]) -> frozenset[torch.device]:
+    """Devices with a generator of their own; fake and meta tensors have none."""
+    return frozenset(t.device for t in tensors if t.device.type != "meta" and not is_fake(t))
+
+
+def is_fake(x: Tensor) -> bool:
+    """Whether ``x`` has a shape but no values (``FakeTensorMode``), so that nothing may depend on them."""
+    return isinstance(x, torch._subclasses.fake_tensor.FakeTensor)
+
+
+@contextmanager
+def _rng_replayed(state: _RngState | None) -> Iterator[None]:
+    if state is None:
+        yield
+        return
+    now = _rng_state(frozenset(state))
+    _set_rng_state(state)
+    try:
+        yield
+    finally:
+        _set_rng_state(now)
+
+
+# --- precision -------------------------------------------------------------------------------------------------------
+
+
+class Precision:
+    """The autocast state at construction, to be entered again in the backward pass.
+
+    The cast cache is off inside: a cached cast made without gradient would cut the recomputed graph from its weights.
+    """
+
+    def __init__(self, *device_types: str) -> None:
+        self.states = [
+            (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d))
+            for d in sorted({"cpu", *device_types})
+            if torch.amp.is_autocast_available(d)
+        ]
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Enter the remembered state."""
+        with ExitStack() as stack:
+            for device_type, enabled, dtype in self.states:
+                if enabled or torch.is_autocast_enabled(device_type):
+                    stack.enter_context(
+                        torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)
+                    )
+            yield
+
+
+@contextmanager
+def autocast_cache_off() -> Iterator[None]:
+    """Keep casts made without gradient out of autocast's cache, where a later differentiable use would find them."""
+    former = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(former)
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def frozen_statistics(module: Any) -> Iterator[None]:
+    """Stop running statistics (BatchNorm, SyncBatchNorm, InstanceNorm) from being updated a second time."""
+    norms: list[nn.Module] = []
+    if isinstance(module, nn.Module):
+        norms = [m for m in module.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+    buffers = [norm._buffers for norm in norms]
+    for norm in norms:  # scratch copies take the update; they are small, one value per channel
+        norm._buffers = {name: b if b is None else b.clone() for name, b in norm._buffers.items()}
+    try:
+        yield
+    finally:
+        for norm, own in zip(norms, buffers, strict=True):
+            norm._buffers = own
+
+
+# --- recording and replaying -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class BranchRecord:
+    """What one branch call needs to be repeated to the bit: a few small tensors, no activation."""
+
+    kept: list[Any] = field(default_factory=list)
+    rng: _RngState | None = None
+
+
+@contextmanager
+def recording(record: BranchRecord, *xs: Tensor) -> Iterator[None]:
+    """Note in ``record`` what the code inside consumes. Costs microseconds; free of memory where nothing is random."""
+    devices = _devices(xs)
+    before = _rng_state(devices)
+    with activated(runner=None, kept=record.kept, playback=None):
+        yield
+    after = _rng_state(devices)
+    if any(not torch.equal(before[d], after[d]) for d in before):
+        record.rng = before
+
+
+@contextmanager
+def replaying(record: BranchRecord, module: Any) -> Iterator[None]:
+    """Run the code inside with the randomness and the ``once`` values of ``record``, statistics untouched."""
+    with (
+        _rng_replayed(record.rng),
+        frozen_statistics(module),
+        activated(runner=None, kept=None, playback=iter(record.kept)),
+    ):
+        yield
+
+
+class Recorder(Runner):
+    """Runs branches in the forward pass and keeps one ``BranchRecord`` per branch."""
+
+    def __init__(self) -> None:
+        self.records: dict[Hashable, BranchRecord] = {}
+
+    def run(self, key: Hashable, module: Callable[..., Tensor], *xs: Tensor) -> Tensor:
+        record = self.records[key] = BranchRecord()
+        with recording(record, *xs):
+            return module(*xs)
+
+
+class Replayer(Runner):
+    """Repeats recorded branches, with whatever gradient mode is on."""
+
+    def __init__(self, records: dict[Hashable, BranchRecord]) -> None:
+        self.records = records
+
+    def run(self, key: Hashable, module: Callable[..., Tensor], *xs: Tensor) -> Tensor:
+        with replaying(self.records[key], module):
+            return module(*xs)
+
+
+class FrozenRunner(Runner):
+    """Runs branches without touching running statistics: for ``inverse`` outside a backward pass."""
+
+    def run(self, key: Hashable, module: Callable[..., Tensor], *xs: Tensor) -> Tensor:
+        with frozen_statistics(module):
+            return module(*xs)

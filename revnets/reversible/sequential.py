@@ -1,0 +1,132 @@
+"""``RevSequential``: a chain of ops that keeps nothing between them."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from .grid import resolve_grid_bits, round_to_grid
+from .mode import check_mode, recompute
+from .node import OpNode, RangeGuard, Tape
+from .op import ReversibleOp, Tensors
+from .replay import activated, active, autocast_cache_off
+
+
+class RevSequential(nn.Module):
+    """A chain of reversible ops, trained with activations rebuilt, checkpointed or stored.
+
+    In eval mode, or where nothing needs a gradient, it is plain module code.
+
+    Args:
+        ops: applied in order; the outputs of one are the inputs of the next.
+        mode: ``"reversible"``, ``"checkpoint"`` or ``"store"``; may be changed at any time.
+        exact: round what is added to the stream to a fixed grid (in training), so that rebuilt activations, and
+            gradients, equal those of ``"store"`` to the bit; overrides the ops' own setting.
+
+    Raises:
+        ValueError: for an unknown mode or grid.
+
+    Example:
+        >>> from revnets.reversible import AdditiveCoupling
+        >>> block = lambda: AdditiveCoupling(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> net = RevSequential([block(), block()], exact=True)
+        >>> net(torch.ones(3, 4))[0].sum().backward()
+        >>> net.inverse(*net(torch.ones(3, 4)))[0].equal(torch.ones(3, 4))
+        True
+    """
+
+    def __init__(self, ops: Sequence[ReversibleOp], mode: str = "reversible", exact: bool | int = False) -> None:
+        super().__init__()
+        self.ops = nn.ModuleList(ops)
+        self.mode = check_mode(mode)
+        self.set_exact(exact)
+
+    def set_exact(self, exact: bool | int) -> None:
+        """Choose the grid of the whole chain: True, False, or its k."""
+        self.grid_bits = resolve_grid_bits(exact)
+        for module in self.modules():
+            if isinstance(module, ReversibleOp):
+                module.grid_bits = self.grid_bits
+
+    def forward(self, *xs: Tensor) -> Tensors:
+        """Apply the ops.
+
+        Args:
+            xs: inputs of the first op.
+
+        Returns:
+            outputs of the last op.
+
+        Raises:
+            RangeError: in exact mode, when a value leaves the grid's range.
+        """
+        if not self.training or torch.compiler.is_exporting():
+            return self._plain(xs, self._named_ops())
+        return self._train(xs)
+
+    def inverse(self, *ys: Tensor) -> Tensors:
+        """Inputs of the chain from its outputs; running statistics are left alone."""
+        for _, op in reversed(self._named_ops()):
+            ys = op.inverse(*ys)
+        return ys
+
+    @torch.compiler.disable
+    def _train(self, xs: Tensors) -> Tensors:
+        named_ops = self._named_ops()
+        first = self._first_with_gradient(xs, named_ops)
+        guard = RangeGuard(self.grid_bits) if self.grid_bits is not None else None
+        mode = "store" if active.inside_branch else self.mode
+        with activated(in_stack=True), autocast_cache_off():
+            if self.grid_bits is not None:
+                xs = tuple(round_to_grid(x, self.grid_bits) for x in xs)
+            with torch.no_grad():
+                xs = self._plain(xs, named_ops[:first], guard)
+            if mode == "reversible":
+                xs = self._reversible(xs, named_ops[first:], guard)
+            elif mode == "checkpoint":
+                xs = self._plain(xs, [(name, partial(recompute, op)) for name, op in named_ops[first:]], guard)
+            else:
+                xs = self._plain(xs, named_ops[first:], guard)
+        if guard is not None:
+            guard.arm(xs)
+        return xs
+
+    @staticmethod
+    def _reversible(xs: Tensors, named_ops: list[tuple[str, ReversibleOp]], guard: RangeGuard | None) -> Tensors:
+        tape = Tape(len(named_ops), tuple({x.device.type for x in xs}))
+        for index, (name, op) in enumerate(named_ops):
+            parameters = [p for p in op.parameters() if p.requires_grad]
+            xs = OpNode.apply(op, f"op {name} ({type(op).__name__})", tape, index, len(xs), *xs, *parameters)
+            if guard is not None:
+                guard.watch(f"op {name} ({type(op).__name__})", xs)
+        return xs
+
+    @staticmethod
+    def _plain(
+        xs: Tensors, named_ops: Sequence[tuple[str, Callable[..., Tensors]]], guard: RangeGuard | None = None
+    ) -> Tensors:
+        for name, op in named_ops:
+            xs = op(*xs)
+            if guard is not None:
+                guard.watch(f"op {name}", xs)
+        return xs
+
+    def _named_ops(self) -> list[tuple[str, ReversibleOp]]:
+        return [(name, cast(ReversibleOp, op)) for name, op in self.ops.named_children()]
+
+    @staticmethod
+    def _first_with_gradient(xs: Tensors, named_ops: list[tuple[str, ReversibleOp]]) -> int:
+        """Index of the first op that takes part in the backward pass: frozen ones before it need not be rebuilt."""
+        if not torch.is_grad_enabled():
+            return len(named_ops)
+        if any(x.requires_grad for x in xs):
+            return 0
+        for index, (_, op) in enumerate(named_ops):
+            if any(p.requires_grad for p in op.parameters()):
+                return index
+        return len(named_ops)
+
+    def extra_repr(self) -> str:
+        return f"mode={self.mode}, exact={self.grid_bits or False}"
