@@ -143,7 +143,7 @@ def final_line(
     return (
         f"Done in {clock(seconds)}: {model} reads {right} of {figures['images']:.0f} handwritten digits it has never "
         f"seen correctly ({figures['top1']:.1f}% accuracy); the activations of one training step on "
-        f"{settings.batch_size} images peak at {reversible:.1f} MB in reversible mode and at {store:.1f} MB when stored, "
+        f"{settings.batch_size} images peak at {reversible:.1f} MB in reversible mode and {store:.1f} MB when stored, "
         f"{store / reversible:.1f} times as much{saved}."
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from classification.errors import UserError, whole_file
 
@@ -126,7 +126,7 @@ def write_args(folder: Path, values: Mapping[str, Any]) -> None:
 
 def table(title: str, values: Mapping[str, object]) -> Table:
     """Names and values as a table for the terminal."""
-    grid = Table("name", "value", title=title)
+    grid = Table("name", Column("value", overflow="fold"), title=title)
     for name, value in values.items():
         grid.add_row(name, f"{value:,.4g}" if isinstance(value, float) else str(value))
     return grid

@@ -1,0 +1,157 @@
+"""User mistakes: exit code 2, one sentence that names the value and the fix, nothing half-written."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from short_runs import ROOT, SHORT, TINY, Trainer
+
+from classification import train, validate
+from classification.errors import whole_file
+
+
+def sentence(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--data-dir", "/nowhere"], ["--data-dir", "/nowhere"]),
+        (["--train-split", "train.tar"], ["--train-split", "train.tar"]),
+        (["--model", "revbifpn_s99"], ["--model", "revbifpn_s99"]),
+        (["--model-kwargs", "mode=backwards"], ["--model", "mode", "backwards", "--model-kwargs"]),
+        (["--batch-size", "1000"], ["--batch-size", "64", "1000"]),
+        (["--num-classes", "5"], ["--num-classes", "10", "5"]),
+        (["--opt", "adamww"], ["--opt", "adamww", "'adamw'"]),
+        (["--opt-kwargs", "nonsense=1"], ["--opt", "nonsense"]),
+        (["--sched", "slope"], ["--sched", "slope"]),
+        (["--aa", "nonsense"], ["--aa", "nonsense"]),
+        (["--device", "abacus"], ["--device", "abacus"]),
+        (["--mean", "0.5", "0.5"], ["--mean", "3"]),
+        (["--sync-bn"], ["--sync-bn", "--dist-bn"]),
+        (["--resume", "nowhere.pth.tar"], ["--resume", "nowhere.pth.tar"]),
+        (["--initial-checkpoint", "nowhere.pth.tar"], ["--initial-checkpoint", "nowhere.pth.tar"]),
+        (["--pretrained-path", "nowhere.pth.tar"], ["--pretrained-path", "nowhere.pth.tar"]),
+        (["--model", "test_vit", "--img-size", "50"], ["test_vit", "50"]),
+    ],
+    ids=lambda value: "-".join(value).strip("-") if isinstance(value, list) else None,
+)
+def test_mistakes_write_nothing(
+    run_train: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], words: list[str]
+) -> None:
+    assert run_train(*more) == 2
+    message = sentence(capsys)
+    assert all(word in message for word in words), message
+    assert not list(tmp_path.iterdir())
+
+
+def test_class_folders_that_differ(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(digits, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "validation" / "3")
+    assert train.main([*SHORT, "--data-dir", str(tmp_path / "data"), "--output", str(tmp_path / "out")]) == 2
+    assert "'3'" in sentence(capsys)
+
+
+def test_loss_that_is_not_finite_stops_the_run(
+    run_train: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_train("--lr", "1e30", "--opt", "sgd", "--sched", "none") == 2
+    message = sentence(capsys)
+    assert re.search(r"loss is (nan|inf) at step \d+ of epoch 0", message), message
+    assert "--lr" in message
+    assert not list((tmp_path / "run").glob("*.pth.tar"))
+
+
+@pytest.mark.parametrize("script", [train.main, validate.main], ids=["train", "validate"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "list"])
+def test_damaged_checkpoint(
+    script: object, damage: str, trained: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.pth.tar"
+    whole = (trained / "last.pth.tar").read_bytes()
+    path.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"hello", "list": b""}[damage])
+    if damage == "list":
+        torch.save([1, 2], path)
+    if script is train.main:
+        code = train.main([*SHORT, "--data-dir", str(digits), "--output", str(tmp_path / "o"), "--resume", str(path)])
+    else:
+        code = validate.main([*TINY, "--data-dir", str(digits), "--checkpoint", str(path)])
+    assert code == 2
+    assert "bad.pth.tar" in sentence(capsys)
+    assert not (tmp_path / "o").exists()
+
+
+def test_checkpoint_that_needs_pickled_code_is_refused(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"state_dict": {}, "path": Path("x")}, tmp_path / "bad.pth.tar")
+    assert validate.main([*TINY, "--data-dir", str(digits), "--checkpoint", str(tmp_path / "bad.pth.tar")]) == 2
+    assert "cannot be read as a checkpoint" in sentence(capsys)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--model", "test_resnet"], ["test_efficientnet", "test_resnet"]),
+        (["--num-classes", "12"], ["classifier", "(10", "(12"]),
+        (["--opt", "sgd"], ["optimizer", "--opt"]),
+    ],
+)
+def test_checkpoint_of_something_else(
+    run_train: Trainer, trained: Path, capsys: pytest.CaptureFixture[str], more: list[str], words: list[str]
+) -> None:
+    line = ["--model-kwargs", "act_layer=relu", "--resume", str(trained / "last.pth.tar"), "--experiment", "new"]
+    line = [] if "test_resnet" in more else line[:2]
+    assert run_train(*line, "--resume", str(trained / "last.pth.tar"), "--experiment", "new", *more) == 2
+    message = sentence(capsys)
+    assert all(word in message for word in words), message
+
+
+def test_weights_only_file_cannot_be_resumed(
+    run_train: Trainer, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = torch.load(trained / "last.pth.tar", weights_only=True)["state_dict"]
+    torch.save(weights, tmp_path / "weights.pth")
+    assert run_train("--resume", str(tmp_path / "weights.pth")) == 2
+    assert "--initial-checkpoint" in sentence(capsys)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["classification/train.py", "--data-dir", "/nowhere"],
+        ["-m", "classification.train", "--data-dir", "/nowhere"],
+        ["classification/validate.py", "--data-dir", "/nowhere", "--model", "test_resnet"],
+    ],
+    ids=["train-by-path", "train-as-module", "validate-by-path"],
+)
+def test_scripts_end_with_code_2_and_one_sentence(command: list[str]) -> None:
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "'/nowhere'" in done.stderr
+    assert done.stderr.startswith("error: ")
+
+
+def test_whole_file_leaves_the_old_one_when_writing_fails(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def write_half() -> None:
+        with whole_file(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
+    assert path.read_text() == "old"
+    assert [each.name for each in tmp_path.iterdir()] == ["a.txt"]
