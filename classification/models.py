@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -160,18 +161,39 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: 
         UserError: A name or a shape differs; the first one is named.
     """
     weights = clean_state_dict(weights)
-    own = model.state_dict()
-    missing = [key for key in own if key not in weights]
-    extra = [key for key in weights if key not in own]
-    shapes = [key for key in own if key in weights and own[key].shape != weights[key].shape]
-    problem = ""
-    if missing or extra:
-        problem = f"{len(missing)} tensors are missing and {len(extra)} left over, such as '{(missing or extra)[0]}'"
-    elif shapes:
-        key = shapes[0]
-        problem = f"'{key}' has shape {tuple(weights[key].shape)}, the model's {tuple(own[key].shape)}"
+    problem = _difference(model, weights)
+    if problem:
+        renamed = _published_layout(model, weights)
+        problem = problem if renamed is None or _difference(model, renamed) else ""
+        weights = weights if renamed is None else renamed
     if problem:
         raise UserError(
             f"{source} is of another model than {name}: {problem}; give the same --model and --model-kwargs."
         )
     model.load_state_dict(dict(weights))
+
+
+def _difference(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> str:
+    """The first way in which weights do not fit a model, in words, or nothing."""
+    own = model.state_dict()
+    missing = [key for key in own if key not in weights]
+    extra = [key for key in weights if key not in own]
+    shapes = [key for key in own if key in weights and own[key].shape != weights[key].shape]
+    if missing or extra:
+        return f"{len(missing)} tensors are missing and {len(extra)} left over, such as '{(missing or extra)[0]}'"
+    if shapes:
+        key = shapes[0]
+        return f"'{key}' has shape {tuple(weights[key].shape)}, the model's {tuple(own[key].shape)}"
+    return ""
+
+
+def _published_layout(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor] | None:
+    """The weights through the `checkpoint_filter_fn` of the model's file; None where it does not apply."""
+    rename = getattr(sys.modules.get(type(model).__module__), "checkpoint_filter_fn", None)
+    if rename is None:
+        return None
+    try:
+        renamed: Mapping[str, torch.Tensor] = rename(dict(weights), model)
+    except (KeyError, ValueError, RuntimeError, AttributeError, IndexError, TypeError):
+        return None  # not the published layout either
+    return renamed

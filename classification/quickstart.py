@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,9 @@ from pathlib import Path
 
 if not __package__:  # run by its path, see train.py
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+os.environ.setdefault(
+    "KINETO_LOG_LEVEL", "5"
+)  # torch's profiler, which measures memory, else says that there is no GPU
 
 import torch
 from torch import Tensor, nn

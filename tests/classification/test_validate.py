@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from short_runs import ROOT, TINY
 
 from classification import train, validate
@@ -74,3 +76,18 @@ def test_tar_files_are_read_as_splits(tmp_path: Path) -> None:
     train.check_same_classes(train_set, val_set)
     assert (len(train_set), len(val_set)) == (50_000, 10_000)
     assert train.class_names(train_set)[0] == "airplane"  # type: ignore[index]
+
+
+def test_weights_in_a_published_layout_are_renamed(
+    trained: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = torch.load(trained / "last.pth.tar", weights_only=True)
+    checkpoint["state_dict"] = {"old." + key: value for key, value in checkpoint["state_dict"].items()}
+    torch.save(checkpoint, tmp_path / "old.pth.tar")
+
+    def rename(weights: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        return {key.removeprefix("old."): value for key, value in weights.items()}
+
+    monkeypatch.setattr(timm.models.efficientnet, "checkpoint_filter_fn", rename, raising=False)
+    figures = validate.validate(["--checkpoint", str(tmp_path / "old.pth.tar"), "--data-dir", str(digits)])
+    assert figures["top1"] == read_summary(trained / "summary.csv")[-1]["eval_raw_top1"]
