@@ -15,9 +15,7 @@ from pathlib import Path
 
 if not __package__:  # run by its path, see train.py
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-os.environ.setdefault(
-    "KINETO_LOG_LEVEL", "5"
-)  # torch's profiler, which measures memory, else says that there is no GPU
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from reporting that there is no GPU
 
 import torch
 from torch import Tensor, nn

@@ -146,6 +146,7 @@ def test_gradient_accumulation_equals_the_large_batch(run_train: Trainer, tmp_pa
     ],
     ids=lambda more: more[0][2:],
 )
+@pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")
 def test_combinations_of_options_train(run_train: Trainer, tmp_path: Path, more: list[str]) -> None:
     assert run_train("--epochs", "1", *more) == 0
     rows = read_summary(tmp_path / "run" / "summary.csv")
