@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from short_runs import SHORT, Trainer
 
 from classification import train
 from classification.digits import make_digits
+
+from .short_runs import SHORT, Trainer
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from short_runs import ROOT, SHORT
 
 from classification import validate
 from classification.report import read_summary
+
+from .short_runs import ROOT, SHORT
 
 
 def torchrun(*line: str) -> subprocess.CompletedProcess[str]:

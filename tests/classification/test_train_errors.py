@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from short_runs import ROOT, SHORT, TINY, Trainer
 
 from classification import train, validate
 from classification.errors import whole_file
+
+from .short_runs import ROOT, SHORT, TINY, Trainer
 
 
 def sentence(capsys: pytest.CaptureFixture[str]) -> str:

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from short_runs import SHORT, Trainer
 
 from classification import train
 from classification.report import read_summary
+
+from .short_runs import SHORT, Trainer
 
 
 def load(path: Path) -> dict[str, Any]:

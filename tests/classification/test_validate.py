@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from short_runs import ROOT, TINY
 
 from classification import train, validate
 from classification.report import read_summary
+
+from .short_runs import ROOT, TINY
 
 
 @pytest.mark.parametrize(("more", "column"), [([], "eval_raw_top1"), (["--use-ema"], "eval_top1")])
