@@ -12,7 +12,7 @@ class MBConv(nn.Module):
     """Mobile inverted bottleneck without an identity skip (in a reversible network the coupling is the skip).
 
     1x1 expansion, depthwise convolution, squeeze-and-excite, 1x1 projection, each convolution followed by batch norm
-    (and activation, but for the last), then stochastic depth per sample. Names are those of timm's ``InvertedResidual``.
+    (and activation, but for the last), then stochastic depth per sample. Names are timm's.
 
     Args:
         in_chs: input channels.

@@ -97,7 +97,7 @@ class _NormAct(torch.autograd.Function):
         return kind[0](F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, bias, mean, var = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: the plain formula, differentiable again
             y = ctx.kind[0](F.batch_norm(x, None, None, weight, bias, True, 0.0, ctx.eps))

@@ -4,7 +4,6 @@ A space-to-depth stem, a reversible body that fuses four scales with RevSilos, a
 of detectors, and a classifier on top. Only the body's outputs are kept for the backward pass.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,103 +13,24 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..layers import MBConv, norm_act
-from ..reversible import (
-    AdditiveCoupling,
-    Parallel,
-    ReversibleOp,
-    RevSequential,
-    RevSilo,
-    SpaceToDepth,
-    recompute,
-    set_mode,
-)
+from ..layers import MBConv
+from ..reversible import ReversibleOp, RevSequential, set_mode
 from ._revbifpn_checkpoint import checkpoint_filter_fn, pretrained_overlay, weights_cfg
+from ._revbifpn_parts import (
+    BLOCKS_PER_STAGE,
+    BODY_CHANNELS,
+    FC_FEATURES,
+    NECK_CHANNELS,
+    NUM_SCALES,
+    Head,
+    Neck,
+    make_stage,
+    make_stem,
+    run_end,
+    scaled,
+)
 
 __all__ = ["RevBiFPN", "checkpoint_filter_fn"]
-
-NUM_SCALES = 4
-BLOCKS_PER_STAGE = 2
-
-# Per scale, fine to coarse, at width 1 (tables 1 and 2 of ../shared/spec/revbifpn.md).
-_BODY_CHANNELS = (48, 64, 80, 160)
-_NECK_CHANNELS = (48, 64, 128, 320)
-_FC_FEATURES = 1280
-_EXP_RATIO = (1, 1, 2, 2)
-_SE_RATIO = (0.25, 0.25, 0.125, 0.0)
-_BASE_KERNEL = (3, 5, 5, 3)
-_EXTRA_KERNEL = (0, 0, 0, 2)
-_NECK_EXP_RATIO = (1, 2, 2, 2)
-_NECK_SE_RATIO = (0.25, 0.25, 0.125, 0.125)
-_NECK_KERNEL = 5
-
-
-def _scaled(base: int, width: float) -> int:
-    """Channels at width multiplier ``width``: rounded down to a multiple of 16."""
-    return int(width * base) // 16 * 16
-
-
-class Neck(nn.Module):
-    """One MBConv per scale from the body's channels to the neck's; recomputed in the backward pass unless stored."""
-
-    def __init__(self, in_chs: Sequence[int], out_chs: Sequence[int], mode: str, **block_args: Any) -> None:
-        super().__init__()
-        self.mode = mode
-        self.blocks = nn.ModuleList(
-            MBConv(
-                in_chs[k],
-                out_chs[k],
-                kernel_size=_NECK_KERNEL,
-                exp_ratio=_NECK_EXP_RATIO[k],
-                se_ratio=_NECK_SE_RATIO[k],
-                **block_args,
-            )
-            for k in range(len(in_chs))
-        )
-
-    def forward(self, xs: Sequence[Tensor]) -> list[Tensor]:
-        """Args: xs: one map per scale. Returns: one map per scale, channels changed."""
-        return [_run(block, self.mode, x) for block, x in zip(self.blocks, xs, strict=True)]
-
-
-class Head(nn.Module):
-    """Merges the pyramid from fine to coarse and widens it: the part of the classifier before pooling.
-
-    ``o_0 = n_0; o_{k+1} = n_{k+1} + H_k(o_k)``, then a 1x1 convolution to ``out_chs``.
-    """
-
-    def __init__(self, in_chs: Sequence[int], out_chs: int, mode: str, **block_args: Any) -> None:
-        super().__init__()
-        self.mode = mode
-        self.blocks = nn.ModuleList(
-            MBConv(
-                in_chs[k],
-                in_chs[k + 1],
-                kernel_size=_NECK_KERNEL,
-                stride=2,
-                exp_ratio=_NECK_EXP_RATIO[k],
-                se_ratio=_NECK_SE_RATIO[k],
-                **block_args,
-            )
-            for k in range(len(in_chs) - 1)
-        )
-        self.conv = nn.Conv2d(in_chs[-1], out_chs, 1, bias=False)
-        self.bn = block_args["norm_layer"](out_chs)
-        self.act = block_args["act_layer"]()
-
-    def forward(self, xs: Sequence[Tensor]) -> Tensor:
-        """Args: xs: the neck's maps. Returns: ``(N, out_chs, H, W)`` at the coarsest scale."""
-        merged = xs[0]
-        for block, x in zip(self.blocks, xs[1:], strict=True):
-            merged = x + _run(block, self.mode, merged)
-        return _run(self._widen, self.mode, merged)
-
-    def _widen(self, x: Tensor) -> Tensor:
-        return norm_act(self.conv(x), self.bn, self.act)
-
-
-def _run(module: Any, mode: str, x: Tensor) -> Any:
-    return module(x) if mode == "store" else recompute(module, x)
 
 
 class RevBiFPN(nn.Module):
@@ -172,19 +92,19 @@ class RevBiFPN(nn.Module):
             "act_layer": act_layer,
             "norm_layer": norm_layer or partial(nn.BatchNorm2d, eps=1e-3, momentum=0.1),
         }
-        channels = [_scaled(c, width) for c in _BODY_CHANNELS]
-        neck_channels = [_scaled(c, width) for c in _NECK_CHANNELS]
-        self.num_features = self.head_hidden_size = _scaled(_FC_FEATURES, width)
+        channels = [scaled(c, width) for c in BODY_CHANNELS]
+        neck_channels = [scaled(c, width) for c in NECK_CHANNELS]
+        self.num_features = self.head_hidden_size = scaled(FC_FEATURES, width)
 
-        self.stem, unfold = _make_stem(in_chans, channels[0], stem_stride)
+        self.stem, unfold = make_stem(in_chans, channels[0], stem_stride)
         stages = NUM_SCALES - 1 + extra_silos
         ops: list[ReversibleOp] = [unfold] if unfold is not None else []
         for stage in range(1, stages + 1):
             drop_path = drop_path_rate * stage / stages
-            ops += _make_stage(channels, min(stage, NUM_SCALES), min(stage + 1, NUM_SCALES), drop_path, block_args)
+            ops += make_stage(channels, min(stage, NUM_SCALES), min(stage + 1, NUM_SCALES), drop_path, block_args)
         self.body = RevSequential(ops, mode=mode, exact=exact)
         self.neck = Neck(channels, neck_channels, mode, **block_args)
-        self.head = Head(neck_channels, self.num_features, mode, **block_args)
+        self.head: nn.Module = Head(neck_channels, self.num_features, mode, **block_args)
         self.feature_info = [
             {"num_chs": chs, "reduction": stem_stride * 2**k, "module": f"neck.blocks.{k}", "stage": k}
             for k, chs in enumerate(neck_channels)
@@ -255,9 +175,9 @@ class RevBiFPN(nn.Module):
         """Replace the final linear layer; 0 classes gives pooled features, with ``global_pool=""`` unpooled ones."""
         self.num_classes = num_classes
         pool_type = self.global_pool.pool_type if global_pool is None else global_pool
-        device, dtype = self.head.conv.weight.device, self.head.conv.weight.dtype  # type: ignore[union-attr]
+        like = next(self.head.parameters())
         self.global_pool, self.classifier = create_classifier(self.num_features, num_classes, pool_type=pool_type)
-        self.classifier.to(device=device, dtype=dtype)
+        self.classifier.to(device=like.device, dtype=like.dtype)
 
     def forward_pyramid(self, x: Tensor) -> list[Tensor]:
         """The neck's four maps.
@@ -316,7 +236,7 @@ class RevBiFPN(nn.Module):
         take, _ = feature_take_indices(NUM_SCALES, indices)
         if intermediates_only:
             streams = self._forward_body(x)
-            maps = {k: _run(self.neck.blocks[k], self.neck.mode, streams[k]) for k in sorted(set(take))}
+            maps = {k: run_end(self.neck.blocks[k], self.neck.mode, streams[k]) for k in sorted(set(take))}
             return [maps[k] for k in take]
         pyramid = self.forward_pyramid(x)
         return self.head(pyramid), [pyramid[k] for k in take]
@@ -328,83 +248,18 @@ class RevBiFPN(nn.Module):
         take, _ = feature_take_indices(NUM_SCALES, indices)
         if prune_head:
             self.head = nn.Identity()
-            self.reset_classifier_to_identity()
+            self.num_classes = 0
+            self.global_pool, self.classifier = SelectAdaptivePool2d(pool_type=""), nn.Identity()
         for k in set(range(NUM_SCALES)) - set(take):
             self.neck.blocks[k] = nn.Identity()
         return take
-
-    def reset_classifier_to_identity(self) -> None:
-        """Leave out pooling and the linear layer."""
-        self.num_classes = 0
-        self.global_pool, self.classifier = SelectAdaptivePool2d(pool_type=""), nn.Identity()
-
-
-def _make_stem(in_chans: int, out_chans: int, stride: int) -> tuple[nn.Module | None, SpaceToDepth | None]:
-    """The reversible stem, or a strided convolution where the image has more channels than fit."""
-    repeated = out_chans // stride**2
-    if in_chans <= repeated and repeated * stride**2 == out_chans:
-        return None, SpaceToDepth(in_chans, stride, repeated)
-    return nn.Conv2d(in_chans, out_chans, stride, stride), None
-
-
-def _make_stage(
-    channels: Sequence[int], num_inputs: int, num_outputs: int, drop_path: float, block_args: dict[str, Any]
-) -> list[ReversibleOp]:
-    """Rounds of per-scale reversible blocks, then one RevSilo."""
-    ops: list[ReversibleOp] = []
-    for _ in range(BLOCKS_PER_STAGE):
-        couplings = []
-        for k in range(num_inputs):
-            second = channels[k] // 2
-            first = channels[k] - second
-            block = partial(
-                MBConv,
-                kernel_size=_BASE_KERNEL[k] + _EXTRA_KERNEL[k],
-                exp_ratio=_EXP_RATIO[k],
-                se_ratio=_SE_RATIO[k],
-                drop_path_rate=drop_path,
-                **block_args,
-            )
-            couplings.append(AdditiveCoupling(block(first, second), block(second, first)))
-        ops.append(Parallel(couplings))
-    down = {
-        (i, j): MBConv(
-            channels[i],
-            channels[j],
-            kernel_size=2 * 2 ** (j - i) - 1 + _EXTRA_KERNEL[i],
-            stride=2 ** (j - i),
-            exp_ratio=_EXP_RATIO[i],
-            se_ratio=_SE_RATIO[i],
-            drop_path_rate=0.0 if j == num_inputs else drop_path,  # no stochastic depth into a new scale
-            **block_args,
-        )
-        for j in range(1, num_outputs)
-        for i in range(min(j, num_inputs))
-    }
-    up = {
-        (j, i): nn.Sequential(
-            MBConv(
-                channels[j],
-                channels[i],
-                kernel_size=3 + _EXTRA_KERNEL[j],
-                exp_ratio=_EXP_RATIO[i],
-                se_ratio=_SE_RATIO[i],
-                drop_path_rate=drop_path,
-                **block_args,
-            ),
-            nn.Upsample(scale_factor=2 ** (j - i), mode="bilinear", align_corners=False),
-        )
-        for i in range(num_outputs - 1)
-        for j in range(i + 1, num_outputs)
-    }
-    ops.append(RevSilo(down, up, num_inputs))
-    return ops
 
 
 def _check_input(x: Tensor, in_chans: int, divisor: int) -> None:
     if x.dim() != 4 or x.shape[1] != in_chans:
         raise ValueError(
-            f"input of shape {tuple(x.shape)}: expected (N, {in_chans}, H, W); create the model with in_chans=C for C channels"
+            f"input of shape {tuple(x.shape)}: expected (N, {in_chans}, H, W); create the model with in_chans=C "
+            "for C channels"
         )
     height, width = x.shape[-2:]
     if height % divisor or width % divisor:
@@ -441,54 +296,54 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def revbifpn_s0(pretrained: bool = False, **kwargs: Any) -> RevBiFPN:
     """RevBiFPN-S0: 3.4 M parameters, 0.31 GMACs at 224 pixels."""
-    args = dict(width=1, extra_silos=2, drop_rate=0.25)
+    args = {"width": 1, "extra_silos": 2, "drop_rate": 0.25}
     return _create("revbifpn_s0", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def revbifpn_s1(pretrained: bool = False, **kwargs: Any) -> RevBiFPN:
     """RevBiFPN-S1: 5.1 M parameters, 0.62 GMACs at 256 pixels."""
-    args = dict(width=4 / 3, extra_silos=2, drop_rate=0.25)
+    args = {"width": 4 / 3, "extra_silos": 2, "drop_rate": 0.25}
     return _create("revbifpn_s1", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def revbifpn_s2(pretrained: bool = False, **kwargs: Any) -> RevBiFPN:
     """RevBiFPN-S2: 10.6 M parameters, 1.37 GMACs at 256 pixels."""
-    args = dict(width=2, extra_silos=2, drop_rate=0.3)
+    args = {"width": 2, "extra_silos": 2, "drop_rate": 0.3}
     return _create("revbifpn_s2", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def revbifpn_s3(pretrained: bool = False, **kwargs: Any) -> RevBiFPN:
     """RevBiFPN-S3: 19.6 M parameters, 3.3 GMACs at 288 pixels."""
-    args = dict(width=8 / 3, extra_silos=3, drop_rate=0.3, drop_path_rate=0.05)
+    args = {"width": 8 / 3, "extra_silos": 3, "drop_rate": 0.3, "drop_path_rate": 0.05}
     return _create("revbifpn_s3", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def revbifpn_s4(pretrained: bool = False, **kwargs: Any) -> RevBiFPN:
     """RevBiFPN-S4: 48.7 M parameters, 10.6 GMACs at 320 pixels."""
-    args = dict(width=4, extra_silos=4, drop_rate=0.4, drop_path_rate=0.1)
+    args = {"width": 4, "extra_silos": 4, "drop_rate": 0.4, "drop_path_rate": 0.1}
     return _create("revbifpn_s4", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def revbifpn_s5(pretrained: bool = False, **kwargs: Any) -> RevBiFPN:
     """RevBiFPN-S5: 82 M parameters, 21.8 GMACs at 352 pixels."""
-    args = dict(width=16 / 3, extra_silos=4, drop_rate=0.4, drop_path_rate=0.1)
+    args = {"width": 16 / 3, "extra_silos": 4, "drop_rate": 0.4, "drop_path_rate": 0.1}
     return _create("revbifpn_s5", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def revbifpn_s6(pretrained: bool = False, **kwargs: Any) -> RevBiFPN:
     """RevBiFPN-S6: 142 M parameters, 38.1 GMACs at 352 pixels."""
-    args = dict(width=20 / 3, extra_silos=5, drop_rate=0.6, drop_path_rate=0.3)
+    args = {"width": 20 / 3, "extra_silos": 5, "drop_rate": 0.6, "drop_path_rate": 0.3}
     return _create("revbifpn_s6", pretrained, **{**args, **kwargs})
 
 
 @register_model
-def test_revbifpn(pretrained: bool = False, **kwargs: Any) -> RevBiFPN:
+def test_revbifpn(pretrained: bool = False, **kwargs: Any) -> RevBiFPN:  # noqa: PT028 - a model, not a test
     """A tiny RevBiFPN for quick tests: a third of S0's width, no extra stage, finest scale at half resolution."""
-    args = dict(width=1 / 3, extra_silos=0, stem_stride=2)
+    args = {"width": 1 / 3, "extra_silos": 0, "stem_stride": 2}
     return _create("test_revbifpn", pretrained, **{**args, **kwargs})

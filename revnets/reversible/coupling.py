@@ -70,7 +70,9 @@ class AdditiveCoupling(ReversibleOp):
         if len(xs) == 2:
             return xs
         if len(xs) != 1:
-            raise ValueError(f"AdditiveCoupling takes one tensor, to be split along its channels, or two; got {len(xs)}")
+            raise ValueError(
+                f"AdditiveCoupling takes one tensor, to be split along its channels, or two; got {len(xs)}"
+            )
         channels = xs[0].shape[1]
         if channels < 2:
             raise ValueError(f"AdditiveCoupling splits the channels in halves: expected at least 2, got {channels}")

@@ -52,7 +52,7 @@ class _RoundToGrid(torch.autograd.Function):
         return (x + constant).sub_(constant)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 

@@ -38,11 +38,11 @@ def set_mode(model: nn.Module, mode: str) -> nn.Module:
         ValueError: for an unknown mode, or a model without such parts.
     """
     check_mode(mode)
-    parts = [m for m in model.modules() if hasattr(m, "mode") and m.mode in MODES]
+    parts = [m for m in model.modules() if vars(m).get("mode") in MODES]
     if not parts:
         raise ValueError(f"{type(model).__name__} has no reversible part, so mode={mode!r} has no meaning for it")
     for part in parts:
-        part.mode = mode  # type: ignore[assignment]
+        vars(part)["mode"] = mode
     return model
 
 
@@ -70,7 +70,7 @@ def recompute(module: Callable[..., Any], *xs: Tensor) -> Any:
     )
 
 
-class _again(AbstractContextManager[None]):  # noqa: N801 - a context manager
+class _again(AbstractContextManager[None]):
     """Replay of ``record``; may be entered more than once (``retain_graph=True``)."""
 
     def __init__(self, record: BranchRecord, owner: Any, in_stack: bool) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .errors import ReversibleError
 from .grid import check_range, max_abs
-from .op import Grads, ReversibleOp, Step, Tensors
+from .op import ReversibleOp, Step, Tensors
 from .replay import Precision, Recorder, activated, is_fake
 
 
@@ -65,7 +65,7 @@ class OpNode(torch.autograd.Function):
         return ys
 
     @staticmethod
-    def backward(ctx: Any, *grad_ys: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *grad_ys: Tensor | None) -> Any:
         if torch.is_grad_enabled():
             raise ReversibleError(
                 f"{ctx.name}: second derivatives (create_graph=True) do not exist through rebuilt activations; "

@@ -23,7 +23,6 @@ class _Active(threading.local):
     playback: "Iterator[Any] | None" = None  # ... or reads (replaying)
     in_stack: bool = False  # a RevSequential is training: its ops round, whatever their own train/eval flag
 
-
     @property
     def inside_branch(self) -> bool:
         """Whether a branch is being recorded or replayed: what happens inside is that branch's own affair."""
@@ -141,9 +140,7 @@ class Precision:
         with ExitStack() as stack:
             for device_type, enabled, dtype in self.states:
                 if enabled or torch.is_autocast_enabled(device_type):
-                    stack.enter_context(
-                        torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)
-                    )
+                    stack.enter_context(torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False))
             yield
 
 

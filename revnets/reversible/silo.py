@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from .errors import ReversibleError
@@ -104,9 +103,7 @@ class RevSilo(ReversibleOp):
         total: Tensor | None = None
         for source, branch in self._edges(direction, target):
             needs_grad = direction == "up" or step.needs_input_grad[source]
-            value, pull = self.evaluate(
-                step, (direction, source, target), branch, xs[source], needs_grad=needs_grad
-            )
+            value, pull = self.evaluate(step, (direction, source, target), branch, xs[source], needs_grad=needs_grad)
             total = value if total is None else total + value
             grads[source] = add_grads(grads[source], pull(grads[target])[0])
         return total
@@ -141,7 +138,9 @@ class RevSilo(ReversibleOp):
 
 def _check_edges(down: Mapping[Edge, nn.Module], up: Mapping[Edge, nn.Module], inputs: int, outputs: int) -> None:
     if inputs < 1 or outputs not in (inputs, inputs + 1):
-        raise ValueError(f"RevSilo maps n scales to n or n + 1: got {inputs} inputs and branches up to {outputs} scales")
+        raise ValueError(
+            f"RevSilo maps n scales to n or n + 1: got {inputs} inputs and branches up to {outputs} scales"
+        )
     for i, j in down:
         if not 0 <= i < j or i >= inputs:
             raise ValueError(f"down branch {(i, j)}: expected (i, j) with i < j and i < {inputs} (the inputs)")

@@ -44,7 +44,9 @@ class SpaceToDepth(ReversibleOp):
     def forward(self, *xs: Tensor) -> Tensors:
         (x,) = xs
         if x.shape[1] != self.in_chans:
-            raise ValueError(f"input has {x.shape[1]} channels, expected in_chans={self.in_chans}: shape {tuple(x.shape)}")
+            raise ValueError(
+                f"input has {x.shape[1]} channels, expected in_chans={self.in_chans}: shape {tuple(x.shape)}"
+            )
         indices = [c % self.in_chans for c in range(self.repeated)]
         if self.repeated != self.in_chans:
             x = x[:, indices]

@@ -1,0 +1,71 @@
+"""The ``revnets`` command."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Memory-efficient vision backbones: measure what they need.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _main() -> None:
+    """Memory-efficient vision backbones: measure what they need."""
+
+
+@app.command()
+def bench(
+    models: Annotated[list[str] | None, typer.Argument(help="NAME@SIZE:BATCH, any timm model", metavar="MODEL")] = None,
+    repeats: Annotated[int, typer.Option(help="timed steps per row; their median counts", min=1)] = 5,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    amp_dtype: Annotated[str | None, typer.Option(help="autocast to bfloat16 or float16")] = None,
+    channels_last: Annotated[bool, typer.Option(help="memory layout of weights and images")] = True,
+    exact: Annotated[bool, typer.Option(help="exact mode of reversible networks")] = True,
+    modes: Annotated[str, typer.Option(help="of these modes only, separated by commas")] = "",
+    output: Annotated[Path | None, typer.Option(help="also write the figures as JSON")] = None,
+) -> None:
+    """Step time and activation memory of networks in their memory modes, in one interleaved run."""
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    import revnets  # noqa: F401 - registers the models
+
+    from .profiling import bench as benchmark
+
+    setting = benchmark.Setting(device, channels_last, amp_dtype, exact, repeats)
+    try:
+        cases = [c for text in models or ["revbifpn_s0@224:8", "revbifpn_s1@256:8"] for c in benchmark.parse_case(text)]
+        cases = [c for c in cases if not modes or c.mode in modes.split(",")]
+        rows = benchmark.run(cases, setting, lambda work: track(work, "measuring"))
+    except (ValueError, RuntimeError) as error:
+        _fail(error)
+    table = Table(title=f"One training step ({benchmark.machine(setting)})")
+    for column in ("network", "mode", "step, s", "x store", "activations, MB/sample", "x store"):
+        table.add_column(column, justify="left" if column in ("network", "mode") else "right")
+    for row, time_ratio, memory_ratio in benchmark.ratios(rows):
+        table.add_row(
+            str(row.case),
+            row.case.mode,
+            f"{row.seconds:.3f}",
+            f"{time_ratio:.2f}",
+            f"{row.bytes_per_sample / 1e6:.2f}",
+            f"{memory_ratio:.3f}",
+        )
+    Console(width=140).print(table)
+    if output is not None:
+        benchmark.save(rows, setting, output)
+
+
+def _fail(error: Exception) -> Any:
+    typer.echo(f"revnets: {error}", err=True)
+    raise typer.Exit(2)
+
+
+if __name__ == "__main__":
+    app()
