@@ -126,7 +126,7 @@ def _set_mode(model: Any, mode: str) -> None:
         model.set_grad_checkpointing(mode == "checkpoint")
 
 
-class _autocast(nn.Module):  # noqa: N801 - a wrapper, not a layer
+class _autocast(nn.Module):
     def __init__(self, model: nn.Module, setting: Setting) -> None:
         super().__init__()
         self.model, self.setting = model, setting
