@@ -32,7 +32,7 @@ def norm_act(x: Tensor, norm: nn.Module, act: nn.Module | None = None) -> Tensor
     if not _is_plain(norm, act) or kind is None or not norm.training or torch.compiler.is_compiling():
         x = norm(x)
         return x if act is None else act(x)
-    mean, var = once(lambda: _update_statistics(x, norm))
+    mean, var = once(lambda: _update_statistics(x, norm), owner=norm)
     return _NormAct.apply(x, norm.weight, norm.bias, mean, var, norm.eps, kind)
 
 

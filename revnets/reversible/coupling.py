@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .op import Grads, ReversibleOp, Step, Tensors, add_grads
+from .op import Grads, ReversibleOp, Step, Tensors
 
 
 class AdditiveCoupling(ReversibleOp):
@@ -47,24 +47,22 @@ class AdditiveCoupling(ReversibleOp):
         return _joined((x1, x2), len(ys))
 
     def rewind(self, step: Step, ys: Tensors, grad_ys: Grads) -> tuple[Tensors, Grads]:
-        count = len(ys)
-        y1, y2 = self._halves(ys)
-        (grad_1, grad_2) = grad_ys if count == 2 else (None, None)
-        if count == 1 and grad_ys[0] is not None:
-            grad_1, grad_2 = grad_ys[0].split((y1.shape[1], y2.shape[1]), dim=1)
+        xs, grads = step.own(ys), step.own(grad_ys)
+        x1, x2 = self._halves(tuple(xs))  # views of xs: what is written into them is the result
+        if len(xs) == 1 and grads[0] is None:
+            grads = [torch.zeros_like(xs[0])]
+        grad_1, grad_2 = self._halves(tuple(grads)) if len(grads) == 1 else grads
 
-        value, pull = self.evaluate(step, "g", self.g, y2)
-        x1 = y1 - self.quantize(value, y1)
-        del value, y1
-        grad_2 = add_grads(grad_2, pull(grad_1)[0])
+        value, pull = self.evaluate(step, "g", self.g, x2)
+        x1.sub_(self.quantize(value, x1))
+        del value
+        grad_2 = step.add(grad_2, pull(grad_1)[0])
 
         value, pull = self.evaluate(step, "f", self.f, x1, needs_grad=step.needs_input_grad[0])
-        x2 = y2 - self.quantize(value, y2)
-        del value, y2
-        grad_1 = add_grads(grad_1, pull(grad_2)[0])
-        if count == 2:
-            return (x1, x2), (grad_1, grad_2)
-        return (torch.cat((x1, x2), dim=1),), (_joined_grads(grad_1, grad_2, x1, x2),)
+        x2.sub_(self.quantize(value, x2))
+        del value
+        grad_1 = step.add(grad_1, pull(_dense(grad_2))[0])
+        return tuple(xs), tuple(grads) if len(xs) == 1 else (grad_1, grad_2)
 
     def _halves(self, xs: Tensors) -> tuple[Tensor, Tensor]:
         if len(xs) == 2:
@@ -84,9 +82,6 @@ def _joined(pair: tuple[Tensor, Tensor], count: int) -> Tensors:
     return pair if count == 2 else (torch.cat(pair, dim=1),)
 
 
-def _joined_grads(grad_1: Tensor | None, grad_2: Tensor | None, x1: Tensor, x2: Tensor) -> Tensor | None:
-    if grad_1 is None and grad_2 is None:
-        return None
-    first = torch.zeros_like(x1) if grad_1 is None else grad_1
-    second = torch.zeros_like(x2) if grad_2 is None else grad_2
-    return torch.cat((first, second), dim=1)
+def _dense(grad: Tensor | None) -> Tensor | None:
+    """In memory of its own, as the sum of two gradients is in autograd: kernels may round differently on strided input."""
+    return grad if grad is None or torch.ops.aten.is_non_overlapping_and_dense(grad) else grad.clone()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .replay import BranchRecord, activated, active, recording, replaying
+from .replay import BranchRecord, activated, active, recording, replaying, tree
 
 MODES = ("reversible", "checkpoint", "store")
 """``reversible``: activations are rebuilt from outputs. ``checkpoint``: torch's own, the input of every op is kept.
@@ -78,7 +78,7 @@ class _again(AbstractContextManager[None]):
         self.entered: list[tuple[AbstractContextManager[None], AbstractContextManager[None]]] = []
 
     def __enter__(self) -> None:
-        pair = (activated(in_stack=self.in_stack), replaying(self.record, self.owner))
+        pair = (activated(in_stack=self.in_stack), replaying(self.record, tree(self.owner)))
         for context in pair:
             context.__enter__()
         self.entered.append(pair)

@@ -7,12 +7,15 @@ from torch import Tensor
 
 from .errors import ReversibleError
 from .grid import check_range, max_abs
-from .op import ReversibleOp, Step, Tensors
+from .op import Grads, ReversibleOp, Step, Tensors
 from .replay import Precision, Recorder, activated, is_fake
 
 
 class Tape:
     """What the nodes of one forward call share: in the backward pass, the newest rebuilt activation and no other.
+
+    Between two nodes nobody else can see an activation or its gradient, so both travel on the tape, where the next
+    node may take them over and work in place; along the autograd edge goes a stand-in without memory.
 
     Args:
         length: number of nodes.
@@ -22,26 +25,33 @@ class Tape:
     def __init__(self, length: int, device_types: tuple[str, ...]) -> None:
         self.length = length
         self.precision = Precision(*device_types)
-        self._owner = -1
-        self._values: Tensors = ()
+        self._content: tuple[int, Tensors, Grads, bool] | None = None
 
-    def put(self, owner: int, values: Tensors) -> None:
-        """Leave the outputs of node ``owner``, rebuilt by the node after it."""
-        self._owner, self._values = owner, values
+    def put(self, owner: int, values: Tensors, grads: Grads, exclusive: bool) -> None:
+        """Leave what the node after ``owner`` rebuilt: the outputs of ``owner`` and their gradients.
 
-    def take(self, owner: int, name: str) -> Tensors:
-        """Outputs of node ``owner``; the tape keeps no reference.
+        Args:
+            owner: index of the node that they are for.
+            values: its outputs.
+            grads: their gradients.
+            exclusive: whether the next node may change them in place.
+        """
+        self._content = (owner, values, grads, exclusive)
+
+    def take(self, owner: int, name: str) -> tuple[Tensors, Grads, bool]:
+        """What was left for node ``owner``; the tape keeps no reference.
 
         Raises:
-            ReversibleError: when they were consumed already.
+            ReversibleError: when it was consumed already.
         """
-        if self._owner != owner:
+        if self._content is None or self._content[0] != owner:
             raise ReversibleError(
                 f"{name}: backward pass through a consumed tape: its activations were rebuilt and used once already; "
                 'run the forward pass again, or use set_mode("store")'
             )
-        values, self._owner, self._values = self._values, -1, ()
-        return values
+        _, values, grads, exclusive = self._content
+        self._content = None
+        return values, grads, exclusive
 
 
 class OpNode(torch.autograd.Function):
@@ -73,19 +83,27 @@ class OpNode(torch.autograd.Function):
             )
         _check_versions(ctx)
         op, tape = ctx.op, ctx.tape
-        ys = _outputs(ctx)
-        step = Step(ctx.records, ctx.parameters, ctx.needs_input_grad[5 : 5 + ctx.num_inputs])
-        with tape.precision.entered(), activated(in_stack=True, runner=None, kept=None, playback=None):
+        exclusive = False
+        if ctx.index < tape.length - 1:
+            ys, grad_ys, exclusive = tape.take(ctx.index, ctx.name)
+        else:
+            ys = _saved_outputs(ctx)
+        needs_input_grad = ctx.needs_input_grad[5 : 5 + ctx.num_inputs]
+        step = Step(ctx.records, ctx.parameters, needs_input_grad, exclusive)
+        with tape.precision.entered(), activated(in_stack=True, runner=None, record=None, playback=None):
             xs, grad_xs = op.rewind(step, ys, grad_ys)
-        del ys
         if ctx.index > 0:
-            tape.put(ctx.index - 1, xs)
+            tape.put(ctx.index - 1, xs, grad_xs, step.shared["exclusive"])
+            grad_xs = tuple(_stand_in(x) if needed else None for x, needed in zip(xs, needs_input_grad, strict=True))
         return (None, None, None, None, None, *grad_xs, *step.parameter_grads())
 
 
-def _outputs(ctx: Any) -> Tensors:
-    if ctx.index < ctx.tape.length - 1:
-        return ctx.tape.take(ctx.index, ctx.name)
+def _stand_in(x: Tensor) -> Tensor:
+    """Of the shape that autograd expects of a gradient of ``x``, in the memory of one number."""
+    return x.new_zeros(()).expand(x.shape)
+
+
+def _saved_outputs(ctx: Any) -> Tensors:
     try:
         return ctx.saved_tensors
     except RuntimeError as error:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .grid import resolve_grid_bits, round_to_grid
-from .replay import BranchRecord, FrozenRunner, Replayer, activated, active, replaying
+from .replay import BranchRecord, FrozenRunner, Replayer, activated, active, replaying, tree
 
 Tensors = tuple[Tensor, ...]
 Grads = tuple[Tensor | None, ...]
@@ -53,8 +53,10 @@ class ReversibleOp(nn.Module):
 
         Gradients of ``ys`` may be None (output not used); gradients of inputs too (nothing to pass on). Overriding ops
         visit their branches in the reverse order of ``forward``: then gradients add up in autograd's own order and
-        equal those of stored activations to the bit.
+        equal those of stored activations to the bit. They may change tensors in place that they took with
+        ``step.own`` and ``step.add``, and must return tensors that share no memory with each other.
         """
+        step.shared["exclusive"] = False  # an inverse may return views: the next op must not write into them
         with torch.no_grad(), activated(runner=Replayer(step.records)):
             xs = self.inverse(*ys)
         inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in xs]
@@ -105,6 +107,7 @@ class Step:
         records: what the forward pass noted about each branch.
         parameters: those that need a gradient, in the order in which the node takes them.
         needs_input_grad: for each input of the op, whether anyone asks for its gradient.
+        owned: the outputs and gradients that ``rewind`` gets are seen by nobody else, so they may be changed in place.
     """
 
     def __init__(
@@ -112,10 +115,13 @@ class Step:
         records: dict[Hashable, BranchRecord],
         parameters: Sequence[Tensor],
         needs_input_grad: tuple[bool, ...],
+        owned: bool = False,
     ) -> None:
         self.records = records
         self.parameters = parameters
         self.needs_input_grad = needs_input_grad
+        self.owned = owned
+        self.shared = {"exclusive": True}
         self._wanted = {id(p) for p in parameters}
         self._grads: dict[int, Tensor] = {}
 
@@ -124,6 +130,16 @@ class Step:
         inner = copy.copy(self)
         inner.needs_input_grad = (self.needs_input_grad[index],)
         return inner
+
+    def own(self, values: Sequence[Any]) -> list[Any]:
+        """The tensors (or Nones) themselves if they may be changed in place, else copies."""
+        return [v if v is None or self.owned else v.clone() for v in values]
+
+    def add(self, total: Tensor | None, grad: Tensor | None) -> Tensor | None:
+        """Sum of two gradients of which either may be missing; in place on ``total``, which must be owned."""
+        if grad is None:
+            return total
+        return grad.clone() if total is None else total.add_(grad)
 
     def parameter_grads(self) -> Grads:
         """The gradients gathered so far; None where a parameter took no part."""
@@ -144,10 +160,12 @@ class Step:
             its value, without graph, and a function that takes the value's gradient to the gradients of ``xs``
             (parameter gradients are gathered here) and frees the graph.
         """
-        inputs = [x.detach().requires_grad_(needs_grad) for x in xs]
-        with torch.enable_grad(), _without_hooks(module), replaying(self.records[key], module):
+        # .data has a version counter of its own: one half of a tensor may be written while the other is in use
+        inputs = [x.data.requires_grad_(needs_grad) for x in xs]
+        modules = tree(module)
+        with torch.enable_grad(), _without_hooks(modules), replaying(self.records[key], modules):
             value = module(*inputs)
-            graph: list[tuple[Tensor, Any]] = [(value, _parameters_in_use(module, self._wanted))]
+            graph: list[tuple[Tensor, Any]] = [(value, _parameters_in_use(modules, self._wanted))]
 
         def pull(grad: Tensor | None) -> Grads:
             output, in_use = graph.pop()
@@ -157,7 +175,7 @@ class Step:
 
     def pull(self, outputs: Sequence[Tensor], grads: Grads, inputs: Sequence[Tensor], module: nn.Module) -> Grads:
         """Gradients of ``inputs`` through a graph already built; parameter gradients are gathered."""
-        return self._pull(outputs, grads, inputs, *_parameters_in_use(module, self._wanted))
+        return self._pull(outputs, grads, inputs, *_parameters_in_use(tree(module), self._wanted))
 
     def _pull(
         self,
@@ -182,32 +200,24 @@ class Step:
         return tuple(next(by_input) if x.requires_grad else None for x in inputs)
 
 
-def add_grads(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    """Sum of two gradients of which either may be missing."""
-    if first is None or second is None:
-        return second if first is None else first
-    return first + second
+def _slots(modules: list[nn.Module]) -> list[tuple[dict[str, Any], str, Tensor]]:
+    return [(m._parameters, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
 
 
-def _slots(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
-    return [(m._parameters, name, p) for m in module.modules() for name, p in m._parameters.items() if p is not None]
-
-
-def _parameters_in_use(module: nn.Module, wanted: set[int]) -> tuple[list[int], list[Tensor]]:
+def _parameters_in_use(modules: list[nn.Module], wanted: set[int]) -> tuple[list[int], list[Tensor]]:
     """Owners (identities of the true parameters) and the tensors that stand for them in the graph being built."""
-    owners, tensors = [], []
-    for _, _, p in _slots(module):
-        owner = getattr(p, "_stands_for", p)
-        if id(owner) in wanted and id(owner) not in owners:
-            owners.append(id(owner))
-            tensors.append(p)
-    return owners, tensors
+    in_use: dict[int, Tensor] = {}
+    for _, _, p in _slots(modules):
+        owner = id(getattr(p, "_stands_for", p))
+        if owner in wanted:
+            in_use.setdefault(owner, p)
+    return list(in_use), list(in_use.values())
 
 
 @contextmanager
-def _without_hooks(module: nn.Module) -> Any:
+def _without_hooks(modules: list[nn.Module]) -> Any:
     """Let aliases stand in for parameters with hooks, which must fire once per step, on the whole gradient."""
-    hooked = [(slots, name, p) for slots, name, p in _slots(module) if p._backward_hooks]
+    hooked = [(slots, name, p) for slots, name, p in _slots(modules) if p._backward_hooks]
     aliases: dict[int, nn.Parameter] = {}
     for slots, name, p in hooked:
         if id(p) not in aliases:

@@ -19,14 +19,14 @@ class _Active(threading.local):
     """What is going on in this thread (the backward pass of an accelerator runs in a thread of its own)."""
 
     runner: "Runner | None" = None
-    kept: "list[Any] | None" = None  # where `once` appends (recording) ...
+    record: "BranchRecord | None" = None  # where `once` appends (recording) ...
     playback: "Iterator[Any] | None" = None  # ... or reads (replaying)
     in_stack: bool = False  # a RevSequential is training: its ops round, whatever their own train/eval flag
 
     @property
     def inside_branch(self) -> bool:
         """Whether a branch is being recorded or replayed: what happens inside is that branch's own affair."""
-        return self.kept is not None or self.playback is not None
+        return self.record is not None or self.playback is not None
 
 
 active = _Active()
@@ -53,7 +53,7 @@ def activated(**changes: Any) -> Iterator[None]:
             setattr(active, name, value)
 
 
-def once(compute: Callable[[], Any]) -> Any:
+def once(compute: Callable[[], Any], owner: nn.Module | None = None) -> Any:
     """Compute a small value in the forward pass and reuse it when the branch is recomputed.
 
     For layers with statistics: batch means and variances are computed (and running ones updated) exactly once per
@@ -61,6 +61,7 @@ def once(compute: Callable[[], Any]) -> Any:
 
     Args:
         compute: returns tensors without gradient, small against activations.
+        owner: the norm whose running statistics ``compute`` moves, if any: the engine then need not protect them.
 
     Example:
         >>> once(lambda: torch.ones(2))
@@ -69,8 +70,10 @@ def once(compute: Callable[[], Any]) -> Any:
     if active.playback is not None:
         return next(active.playback)
     value = compute()
-    if active.kept is not None:
-        active.kept.append(value)
+    if active.record is not None:
+        active.record.kept.append(value)
+        if owner is not None:
+            active.record.owners.add(id(owner))
     return value
 
 
@@ -158,12 +161,29 @@ def autocast_cache_off() -> Iterator[None]:
 # --- statistics ------------------------------------------------------------------------------------------------------
 
 
+def tree(module: Any) -> list[nn.Module]:
+    """The module and all modules in it; quicker than ``module.modules()``, and empty for a plain function."""
+    found: dict[int, nn.Module] = {}
+    stack = [module] if isinstance(module, nn.Module) else []
+    while stack:
+        current = stack.pop()
+        if current is not None and id(current) not in found:
+            found[id(current)] = current
+            stack.extend(current._modules.values())
+    return list(found.values())
+
+
 @contextmanager
-def frozen_statistics(module: Any) -> Iterator[None]:
-    """Stop running statistics (BatchNorm, SyncBatchNorm, InstanceNorm) from being updated a second time."""
-    norms: list[nn.Module] = []
-    if isinstance(module, nn.Module):
-        norms = [m for m in module.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+def frozen_statistics(modules: list[nn.Module], owners: set[int] | frozenset[int] = frozenset()) -> Iterator[None]:
+    """Stop running statistics (BatchNorm, SyncBatchNorm, InstanceNorm) from being updated a second time.
+
+    Args:
+        modules: where to look, see ``tree``.
+        owners: identities of norms that see to it themselves, through ``once``.
+    """
+    norms = [
+        m for m in modules if isinstance(m, _NormBase) and m.training and m.track_running_stats and id(m) not in owners
+    ]
     buffers = [norm._buffers for norm in norms]
     for norm in norms:  # scratch copies take the update; they are small, one value per channel
         norm._buffers = {name: b if b is None else b.clone() for name, b in norm._buffers.items()}
@@ -182,6 +202,7 @@ class BranchRecord:
     """What one branch call needs to be repeated to the bit: a few small tensors, no activation."""
 
     kept: list[Any] = field(default_factory=list)
+    owners: set[int] = field(default_factory=set)
     rng: _RngState | None = None
 
 
@@ -190,7 +211,7 @@ def recording(record: BranchRecord, *xs: Tensor) -> Iterator[None]:
     """Note in ``record`` what the code inside consumes. Costs microseconds; free of memory where nothing is random."""
     devices = _devices(xs)
     before = _rng_state(devices)
-    with activated(runner=None, kept=record.kept, playback=None):
+    with activated(runner=None, record=record, playback=None):
         yield
     after = _rng_state(devices)
     if any(not torch.equal(before[d], after[d]) for d in before):
@@ -198,12 +219,12 @@ def recording(record: BranchRecord, *xs: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def replaying(record: BranchRecord, module: Any) -> Iterator[None]:
+def replaying(record: BranchRecord, modules: list[nn.Module]) -> Iterator[None]:
     """Run the code inside with the randomness and the ``once`` values of ``record``, statistics untouched."""
     with (
         _rng_replayed(record.rng),
-        frozen_statistics(module),
-        activated(runner=None, kept=None, playback=iter(record.kept)),
+        frozen_statistics(modules, record.owners),
+        activated(runner=None, record=None, playback=iter(record.kept)),
     ):
         yield
 
@@ -227,7 +248,7 @@ class Replayer(Runner):
         self.records = records
 
     def run(self, key: Hashable, module: Callable[..., Tensor], *xs: Tensor) -> Tensor:
-        with replaying(self.records[key], module):
+        with replaying(self.records[key], tree(module)):
             return module(*xs)
 
 
@@ -235,5 +256,5 @@ class FrozenRunner(Runner):
     """Runs branches without touching running statistics: for ``inverse`` outside a backward pass."""
 
     def run(self, key: Hashable, module: Callable[..., Tensor], *xs: Tensor) -> Tensor:
-        with frozen_statistics(module):
+        with frozen_statistics(tree(module)):
             return module(*xs)

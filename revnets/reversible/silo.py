@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from .errors import ReversibleError
-from .op import Grads, ReversibleOp, Step, Tensors, add_grads
+from .op import Grads, ReversibleOp, Step, Tensors
 
 Edge = tuple[int, int]
 
@@ -87,13 +87,13 @@ class RevSilo(ReversibleOp):
         return tuple(xs[: self.num_inputs])
 
     def rewind(self, step: Step, ys: Tensors, grad_ys: Grads) -> tuple[Tensors, Grads]:
-        xs, grads = list(ys), list(grad_ys)
+        xs, grads = step.own(ys), step.own(grad_ys)
         for i in reversed(range(self.num_outputs - 1)):
-            xs[i] = self._minus(xs[i], self._rewind_sum(step, "up", i, xs, grads))
+            self._subtract(xs[i], self._rewind_sum(step, "up", i, xs, grads))
         for j in range(1, self.num_outputs):
             total = self._rewind_sum(step, "down", j, xs, grads)
             if j < self.num_inputs:
-                xs[j] = self._minus(xs[j], total)
+                self._subtract(xs[j], total)
         return tuple(xs[: self.num_inputs]), tuple(grads[: self.num_inputs])
 
     def _rewind_sum(
@@ -105,7 +105,7 @@ class RevSilo(ReversibleOp):
             needs_grad = direction == "up" or step.needs_input_grad[source]
             value, pull = self.evaluate(step, (direction, source, target), branch, xs[source], needs_grad=needs_grad)
             total = value if total is None else total + value
-            grads[source] = add_grads(grads[source], pull(grads[target])[0])
+            grads[source] = step.add(grads[source], pull(grads[target])[0])
         return total
 
     def _edges(self, direction: str, target: int) -> list[tuple[int, nn.Module]]:
@@ -131,6 +131,10 @@ class RevSilo(ReversibleOp):
 
     def _minus(self, y: Tensor, total: Tensor | None) -> Tensor:
         return y if total is None else y - self.quantize(total, y)
+
+    def _subtract(self, y: Tensor, total: Tensor | None) -> None:
+        if total is not None:
+            y.sub_(self.quantize(total, y))
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, [f"{self.num_inputs} -> {self.num_outputs} scales", super().extra_repr()]))
