@@ -6,6 +6,7 @@ from timm.layers import DropPath, SEModule
 from torch import Tensor, nn
 
 from .norm_act import norm_act
+from .squeeze_excite import norm_act_se
 
 
 class MBConv(nn.Module):
@@ -55,7 +56,7 @@ class MBConv(nn.Module):
         )
         self.bn2 = norm_layer(mid_chs)
         self.act = act_layer()
-        self.se: nn.Module | None = None
+        self.se: SEModule | None = None
         if se_ratio > 0:
             self.se = SEModule(
                 mid_chs, rd_channels=max(1, int(in_chs * se_ratio)), act_layer=act_layer, gate_layer=nn.Hardsigmoid
@@ -68,7 +69,6 @@ class MBConv(nn.Module):
         """Args: x: ``(N, in_chs, H, W)``. Returns: ``(N, out_chs, H / stride, W / stride)``."""
         if self.conv_pw is not None and self.bn1 is not None:
             x = norm_act(self.conv_pw(x), self.bn1, self.act)
-        x = norm_act(self.conv_dw(x), self.bn2, self.act)
-        if self.se is not None:
-            x = self.se(x)
+        x = self.conv_dw(x)
+        x = norm_act(x, self.bn2, self.act) if self.se is None else norm_act_se(x, self.bn2, self.act, self.se)
         return self.drop_path(norm_act(self.conv_pwl(x), self.bn3))

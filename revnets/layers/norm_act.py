@@ -28,18 +28,20 @@ def norm_act(x: Tensor, norm: nn.Module, act: nn.Module | None = None) -> Tensor
         >>> norm_act(torch.ones(2, 4, 3, 3), nn.BatchNorm2d(4), nn.Hardswish()).shape
         torch.Size([2, 4, 3, 3])
     """
-    kind = _ACTIVATIONS.get(type(act))
-    if not _is_plain(norm, act) or kind is None or not norm.training or torch.compiler.is_compiling():
+    if not is_lean(norm, act):
         x = norm(x)
         return x if act is None else act(x)
-    mean, var = once(lambda: _update_statistics(x, norm), owner=norm)
-    return _NormAct.apply(x, norm.weight, norm.bias, mean, var, norm.eps, kind)
+    mean, var = once(lambda: update_statistics(x, norm), owner=norm)
+    return _NormAct.apply(x, norm.weight, norm.bias, mean, var, norm.eps, ACTIVATIONS[type(act)])
 
 
-def _is_plain(norm: nn.Module, act: nn.Module | None) -> bool:
-    """Whether calling the modules would do nothing but their formula: no hooks, usual batch norm."""
+def is_lean(norm: nn.Module, act: nn.Module | None) -> bool:
+    """Whether the lean path is the same as calling the modules: usual batch norm in training, known act, no hooks."""
     return (
-        type(norm) is nn.BatchNorm2d
+        norm.training
+        and type(act) in ACTIVATIONS
+        and not torch.compiler.is_compiling()
+        and type(norm) is nn.BatchNorm2d
         and norm.track_running_stats
         and norm.momentum is not None
         and norm.affine
@@ -49,7 +51,7 @@ def _is_plain(norm: nn.Module, act: nn.Module | None) -> bool:
 
 
 @torch.no_grad()
-def _update_statistics(x: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+def update_statistics(x: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of the batch ``(C,)``; the running ones move once."""
     if x.numel() == x.shape[1]:
         raise ValueError(
@@ -77,7 +79,7 @@ def _relu_grad(grad: Tensor, x: Tensor) -> Tensor:
 
 
 # activation module -> (in-place activation, its gradient from the gradient and the activation's input)
-_ACTIVATIONS: dict[type, tuple[Any, Any]] = {
+ACTIVATIONS: dict[type, tuple[Any, Any]] = {
     type(None): (_identity, None),
     nn.Hardswish: (lambda x: F.hardswish(x, inplace=True), _hardswish_grad),
     nn.SiLU: (lambda x: F.silu(x, inplace=True), _silu_grad),
@@ -105,7 +107,13 @@ class _NormAct(torch.autograd.Function):
         activation_grad = ctx.kind[1]
         if activation_grad is not None:
             grad = activation_grad(grad, F.batch_norm(x, mean, var, weight, bias, False, 0.0, ctx.eps))
-        grads = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, None, None, mean, (var + ctx.eps).rsqrt_(), True, ctx.eps, list(ctx.needs_input_grad[:3])
-        )
-        return *grads, None, None, None, None
+        return *batch_norm_grad(grad, x, weight, mean, var, ctx.eps, ctx.needs_input_grad), None, None, None, None
+
+
+def batch_norm_grad(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float, needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of input, weight and bias of a batch norm in training."""
+    return torch.ops.aten.native_batch_norm_backward(
+        grad, x, weight, None, None, mean, (var + eps).rsqrt_(), True, eps, list(needed[:3])
+    )

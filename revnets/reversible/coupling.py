@@ -47,11 +47,11 @@ class AdditiveCoupling(ReversibleOp):
         return _joined((x1, x2), len(ys))
 
     def rewind(self, step: Step, ys: Tensors, grad_ys: Grads) -> tuple[Tensors, Grads]:
-        xs, grads = step.own(ys), step.own(grad_ys)
-        x1, x2 = self._halves(tuple(xs))  # views of xs: what is written into them is the result
+        xs, grads = ys, grad_ys  # changed in place
         if len(xs) == 1 and grads[0] is None:
-            grads = [torch.zeros_like(xs[0])]
-        grad_1, grad_2 = self._halves(tuple(grads)) if len(grads) == 1 else grads
+            grads = (torch.zeros_like(xs[0]),)
+        x1, x2 = self._halves(xs)
+        grad_1, grad_2 = self._halves(grads) if len(grads) == 1 else grads  # type: ignore[arg-type]
 
         value, pull = self.evaluate(step, "g", self.g, x2)
         x1.sub_(self.quantize(value, x1))
@@ -62,7 +62,7 @@ class AdditiveCoupling(ReversibleOp):
         x2.sub_(self.quantize(value, x2))
         del value
         grad_1 = step.add(grad_1, pull(_dense(grad_2))[0])
-        return tuple(xs), tuple(grads) if len(xs) == 1 else (grad_1, grad_2)
+        return xs, grads if len(xs) == 1 else (grad_1, grad_2)
 
     def _halves(self, xs: Tensors) -> tuple[Tensor, Tensor]:
         if len(xs) == 2:
@@ -83,5 +83,5 @@ def _joined(pair: tuple[Tensor, Tensor], count: int) -> Tensors:
 
 
 def _dense(grad: Tensor | None) -> Tensor | None:
-    """In memory of its own, as the sum of two gradients is in autograd: kernels may round differently on strided input."""
+    """Without gaps in memory, as autograd's sum of two gradients: kernels may round differently on strided input."""
     return grad if grad is None or torch.ops.aten.is_non_overlapping_and_dense(grad) else grad.clone()

@@ -38,8 +38,8 @@ class Tape:
         """
         self._content = (owner, values, grads, exclusive)
 
-    def take(self, owner: int, name: str) -> tuple[Tensors, Grads, bool]:
-        """What was left for node ``owner``; the tape keeps no reference.
+    def take(self, owner: int, name: str) -> tuple[Tensors, Grads]:
+        """What was left for node ``owner``, to be changed in place; the tape keeps no reference.
 
         Raises:
             ReversibleError: when it was consumed already.
@@ -51,7 +51,39 @@ class Tape:
             )
         _, values, grads, exclusive = self._content
         self._content = None
-        return values, grads, exclusive
+        if exclusive:
+            return values, grads
+        # one by one: each original is freed, if nobody else holds it, before the next is copied
+        left: list[Any] = [*values, *grads]
+        count = len(values)
+        del values, grads
+        for index, tensor in enumerate(left):
+            left[index] = None if tensor is None else tensor.clone()
+            del tensor
+        return tuple(left[:count]), tuple(left[count:])
+
+
+class Handover(torch.autograd.Function):
+    """The end of a chain: keeps its outputs, the only activations kept, and puts them on the tape in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, tape: Tape, name: str, *ys: Tensor) -> Tensors:
+        ctx.tape, ctx.name = tape, name
+        outputs = tuple(y.data for y in ys)
+        ctx.save_for_backward(*outputs)
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise ReversibleError(
+                f"{ctx.name}: second derivatives (create_graph=True) do not exist through rebuilt activations; "
+                'use set_mode("store")'
+            )
+        ys = _saved_outputs(ctx)
+        ctx.tape.put(ctx.tape.length - 1, ys, grads, exclusive=False)
+        return (None, None, *(_stand_in(y) for y in ys))
 
 
 class OpNode(torch.autograd.Function):
@@ -69,27 +101,15 @@ class OpNode(torch.autograd.Function):
         ctx.records = recorder.records
         ctx.parameters = parameters
         ctx.versions = [p._version for p in parameters]
-        ctx.set_materialize_grads(False)
-        if index == tape.length - 1:
-            ctx.save_for_backward(*ys)
         return ys
 
     @staticmethod
-    def backward(ctx: Any, *grad_ys: Tensor | None) -> Any:
-        if torch.is_grad_enabled():
-            raise ReversibleError(
-                f"{ctx.name}: second derivatives (create_graph=True) do not exist through rebuilt activations; "
-                'use set_mode("store")'
-            )
+    def backward(ctx: Any, *_: Tensor) -> Any:
         _check_versions(ctx)
         op, tape = ctx.op, ctx.tape
-        exclusive = False
-        if ctx.index < tape.length - 1:
-            ys, grad_ys, exclusive = tape.take(ctx.index, ctx.name)
-        else:
-            ys = _saved_outputs(ctx)
+        ys, grad_ys = tape.take(ctx.index, ctx.name)
         needs_input_grad = ctx.needs_input_grad[5 : 5 + ctx.num_inputs]
-        step = Step(ctx.records, ctx.parameters, needs_input_grad, exclusive)
+        step = Step(ctx.records, ctx.parameters, needs_input_grad)
         with tape.precision.entered(), activated(in_stack=True, runner=None, record=None, playback=None):
             xs, grad_xs = op.rewind(step, ys, grad_ys)
         if ctx.index > 0:

@@ -53,10 +53,10 @@ class ReversibleOp(nn.Module):
 
         Gradients of ``ys`` may be None (output not used); gradients of inputs too (nothing to pass on). Overriding ops
         visit their branches in the reverse order of ``forward``: then gradients add up in autograd's own order and
-        equal those of stored activations to the bit. They may change tensors in place that they took with
-        ``step.own`` and ``step.add``, and must return tensors that share no memory with each other.
+        equal those of stored activations to the bit. They own ``ys`` and ``grad_ys`` and may change them in place; what
+        they return must share no memory.
         """
-        step.shared["exclusive"] = False  # an inverse may return views: the next op must not write into them
+        step.shared["exclusive"] = False  # an inverse may return views: the next op gets copies
         with torch.no_grad(), activated(runner=Replayer(step.records)):
             xs = self.inverse(*ys)
         inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in xs]
@@ -107,7 +107,6 @@ class Step:
         records: what the forward pass noted about each branch.
         parameters: those that need a gradient, in the order in which the node takes them.
         needs_input_grad: for each input of the op, whether anyone asks for its gradient.
-        owned: the outputs and gradients that ``rewind`` gets are seen by nobody else, so they may be changed in place.
     """
 
     def __init__(
@@ -115,12 +114,10 @@ class Step:
         records: dict[Hashable, BranchRecord],
         parameters: Sequence[Tensor],
         needs_input_grad: tuple[bool, ...],
-        owned: bool = False,
     ) -> None:
         self.records = records
         self.parameters = parameters
         self.needs_input_grad = needs_input_grad
-        self.owned = owned
         self.shared = {"exclusive": True}
         self._wanted = {id(p) for p in parameters}
         self._grads: dict[int, Tensor] = {}
@@ -131,12 +128,8 @@ class Step:
         inner.needs_input_grad = (self.needs_input_grad[index],)
         return inner
 
-    def own(self, values: Sequence[Any]) -> list[Any]:
-        """The tensors (or Nones) themselves if they may be changed in place, else copies."""
-        return [v if v is None or self.owned else v.clone() for v in values]
-
     def add(self, total: Tensor | None, grad: Tensor | None) -> Tensor | None:
-        """Sum of two gradients of which either may be missing; in place on ``total``, which must be owned."""
+        """Sum of two gradients of which either may be missing; in place on ``total``."""
         if grad is None:
             return total
         return grad.clone() if total is None else total.add_(grad)

@@ -164,7 +164,7 @@ def autocast_cache_off() -> Iterator[None]:
 def tree(module: Any) -> list[nn.Module]:
     """The module and all modules in it; quicker than ``module.modules()``, and empty for a plain function."""
     found: dict[int, nn.Module] = {}
-    stack = [module] if isinstance(module, nn.Module) else []
+    stack: list[nn.Module | None] = [module] if isinstance(module, nn.Module) else []
     while stack:
         current = stack.pop()
         if current is not None and id(current) not in found:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .grid import resolve_grid_bits, round_to_grid
 from .mode import check_mode, recompute
-from .node import OpNode, RangeGuard, Tape
+from .node import Handover, OpNode, RangeGuard, Tape
 from .op import ReversibleOp, Tensors
 from .replay import activated, active, autocast_cache_off
 
@@ -101,6 +101,9 @@ class RevSequential(nn.Module):
             xs = OpNode.apply(op, f"op {name} ({type(op).__name__})", tape, index, len(xs), *xs, *parameters)
             if guard is not None:
                 guard.watch(f"op {name} ({type(op).__name__})", xs)
+        if named_ops:
+            name, op = named_ops[-1]
+            xs = Handover.apply(tape, f"op {name} ({type(op).__name__})", *xs)
         return xs
 
     @staticmethod

@@ -87,7 +87,7 @@ class RevSilo(ReversibleOp):
         return tuple(xs[: self.num_inputs])
 
     def rewind(self, step: Step, ys: Tensors, grad_ys: Grads) -> tuple[Tensors, Grads]:
-        xs, grads = step.own(ys), step.own(grad_ys)
+        xs, grads = list(ys), list(grad_ys)
         for i in reversed(range(self.num_outputs - 1)):
             self._subtract(xs[i], self._rewind_sum(step, "up", i, xs, grads))
         for j in range(1, self.num_outputs):
