@@ -175,7 +175,7 @@ class RevBiFPN(nn.Module):
         """Replace the final linear layer; 0 classes gives pooled features, with ``global_pool=""`` unpooled ones."""
         self.num_classes = num_classes
         pool_type = self.global_pool.pool_type if global_pool is None else global_pool
-        like = next(self.head.parameters())
+        like = next(self.body.parameters())
         self.global_pool, self.classifier = create_classifier(self.num_features, num_classes, pool_type=pool_type)
         self.classifier.to(device=like.device, dtype=like.dtype)
 
@@ -244,14 +244,25 @@ class RevBiFPN(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop neck blocks of scales that are not asked for, and the head; returns the kept scales, in order."""
+        """Drop whatever serves only scales that are not asked for, and the head; returns the kept scales, in order.
+
+        Every parameter that is left takes part in the backward pass. The head reads all scales, so nothing is dropped
+        where it stays (``prune_head=False``).
+        """
         take, _ = feature_take_indices(NUM_SCALES, indices)
-        if prune_head:
-            self.head = nn.Identity()
-            self.num_classes = 0
-            self.global_pool, self.classifier = SelectAdaptivePool2d(pool_type=""), nn.Identity()
+        if not prune_head:
+            return take
+        self.head = nn.Identity()
+        self.num_classes = 0
+        self.global_pool, self.classifier = SelectAdaptivePool2d(pool_type=""), nn.Identity()
         for k in set(range(NUM_SCALES)) - set(take):
             self.neck.blocks[k] = nn.Identity()
+        # An output of the last silo reads its own scale after the down pass and all coarser ones.
+        silo: Any = self.body.ops[-1]
+        for branches, needed in ((silo.down, set(range(min(take), NUM_SCALES))), (silo.up, set(take))):
+            for key in list(branches):
+                if int(key.split("_")[1]) not in needed:
+                    del branches[key]
         return take
 
 
