@@ -1,6 +1,7 @@
 """Published RevBiFPN weights: where they are, how they are verified, and how their keys map to ours."""
 
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,9 @@ def weights_cfg(n: int | None) -> HashedCfg:
     )
 
 
-def pretrained_overlay(default: PretrainedCfg, cfg: Any, overlay: Mapping[str, Any] | None) -> dict[str, Any]:
+def pretrained_overlay(
+    default: PretrainedCfg, cfg: Any, overlay: Mapping[str, Any] | None, folder: str | Path | None = None
+) -> dict[str, Any]:
     """Overlay for timm that points at a verified local copy of the default weights.
 
     A source that the user gave (file, state dict, hub id or URL in ``cfg`` or ``overlay``) is left alone.
@@ -62,23 +65,42 @@ def pretrained_overlay(default: PretrainedCfg, cfg: Any, overlay: Mapping[str, A
         default: the variant's own description.
         cfg: the user's ``pretrained_cfg``, a tag, a dict or an object, or None.
         overlay: the user's ``pretrained_cfg_overlay``.
+        folder: where to keep downloaded files; torch's hub folder by default.
 
     Returns:
         the overlay to use.
 
     Raises:
         RuntimeError: when the file cannot be fetched or has another hash.
+        FileNotFoundError: when the user's file is missing.
+        ValueError: when it is truncated.
     """
     given = dict(overlay or {})
     described = cfg if isinstance(cfg, Mapping) else vars(cfg) if isinstance(cfg, PretrainedCfg) else {}
+    file = given.get("file") or described.get("file")
+    if file and described.get("source") != "local-dir":
+        _check_file(Path(file))
     sources = ("file", "state_dict", "hf_hub_id", "url")
     url = default.url
     if any(given.get(key) for key in sources) or any(described.get(key) not in (None, url) for key in sources):
         return given
     sha256 = getattr(default, "sha256", None)
     if isinstance(url, str) and sha256:
-        given["file"] = str(fetch(url, sha256))
+        given["file"] = str(fetch(url, sha256, folder))
     return given
+
+
+def _check_file(path: Path) -> None:
+    """One sentence for what torch reports as a failure inside its archive reader, or without a message."""
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} is not there: pass the path of a checkpoint file")
+    with path.open("rb") as file:
+        start = file.read(4)
+    if not start or (start == b"PK\x03\x04" and not zipfile.is_zipfile(path)):
+        raise ValueError(
+            f"checkpoint {path} is truncated, its end is missing after {path.stat().st_size} bytes: "
+            "copy or download it again"
+        )
 
 
 def fetch(url: str, sha256: str, folder: str | Path | None = None) -> Path:
@@ -185,20 +207,30 @@ def _rename_mbconv(key: str) -> str:
 
 
 def _check_fits(state: Mapping[str, Any], model: nn.Module) -> None:
-    """One sentence instead of hundreds of lines when a checkpoint is of another variant."""
-    own = model.state_dict()
-    body = {key: tuple(value.shape) for key, value in own.items() if key.startswith("body.")}
-    theirs = {key: tuple(value.shape) for key, value in state.items() if key.startswith("body.")}
-    if body == theirs:
-        return
-    missing, extra = sorted(body.keys() - theirs.keys()), sorted(theirs.keys() - body.keys())
+    """One sentence instead of hundreds of lines when a checkpoint is of another variant, or lacks a part.
+
+    timm loads loosely where the number of classes differs, so this has to find every gap. The stem (present with many
+    input channels) and the classifier are the caller's; a pruned model may leave tensors of the checkpoint over.
+    """
+    own = {key: tuple(v.shape) for key, v in model.state_dict().items() if not key.startswith(("stem.", "classifier."))}
+    theirs = {key: tuple(value.shape) for key, value in state.items()}
+    missing = [key for key in own if key not in theirs]
+    ops = {_op(key) for key in own}
+    extra = [key for key in theirs if key.startswith("body.") and _op(key) not in ops]
+    wrong = [key for key in own if key in theirs and own[key] != theirs[key]]
     if missing or extra:
         example = f"for example {(missing or extra)[0]} is {'missing' if missing else 'left over'}"
         detail = f"{len(missing)} of its tensors are missing and {len(extra)} are left over, {example}"
+    elif wrong:
+        detail = f"{wrong[0]} has shape {theirs[wrong[0]]}, expected {own[wrong[0]]}"
     else:
-        key = next(k for k in body if body[k] != theirs[k])
-        detail = f"{key} has shape {theirs[key]}, expected {body[key]}"
+        return
     raise ValueError(
         f"the checkpoint is not of this {type(model).__name__} variant: {detail}; "
         "create the variant that the file was saved from"
     )
+
+
+def _op(key: str) -> str:
+    """The op of the body that a key belongs to: ``body.ops.3`` of ``body.ops.3.down.0_1.bn2.weight``."""
+    return ".".join(key.split(".")[:3])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..layers import MBConv
 from ..reversible import ReversibleOp, RevSequential, set_mode
-from ._revbifpn_checkpoint import checkpoint_filter_fn, pretrained_overlay, weights_cfg
+from ._revbifpn_checkpoint import HashedCfg, checkpoint_filter_fn, pretrained_overlay, weights_cfg
 from ._revbifpn_parts import (
     BLOCKS_PER_STAGE,
     BODY_CHANNELS,
@@ -286,8 +286,12 @@ def _check_input(x: Tensor, in_chans: int, divisor: int) -> None:
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> RevBiFPN:
     overlay = kwargs.pop("pretrained_cfg_overlay", None)
+    if isinstance(kwargs.get("pretrained_cfg"), dict):  # as a model's own: timm's class knows no sha256
+        kwargs["pretrained_cfg"] = HashedCfg(**kwargs["pretrained_cfg"])
     if pretrained:
-        overlay = pretrained_overlay(default_cfgs[variant].default, kwargs.get("pretrained_cfg"), overlay)
+        overlay = pretrained_overlay(
+            default_cfgs[variant].default, kwargs.get("pretrained_cfg"), overlay, kwargs.get("cache_dir")
+        )
     return build_model_with_cfg(
         RevBiFPN,
         variant,
