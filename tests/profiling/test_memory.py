@@ -13,7 +13,7 @@ def test_peak_of_a_chain_of_activations() -> None:
     x = torch.randn(1 << 10, 1 << 8)
     measured = measure_training_step(model, x, lambda y: y.sum())
     assert measured.gradient_bytes == ((1 << 16) + (1 << 8)) * 4
-    assert 9 * x.nbytes <= measured.activation_bytes <= 12 * x.nbytes
+    assert 9 * x.nbytes <= measured.peak_bytes <= 12 * x.nbytes
 
 
 def bytes_per_sample(mode: str, batch: int = 4, **kwargs: object) -> float:

@@ -1,4 +1,4 @@
-"""What only an accelerator shows: bit equality of cuDNN's kernels, device generators, autocast, the late range check."""
+"""What only an accelerator shows: bit equality of cuDNN, device generators, autocast, the late range check."""
 
 import copy
 from collections.abc import Iterator
