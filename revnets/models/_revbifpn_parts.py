@@ -57,7 +57,7 @@ class Neck(nn.Module):
 
     def forward(self, xs: Sequence[Tensor]) -> list[Tensor]:
         """Args: xs: one map per scale. Returns: one map per scale, channels changed."""
-        return [run_end(block, self.mode, x) for block, x in zip(self.blocks, xs, strict=True)]
+        return [run_end(self, block, x) for block, x in zip(self.blocks, xs, strict=True)]
 
 
 class Head(nn.Module):
@@ -89,16 +89,16 @@ class Head(nn.Module):
         """Args: xs: the neck's maps. Returns: ``(N, out_chs, H, W)`` at the coarsest scale."""
         merged = xs[0]
         for block, x in zip(self.blocks, xs[1:], strict=True):
-            merged = x + run_end(block, self.mode, merged)
-        return run_end(self._widen, self.mode, merged)
+            merged = x + run_end(self, block, merged)
+        return run_end(self, self._widen, merged)
 
     def _widen(self, x: Tensor) -> Tensor:
         return norm_act(self.conv(x), self.bn, self.act)
 
 
-def run_end(module: Any, mode: str, x: Tensor) -> Any:
-    """Run a part that is not reversible: recomputed in the backward pass unless everything is stored."""
-    return module(x) if mode == "store" else recompute(module, x)
+def run_end(end: "Neck | Head", part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Run a part of an end, which is not reversible: recomputed in training's backward pass unless all is stored."""
+    return recompute(part, x) if end.training and end.mode != "store" else part(x)
 
 
 def make_stem(in_chans: int, out_chans: int, stride: int) -> tuple[nn.Module | None, SpaceToDepth | None]:

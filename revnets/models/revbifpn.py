@@ -236,7 +236,7 @@ class RevBiFPN(nn.Module):
         take, _ = feature_take_indices(NUM_SCALES, indices)
         if intermediates_only:
             streams = self._forward_body(x)
-            maps = {k: run_end(self.neck.blocks[k], self.neck.mode, streams[k]) for k in sorted(set(take))}
+            maps = {k: run_end(self.neck, self.neck.blocks[k], streams[k]) for k in sorted(set(take))}
             return [maps[k] for k in take]
         pyramid = self.forward_pyramid(x)
         return self.head(pyramid), [pyramid[k] for k in take]

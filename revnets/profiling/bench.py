@@ -155,7 +155,7 @@ def _timed_step(model: nn.Module, x: Tensor, setting: Setting) -> float:
 def machine(setting: Setting) -> str:
     """The machine and versions, in words, to stand beside every figure."""
     if setting.device == "cpu":
-        where = f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+        where = f"{torch.get_num_threads()} CPU thread(s) ({platform.machine()})"
     else:
         where = torch.get_device_module(setting.device).get_device_name(setting.device)
     precision = f"{setting.amp_dtype} autocast" if setting.amp_dtype else "float32"

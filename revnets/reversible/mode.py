@@ -55,8 +55,13 @@ def recompute(module: Callable[..., Any], *xs: Tensor) -> Any:
         module: a module, or a bound method of one.
         xs: its inputs, kept until the backward pass.
     """
-    if not torch.is_grad_enabled() or active.inside_branch:
+    if not torch.is_grad_enabled() or active.inside_branch or torch.compiler.is_exporting():
         return module(*xs)
+    return _checkpointed(module, *xs)
+
+
+@torch.compiler.disable  # dynamo knows no `context_fn` of this kind
+def _checkpointed(module: Callable[..., Any], *xs: Tensor) -> Any:
     owner = getattr(module, "__self__", module)
     record = BranchRecord()
 
