@@ -1,6 +1,5 @@
 """The registered models of this library, found in timm's registry: a new one is tested from the moment it registers."""
 
-import copy
 from functools import cache
 from typing import Any
 
@@ -17,25 +16,21 @@ MAX_QUICK_PARAMETERS = 4_000_000
 
 
 @cache
-def _meta_model(name: str) -> Any:
+def meta_model(name: str) -> Any:
+    """The model in eval mode without weights: shapes of outputs cost little, at any size. Shared: do not change it."""
     with torch.device("meta"):
         return timm.create_model(name).eval()
 
 
-def meta_model(name: str) -> Any:
-    """The model in eval mode without weights: shapes of outputs cost nothing, at any size."""
-    return copy.deepcopy(_meta_model(name))
-
-
 def meta_image(name: str) -> Tensor:
     """One image of the model's own size."""
-    return torch.empty(1, 3, *_meta_model(name).pretrained_cfg["input_size"][1:], device="meta")
+    return torch.empty(1, 3, *meta_model(name).pretrained_cfg["input_size"][1:], device="meta")
 
 
 @cache
 def meta_outputs(name: str) -> tuple[Tensor, list[Tensor]]:
     """Final features and maps of `meta_image(name)`."""
-    return _meta_model(name).forward_intermediates(meta_image(name))
+    return meta_model(name).forward_intermediates(meta_image(name))
 
 
 def parametrize_by_cost() -> pytest.MarkDecorator:
@@ -46,7 +41,7 @@ def parametrize_by_cost() -> pytest.MarkDecorator:
 
 
 def _is_quick(name: str) -> bool:
-    return sum(p.numel() for p in _meta_model(name).parameters()) <= MAX_QUICK_PARAMETERS
+    return sum(p.numel() for p in meta_model(name).parameters()) <= MAX_QUICK_PARAMETERS
 
 
 def make(name: str, **kwargs: Any) -> Any:

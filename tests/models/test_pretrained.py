@@ -68,8 +68,10 @@ def assert_loaded(state: dict[str, Tensor], but: tuple[str, ...] = ()) -> None:
 # --- layouts ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("nested", [None, "state_dict", "model", "state_dict_ema"])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize(
+    ("nested", "prefix"),
+    [(None, ""), (None, "module."), ("state_dict", "module."), ("model", ""), ("state_dict_ema", "")],
+)
 def test_layouts(tmp_path: Path, nested: str | None, prefix: str) -> None:
     state: dict[str, Any] = {prefix + key: value for key, value in published_weights(NAME).items()}
     torch.save(state if nested is None else {nested: state, "epoch": 7}, tmp_path / "file.pth")

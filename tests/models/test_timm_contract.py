@@ -109,7 +109,7 @@ def test_output_shapes(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_reset_classifier(name: str) -> None:
-    model, features = meta_model(name), meta_outputs(name)[0]
+    model, features = copy.deepcopy(meta_model(name)), meta_outputs(name)[0]
     pool_size = model.pretrained_cfg["pool_size"]
 
     def shape_after(*arguments: Any) -> tuple[int, ...]:
@@ -291,7 +291,7 @@ def test_low_precision_eval(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("out_indices", OUT_INDICES, ids=str)
-@pytest.mark.parametrize("name", [TINY, "revbifpn_s0"])
+@pytest.mark.parametrize("name", [TINY, pytest.param("revbifpn_s0", marks=pytest.mark.slow)])
 def test_features_only(name: str, out_indices: int | tuple[int, ...]) -> None:
     model = with_statistics(make(name))
     backbone = make(name, features_only=True, out_indices=out_indices)
