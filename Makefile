@@ -2,6 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+# Threads that wait must not spin: on a busy machine two spinning threads are many times slower than one.
+export OMP_WAIT_POLICY ?= PASSIVE
 INSTALLED := $(VENV)/.installed
 
 .PHONY: help install quickstart test test-slow lint format clean
