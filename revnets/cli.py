@@ -40,6 +40,7 @@ def bench(
 
     setting = benchmark.Setting(device, channels_last, amp_dtype, exact, repeats)
     try:
+        benchmark.check(setting, modes, output)
         cases = [c for text in models or ["revbifpn_s0@224:8", "revbifpn_s1@256:8"] for c in benchmark.parse_case(text)]
         cases = [c for c in cases if not modes or c.mode in modes.split(",")]
         rows = benchmark.run(cases, setting, lambda work: track(work, "measuring"))

@@ -45,8 +45,15 @@ def is_lean(norm: nn.Module, act: nn.Module | None) -> bool:
         and norm.track_running_stats
         and norm.momentum is not None
         and norm.affine
-        and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks)
-        and not (act is not None and (act._forward_hooks or act._forward_pre_hooks))
+        and not has_hooks(norm)
+        and not (act is not None and has_hooks(act))
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches this module, so that it must be called."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
@@ -103,7 +110,9 @@ class _NormAct(torch.autograd.Function):
         x, weight, bias, mean, var = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: the plain formula, differentiable again
             y = ctx.kind[0](F.batch_norm(x, None, None, weight, bias, True, 0.0, ctx.eps))
-            return *torch.autograd.grad(y, (x, weight, bias), grad, create_graph=True), None, None, None, None
+            inputs = (x, weight, bias)
+            found = iter(torch.autograd.grad(y, [t for t in inputs if t.requires_grad], grad, create_graph=True))
+            return *(next(found) if t.requires_grad else None for t in inputs), None, None, None, None
         activation_grad = ctx.kind[1]
         if activation_grad is not None:
             grad = activation_grad(grad, F.batch_norm(x, mean, var, weight, bias, False, 0.0, ctx.eps))

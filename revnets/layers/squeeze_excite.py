@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..reversible.replay import once
-from .norm_act import ACTIVATIONS, batch_norm_grad, is_lean, norm_act, update_statistics
+from .norm_act import ACTIVATIONS, batch_norm_grad, has_hooks, is_lean, norm_act, update_statistics
 
 
 def norm_act_se(x: Tensor, norm: nn.Module, act: nn.Module, se: SEModule) -> Tensor:
@@ -34,7 +34,7 @@ def norm_act_se(x: Tensor, norm: nn.Module, act: nn.Module, se: SEModule) -> Ten
         torch.Size([2, 4, 3, 3])
     """
     parameters = tuple(se.parameters())
-    hooked = se._forward_hooks or se._forward_pre_hooks or any(p._backward_hooks for p in parameters)
+    hooked = has_hooks(se) or any(p._backward_hooks for p in parameters)
     if not is_lean(norm, act) or se.add_maxpool or hooked:
         return se(norm_act(x, norm, act))
     mean, var = once(lambda: update_statistics(x, norm), owner=norm)

@@ -196,7 +196,7 @@ class RevBiFPN(nn.Module):
     def _forward_body(self, x: Tensor) -> tuple[Tensor, ...]:
         _check_input(x, self.in_chans, self.reduction)
         if self.stem is not None:
-            x = self.stem(x)
+            x = self.stem(x).to(next(self.stem.parameters()).dtype)  # autocast must not make the stream half precision
         return self.body(x)
 
     def forward_features(self, x: Tensor) -> Tensor:

@@ -76,12 +76,27 @@ def parse_case(text: str) -> list[Case]:
         raise ValueError(
             f"unknown model {name!r}: expected a name known to timm" + (f", such as {near}" if near else "")
         )
-    if not (size or "1").isdigit() or not (batch or "1").isdigit():
+    if not (size or "1").isdigit() or not (batch or "1").isdigit() or batch == "0":
         raise ValueError(f"{text!r}: expected NAME@SIZE:BATCH with whole numbers, such as revbifpn_s0@224:8")
     cfg = timm.get_pretrained_cfg(name)
     side = int(size) if size else (cfg.input_size[-1] if cfg is not None else 224)
     modes = MODES if "revbifpn" in name else ("store", "checkpoint")
     return [Case(name, side, int(batch or 8), mode) for mode in modes]
+
+
+def check(setting: Setting, modes: str, output: Path | None) -> None:
+    """Refuse what would fail later, before anything is measured.
+
+    Raises:
+        ValueError: for an unknown precision or mode, or a folder that does not exist.
+    """
+    if setting.amp_dtype not in (None, "bfloat16", "float16"):
+        raise ValueError(f"unknown amp dtype {setting.amp_dtype!r}: expected bfloat16 or float16")
+    unknown = [mode for mode in modes.split(",") if mode and mode not in MODES]
+    if unknown:
+        raise ValueError(f"unknown mode {unknown[0]!r}: expected some of {', '.join(MODES)}")
+    if output is not None and not output.parent.is_dir():
+        raise ValueError(f"the folder {str(output.parent)!r} for the output does not exist: create it first")
 
 
 def run(

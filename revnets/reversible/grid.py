@@ -31,7 +31,7 @@ def resolve_grid_bits(exact: bool | int) -> int | None:
     """
     if isinstance(exact, bool):
         return DEFAULT_GRID_BITS if exact else None
-    if not 1 <= exact <= 20:
+    if not isinstance(exact, int) or not 1 <= exact <= 20:
         raise ValueError(f"exact={exact}: expected True, False, or the grid's k between 1 and 20 (steps of 2^-k)")
     return exact
 
@@ -88,6 +88,8 @@ def max_abs(x: Tensor) -> Tensor:
     x = x.detach()
     if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         x = x.permute(0, 2, 3, 1)  # contiguous: reduces several times faster on CPU
+    if not x.numel():
+        return x.new_zeros(())
     low, high = torch.aminmax(x)
     return torch.maximum(high, -low)
 

@@ -139,6 +139,12 @@ def _saved_outputs(ctx: Any) -> Tensors:
 
 
 def _check_versions(ctx: Any) -> None:
+    present = {id(p) for p in ctx.op.parameters()}
+    if any(id(p) not in present or not p.requires_grad for p in ctx.parameters):
+        raise ReversibleError(
+            f"{ctx.name}: its parameters were replaced or frozen between forward and backward (functional_call?), so "
+            'the recomputed activations would have no gradient for them: use set_mode("store")'
+        )
     for parameter, version in zip(ctx.parameters, ctx.versions, strict=True):
         if parameter._version != version:
             name = next((n for n, p in ctx.op.named_parameters() if p is parameter), "a parameter")

@@ -60,9 +60,11 @@ class ReversibleOp(nn.Module):
         with torch.no_grad(), activated(runner=Replayer(step.records)):
             xs = self.inverse(*ys)
         inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in xs]
-        with torch.enable_grad(), activated(runner=Replayer(step.records)):
+        modules = tree(self)
+        with torch.enable_grad(), _without_hooks(modules), activated(runner=Replayer(step.records)):
             outputs = self(*inputs)
-        return xs, step.pull(outputs, grad_ys, inputs, self)
+            in_use = step.in_use(modules)
+        return xs, step.pull(outputs, grad_ys, inputs, *in_use)
 
     def branch(self, key: Hashable, module: Callable[..., Tensor], *xs: Tensor) -> Tensor:
         """Run a branch under the engine's eyes; ``key`` names it uniquely within the op."""
@@ -158,19 +160,24 @@ class Step:
         modules = tree(module)
         with torch.enable_grad(), _without_hooks(modules), replaying(self.records[key], modules):
             value = module(*inputs)
-            graph: list[tuple[Tensor, Any]] = [(value, _parameters_in_use(modules, self._wanted))]
+            graph: list[tuple[Tensor, Any]] = [(value, self.in_use(modules))]
 
         def pull(grad: Tensor | None) -> Grads:
             output, in_use = graph.pop()
-            return self._pull([output], [grad], inputs, *in_use)
+            return self.pull([output], [grad], inputs, *in_use)
 
         return value.detach(), pull
 
-    def pull(self, outputs: Sequence[Tensor], grads: Grads, inputs: Sequence[Tensor], module: nn.Module) -> Grads:
-        """Gradients of ``inputs`` through a graph already built; parameter gradients are gathered."""
-        return self._pull(outputs, grads, inputs, *_parameters_in_use(tree(module), self._wanted))
+    def in_use(self, modules: list[nn.Module]) -> tuple[list[int], list[Tensor]]:
+        """Owners (identities of the true parameters) and the tensors that stand for them in the graph being built."""
+        found: dict[int, Tensor] = {}
+        for _, _, p in _slots(modules):
+            owner = id(getattr(p, "_stands_for", p))
+            if owner in self._wanted:
+                found.setdefault(owner, p)
+        return list(found), list(found.values())
 
-    def _pull(
+    def pull(
         self,
         outputs: Sequence[Tensor],
         grads: Sequence[Tensor | None],
@@ -178,6 +185,7 @@ class Step:
         owners: Sequence[int],
         parameters: Sequence[Tensor],
     ) -> Grads:
+        """Gradients of ``inputs`` through a graph already built; those of ``parameters`` go to their ``owners``."""
         pairs = [(y, g.to(y.dtype)) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
         wanted = [x for x in inputs if x.requires_grad]
         if not pairs or not (wanted or parameters):
@@ -195,16 +203,6 @@ class Step:
 
 def _slots(modules: list[nn.Module]) -> list[tuple[dict[str, Any], str, Tensor]]:
     return [(m._parameters, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
-
-
-def _parameters_in_use(modules: list[nn.Module], wanted: set[int]) -> tuple[list[int], list[Tensor]]:
-    """Owners (identities of the true parameters) and the tensors that stand for them in the graph being built."""
-    in_use: dict[int, Tensor] = {}
-    for _, _, p in _slots(modules):
-        owner = id(getattr(p, "_stands_for", p))
-        if owner in wanted:
-            in_use.setdefault(owner, p)
-    return list(in_use), list(in_use.values())
 
 
 @contextmanager

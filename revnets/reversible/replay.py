@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from .errors import ReversibleError
+
 
 class _Active(threading.local):
     """What is going on in this thread (the backward pass of an accelerator runs in a thread of its own)."""
@@ -236,6 +238,11 @@ class Recorder(Runner):
         self.records: dict[Hashable, BranchRecord] = {}
 
     def run(self, key: Hashable, module: Callable[..., Tensor], *xs: Tensor) -> Tensor:
+        if key in self.records:
+            raise ReversibleError(
+                f"branch {key[-1] if isinstance(key, tuple) else key!r} is run twice in one forward "
+                "call of its op: give each call a key of its own, and each place an op of its own"
+            )
         record = self.records[key] = BranchRecord()
         with recording(record, *xs):
             return module(*xs)

@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from .errors import ReversibleError
 from .grid import resolve_grid_bits, round_to_grid
 from .mode import check_mode, recompute
 from .node import Handover, OpNode, RangeGuard, Tape
@@ -39,6 +40,9 @@ class RevSequential(nn.Module):
 
     def __init__(self, ops: Sequence[ReversibleOp], mode: str = "reversible", exact: bool | int = False) -> None:
         super().__init__()
+        for op in ops:
+            if not isinstance(op, ReversibleOp):
+                raise TypeError(f"RevSequential takes reversible ops, got {type(op).__name__}: subclass ReversibleOp")
         self.ops = nn.ModuleList(ops)
         self.mode = check_mode(mode)
         self.set_exact(exact)
@@ -68,12 +72,18 @@ class RevSequential(nn.Module):
 
     def inverse(self, *ys: Tensor) -> Tensors:
         """Inputs of the chain from its outputs; running statistics are left alone."""
-        for _, op in reversed(self._named_ops()):
-            ys = op.inverse(*ys)
+        with activated(in_stack=self.training):
+            for _, op in reversed(self._named_ops()):
+                ys = op.inverse(*ys)
         return ys
 
     @torch.compiler.disable
     def _train(self, xs: Tensors) -> Tensors:
+        if getattr(self, "_is_replica", False):
+            raise ReversibleError(
+                "nn.DataParallel hides its replicas' parameters from the engine, so they would not train: use "
+                "DistributedDataParallel (torchrun)"
+            )
         named_ops = self._named_ops()
         first = self._first_with_gradient(xs, named_ops)
         guard = RangeGuard(self.grid_bits) if self.grid_bits is not None else None
@@ -117,7 +127,7 @@ class RevSequential(nn.Module):
         return xs
 
     def _named_ops(self) -> list[tuple[str, ReversibleOp]]:
-        return [(name, cast(ReversibleOp, op)) for name, op in self.ops.named_children()]
+        return [(name, cast(ReversibleOp, op)) for name, op in self.ops._modules.items()]  # one op may come twice
 
     @staticmethod
     def _first_with_gradient(xs: Tensors, named_ops: list[tuple[str, ReversibleOp]]) -> int:
