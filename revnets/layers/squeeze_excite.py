@@ -1,4 +1,4 @@
-"""Squeeze-and-excite after a norm and an activation, keeping one tensor where autograd keeps four."""
+"""Squeeze-and-excite after a norm and an activation, keeping one tensor where autograd keeps three."""
 
 from typing import Any
 
