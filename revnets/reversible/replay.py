@@ -212,10 +212,10 @@ class BranchRecord:
 def recording(record: BranchRecord, *xs: Tensor) -> Iterator[None]:
     """Note in ``record`` what the code inside consumes. Costs microseconds; free of memory where nothing is random."""
     devices = _devices(xs)
-    before = _rng_state(devices)
+    before = {} if any(is_fake(x) for x in xs) else _rng_state(devices)  # fake tensors draw nothing
     with activated(runner=None, record=record, playback=None):
         yield
-    after = _rng_state(devices)
+    after = _rng_state(devices) if before else {}
     if any(not torch.equal(before[d], after[d]) for d in before):
         record.rng = before
 
