@@ -3,8 +3,9 @@
 Layers know of the reversible engine only ``once`` (statistics computed once per step), and nothing of models or mmdet.
 """
 
+from .conv import conv
 from .mbconv import MBConv
 from .norm_act import norm_act
-from .squeeze_excite import norm_act_se
+from .norm_act_conv import norm_act_conv
 
-__all__ = ["MBConv", "norm_act", "norm_act_se"]
+__all__ = ["MBConv", "conv", "norm_act", "norm_act_conv"]

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from timm.layers import DropPath, SEModule
 from torch import Tensor, nn
 
+from .conv import conv
 from .norm_act import norm_act
-from .squeeze_excite import norm_act_se
+from .norm_act_conv import norm_act_conv
 
 
 class MBConv(nn.Module):
@@ -68,7 +69,8 @@ class MBConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Args: x: ``(N, in_chs, H, W)``. Returns: ``(N, out_chs, H / stride, W / stride)``."""
         if self.conv_pw is not None and self.bn1 is not None:
-            x = norm_act(self.conv_pw(x), self.bn1, self.act)
-        x = self.conv_dw(x)
-        x = norm_act(x, self.bn2, self.act) if self.se is None else norm_act_se(x, self.bn2, self.act, self.se)
-        return self.drop_path(norm_act(self.conv_pwl(x), self.bn3))
+            x = norm_act_conv(conv(x, self.conv_pw), self.bn1, self.act, None, self.conv_dw)
+        else:
+            x = conv(x, self.conv_dw)
+        x = norm_act_conv(x, self.bn2, self.act, self.se, self.conv_pwl)
+        return self.drop_path(norm_act(x, self.bn3))

@@ -1,5 +1,6 @@
 """Batch norm followed by an activation, keeping one tensor for the backward pass where autograd keeps two or three."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -69,8 +70,8 @@ def update_statistics(x: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
     return torch.batch_norm_update_stats(x.detach(), norm.running_mean, norm.running_var, norm.momentum)
 
 
-def _identity(x: Tensor) -> Tensor:
-    return x
+def _identity(x: Tensor, inplace: bool = False) -> Tensor:
+    return x if inplace else x.clone()
 
 
 def _hardswish_grad(grad: Tensor, x: Tensor) -> Tensor:
@@ -85,12 +86,12 @@ def _relu_grad(grad: Tensor, x: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward(grad, x, 0)
 
 
-# activation module -> (in-place activation, its gradient from the gradient and the activation's input)
+# activation module -> (activation with an `inplace` option, its gradient from the gradient and the activation's input)
 ACTIVATIONS: dict[type, tuple[Any, Any]] = {
     type(None): (_identity, None),
-    nn.Hardswish: (lambda x: F.hardswish(x, inplace=True), _hardswish_grad),
-    nn.SiLU: (lambda x: F.silu(x, inplace=True), _silu_grad),
-    nn.ReLU: (lambda x: F.relu(x, inplace=True), _relu_grad),
+    nn.Hardswish: (F.hardswish, _hardswish_grad),
+    nn.SiLU: (F.silu, _silu_grad),
+    nn.ReLU: (F.relu, _relu_grad),
 }
 
 
@@ -103,26 +104,68 @@ class _NormAct(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, mean, var)
         ctx.eps, ctx.kind = eps, kind
-        return kind[0](F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps))
+        return kind[0](F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps), inplace=True)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, bias, mean, var = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: the plain formula, differentiable again
-            y = ctx.kind[0](F.batch_norm(x, None, None, weight, bias, True, 0.0, ctx.eps))
+            y = ctx.kind[0](F.batch_norm(x, None, None, weight, bias, True, 0.0, ctx.eps), inplace=True)
             inputs = (x, weight, bias)
             found = iter(torch.autograd.grad(y, [t for t in inputs if t.requires_grad], grad, create_graph=True))
             return *(next(found) if t.requires_grad else None for t in inputs), None, None, None, None
-        activation_grad = ctx.kind[1]
-        if activation_grad is not None:
-            grad = activation_grad(grad, F.batch_norm(x, mean, var, weight, bias, False, 0.0, ctx.eps))
-        return *batch_norm_grad(grad, x, weight, mean, var, ctx.eps, ctx.needs_input_grad), None, None, None, None
+        act_grad = ctx.kind[1]
+        if act_grad is not None:
+            y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, ctx.eps)
+            by_parts(lambda y, g: y.copy_(act_grad(g, y)), y, grad)
+            grad = y
+        owned = act_grad is not None
+        grads = batch_norm_grad(grad, x, weight, mean, var, ctx.eps, ctx.needs_input_grad, owned)
+        return *grads, None, None, None, None
 
 
 def batch_norm_grad(
-    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float, needed: tuple[bool, ...]
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    needed: Sequence[bool],
+    owned: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of input, weight and bias of a batch norm in training."""
-    return torch.ops.aten.native_batch_norm_backward(
-        grad, x, weight, None, None, mean, (var + eps).rsqrt_(), True, eps, list(needed[:3])
-    )
+    r"""Gradients of input, weight and bias of a batch norm in training.
+
+    With g the gradient, :math:`\hat x = (x - \mu) / \sigma` and means over all but the channels,
+
+    .. math:: \partial x = \frac{w}{\sigma} (g - \overline{g} - \hat x \, \overline{g \hat x})
+
+    which is linear in g and x per channel. torch's CPU kernel allocates its result twice, so there it only sums.
+
+    Args:
+        grad: g, ``(N, C, H, W)``.
+        x: the norm's input.
+        weight: w, ``(C,)``.
+        mean: of the batch.
+        var: of the batch, biased.
+        eps: of the norm.
+        needed: which of the three gradients are wanted.
+        owned: whether ``grad`` may be changed in place.
+    """
+    invstd = (var + eps).rsqrt_()
+    kernel = torch.ops.aten.native_batch_norm_backward
+    if x.device.type != "cpu" or not needed[0] or not grad.dtype == x.dtype == weight.dtype:
+        return kernel(grad, x, weight, None, None, mean, invstd, True, eps, list(needed[:3]))
+    _, grad_weight, grad_bias = kernel(grad, x, weight, None, None, mean, invstd, True, eps, [False, True, True])
+    scale, count = weight * invstd, x.numel() // x.shape[1]
+    slope = -scale * invstd * grad_weight / count
+    shift = -scale * grad_bias / count - slope * mean
+    scale, slope, shift = (t[:, None, None] for t in (scale, slope, shift))
+    grad_x = grad.mul_(scale) if owned else grad * scale
+    grad_x.addcmul_(x, slope).add_(shift)
+    return grad_x, grad_weight if needed[1] else None, grad_bias if needed[2] else None
+
+
+def by_parts(function: Callable[..., Tensor], *xs: Tensor, parts: int = 4) -> list[Tensor]:
+    """``function`` of a few samples of tensors ``(N, ...)`` at a time: its temporaries are that much smaller."""
+    return [function(*some) for some in zip(*(x.chunk(parts) for x in xs), strict=True)]

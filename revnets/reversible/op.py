@@ -62,7 +62,7 @@ class ReversibleOp(nn.Module):
         inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in xs]
         modules = tree(self)
         with torch.enable_grad(), _without_hooks(modules), activated(runner=Replayer(step.records)):
-            outputs = self(*inputs)
+            outputs = [_Output(y) for y in self(*inputs)]
             in_use = step.in_use(modules)
         return xs, step.pull(outputs, grad_ys, inputs, *in_use)
 
@@ -153,14 +153,17 @@ class Step:
 
         Returns:
             its value, without graph, and a function that takes the value's gradient to the gradients of ``xs``
-            (parameter gradients are gathered here) and frees the graph.
+            (parameter gradients are gathered here) and frees the graph: from then on the value is the caller's to
+            change in place.
         """
         # .data has a version counter of its own: one half of a tensor may be written while the other is in use
         inputs = [x.data.requires_grad_(needs_grad) for x in xs]
         modules = tree(module)
         with torch.enable_grad(), _without_hooks(modules), replaying(self.records[key], modules):
             value = module(*inputs)
-            graph: list[tuple[Tensor, Any]] = [(value, self.in_use(modules))]
+            graph: list[tuple[_Output, Any]] = [(_Output(value), self.in_use(modules))]
+        if value.is_leaf or value._is_view():  # may be an input or a parameter in disguise
+            value = value.clone()
 
         def pull(grad: Tensor | None) -> Grads:
             output, in_use = graph.pop()
@@ -179,19 +182,21 @@ class Step:
 
     def pull(
         self,
-        outputs: Sequence[Tensor],
+        outputs: Sequence["_Output"],
         grads: Sequence[Tensor | None],
         inputs: Sequence[Tensor],
         owners: Sequence[int],
         parameters: Sequence[Tensor],
     ) -> Grads:
         """Gradients of ``inputs`` through a graph already built; those of ``parameters`` go to their ``owners``."""
-        pairs = [(y, g.to(y.dtype)) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
+        pairs = [
+            (y.edge, g.to(y.dtype)) for y, g in zip(outputs, grads, strict=True) if g is not None and y.edge is not None
+        ]
         wanted = [x for x in inputs if x.requires_grad]
         if not pairs or not (wanted or parameters):
             return (None,) * len(inputs)
         found = torch.autograd.grad(
-            [y for y, _ in pairs], [*wanted, *parameters], [g for _, g in pairs], allow_unused=True
+            [edge for edge, _ in pairs], [*wanted, *parameters], [g for _, g in pairs], allow_unused=True
         )
         for owner, grad in zip(owners, found[len(wanted) :], strict=True):
             if grad is not None:
@@ -199,6 +204,14 @@ class Step:
                 self._grads[owner] = grad if former is None else former + grad
         by_input = iter(found)
         return tuple(next(by_input) if x.requires_grad else None for x in inputs)
+
+
+class _Output:
+    """Where a tensor stands in its graph, without the tensor, whose memory may go."""
+
+    def __init__(self, y: Tensor) -> None:
+        self.dtype = y.dtype
+        self.edge = torch.autograd.graph.get_gradient_edge(y) if y.requires_grad else None
 
 
 def _slots(modules: list[nn.Module]) -> list[tuple[dict[str, Any], str, Tensor]]:

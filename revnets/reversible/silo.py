@@ -104,7 +104,8 @@ class RevSilo(ReversibleOp):
         for source, branch in self._edges(direction, target):
             needs_grad = direction == "up" or step.needs_input_grad[source]
             value, pull = self.evaluate(step, (direction, source, target), branch, xs[source], needs_grad=needs_grad)
-            total = value if total is None else total + value
+            total = value if total is None else total.add_(value)  # after its pull, a value is ours
+            del value
             grads[source] = step.add(grads[source], pull(grads[target])[0])
         return total
 

@@ -9,14 +9,14 @@ from timm.layers import SEModule
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from revnets.layers import MBConv, norm_act, norm_act_se
+from revnets.layers import MBConv, conv, norm_act, norm_act_conv
 from tests.helpers import assert_same_step, training_step
 
 ACTS: list[type[nn.Module] | None] = [None, nn.Hardswish, nn.SiLU, nn.ReLU, nn.GELU]
 
 
 class Lean(nn.Module):
-    """norm, act and (optionally) squeeze-and-excite; ``plain`` calls the modules instead of the lean functions."""
+    """norm, act, (optionally) squeeze-and-excite, convolution; ``plain`` calls the modules, not the lean functions."""
 
     def __init__(self, act: type[nn.Module] | None, se: bool, plain: bool) -> None:
         super().__init__()
@@ -26,17 +26,17 @@ class Lean(nn.Module):
         nn.init.normal_(self.norm.bias)
         self.act = None if act is None else act()
         self.se = SEModule(6, rd_channels=3) if se else None
+        self.conv = nn.Conv2d(6, 4, 3, stride=2, padding=1, groups=2)
         self.plain = plain
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.plain:
-            if self.se is None:
-                return norm_act(x, self.norm, self.act)
-            assert self.act is not None
-            return norm_act_se(x, self.norm, self.act, self.se)
+            if self.act is None:
+                return conv(norm_act(x, self.norm), self.conv)
+            return norm_act_conv(x, self.norm, self.act, self.se, self.conv)
         x = self.norm(x)
         x = x if self.act is None else self.act(x)
-        return x if self.se is None else self.se(x)
+        return self.conv(x if self.se is None else self.se(x))
 
 
 def pair(act: type[nn.Module] | None, se: bool) -> tuple[Lean, Lean]:
@@ -92,10 +92,12 @@ def test_one_tensor_is_kept() -> None:
     x = image().requires_grad_()
     lean, plain = pair(nn.Hardswish, True)
     assert kept_maps(lean, x) == 1
-    assert kept_maps(plain, x) == 3
+    assert kept_maps(plain, x) == 4
 
 
-@pytest.mark.parametrize("what", ["norm hook", "frozen norm", "eval norm", "no affine", "se parameter hook"])
+@pytest.mark.parametrize(
+    "what", ["norm hook", "frozen norm", "eval norm", "no affine", "se parameter hook", "conv hook"]
+)
 def test_anything_unusual_takes_the_plain_path(what: str) -> None:
     lean, plain = pair(nn.Hardswish, True)
     for model in (lean, plain):
@@ -108,6 +110,8 @@ def test_anything_unusual_takes_the_plain_path(what: str) -> None:
             model.norm.eval()
         elif what == "no affine":
             model.norm = nn.BatchNorm2d(6, affine=False).double()
+        elif what == "conv hook":
+            model.conv.register_forward_hook(lambda m, i, o: o * 2)
         else:
             model.se.fc1.weight.register_hook(lambda g: g * 2)
     assert_same_step(training_step(lean, (image(),), loss), training_step(plain, (image(),), loss), 1e-10)

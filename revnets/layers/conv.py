@@ -1,0 +1,82 @@
+"""Convolution whose backward pass needs less working memory than torch's own."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .norm_act import has_hooks
+
+
+def conv(x: Tensor, module: nn.Module) -> Tensor:
+    """``module(x)``; for a plain ``nn.Conv2d`` in training, its two gradients are computed one after the other.
+
+    oneDNN's depthwise weight gradient needs a workspace of ``256 * C * K * K`` numbers. torch allocates the input's
+    gradient before it; here the workspace is gone by then.
+
+    Args:
+        x: ``(N, C, H, W)``.
+        module: e.g. ``nn.Conv2d(C, C, 5, groups=C)``; anything unusual is simply called.
+
+    Example:
+        >>> conv(torch.ones(1, 4, 8, 8), nn.Conv2d(4, 4, 3, groups=4)).shape
+        torch.Size([1, 4, 6, 6])
+    """
+    if not (torch.is_grad_enabled() and is_plain_conv(module)) or torch.compiler.is_compiling():
+        return module(x)
+    return _Conv.apply(x, module.weight, module.bias, module)
+
+
+def is_plain_conv(module: nn.Module) -> bool:
+    """Whether calling the module is the same as the bare convolution with its weight."""
+    return (
+        type(module) is nn.Conv2d
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+        and not has_hooks(module)
+    )
+
+
+def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, conv: nn.Conv2d) -> Tensor:
+    """The bare convolution with the module's settings."""
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def conv_grads(
+    grad: Tensor, x: Tensor, weight: Tensor, conv: nn.Conv2d, needed: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of input, weight and bias; computed in the forward pass's precision (that of ``grad``)."""
+    sizes = [conv.out_channels] if needed[2] else None
+    fixed = (sizes, conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups)
+    operands = (grad, x.to(grad.dtype), weight.to(grad.dtype))
+    grad_x = grad_weight = grad_bias = None
+    if needed[1] or needed[2]:
+        _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(*operands, *fixed, [False, *needed[1:]])
+    if needed[0]:
+        grad_x, _, _ = torch.ops.aten.convolution_backward(*operands, *fixed, [True, False, False])
+    dtypes = (x.dtype, weight.dtype, weight.dtype)
+    return tuple(
+        g if g is None else g.to(dtype) for g, dtype in zip((grad_x, grad_weight, grad_bias), dtypes, strict=True)
+    )
+
+
+class _Conv(torch.autograd.Function):
+    """Keeps what torch's own keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, conv: nn.Conv2d) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.conv = conv
+        return convolved(x, weight, bias, conv)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, bias = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return *conv_grads(grad, x, weight, ctx.conv, ctx.needs_input_grad[:3]), None
+        y = convolved(x, weight, bias, ctx.conv)  # create_graph=True: differentiable again
+        inputs = (x, weight, bias)
+        wanted = [t for t in inputs if t is not None and t.requires_grad]
+        found = iter(torch.autograd.grad(y, wanted, grad.to(y.dtype), create_graph=True))
+        return *(next(found) if t is not None and t.requires_grad else None for t in inputs), None
