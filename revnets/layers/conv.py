@@ -51,7 +51,10 @@ def conv_grads(
     fixed = (sizes, conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups)
     operands = (grad, x.to(grad.dtype), weight.to(grad.dtype))
     grad_x = grad_weight = grad_bias = None
-    if needed[1] or needed[2]:
+    parts = _parts(x, weight, conv)
+    if needed[1] and parts > 1 and not needed[2]:
+        grad_weight = _depthwise_weight_grad(*operands, conv, parts)
+    elif needed[1] or needed[2]:
         _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(*operands, *fixed, [False, *needed[1:]])
     if needed[0]:
         grad_x, _, _ = torch.ops.aten.convolution_backward(*operands, *fixed, [True, False, False])
@@ -59,6 +62,26 @@ def conv_grads(
     return tuple(
         g if g is None else g.to(dtype) for g, dtype in zip((grad_x, grad_weight, grad_bias), dtypes, strict=True)
     )
+
+
+def _parts(x: Tensor, weight: Tensor, conv: nn.Conv2d) -> int:
+    """In how many groups of channels to compute a depthwise weight gradient, so that oneDNN's workspace stays small.
+
+    It has 256 numbers per weight: on coarse maps with many channels it would be many times the activations.
+    """
+    depthwise = conv.groups == conv.in_channels == conv.out_channels
+    if not depthwise or x.device.type != "cpu":
+        return 1
+    return max(1, min(256 * weight.numel() // x.numel(), conv.groups // 16, 8))
+
+
+def _depthwise_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, conv: nn.Conv2d, parts: int) -> Tensor:
+    """Weight gradient of a depthwise convolution, some channels at a time."""
+    found = []
+    for g, v, w in zip(grad.chunk(parts, 1), x.chunk(parts, 1), weight.chunk(parts, 0), strict=True):
+        fixed = (None, conv.stride, conv.padding, conv.dilation, False, [0, 0], len(w))
+        found.append(torch.ops.aten.convolution_backward(g, v, w, *fixed, [False, True, False])[1])
+    return torch.cat(found)
 
 
 class _Conv(torch.autograd.Function):
