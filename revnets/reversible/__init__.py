@@ -3,6 +3,7 @@
 It knows nothing of vision models, layers or data: branches are any modules.
 """
 
+from .check import OpError, ReversibilityReport, check_reversibility
 from .coupling import AdditiveCoupling
 from .errors import RangeError, ReversibleError
 from .grid import DEFAULT_GRID_BITS, round_to_grid
@@ -18,13 +19,16 @@ __all__ = [
     "DEFAULT_GRID_BITS",
     "MODES",
     "AdditiveCoupling",
+    "OpError",
     "Parallel",
     "RangeError",
     "RevSequential",
     "RevSilo",
+    "ReversibilityReport",
     "ReversibleError",
     "ReversibleOp",
     "SpaceToDepth",
+    "check_reversibility",
     "once",
     "recompute",
     "round_to_grid",

@@ -123,6 +123,13 @@ def _rng_replayed(state: _RngState | None) -> Iterator[None]:
         _set_rng_state(now)
 
 
+@contextmanager
+def generators_kept(*xs: Tensor) -> Iterator[None]:
+    """Leave the generators of the inputs' devices as they were, whatever the code inside draws."""
+    with _rng_replayed(_rng_state(_devices(xs))):
+        yield
+
+
 # --- precision -------------------------------------------------------------------------------------------------------
 
 
