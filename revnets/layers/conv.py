@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .norm_act import has_hooks
+from .norm_act import dense, has_hooks
 
 
 def conv(x: Tensor, module: nn.Module) -> Tensor:
@@ -25,7 +25,7 @@ def conv(x: Tensor, module: nn.Module) -> Tensor:
     """
     if not (torch.is_grad_enabled() and is_plain_conv(module)) or torch.compiler.is_compiling():
         return module(x)
-    return _Conv.apply(x, module.weight, module.bias, module)
+    return _Conv.apply(dense(x), module.weight, module.bias, module)
 
 
 def is_plain_conv(module: nn.Module) -> bool:
@@ -97,7 +97,7 @@ class _Conv(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, bias = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return *conv_grads(grad, x, weight, ctx.conv, ctx.needs_input_grad[:3]), None
+            return *conv_grads(dense(grad), x, weight, ctx.conv, ctx.needs_input_grad[:3]), None
         y = convolved(x, weight, bias, ctx.conv)  # create_graph=True: differentiable again
         inputs = (x, weight, bias)
         wanted = [t for t in inputs if t is not None and t.requires_grad]

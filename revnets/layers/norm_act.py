@@ -114,7 +114,7 @@ class _NormAct(torch.autograd.Function):
             inputs = (x, weight, bias)
             found = iter(torch.autograd.grad(y, [t for t in inputs if t.requires_grad], grad, create_graph=True))
             return *(next(found) if t.requires_grad else None for t in inputs), None, None, None, None
-        act_grad = ctx.kind[1]
+        grad, act_grad = dense(grad), ctx.kind[1]
         if act_grad is not None:
             y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, ctx.eps)
             by_parts(lambda y, g: y.copy_(act_grad(g, y)), y, grad)
@@ -164,6 +164,17 @@ def batch_norm_grad(
     grad_x = grad.mul_(scale) if owned else grad * scale
     grad_x.addcmul_(x, slope).add_(shift)
     return grad_x, grad_weight if needed[1] else None, grad_bias if needed[2] else None
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x`` without gaps in memory (half of a tensor's channels has them), in its own memory format.
+
+    Kernels are slow on tensors with gaps, or copy them each time; and some round differently.
+    """
+    if torch.ops.aten.is_non_overlapping_and_dense(x):
+        return x
+    channels_last = x.dim() == 4 and x.stride(1) == 1
+    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def by_parts(function: Callable[..., Tensor], *xs: Tensor, parts: int = 4) -> list[Tensor]:

@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..reversible.replay import once
 from .conv import conv_grads, convolved, is_plain_conv
-from .norm_act import ACTIVATIONS, batch_norm_grad, by_parts, has_hooks, is_lean, norm_act, update_statistics
+from .norm_act import ACTIVATIONS, batch_norm_grad, by_parts, dense, has_hooks, is_lean, norm_act, update_statistics
 
 
 def norm_act_conv(x: Tensor, norm: nn.Module, act: nn.Module, se: SEModule | None, conv: nn.Module) -> Tensor:
@@ -110,7 +110,7 @@ class _NormActConv(torch.autograd.Function):
         p = act(settings.normed(x, weight, bias, mean, var), inplace=True)
         if settings.se is not None:
             p.mul_(ctx.gate[1].detach())
-        grad_p, *of_conv = conv_grads(grad, p, conv_weight, settings.conv, (True, needed[6], needed[7]))
+        grad_p, *of_conv = conv_grads(dense(grad), p, conv_weight, settings.conv, (True, needed[6], needed[7]))
         assert grad_p is not None
         grad_h = grad_p
         del p, grad_p

@@ -34,8 +34,8 @@ class AdditiveCoupling(ReversibleOp):
     def forward(self, *xs: Tensor) -> Tensors:
         """Args: xs: one tensor ``(N, C, ...)`` or two. Returns as many, of the same shapes."""
         x1, x2 = self._halves(xs)
-        y2 = x2 + self.quantize(self.branch("f", self.f, x1), x2)
-        y1 = x1 + self.quantize(self.branch("g", self.g, y2), x1)
+        y2 = self.plus(x2, self.branch("f", self.f, x1))
+        y1 = self.plus(x1, self.branch("g", self.g, y2))
         return _joined((y1, y2), len(xs))
 
     def inverse(self, *ys: Tensor) -> Tensors:

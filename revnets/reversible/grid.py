@@ -56,7 +56,7 @@ class _RoundToGrid(torch.autograd.Function):
         return grad, None
 
 
-def round_to_grid(x: Tensor, grid_bits: int) -> Tensor:
+def round_to_grid(x: Tensor, grid_bits: int, inplace: bool = False) -> Tensor:
     """Round ``x`` to the nearest multiple of ``2^-k``; the gradient passes unchanged.
 
     Adding and subtracting ``1.5 * 2^(m-k)`` (m mantissa bits) pushes the bits below the grid out of the mantissa.
@@ -64,6 +64,7 @@ def round_to_grid(x: Tensor, grid_bits: int) -> Tensor:
     Args:
         x: any shape, float32 or float64.
         grid_bits: k.
+        inplace: overwrite ``x``, which must not need a gradient.
 
     Raises:
         ReversibleError: for another dtype: half-precision numbers have too few bits for a useful grid.
@@ -80,6 +81,8 @@ def round_to_grid(x: Tensor, grid_bits: int) -> Tensor:
     constant = 1.5 * 2.0 ** (_MANTISSA_BITS[x.dtype] - grid_bits)
     if torch.is_grad_enabled() and x.requires_grad:
         return _RoundToGrid.apply(x, constant)
+    if inplace:
+        return x.add_(constant).sub_(constant)
     return (x + constant).sub_(constant)
 
 

@@ -86,11 +86,21 @@ class ReversibleOp(nn.Module):
         """Whether exact mode acts now: in training only."""
         return self.grid_bits is not None and (self.training or active.in_stack)
 
-    def quantize(self, value: Tensor, like: Tensor) -> Tensor:
-        """What is added to the stream ``like``: ``value``, rounded to the grid where exact mode acts."""
+    def quantize(self, value: Tensor, like: Tensor, owned: bool = False) -> Tensor:
+        """What is added to the stream ``like``: ``value``, rounded to the grid where exact mode acts.
+
+        ``owned`` says that ``value`` may be changed in place (outside of autograd only).
+        """
         if not self.rounds or self.grid_bits is None:
             return value
-        return round_to_grid(value.to(like.dtype), self.grid_bits)
+        return round_to_grid(value.to(like.dtype), self.grid_bits, inplace=owned)
+
+    def plus(self, x: Tensor, value: Tensor) -> Tensor:
+        """The stream ``x`` with ``value`` added to it, rounded first where exact mode acts."""
+        quantized = self.quantize(value, x)
+        if quantized is value or torch.is_grad_enabled():
+            return x + quantized
+        return quantized.add_(x)  # the rounded copy is ours
 
     def extra_repr(self) -> str:
         return "" if self.grid_bits is None else f"exact={self.grid_bits}"

@@ -128,14 +128,14 @@ class RevSilo(ReversibleOp):
         return self.quantize(total.to(like.dtype), like)
 
     def _plus(self, x: Tensor, total: Tensor | None) -> Tensor:
-        return x if total is None else x + self.quantize(total, x)
+        return x if total is None else self.plus(x, total)
 
     def _minus(self, y: Tensor, total: Tensor | None) -> Tensor:
         return y if total is None else y - self.quantize(total, y)
 
     def _subtract(self, y: Tensor, total: Tensor | None) -> None:
         if total is not None:
-            y.sub_(self.quantize(total, y))
+            y.sub_(self.quantize(total, y, owned=True))
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, [f"{self.num_inputs} -> {self.num_outputs} scales", super().extra_repr()]))
