@@ -58,10 +58,10 @@ class AdditiveCoupling(ReversibleOp):
         del value
         grad_2 = step.add(grad_2, pull(grad_1)[0])
 
-        value, pull = self.evaluate(step, "f", self.f, x1, needs_grad=step.needs_input_grad[0])
+        value, pull = self.evaluate(step, "f", self.f, x1, needs_grad=step.needs_input_grad[0], dense_grad=True)
         x2.sub_(self.quantize(value, x2))
         del value
-        grad_1 = step.add(grad_1, pull(_dense(grad_2))[0])
+        grad_1 = step.add(grad_1, pull(grad_2)[0])
         return xs, grads if len(xs) == 1 else (grad_1, grad_2)
 
     def _halves(self, xs: Tensors) -> tuple[Tensor, Tensor]:
@@ -80,8 +80,3 @@ class AdditiveCoupling(ReversibleOp):
 
 def _joined(pair: tuple[Tensor, Tensor], count: int) -> Tensors:
     return pair if count == 2 else (torch.cat(pair, dim=1),)
-
-
-def _dense(grad: Tensor | None) -> Tensor | None:
-    """Without gaps in memory, as autograd's sum of two gradients: kernels may round differently on strided input."""
-    return grad if grad is None or torch.ops.aten.is_non_overlapping_and_dense(grad) else grad.clone()

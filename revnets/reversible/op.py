@@ -76,10 +76,10 @@ class ReversibleOp(nn.Module):
         return module(*xs)
 
     def evaluate(
-        self, step: "Step", key: Hashable, module: nn.Module, *xs: Tensor, needs_grad: bool = True
+        self, step: "Step", key: Hashable, module: nn.Module, *xs: Tensor, **options: bool
     ) -> tuple[Tensor, Callable[[Tensor | None], Grads]]:
         """Within ``rewind``: compute the branch called ``key`` again, ready for its gradient; see ``Step.evaluate``."""
-        return step.evaluate((id(self), key), module, *xs, needs_grad=needs_grad)
+        return step.evaluate((id(self), key), module, *xs, **options)
 
     @property
     def rounds(self) -> bool:
@@ -151,7 +151,7 @@ class Step:
         return tuple(self._grads.get(id(p)) for p in self.parameters)
 
     def evaluate(
-        self, key: Hashable, module: nn.Module, *xs: Tensor, needs_grad: bool = True
+        self, key: Hashable, module: nn.Module, *xs: Tensor, needs_grad: bool = True, dense_grad: bool = False
     ) -> tuple[Tensor, Callable[[Tensor | None], Grads]]:
         """Compute a branch again.
 
@@ -160,6 +160,8 @@ class Step:
             module: the branch.
             xs: its inputs, equal to the bit to those of the forward pass (or nearly, without exact mode).
             needs_grad: whether gradients of ``xs`` are wanted.
+            dense_grad: hand the branch its gradient without gaps in memory, as autograd's sum of two gradients is:
+                kernels may round differently on strided input.
 
         Returns:
             its value, without graph, and a function that takes the value's gradient to the gradients of ``xs``
@@ -171,7 +173,9 @@ class Step:
         modules = tree(module)
         with torch.enable_grad(), _without_hooks(modules), replaying(self.records[key], modules):
             value = module(*inputs)
-            graph: list[tuple[_Output, Any]] = [(_Output(value), self.in_use(modules))]
+            output = _DenseGrad.apply(value) if dense_grad and value.requires_grad else value
+            graph: list[tuple[_Output, Any]] = [(_Output(output), self.in_use(modules))]
+            del output
         if value.is_leaf or value._is_view():  # may be an input or a parameter in disguise
             value = value.clone()
 
@@ -222,6 +226,18 @@ class _Output:
     def __init__(self, y: Tensor) -> None:
         self.dtype = y.dtype
         self.edge = torch.autograd.graph.get_gradient_edge(y) if y.requires_grad else None
+
+
+class _DenseGrad(torch.autograd.Function):
+    """Identity; the copy of a gradient with gaps is autograd's own, which frees it as soon as it is used."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad if torch.ops.aten.is_non_overlapping_and_dense(grad) else grad.clone()
 
 
 def _slots(modules: list[nn.Module]) -> list[tuple[dict[str, Any], str, Tensor]]:
