@@ -1,8 +1,10 @@
-"""Memory and time of training steps: what they are on the device at hand.
+"""Memory, FLOPs and time of training steps: predicted on fake tensors, measured on the device at hand.
 
-Measures any module; knows nothing of particular networks.
+Works on any module and knows nothing of particular networks; `target.py` alone turns names into networks.
 """
 
+from .fake import ProfileError
 from .memory import StepMemory, measure_training_step
+from .predict import StepPrediction, predict_training_step
 
-__all__ = ["StepMemory", "measure_training_step"]
+__all__ = ["ProfileError", "StepMemory", "StepPrediction", "measure_training_step", "predict_training_step"]

@@ -1,6 +1,7 @@
 """Measured memory and time of one training step."""
 
 import gc
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,18 +12,22 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Memory of one training step (forward and backward, no optimizer), in bytes of tensors, and its time.
+    """Memory of one training step (forward, backward, and the optimizer's if there is one), in bytes, and its time.
 
     Attributes:
-        peak_bytes: most bytes allocated at any moment beyond what was there before the step (parameters, buffers and
-            the input are not counted): allocated by tensors, not reserved by an allocator, not the process size.
+        peak_bytes: most bytes allocated at any moment beyond what was there before the step (parameters, buffers,
+            optimizer state and the input are not counted): allocated by tensors, not reserved by an allocator, not the
+            process size.
         gradient_bytes: one copy of the parameters' gradients.
         seconds: of one step without the memory profiler, after one step of warm-up.
+        reserved_bytes: on an accelerator, the most that its allocator held from the device at any moment, everything
+            included: what other programs cannot have. None on CPU, whose allocator keeps nothing back.
     """
 
     peak_bytes: int
     gradient_bytes: int
     seconds: float
+    reserved_bytes: int | None = None
 
     @property
     def activation_bytes(self) -> int:
@@ -30,27 +35,37 @@ class StepMemory:
         return self.peak_bytes - self.gradient_bytes
 
 
-def measure_training_step(model: nn.Module, x: Tensor, loss_fn: Callable[[Tensor], Tensor] | None = None) -> StepMemory:
-    """Run three training steps of ``model`` on ``x`` (warm-up, timed, memory) and report memory and time.
+def measure_training_step(
+    model: nn.Module,
+    x: Tensor,
+    loss_fn: Callable[[Tensor], Tensor] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    repeats: int = 1,
+) -> StepMemory:
+    """Run training steps of ``model`` on ``x`` (warm-up, timed, memory) and report memory and time.
 
     On CPU the allocations are those of torch's allocator as its profiler reports them, temporaries of kernels
     included; on an accelerator, the allocator's own peak counter. Gradients are set to None afterwards; running
-    statistics move.
+    statistics move, and with an optimizer the weights.
 
     Args:
         model: in the mode (train, memory mode, autocast) to be measured.
         x: input on the model's device, e.g. ``(N, C, H, W)``.
         loss_fn: from the model's output to a scalar; by default the mean of squares.
+        optimizer: of the model's parameters; without one the step ends with the gradients.
+        repeats: timed steps; their median counts.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
         >>> measure_training_step(model, torch.ones(64, 8)).gradient_bytes
         576
     """
-    loss_fn = loss_fn or _mean_square
+    loss_fn = loss_fn or mean_square
 
     def step() -> None:
         loss_fn(model(x)).backward()
+        if optimizer is not None:
+            optimizer.step()
 
     def reset() -> None:
         model.zero_grad(set_to_none=True)
@@ -59,35 +74,43 @@ def measure_training_step(model: nn.Module, x: Tensor, loss_fn: Callable[[Tensor
     reset()
     step()
     gradient_bytes = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    seconds = []
+    for _ in range(repeats):
+        reset()
+        synchronize(x.device)
+        start = time.perf_counter()
+        step()
+        synchronize(x.device)
+        seconds.append(time.perf_counter() - start)
     reset()
-    _synchronize(x)
-    start = time.perf_counter()
-    step()
-    _synchronize(x)
-    seconds = time.perf_counter() - start
+    if x.device.type == "cpu":
+        peak, reserved = _peak_on_cpu(step), None
+    else:
+        peak, reserved = _peaks_on_accelerator(step, x.device)
     reset()
-    peak = _peak_on_cpu(step) if x.device.type == "cpu" else _peak_on_accelerator(step, x.device)
-    reset()
-    return StepMemory(peak, gradient_bytes, seconds)
+    return StepMemory(peak, gradient_bytes, statistics.median(seconds), reserved)
 
 
-def _mean_square(y: Tensor) -> Tensor:
+def mean_square(y: Tensor) -> Tensor:
+    """The loss when none is given."""
     return y.square().mean()
 
 
-def _synchronize(x: Tensor) -> None:
-    if x.device.type != "cpu":
-        torch.get_device_module(x.device).synchronize(x.device)
+def synchronize(device: torch.device) -> None:
+    """Wait until the device is done."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
 
 
-def _peak_on_accelerator(step: Callable[[], None], device: torch.device) -> int:
+def _peaks_on_accelerator(step: Callable[[], None], device: torch.device) -> tuple[int, int]:
     module = torch.get_device_module(device)
     module.synchronize(device)
+    module.empty_cache()
     module.reset_peak_memory_stats(device)
     before = module.memory_allocated(device)
     step()
     module.synchronize(device)
-    return module.max_memory_allocated(device) - before
+    return module.max_memory_allocated(device) - before, module.max_memory_reserved(device)
 
 
 def _peak_on_cpu(step: Callable[[], None]) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from .errors import ReversibleError
@@ -117,9 +118,13 @@ class RevSilo(ReversibleOp):
 
     def _sum(self, direction: str, target: int, xs: Sequence[Tensor]) -> Tensor | None:
         total: Tensor | None = None
+        ours = False  # a branch's output may be its input; a sum is ours, and outside of autograd changed in place
         for source, branch in self._edges(direction, target):
             value = self.branch((direction, source, target), branch, xs[source])
-            total = value if total is None else total + value
+            if ours and total is not None and not torch.is_grad_enabled():
+                total.add_(value)
+            else:
+                total, ours = value if total is None else total + value, total is not None
         return total
 
     def _created(self, total: Tensor | None, like: Tensor) -> Tensor:
