@@ -63,6 +63,38 @@ def bench(
         benchmark.save(rows, setting, output)
 
 
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(help="NAME@SIZE:BATCH, any timm model", metavar="MODEL")],
+    img_size: Annotated[
+        int | None, typer.Option(help="where MODEL has none (default: the published one)", min=1)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="where MODEL has none", min=1)] = 8,
+    mode: Annotated[str, typer.Option(help="of these modes only, separated by commas")] = "",
+    amp_dtype: Annotated[str | None, typer.Option(help="autocast to bfloat16 or float16")] = None,
+    optimizer: Annotated[str, typer.Option(help="any of timm's, or none")] = "sgd",
+    channels_last: Annotated[bool, typer.Option(help="memory layout of weights and images")] = True,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; to predict, it need not be here")] = "cpu",
+    exact: Annotated[bool, typer.Option(help="exact mode of reversible networks")] = True,
+    measure: Annotated[bool | None, typer.Option(help="run the step, too (default: where it takes seconds)")] = None,
+    compare: Annotated[list[str] | None, typer.Option(help='more networks: "resnet50 efficientnet_b7@600"')] = None,
+    fit: Annotated[str | None, typer.Option(help="what is the largest that fits 24GB (10^9 bytes) or 24GiB?")] = None,
+    fit_what: Annotated[str, typer.Option(help="the largest batch or image")] = "batch",
+    output: Annotated[Path | None, typer.Option(help="folder for JSON, CSV and pictures")] = None,
+) -> None:
+    """Memory, FLOPs and time of a training step: predicted without running it, measured beside it."""
+    from .profiling import command
+
+    names = [model, *(name for text in compare or [] for name in text.replace(",", " ").split())]
+    try:
+        chosen = None if optimizer == "none" else optimizer
+        setting = command.Setting(device, channels_last, amp_dtype, exact, chosen)
+        request = command.Request(names, img_size, batch_size, mode, measure, fit, fit_what, output)
+        command.run(request, setting)
+    except ValueError as error:
+        _fail(error)
+
+
 def _fail(error: Exception) -> Any:
     typer.echo(f"revnets: {error}", err=True)
     raise typer.Exit(2)

@@ -1,0 +1,97 @@
+"""What ``revnets profile`` does, from names to tables and files."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from ..reversible import MODES
+from . import report
+from .fake import ProfileError
+from .fit import fit, parse_budget
+from .profile import Row, profile
+from .target import Setting, Target, parse_targets
+
+__all__ = ["Request", "Setting", "run"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for; see ``revnets profile --help``."""
+
+    names: Sequence[str]
+    img_size: int | None = None
+    batch_size: int = 8
+    modes: str = ""
+    measure: bool | None = None
+    fit: str | None = None
+    fit_what: str = "batch"
+    output: Path | None = None
+
+
+def run(request: Request, setting: Setting) -> None:
+    """Predict, measure, print and save.
+
+    Raises:
+        ProfileError: one sentence, before long work where that can be.
+    """
+    budget = None if request.fit is None else parse_budget(request.fit)
+    if request.fit_what not in ("batch", "image"):
+        raise ProfileError(f"unknown --fit-what {request.fit_what!r}: expected batch or image")
+    targets = choose(request, setting)
+    folder = None if request.output is None else report.open_folder(request.output)
+    if budget is not None:
+        fits = [fit(t, setting, budget, request.fit_what) for t in track(targets, "fitting")]
+        report.print_fits(fits, budget, request.fit_what)
+        if folder is not None:
+            _say(report.save_records(report.fit_records(fits, budget), setting, folder, "fit"))
+        return
+    rows = [profile(t, setting, request.measure) for t in track(targets, "profiling")]
+    report.print_rows(rows, setting)
+    if folder is not None:
+        _say(report.save_records(report.records(rows), setting, folder, "profile"))
+        _draw(rows, folder)
+
+
+def choose(request: Request, setting: Setting) -> list[Target]:
+    """The targets of all names, in the modes asked for.
+
+    Raises:
+        ProfileError: for what does not exist.
+    """
+    wanted = [mode for mode in request.modes.replace(",", " ").split() if mode]
+    unknown = [mode for mode in wanted if mode not in MODES]
+    if unknown:
+        raise ProfileError(f"unknown mode {unknown[0]!r}: expected some of {', '.join(MODES)}")
+    targets = []
+    for text in request.names:
+        found = parse_targets(text, setting, request.img_size, request.batch_size)
+        # a peer without any of these modes is still worth comparing: plain
+        chosen = [t for t in found if not wanted or t.mode in wanted]
+        if not chosen and text == request.names[0]:
+            raise ProfileError(f"{text} has no mode {wanted[0]!r}, only {', '.join(t.mode for t in found)}")
+        targets += chosen or [t for t in found if t.mode == "store"]
+    return targets
+
+
+def track(work: Sequence[T], what: str) -> Iterable[T]:
+    """The pieces of work, with a progress bar and an estimate on the terminal."""
+    from rich.console import Console
+    from rich.progress import track as bar
+
+    return bar(work, what, console=Console(stderr=True), transient=True)
+
+
+def _draw(rows: Sequence[Row], folder: Path) -> None:
+    from . import plots
+
+    _say([plots.timeline(row, folder) for row in rows])
+
+
+def _say(paths: Sequence[Path]) -> None:
+    from rich.console import Console
+
+    for path in paths:
+        Console(soft_wrap=True).print(f"wrote {path}")

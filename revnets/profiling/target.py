@@ -1,0 +1,236 @@
+"""What is profiled: a network, its input and its loss, built on demand on any device."""
+
+import difflib
+import importlib.util
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..reversible import MODES
+from .fake import ProfileError
+
+MODE_NAMES = {"store": "plain", "checkpoint": "own checkpointing"}  # for networks without our modes
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all rows of a profile share.
+
+    Args:
+        device: the one meant; it need not be at hand.
+        channels_last: memory layout of weights and images.
+        amp_dtype: autocast to ``"bfloat16"`` or ``"float16"``, or None.
+        exact: exact mode of reversible networks.
+        optimizer: a name known to timm (``"sgd"``, ``"adamw"``, ``"lamb"``, ...), or None.
+
+    Raises:
+        ProfileError: for names that do not exist.
+    """
+
+    device: str = "cpu"
+    channels_last: bool = True
+    amp_dtype: str | None = None
+    exact: bool | int = True
+    optimizer: str | None = "sgd"
+
+    def __post_init__(self) -> None:
+        if self.amp_dtype not in (None, "bfloat16", "float16"):
+            raise ProfileError(f"unknown amp dtype {self.amp_dtype!r}: expected bfloat16 or float16")
+        try:
+            kind = torch.device(self.device).type
+        except RuntimeError:
+            kind = "meta"
+        if kind == "meta":
+            raise ProfileError(f"unknown device {self.device!r}: expected cpu, cuda, cuda:0, ...")
+        if self.optimizer is not None:
+            from timm.optim import list_optimizers
+
+            _check_name("optimizer", self.optimizer, list_optimizers())
+
+    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer for the parameters of ``model`` (momentum 0.9 where it has one, weight decay)."""
+        from timm.optim import create_optimizer_v2
+
+        return create_optimizer_v2(model, opt=self.optimizer, lr=1e-3, weight_decay=1e-4)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training step to run: the model in training mode, its input, and the loss of its output."""
+
+    model: nn.Module
+    x: Tensor
+    loss_fn: Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A network of timm at a size, a batch and a memory mode.
+
+    Other kinds of networks (detectors) come as classes with the same four attributes, ``build`` and ``divisor``.
+
+    Args:
+        name: known to timm.
+        img_size: side of the images, pixels.
+        batch_size: images per step.
+        mode: see ``revnets.reversible.MODES``; others know ``"store"`` (plain) and ``"checkpoint"`` (their own).
+        options: for the network's constructor.
+    """
+
+    name: str
+    img_size: int
+    batch_size: int
+    mode: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name} @{self.img_size} batch {self.batch_size}"
+
+    @property
+    def mode_name(self) -> str:
+        """The mode in words that fit the network."""
+        return self.mode if is_reversible(self.name) else MODE_NAMES[self.mode]
+
+    def build(self, setting: Setting, device: torch.device | str) -> Job:
+        """The step on ``device``: ``"meta"`` for a model without memory.
+
+        Raises:
+            ProfileError: when the network refuses its options.
+        """
+        torch.manual_seed(0)
+        cfg = timm.get_pretrained_cfg(self.name)
+        channels = cfg.input_size[0] if cfg is not None else 3
+        with torch.device(device):
+            model = create(self.name, self.img_size, setting, self.options)
+            x = torch.randn(self.batch_size, channels, self.img_size, self.img_size)
+        if not set_mode(model, self.mode):
+            raise ProfileError(f"{self.name} has no mode {self.mode!r}")
+        if setting.channels_last:
+            model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+        if setting.amp_dtype is not None:
+            model = _Autocast(model, torch.device(setting.device).type, getattr(torch, setting.amp_dtype))
+        return Job(model.train(), x, training_loss)
+
+    def divisor(self, setting: Setting) -> int:
+        """Image sides are multiples of this: the coarsest stride of the network."""
+        info: Any = getattr(_on_meta(self.name, self.img_size, setting, self.options), "feature_info", None) or []
+        strides = info.reduction() if hasattr(info, "reduction") else [i["reduction"] for i in info]
+        return max(strides, default=32)
+
+
+def is_reversible(name: str) -> bool:
+    """Whether the network has our three memory modes."""
+    return "revbifpn" in name
+
+
+def create(name: str, img_size: int, setting: Setting, options: tuple[tuple[str, Any], ...] = ()) -> nn.Module:
+    """The network on the default device, told its image size if it has to be."""
+    kwargs: dict[str, Any] = {"exact": setting.exact} if is_reversible(name) else {}
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is not None and cfg.fixed_input_size:
+        kwargs["img_size"] = img_size
+    try:
+        return timm.create_model(name, **kwargs, **dict(options))
+    except (AssertionError, ValueError, TypeError) as error:
+        raise ProfileError(f"{name} @{img_size} cannot be built: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its kind."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def set_mode(model: Any, mode: str) -> bool:
+    """Switch the memory mode; False where the network has no such mode."""
+    if hasattr(model, "set_mode"):
+        model.set_mode(mode)
+        return True
+    if mode == "store":
+        return True
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError, NotImplementedError, TypeError):
+        return False
+    return mode == "checkpoint"
+
+
+def parse_targets(text: str, setting: Setting, img_size: int | None = None, batch_size: int = 8) -> list[Target]:
+    """Targets of ``NAME[@SIZE[:BATCH]]``, one per mode that the network has.
+
+    Args:
+        text: what was typed; the path of an MMDetection config ends in ``.py``.
+        setting: options of the networks.
+        img_size: where the text has none; by default the published size.
+        batch_size: where the text has none.
+
+    Raises:
+        ProfileError: for unknown networks or numbers that are not.
+
+    Example:
+        >>> [t.mode for t in parse_targets("resnet18@128:4", Setting())]
+        ['store', 'checkpoint']
+    """
+    if text.endswith(".py"):
+        raise ProfileError(_about_config(text))
+    match = re.fullmatch(r"([^@:]+)(?:@(\d+))?(?::(\d+))?", text)
+    if match is None or "0" in (match[2], match[3]):
+        raise ProfileError(f"{text!r}: expected NAME@SIZE:BATCH with whole numbers, such as revbifpn_s0@224:8")
+    name = match[1]
+    _check_name("model", name, timm.list_models())
+    cfg = timm.get_pretrained_cfg(name)
+    side = int(match[2] or img_size or (cfg.input_size[-1] if cfg is not None else 224))
+    model = _on_meta(name, side, setting)
+    modes = [mode for mode in MODES if (mode != "reversible" or is_reversible(name)) and set_mode(model, mode)]
+    return [Target(name, side, int(match[3] or batch_size), mode) for mode in sorted(modes, key=_MODE_ORDER.index)]
+
+
+_MODE_ORDER = ("reversible", "store", "checkpoint")
+
+
+def _on_meta(name: str, img_size: int, setting: Setting, options: tuple[tuple[str, Any], ...] = ()) -> nn.Module:
+    with torch.device("meta"):
+        return create(name, img_size, setting, options)
+
+
+def _about_config(text: str) -> str:
+    if importlib.util.find_spec("mmdet") is None:
+        return f"{text!r} is an MMDetection config, which needs mmdet: pip install 'revnets[detection]'"
+    return f"{text!r}: MMDetection configs cannot be profiled yet, only names known to timm"
+
+
+def _check_name(what: str, name: str, known: list[str]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 3, 0.5)
+        raise ProfileError(f"unknown {what} {name!r}" + (f": did you mean {', '.join(near)}?" if near else ""))
+
+
+class _Autocast(nn.Module):
+    """The model under autocast, as a module, so that the loss stays outside."""
+
+    def __init__(self, model: nn.Module, device_type: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.device_type, self.dtype = model, device_type, dtype
+
+    def forward(self, x: Tensor) -> Any:
+        kind = x.device.type if x.device.type != "meta" else self.device_type
+        with torch.autocast(kind, dtype=self.dtype):
+            return self.model(x)
+
+
+def training_loss(y: Any) -> Tensor:
+    """Cross entropy of logits ``(N, classes)`` with fixed labels; for other outputs the mean of squares."""
+    if isinstance(y, Tensor) and y.ndim == 2 and y.shape[1] > 1:
+        return F.cross_entropy(y.float(), torch.arange(len(y), device=y.device) % y.shape[1])
+    outputs = [y] if isinstance(y, Tensor) else list(y.values() if isinstance(y, dict) else y)
+    return torch.stack([t.float().square().mean() for t in outputs]).sum()
+
+
+def with_size(target: Target, *, batch_size: int | None = None, img_size: int | None = None) -> Target:
+    """The same target with another batch or image."""
+    return replace(target, batch_size=batch_size or target.batch_size, img_size=img_size or target.img_size)
