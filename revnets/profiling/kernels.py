@@ -1,10 +1,13 @@
 """What fake tensors do not show: memory that kernels take for a moment, and ops without a fake implementation."""
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 aten = torch.ops.aten
 
@@ -33,11 +36,124 @@ def temporary_bytes(func: Any, args: Any, out: Any, device: torch.device) -> int
     return rule(args, out) if rule is not None else 0
 
 
+def excess(*changes: int) -> int:
+    """Highest running sum of allocations and releases, less what is left at the end.
+
+    Example:
+        >>> excess(10, 5, -5, 3)
+        2
+    """
+    sums = list(itertools.accumulate(changes))
+    return max(sums, default=0) - (sums[-1] if sums else 0)
+
+
+# --- oneDNN's convolutions on a CPU, float32, as the profiler's [memory] events show them (torch 2.15, oneDNN 3.13) ---
+#
+# Contiguous tensors are copied to a layout in blocks of one vector of channels and the result is copied back;
+# channels-last ones are taken as they are, only the weights are copied. Pointwise convolutions take anything as it is.
+# Depthwise ones have kernels of their own: the gradient of wide weights, and all of very wide ones, goes through
+# matrices, one column per pixel.
+
+
+class _Conv:
+    """Bytes of a convolution's tensors: x, y, w as torch has them; xb, yb, wb in blocks; and which kernels it gets."""
+
+    def __init__(self, x: Tensor, weight: Tensor, y: Tensor, stride: list[int], groups: int) -> None:
+        kernel = max(weight.shape[2:])
+        self.pointwise = kernel == 1 and max(stride) == 1 and groups == 1
+        self.depthwise = groups > 1 and groups == x.shape[1]
+        self.wide, self.very_wide = self.depthwise and kernel > 3, self.depthwise and kernel > 14
+        self.strided = max(stride) > 1
+        self.channels_last = torch.channels_last in (suggest_memory_format(x), suggest_memory_format(weight))
+        self.x, self.y, self.w = (math.prod(t.shape) * 4 for t in (x, y, weight))
+        self.yb, self.wb = _padded(self.y, y.shape[1]), _padded(self.w, y.shape[1])
+        self.xb = _padded(self.x, x.shape[1]) if x.shape[1] > 3 else 0  # an image goes in as it is
+        self.columns = math.prod(weight.shape[2:]) * math.prod(y.shape[2:]) * 4
+
+    def ordered_copy(self, t: Tensor) -> int:
+        """Bytes of the copy of a tensor that is in another layout, such as a slice of channels."""
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return 0 if t.is_contiguous(memory_format=layout) else math.prod(t.shape) * 4
+
+    def forward(self) -> list[int]:
+        if self.pointwise:
+            return [self.y]
+        if self.channels_last:
+            return [self.y, self.wb, -self.wb]
+        if self.very_wide:
+            return [self.columns, self.y, -self.columns, self.y, -self.y]
+        return [self.xb, self.wb, self.yb, -self.wb, -self.xb, self.y, -self.yb]
+
+    def input_gradient(self) -> list[int]:
+        if self.pointwise:
+            return [self.x]
+        if self.channels_last:
+            return [self.x, self.wb, -self.wb]
+        again = [self.x, -self.x] if self.strided and not self.depthwise else []  # one more copy
+        return [self.yb, self.wb, self.xb, -self.wb, -self.yb, self.x, *again, -self.xb]
+
+    def weight_gradient(self) -> list[int]:
+        if self.pointwise:
+            return [self.w]
+        if self.very_wide or (self.wide and not self.channels_last):
+            scratch = self.columns + 4 * self.w
+            return [self.wb, scratch, -scratch, self.w, -self.wb]
+        if self.channels_last:
+            scratch = self.w * _vector() ** 2 if self.wide else self.wb  # wide: dense blocks, vector x vector
+            return [scratch, self.w, self.w, -self.w, -scratch]
+        return [self.yb, self.xb, self.wb, -self.xb, -self.yb, self.w, -self.wb]
+
+
+def _vector() -> int:
+    return 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
+
+
+def _padded(nbytes: int, channels: int) -> int:
+    """``nbytes`` of a tensor whose channels are filled up to whole vectors."""
+    return nbytes // channels * (-(-channels // _vector()) * _vector())
+
+
+def _by_onednn(x: Tensor, transposed: bool) -> bool:
+    return x.ndim == 4 and x.dtype == torch.float32 and not transposed and torch.backends.mkldnn.is_available()
+
+
+def _convolution(args: Any, out: Any) -> int:
+    x, weight, _bias, stride, _padding, _dilation, transposed, _output_padding, groups = args[:9]
+    if not _by_onednn(x, transposed):
+        return 0
+    conv = _Conv(x, weight, out, stride, groups)
+    copies = conv.ordered_copy(x)
+    return excess(copies, *conv.forward(), -copies)
+
+
+def _convolution_backward(args: Any, out: Any) -> int:
+    grad, x, weight, _sizes, stride, _padding, _dilation, transposed, _output_padding, groups, needed = args[:11]
+    if not _by_onednn(x, transposed):
+        return 0
+    conv = _Conv(x, weight, grad, stride, groups)
+    copies = conv.ordered_copy(grad) + (conv.ordered_copy(x) if needed[1] else 0)
+    changes = (conv.input_gradient() if needed[0] else []) + (conv.weight_gradient() if needed[1] else [])
+    return excess(copies, *changes, -copies)
+
+
+# --- other kernels on a CPU -------------------------------------------------------------------------------------------
+
+
+def _upsample(args: Any, out: Any) -> int:
+    """Small outputs are computed channels-last, whatever the layout: both tensors are copied."""
+    x = args[0]
+    ordered = x.is_contiguous(memory_format=torch.channels_last)
+    return 0 if ordered or sum(out.shape[2:]) > 128 else x.nbytes + out.nbytes
+
+
 def _second_grad_input(args: Any, out: Any) -> int:
     """The CPU kernel allocates the input's gradient twice and drops the first."""
     return out[0].nbytes if out[0] is not None else 0
 
 
 CPU_TEMPORARIES: dict[Any, Callable[[Any, Any], int]] = {
+    aten.convolution.default: _convolution,
+    aten.convolution_backward.default: _convolution_backward,
     aten.native_batch_norm_backward.default: _second_grad_input,
+    aten.upsample_bilinear2d.default: _upsample,
 }
