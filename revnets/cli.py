@@ -80,6 +80,7 @@ def profile(
     compare: Annotated[list[str] | None, typer.Option(help='more networks: "resnet50 efficientnet_b7@600"')] = None,
     fit: Annotated[str | None, typer.Option(help="what is the largest that fits 24GB (10^9 bytes) or 24GiB?")] = None,
     fit_what: Annotated[str, typer.Option(help="the largest batch or image")] = "batch",
+    sweep: Annotated[str, typer.Option(help="instead: some of families, depth, resolution; predicted only")] = "",
     output: Annotated[Path | None, typer.Option(help="folder for JSON, CSV and pictures")] = None,
 ) -> None:
     """Memory, FLOPs and time of a training step: predicted without running it, measured beside it."""
@@ -89,7 +90,7 @@ def profile(
     try:
         chosen = None if optimizer == "none" else optimizer
         setting = command.Setting(device, channels_last, amp_dtype, exact, chosen)
-        request = command.Request(names, img_size, batch_size, mode, measure, fit, fit_what, output)
+        request = command.Request(names, img_size, batch_size, mode, measure, fit, fit_what, output, sweep)
         command.run(request, setting)
     except ValueError as error:
         _fail(error)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..reversible import MODES
-from . import report
+from . import plots, report, sweep
 from .fake import ProfileError
 from .fit import fit, parse_budget
-from .profile import Row, profile
+from .profile import profile
 from .target import Setting, Target, parse_targets
 
 __all__ = ["Request", "Setting", "run"]
@@ -29,6 +29,7 @@ class Request:
     fit: str | None = None
     fit_what: str = "batch"
     output: Path | None = None
+    sweeps: str = ""
 
 
 def run(request: Request, setting: Setting) -> None:
@@ -41,6 +42,7 @@ def run(request: Request, setting: Setting) -> None:
     if request.fit_what not in ("batch", "image"):
         raise ProfileError(f"unknown --fit-what {request.fit_what!r}: expected batch or image")
     targets = choose(request, setting)
+    sweeps = {kind: sweep.targets(kind, targets, setting) for kind in request.sweeps.replace(",", " ").split()}
     folder = None if request.output is None else report.open_folder(request.output)
     if budget is not None:
         fits = [fit(t, setting, budget, request.fit_what) for t in track(targets, "fitting")]
@@ -48,11 +50,18 @@ def run(request: Request, setting: Setting) -> None:
         if folder is not None:
             _say(report.save_records(report.fit_records(fits, budget), setting, folder, "fit"))
         return
+    for kind, swept in sweeps.items():
+        rows = [profile(t, setting, measure=False) for t in track(swept, f"predicting {kind}")]
+        report.print_sweep(kind, rows, setting)
+        if folder is not None:
+            _say([*report.save_records(report.records(rows), setting, folder, kind), plots.sweep(kind, rows, folder)])
+    if sweeps:
+        return
     rows = [profile(t, setting, request.measure) for t in track(targets, "profiling")]
     report.print_rows(rows, setting)
     if folder is not None:
         _say(report.save_records(report.records(rows), setting, folder, "profile"))
-        _draw(rows, folder)
+        _say([plots.timeline(row, folder) for row in rows])
 
 
 def choose(request: Request, setting: Setting) -> list[Target]:
@@ -82,12 +91,6 @@ def track(work: Sequence[T], what: str) -> Iterable[T]:
     from rich.progress import track as bar
 
     return bar(work, what, console=Console(stderr=True), transient=True)
-
-
-def _draw(rows: Sequence[Row], folder: Path) -> None:
-    from . import plots
-
-    _say([plots.timeline(row, folder) for row in rows])
 
 
 def _say(paths: Sequence[Path]) -> None:

@@ -1,11 +1,14 @@
 """Pictures of predictions."""
 
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .predict import CATEGORIES
 from .profile import Row
-from .report import write
+from .report import activations_per_image, write
+from .sweep import family
 
 
 def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Any, Any]:
@@ -49,3 +52,38 @@ def timeline(row: Row, folder: Path) -> Path:
     axes.set_xlim(0, len(p.timeline))
     axes.legend(loc="lower right", fontsize="small")
     return _save(figure, folder / f"timeline_{t.name}_{t.img_size}_{t.batch_size}_{t.mode}.png")
+
+
+def sweep(kind: str, rows: Sequence[Row], folder: Path) -> Path:
+    """Predicted peak less parameters, gradients and the like, per image, as ``KIND.png``: one line per family and mode.
+
+    Args:
+        kind: see ``sweep.KINDS``; says what is on the horizontal axis.
+        rows: of the targets of the sweep.
+        folder: to write to.
+    """
+    label, position = _HORIZONTAL[kind]
+    names = sorted({family(r.target.name) if kind == "families" else r.target.name for r in rows})
+    figure, axes = _axes(f"{', '.join(names)}: predicted", label, "activations and temporaries, MB per image")
+    lines: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        lines[family(row.target.name), row.target.mode_name].append((position(row), activations_per_image(row) / 1e6))
+    for (name, mode), points in lines.items():
+        color = f"C{sorted({n for n, _ in lines}).index(name)}" if kind == "families" else None
+        style = {"plain": "-", "store": "-", "reversible": "-"}.get(mode, "--")
+        marker = "o" if mode == "reversible" else "s" if style == "-" else "^"
+        axes.plot(*zip(*sorted(points), strict=True), marker + style, color=color, label=f"{name}, {mode}")
+    if kind != "depth":
+        axes.set(xscale="log", yscale="log")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.grid(which="both", alpha=0.3)
+    axes.legend(fontsize="small")
+    return _save(figure, folder / f"{kind}.png")
+
+
+_HORIZONTAL: dict[str, tuple[str, Callable[[Row], float]]] = {
+    "families": ("GMACs per image", lambda row: row.predicted.macs / row.target.batch_size / 1e9),
+    "depth": ("extra silos", lambda row: dict(row.target.options).get("extra_silos", 0)),
+    "resolution": ("side of the image, pixels", lambda row: row.target.img_size),
+}

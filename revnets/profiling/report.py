@@ -23,6 +23,7 @@ def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "img_size": row.target.img_size,
             "batch_size": row.target.batch_size,
             "mode": row.target.mode,
+            **dict(row.target.options),
             "parameters": row.predicted.parameters,
             "macs_per_image": row.predicted.macs // row.target.batch_size,
             "flops_per_image": 2 * row.predicted.macs // row.target.batch_size,
@@ -92,6 +93,38 @@ def print_rows(rows: Sequence[Row], setting: Setting) -> None:
         console.print(
             f"{row.target} {row.target.mode_name}: {where}; predicted in {row.seconds:.1f} s{note}", style="dim"
         )
+
+
+def print_sweep(kind: str, rows: Sequence[Row], setting: Setting) -> None:
+    """One table: size, arithmetic and memory of many networks."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{kind}, predicted ({describe(setting)})")
+    for column in (
+        "network",
+        "mode",
+        "extra silos",
+        "GMACs/image",
+        "peak, MB",
+        "of it gradients",
+        "activations, MB/image",
+    ):
+        table.add_column(column, justify="left" if column in ("network", "mode") else "right")
+    for row in rows:
+        p, t = row.predicted, row.target
+        silos = dict(t.options).get("extra_silos", "-")
+        macs, gradients = f"{p.macs / t.batch_size / 1e9:.2f}", _mb(p.categories["gradients"])
+        table.add_row(
+            str(t), t.mode_name, str(silos), macs, _mb(p.peak_bytes), gradients, _mb(activations_per_image(row))
+        )
+    Console(width=140).print(table)
+
+
+def activations_per_image(row: Row) -> int:
+    """Bytes at the peak that are activations or temporary, per image."""
+    at_peak = row.predicted.categories
+    return (at_peak["activations"] + at_peak["temporary"]) // row.target.batch_size
 
 
 def print_fits(fits: Sequence[Fit], budget: int, what: str) -> None:

@@ -1,5 +1,6 @@
 """Follows every tensor storage from birth to release while fake tensors run: memory as a sequence of events."""
 
+import functools
 import sys
 import weakref
 from bisect import bisect_right
@@ -91,10 +92,15 @@ class StorageTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
-            return func(*args, **kwargs)
+            return args[0].fake_device  # asked for all the time
         self.op = str(func)
         substitute = FAKE_KERNELS.get(func)
-        out = substitute(*args, **kwargs) if substitute else func(*args, **kwargs)
+        if substitute is not None:
+            out = substitute(*args, **kwargs)
+        elif _changes_values_only(func) and args[0].constant is None:  # constants (Adam's step counters) have values
+            out = args[0]  # nothing to do, and fake tensors would take long for it
+        else:
+            out = func(*args, **kwargs)
         self.trace.flops[self.phase] += count_flops(func, args, kwargs, out)
         self.trace.ops[self.op] += 1
         replaces = self._gradient_sum(func, args)
@@ -151,6 +157,13 @@ class StorageTracker(TorchDispatchMode):
             return None
         known = self._known.get(id(args[0].untyped_storage()))
         return known[0] if known else None
+
+
+@functools.cache
+def _changes_values_only(func: Any) -> bool:
+    name = func._schema.name
+    in_place = name.endswith("_") and "__" not in name and torch.Tag.pointwise in func.tags
+    return in_place or name in ("aten::copy_", "aten::zero_", "aten::fill_", "aten::hardswish_")
 
 
 def _called_by_engine() -> bool:
