@@ -28,7 +28,7 @@ def family(name: str) -> str:
         >>> [family(n) for n in ("revbifpn_s0", "efficientnet_b7", "hrnet_w18_small", "resnet50")]
         ['revbifpn', 'efficientnet', 'hrnet', 'resnet']
     """
-    return re.sub(r"_?[a-z]?\d+.*$", "", name) or name
+    return re.sub(r"(_[a-z])?\d.*$", "", name) or name
 
 
 def targets(kind: str, given: Sequence[Target], setting: Setting) -> list[Target]:
