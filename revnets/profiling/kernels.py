@@ -17,9 +17,18 @@ def _batch_norm_update_stats(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[1], dtype=dtype), x.new_empty(x.shape[1], dtype=dtype)
 
 
+def _batch_norm_backward(_grad: Tensor, x: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
+    mask = rest[-1]
+    statistics = x if weight is None else weight  # dtype of the parameters' gradients
+    channels = [statistics.new_empty(x.shape[1]) if wanted else None for wanted in mask[1:]]
+    return (torch.empty_like(x) if mask[0] else None), *channels
+
+
 FAKE_KERNELS: dict[Any, Callable[..., Any]] = {
     # torch would run the real kernel on zeros of the same size
     aten.batch_norm_update_stats.default: _batch_norm_update_stats,
+    # torch's fake one makes the input's gradient even where it is not asked for (2.15)
+    aten.native_batch_norm_backward.default: _batch_norm_backward,
 }
 
 
@@ -146,6 +155,11 @@ def _upsample(args: Any, out: Any) -> int:
     return 0 if ordered or sum(out.shape[2:]) > 128 else x.nbytes + out.nbytes
 
 
+def _mm(args: Any, out: Any) -> int:
+    """BLAS wants one stride to be 1: other matrices (an expanded gradient, that of a sum) are copied."""
+    return sum(t.numel() * t.element_size() for t in args[:2] if t.numel() > 1 and 1 not in t.stride())
+
+
 def _second_grad_input(args: Any, out: Any) -> int:
     """The CPU kernel allocates the input's gradient twice and drops the first."""
     return out[0].nbytes if out[0] is not None else 0
@@ -156,4 +170,5 @@ CPU_TEMPORARIES: dict[Any, Callable[[Any, Any], int]] = {
     aten.convolution_backward.default: _convolution_backward,
     aten.native_batch_norm_backward.default: _second_grad_input,
     aten.upsample_bilinear2d.default: _upsample,
+    aten.mm.default: _mm,
 }
