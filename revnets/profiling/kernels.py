@@ -59,7 +59,8 @@ def excess(*changes: int) -> int:
 # --- oneDNN's convolutions on a CPU, float32, as the profiler's [memory] events show them (torch 2.15, oneDNN 3.13) ---
 #
 # Contiguous tensors are copied to a layout in blocks of one vector of channels and the result is copied back;
-# channels-last ones are taken as they are, only the weights are copied. Pointwise convolutions take anything as it is.
+# channels-last ones are taken as they are, only the weights are copied. Torch's own kernel for pointwise convolutions,
+# which it prefers for small batches on one thread, takes anything as it is.
 # Depthwise ones have kernels of their own: the gradient of wide weights, and all of very wide ones, goes through
 # matrices, one column per pixel.
 
@@ -69,13 +70,17 @@ class _Conv:
 
     def __init__(self, x: Tensor, weight: Tensor, y: Tensor, stride: list[int], groups: int) -> None:
         kernel = max(weight.shape[2:])
-        self.pointwise = kernel == 1 and max(stride) == 1 and groups == 1
+        pointwise = kernel == 1 and max(stride) == 1 and groups == 1
+        few = x.shape[0] == 1 and x.numel() <= 20480
+        self.plain = pointwise and (few or (x.shape[0] < 16 and torch.get_num_threads() == 1))
         self.depthwise = groups > 1 and groups == x.shape[1]
         self.wide, self.very_wide = self.depthwise and kernel > 3, self.depthwise and kernel > 14
         self.strided = max(stride) > 1
         self.channels_last = torch.channels_last in (suggest_memory_format(x), suggest_memory_format(weight))
         self.x, self.y, self.w = (math.prod(t.shape) * 4 for t in (x, y, weight))
         self.yb, self.wb = _padded(self.y, y.shape[1]), _padded(self.w, y.shape[1])
+        if groups == 1 and x.shape[1] > 3:
+            self.wb = _padded(self.wb, x.shape[1])
         self.xb = _padded(self.x, x.shape[1]) if x.shape[1] > 3 else 0  # an image goes in as it is
         self.columns = math.prod(weight.shape[2:]) * math.prod(y.shape[2:]) * 4
 
@@ -85,7 +90,7 @@ class _Conv:
         return 0 if t.is_contiguous(memory_format=layout) else math.prod(t.shape) * 4
 
     def forward(self) -> list[int]:
-        if self.pointwise:
+        if self.plain:
             return [self.y]
         if self.channels_last:
             return [self.y, self.wb, -self.wb]
@@ -94,7 +99,7 @@ class _Conv:
         return [self.xb, self.wb, self.yb, -self.wb, -self.xb, self.y, -self.yb]
 
     def input_gradient(self) -> list[int]:
-        if self.pointwise:
+        if self.plain:
             return [self.x]
         if self.channels_last:
             return [self.x, self.wb, -self.wb]
@@ -102,7 +107,7 @@ class _Conv:
         return [self.yb, self.wb, self.xb, -self.wb, -self.yb, self.x, *again, -self.xb]
 
     def weight_gradient(self) -> list[int]:
-        if self.pointwise:
+        if self.plain:
             return [self.w]
         if self.very_wide or (self.wide and not self.channels_last):
             scratch = self.columns + 4 * self.w
