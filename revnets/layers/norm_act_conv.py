@@ -47,6 +47,8 @@ def norm_act_conv(x: Tensor, norm: nn.Module, act: nn.Module, se: SEModule | Non
 
 
 def _is_plain_se(se: SEModule) -> bool:
+    if not isinstance(se.bn, nn.Identity) or any(type(fc) is not nn.Conv2d for fc in (se.fc1, se.fc2)):
+        return False
     return not (se.add_maxpool or any(map(has_hooks, se.modules())) or any(p._backward_hooks for p in se.parameters()))
 
 
@@ -64,7 +66,13 @@ class _Settings:
     def gate(self, pooled: Tensor) -> Tensor:
         """The factors ``(N, C, 1, 1)`` from the means ``(N, C, 1, 1)``."""
         se: Any = self.se
-        return se.gate(se.fc2(se.act(se.bn(se.fc1(pooled)))))
+        squeezed = se.act(se.bn(_pointwise(pooled.flatten(1), se.fc1)))
+        return se.gate(_pointwise(squeezed, se.fc2))[:, :, None, None]
+
+
+def _pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A 1x1 convolution of single pixels ``(N, C)``: as a product of matrices it costs a tenth."""
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -107,14 +115,16 @@ class _NormActConv(torch.autograd.Function):
         x, weight, bias, mean, var, conv_weight, _, *gate_parameters = ctx.saved_tensors
         settings, needed = ctx.settings, ctx.needs_input_grad
         act, act_grad = settings.kind
-        p = act(settings.normed(x, weight, bias, mean, var), inplace=True)
+        y, grad = settings.normed(x, weight, bias, mean, var), dense(grad)
+        p = act(y)
         if settings.se is not None:
             p.mul_(ctx.gate[1].detach())
-        grad_p, *of_conv = conv_grads(dense(grad), p, conv_weight, settings.conv, (True, needed[6], needed[7]))
-        assert grad_p is not None
-        grad_h = grad_p
-        del p, grad_p
-        y = settings.normed(x, weight, bias, mean, var)  # cheaper than the memory of keeping it from above
+        of_conv = conv_grads(grad, p, conv_weight, settings.conv, (False, needed[6], needed[7]))[1:]
+        del p
+        # of the input, its own gradient needs the shape only, and y has that
+        grad_h = conv_grads(grad, y, conv_weight, settings.conv, (True, False, False))[0]
+        assert grad_h is not None
+        del grad
         gate_grads: list[Tensor | None] = []
         if settings.se is not None:
             pooled, gate = ctx.gate

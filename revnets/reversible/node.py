@@ -8,7 +8,7 @@ from torch import Tensor
 from .errors import ReversibleError
 from .grid import check_range, max_abs
 from .op import Grads, ReversibleOp, Step, Tensors
-from .replay import Precision, Recorder, activated, is_fake
+from .replay import Precision, Recorder, activated, is_fake, parameters_of
 
 
 class Tape:
@@ -139,7 +139,7 @@ def _saved_outputs(ctx: Any) -> Tensors:
 
 
 def _check_versions(ctx: Any) -> None:
-    present = {id(p) for p in ctx.op.parameters()}
+    present = {id(p) for p in parameters_of(ctx.op)}
     if any(id(p) not in present or not p.requires_grad for p in ctx.parameters):
         raise ReversibleError(
             f"{ctx.name}: its parameters were replaced or frozen between forward and backward (functional_call?), so "

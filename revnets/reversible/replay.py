@@ -182,6 +182,11 @@ def tree(module: Any) -> list[nn.Module]:
     return list(found.values())
 
 
+def parameters_of(module: nn.Module) -> list[nn.Parameter]:
+    """All parameters once; quicker than ``module.parameters()``."""
+    return list({id(p): p for m in tree(module) for p in m._parameters.values() if p is not None}.values())
+
+
 @contextmanager
 def frozen_statistics(modules: list[nn.Module], owners: set[int] | frozenset[int] = frozenset()) -> Iterator[None]:
     """Stop running statistics (BatchNorm, SyncBatchNorm, InstanceNorm) from being updated a second time.

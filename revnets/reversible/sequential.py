@@ -12,7 +12,7 @@ from .grid import resolve_grid_bits, round_to_grid
 from .mode import check_mode, recompute
 from .node import Handover, OpNode, RangeGuard, Tape
 from .op import ReversibleOp, Tensors
-from .replay import activated, active, autocast_cache_off
+from .replay import activated, active, autocast_cache_off, parameters_of
 
 
 class RevSequential(nn.Module):
@@ -107,7 +107,7 @@ class RevSequential(nn.Module):
     def _reversible(xs: Tensors, named_ops: list[tuple[str, ReversibleOp]], guard: RangeGuard | None) -> Tensors:
         tape = Tape(len(named_ops), tuple({x.device.type for x in xs}))
         for index, (name, op) in enumerate(named_ops):
-            parameters = [p for p in op.parameters() if p.requires_grad]
+            parameters = [p for p in parameters_of(op) if p.requires_grad]
             xs = OpNode.apply(op, f"op {name} ({type(op).__name__})", tape, index, len(xs), *xs, *parameters)
             if guard is not None:
                 guard.watch(f"op {name} ({type(op).__name__})", xs)
@@ -137,7 +137,7 @@ class RevSequential(nn.Module):
         if any(x.requires_grad for x in xs):
             return 0
         for index, (_, op) in enumerate(named_ops):
-            if any(p.requires_grad for p in op.parameters()):
+            if any(p.requires_grad for p in parameters_of(op)):
                 return index
         return len(named_ops)
 
