@@ -8,7 +8,7 @@ from timm.layers import SEModule
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..reversible.replay import once
+from ..reversible.replay import once, parameters_of, tree
 from .conv import conv_grads, convolved, is_plain_conv
 from .norm_act import ACTIVATIONS, batch_norm_grad, by_parts, dense, has_hooks, is_lean, norm_act, update_statistics
 
@@ -42,14 +42,15 @@ def norm_act_conv(x: Tensor, norm: nn.Module, act: nn.Module, se: SEModule | Non
         return conv(x if se is None else se(x))
     mean, var = once(lambda: update_statistics(x, norm), owner=norm)
     settings = _Settings(norm.eps, ACTIVATIONS[type(act)], se, conv, torch.is_grad_enabled())  # type: ignore[arg-type]
-    gate_parameters = () if se is None else tuple(se.parameters())
+    gate_parameters = () if se is None else tuple(parameters_of(se))
     return _NormActConv.apply(x, norm.weight, norm.bias, mean, var, settings, conv.weight, conv.bias, *gate_parameters)
 
 
 def _is_plain_se(se: SEModule) -> bool:
     if not isinstance(se.bn, nn.Identity) or any(type(fc) is not nn.Conv2d for fc in (se.fc1, se.fc2)):
         return False
-    return not (se.add_maxpool or any(map(has_hooks, se.modules())) or any(p._backward_hooks for p in se.parameters()))
+    hooked = any(map(has_hooks, tree(se))) or any(p._backward_hooks for p in parameters_of(se))
+    return not (se.add_maxpool or hooked)
 
 
 class _Settings:

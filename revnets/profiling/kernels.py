@@ -61,20 +61,23 @@ def excess(*changes: int) -> int:
 # Contiguous tensors are copied to a layout in blocks of one vector of channels and the result is copied back;
 # channels-last ones are taken as they are, only the weights are copied. Torch's own kernel for pointwise convolutions,
 # which it prefers for small batches on one thread, takes anything as it is.
-# Depthwise ones have kernels of their own: the gradient of wide weights, and all of very wide ones, goes through
-# matrices, one column per pixel.
+# Depthwise ones have kernels of their own: the gradient of wide weights, and all with much padding, goes through
+# matrices, one column per pixel and thread.
 
 
 class _Conv:
     """Bytes of a convolution's tensors: x, y, w as torch has them; xb, yb, wb in blocks; and which kernels it gets."""
 
-    def __init__(self, x: Tensor, weight: Tensor, y: Tensor, stride: list[int], groups: int) -> None:
+    def __init__(self, x: Tensor, weight: Tensor, y: Tensor, args: Any) -> None:
+        stride, padding, dilation, _transposed, _output_padding, groups = args
         kernel = max(weight.shape[2:])
         pointwise = kernel == 1 and max(stride) == 1 and groups == 1
         few = x.shape[0] == 1 and x.numel() <= 20480
         self.plain = pointwise and (few or (x.shape[0] < 16 and torch.get_num_threads() == 1))
         self.depthwise = groups > 1 and groups == x.shape[1]
-        self.wide, self.very_wide = self.depthwise and kernel > 3, self.depthwise and kernel > 14
+        self.wide = self.depthwise and kernel > 3
+        extent = (kernel - 1) * max(dilation) + 1
+        self.by_matrices = self.depthwise and (max(padding) > 6 or max(padding) >= extent)
         self.strided = max(stride) > 1
         self.channels_last = torch.channels_last in (suggest_memory_format(x), suggest_memory_format(weight))
         self.x, self.y, self.w = (math.prod(t.shape) * 4 for t in (x, y, weight))
@@ -82,7 +85,7 @@ class _Conv:
         if groups == 1 and x.shape[1] > 3:
             self.wb = _padded(self.wb, x.shape[1])
         self.xb = _padded(self.x, x.shape[1]) if x.shape[1] > 3 else 0  # an image goes in as it is
-        self.columns = math.prod(weight.shape[2:]) * math.prod(y.shape[2:]) * 4
+        self.columns = torch.get_num_threads() * math.prod(weight.shape[2:]) * math.prod(y.shape[2:]) * 4
 
     def ordered_copy(self, t: Tensor) -> int:
         """Bytes of the copy of a tensor that is in another layout, such as a slice of channels."""
@@ -94,7 +97,7 @@ class _Conv:
             return [self.y]
         if self.channels_last:
             return [self.y, self.wb, -self.wb]
-        if self.very_wide:
+        if self.by_matrices:
             return [self.columns, self.y, -self.columns, self.y, -self.y]
         return [self.xb, self.wb, self.yb, -self.wb, -self.xb, self.y, -self.yb]
 
@@ -109,7 +112,7 @@ class _Conv:
     def weight_gradient(self) -> list[int]:
         if self.plain:
             return [self.w]
-        if self.very_wide or (self.wide and not self.channels_last):
+        if self.by_matrices or (self.wide and not self.channels_last):
             scratch = self.columns + 4 * self.w
             return [self.wb, scratch, -scratch, self.w, -self.wb]
         if self.channels_last:
@@ -132,19 +135,19 @@ def _by_onednn(x: Tensor, transposed: bool) -> bool:
 
 
 def _convolution(args: Any, out: Any) -> int:
-    x, weight, _bias, stride, _padding, _dilation, transposed, _output_padding, groups = args[:9]
-    if not _by_onednn(x, transposed):
+    x, weight, _bias, *settings = args[:9]
+    if not _by_onednn(x, settings[3]):
         return 0
-    conv = _Conv(x, weight, out, stride, groups)
+    conv = _Conv(x, weight, out, settings)
     copies = conv.ordered_copy(x)
     return excess(copies, *conv.forward(), -copies)
 
 
 def _convolution_backward(args: Any, out: Any) -> int:
-    grad, x, weight, _sizes, stride, _padding, _dilation, transposed, _output_padding, groups, needed = args[:11]
-    if not _by_onednn(x, transposed):
+    grad, x, weight, _sizes, *settings, needed = args[:11]
+    if not _by_onednn(x, settings[3]):
         return 0
-    conv = _Conv(x, weight, grad, stride, groups)
+    conv = _Conv(x, weight, grad, settings)
     copies = conv.ordered_copy(grad) + (conv.ordered_copy(x) if needed[1] else 0)
     changes = (conv.input_gradient() if needed[0] else []) + (conv.weight_gradient() if needed[1] else [])
     return excess(copies, *changes, -copies)
