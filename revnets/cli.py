@@ -27,38 +27,25 @@ def bench(
     channels_last: Annotated[bool, typer.Option(help="memory layout of weights and images")] = True,
     exact: Annotated[bool, typer.Option(help="exact mode of reversible networks")] = True,
     modes: Annotated[str, typer.Option(help="of these modes only, separated by commas")] = "",
+    ablate: Annotated[bool, typer.Option(help="also each part of our work left out, in reversible mode")] = False,
     output: Annotated[Path | None, typer.Option(help="also write the figures as JSON")] = None,
 ) -> None:
     """Step time and activation memory of networks in their memory modes, in one interleaved run."""
-    from rich.console import Console
-    from rich.progress import track
-    from rich.table import Table
-
     import revnets  # noqa: F401 - registers the models
 
     from .profiling import bench as benchmark
+    from .profiling.command import Setting, track
 
-    setting = benchmark.Setting(device, channels_last, amp_dtype, exact, repeats)
     try:
-        benchmark.check(setting, modes, output)
-        cases = [c for text in models or ["revbifpn_s0@224:8", "revbifpn_s1@256:8"] for c in benchmark.parse_case(text)]
-        cases = [c for c in cases if not modes or c.mode in modes.split(",")]
-        rows = benchmark.run(cases, setting, lambda work: track(work, "measuring"))
+        setting = Setting(device, channels_last, amp_dtype, exact, optimizer=None)
+        if output is not None and not output.parent.is_dir():
+            raise ValueError(f"the folder {str(output.parent)!r} for the output does not exist: create it first")
+        names = models or ["revbifpn_s0@224:8", "revbifpn_s1@256:8", "efficientnet_b0@224:8"]
+        cases = benchmark.make_cases(names, modes, setting, ablate)
+        rows = benchmark.run(cases, setting, repeats, lambda work: track(list(work), "measuring"))
     except (ValueError, RuntimeError) as error:
         _fail(error)
-    table = Table(title=f"One training step ({benchmark.machine(setting)})")
-    for column in ("network", "mode", "step, s", "x store", "activations, MB/sample", "x store"):
-        table.add_column(column, justify="left" if column in ("network", "mode") else "right")
-    for row, time_ratio, memory_ratio in benchmark.ratios(rows):
-        table.add_row(
-            str(row.case),
-            row.case.mode,
-            f"{row.seconds:.3f}",
-            f"{time_ratio:.2f}",
-            f"{row.bytes_per_sample / 1e6:.2f}",
-            f"{memory_ratio:.3f}",
-        )
-    Console(width=140).print(table)
+    benchmark.print_rows(rows, setting)
     if output is not None:
         benchmark.save(rows, setting, output)
 

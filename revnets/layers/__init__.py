@@ -5,7 +5,7 @@ Layers know of the reversible engine only ``once`` (statistics computed once per
 
 from .conv import conv
 from .mbconv import MBConv
-from .norm_act import norm_act
+from .norm_act import lean_layers, norm_act
 from .norm_act_conv import norm_act_conv
 
-__all__ = ["MBConv", "conv", "norm_act", "norm_act_conv"]
+__all__ = ["MBConv", "conv", "lean_layers", "norm_act", "norm_act_conv"]

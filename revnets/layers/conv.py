@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .norm_act import dense, has_hooks
+from .norm_act import dense, has_hooks, uses_lean_layers
 
 
 def conv(x: Tensor, module: nn.Module) -> Tensor:
@@ -23,7 +23,7 @@ def conv(x: Tensor, module: nn.Module) -> Tensor:
         >>> conv(torch.ones(1, 4, 8, 8), nn.Conv2d(4, 4, 3, groups=4)).shape
         torch.Size([1, 4, 6, 6])
     """
-    if not (torch.is_grad_enabled() and is_plain_conv(module)) or torch.compiler.is_compiling():
+    if not (torch.is_grad_enabled() and uses_lean_layers() and is_plain_conv(module)):
         return module(x)
     return _Conv.apply(dense(x), module.weight, module.bias, module)
 

@@ -1,6 +1,7 @@
 """Batch norm followed by an activation, keeping one tensor for the backward pass where autograd keeps two or three."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,12 +37,39 @@ def norm_act(x: Tensor, norm: nn.Module, act: nn.Module | None = None) -> Tensor
     return _NormAct.apply(x, norm.weight, norm.bias, mean, var, norm.eps, ACTIVATIONS[type(act)])
 
 
+class _Lean:
+    enabled = True  # for all threads: backward passes of accelerators have their own
+
+
+def uses_lean_layers() -> bool:
+    """Whether layers save memory; see ``lean_layers``."""
+    return _Lean.enabled and not torch.compiler.is_compiling()
+
+
+@contextmanager
+def lean_layers(enabled: bool = True) -> Iterator[None]:
+    """Within this context, layers save memory (the default), or call the plain modules, to compare.
+
+    The forward and backward pass of a step belong in the same context.
+
+    Example:
+        >>> with lean_layers(False):
+        ...     norm_act(torch.ones(2, 4, 3, 3), nn.BatchNorm2d(4)).shape
+        torch.Size([2, 4, 3, 3])
+    """
+    former, _Lean.enabled = _Lean.enabled, enabled
+    try:
+        yield
+    finally:
+        _Lean.enabled = former
+
+
 def is_lean(norm: nn.Module, act: nn.Module | None) -> bool:
     """Whether the lean path is the same as calling the modules: usual batch norm in training, known act, no hooks."""
     return (
         norm.training
+        and uses_lean_layers()
         and type(act) in ACTIVATIONS
-        and not torch.compiler.is_compiling()
         and type(norm) is nn.BatchNorm2d
         and norm.track_running_stats
         and norm.momentum is not None

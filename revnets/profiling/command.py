@@ -8,7 +8,7 @@ from typing import TypeVar
 from ..reversible import MODES
 from . import plots, report, sweep
 from .fake import ProfileError
-from .fit import fit, parse_budget
+from .fit import DoesNotFitError, Fit, fit, parse_budget
 from .profile import profile
 from .target import Setting, Target, parse_targets
 
@@ -41,48 +41,72 @@ def run(request: Request, setting: Setting) -> None:
     budget = None if request.fit is None else parse_budget(request.fit)
     if request.fit_what not in ("batch", "image"):
         raise ProfileError(f"unknown --fit-what {request.fit_what!r}: expected batch or image")
-    targets = choose(request, setting)
+    targets = choose_targets(request.names, request.modes, setting, request.img_size, request.batch_size)
     sweeps = {kind: sweep.targets(kind, targets, setting) for kind in request.sweeps.replace(",", " ").split()}
     folder = None if request.output is None else report.open_folder(request.output)
     if budget is not None:
-        fits = [fit(t, setting, budget, request.fit_what) for t in track(targets, "fitting")]
+        fits = _fit_all(targets, setting, budget, request.fit_what)
         report.print_fits(fits, budget, request.fit_what)
         if folder is not None:
-            _say(report.save_records(report.fit_records(fits, budget), setting, folder, "fit"))
+            _wrote(report.save_records(report.fit_records(fits, budget), setting, folder, "fit"))
         return
     for kind, swept in sweeps.items():
         rows = [profile(t, setting, measure=False) for t in track(swept, f"predicting {kind}")]
         report.print_sweep(kind, rows, setting)
         if folder is not None:
-            _say([*report.save_records(report.records(rows), setting, folder, kind), plots.sweep(kind, rows, folder)])
+            _wrote([*report.save_records(report.records(rows), setting, folder, kind), plots.sweep(kind, rows, folder)])
     if sweeps:
         return
     rows = [profile(t, setting, request.measure) for t in track(targets, "profiling")]
     report.print_rows(rows, setting)
     if folder is not None:
-        _say(report.save_records(report.records(rows), setting, folder, "profile"))
-        _say([plots.timeline(row, folder) for row in rows])
+        _wrote(report.save_records(report.records(rows), setting, folder, "profile"))
+        _wrote([plots.timeline(row, folder) for row in rows])
 
 
-def choose(request: Request, setting: Setting) -> list[Target]:
+def choose_targets(
+    names: Sequence[str], modes: str, setting: Setting, img_size: int | None = None, batch_size: int = 8
+) -> list[Target]:
     """The targets of all names, in the modes asked for.
+
+    Args:
+        names: ``NAME[@SIZE][:BATCH]``.
+        modes: separated by commas or blanks; none for all.
+        setting: of the networks.
+        img_size: where a name has none; by default the published size.
+        batch_size: where a name has none.
 
     Raises:
         ProfileError: for what does not exist.
     """
-    wanted = [mode for mode in request.modes.replace(",", " ").split() if mode]
+    wanted = modes.replace(",", " ").split()
     unknown = [mode for mode in wanted if mode not in MODES]
     if unknown:
         raise ProfileError(f"unknown mode {unknown[0]!r}: expected some of {', '.join(MODES)}")
     targets = []
-    for text in request.names:
-        found = parse_targets(text, setting, request.img_size, request.batch_size)
+    for text in names:
+        found = parse_targets(text, setting, img_size, batch_size)
         # a peer without any of these modes is still worth comparing: plain
         chosen = [t for t in found if not wanted or t.mode in wanted]
-        if not chosen and text == request.names[0]:
+        if not chosen and text == names[0]:
             raise ProfileError(f"{text} has no mode {wanted[0]!r}, only {', '.join(t.mode for t in found)}")
         targets += chosen or [t for t in found if t.mode == "store"]
     return targets
+
+
+def _fit_all(targets: Sequence[Target], setting: Setting, budget: int, what: str) -> list[Fit]:
+    """What fits, for all targets of which at least one sample does; the others are named on the way."""
+    fits, refusals = [], []
+    for target in track(targets, "fitting"):
+        try:
+            fits.append(fit(target, setting, budget, what))
+        except DoesNotFitError as error:
+            refusals.append(error)
+    if not fits:
+        raise refusals[0]
+    for refusal in refusals:
+        _say([str(refusal)])
+    return fits
 
 
 def track(work: Sequence[T], what: str) -> Iterable[T]:
@@ -93,8 +117,12 @@ def track(work: Sequence[T], what: str) -> Iterable[T]:
     return bar(work, what, console=Console(stderr=True), transient=True)
 
 
-def _say(paths: Sequence[Path]) -> None:
+def _wrote(paths: Sequence[Path]) -> None:
+    _say([f"wrote {path}" for path in paths])
+
+
+def _say(lines: Sequence[str]) -> None:
     from rich.console import Console
 
-    for path in paths:
-        Console(soft_wrap=True).print(f"wrote {path}")
+    for line in lines:
+        Console(soft_wrap=True, highlight=False).print(line, markup=False)

@@ -31,6 +31,10 @@ def parse_budget(text: str) -> int:
     return int(float(match[1]) * factor)
 
 
+class DoesNotFitError(ProfileError):
+    """Not even one sample, or the smallest image, fits the budget."""
+
+
 @dataclass(frozen=True)
 class Fit:
     """The largest target that fits.
@@ -87,7 +91,7 @@ def fit(target: Target, setting: Setting, budget: int, what: str = "batch") -> F
         what: ``"batch"`` or ``"image"``.
 
     Raises:
-        ProfileError: when not even one sample (or the smallest image) fits; says what it needs.
+        DoesNotFitError: when not even one sample (or the smallest image) fits; says what it needs.
     """
     step = 1 if what == "batch" else target.divisor(setting)
     known: dict[int, StepPrediction] = {}
@@ -102,7 +106,7 @@ def fit(target: Target, setting: Setting, budget: int, what: str = "batch") -> F
 
     n = largest(peak, budget, 1 if what == "batch" else 2)
     if n == 0:
-        raise ProfileError(
+        raise DoesNotFitError(
             f"{target.name} ({target.mode_name}) @{sized(1).img_size}: not even batch {sized(1).batch_size} fits "
             f"{budget / 1e9:.3g} GB, it needs {peak(1) / 1e9:.3g} GB (1 GB = 10^9 bytes)"
         )

@@ -173,9 +173,14 @@ def write(path: Path, save: Callable[[Path], Any]) -> Path:
     return path
 
 
+def save_json(found: Sequence[dict[str, Any]], setting: Setting, path: Path) -> Path:
+    """Rows with machine and setting."""
+    data = {"machine": describe(setting), "setting": asdict(setting), "rows": list(found)}
+    return write(path, lambda temporary: temporary.write_text(json.dumps(data, indent=2) + "\n"))
+
+
 def save_records(found: Sequence[dict[str, Any]], setting: Setting, folder: Path, name: str) -> list[Path]:
     """``name.json`` (with machine and setting) and ``name.csv`` in ``folder``."""
-    data = {"machine": describe(setting), "setting": asdict(setting), "rows": list(found)}
 
     def save_csv(path: Path) -> None:
         with path.open("w", newline="") as file:
@@ -184,7 +189,7 @@ def save_records(found: Sequence[dict[str, Any]], setting: Setting, folder: Path
             writer.writerows(found)
 
     return [
-        write(folder / f"{name}.json", lambda path: path.write_text(json.dumps(data, indent=2) + "\n")),
+        save_json(found, setting, folder / f"{name}.json"),
         write(folder / f"{name}.csv", save_csv),
     ]
 

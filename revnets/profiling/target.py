@@ -62,11 +62,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Job:
-    """A training step to run: the model in training mode, its input, and the loss of its output."""
+    """A training step to run: the model in training mode, its input, and the loss of its output.
+
+    ``network`` is the model without what is wrapped around it (autocast).
+    """
 
     model: nn.Module
     x: Tensor
     loss_fn: Callable[[Any], Tensor]
+    network: nn.Module
 
 
 @dataclass(frozen=True)
@@ -113,9 +117,10 @@ class Target:
             raise ProfileError(f"{self.name} has no mode {self.mode!r}")
         if setting.channels_last:
             model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+        network = model.train()
         if setting.amp_dtype is not None:
             model = _Autocast(model, torch.device(setting.device).type, getattr(torch, setting.amp_dtype))
-        return Job(model.train(), x, training_loss)
+        return Job(model.train(), x, training_loss, network)
 
     def divisor(self, setting: Setting) -> int:
         """Image sides are multiples of this: the coarsest stride of the network."""
@@ -161,7 +166,7 @@ def set_mode(model: Any, mode: str) -> bool:
 
 
 def parse_targets(text: str, setting: Setting, img_size: int | None = None, batch_size: int = 8) -> list[Target]:
-    """Targets of ``NAME[@SIZE[:BATCH]]``, one per mode that the network has.
+    """Targets of ``NAME[@SIZE][:BATCH]``, one per mode that the network has.
 
     Args:
         text: what was typed; the path of an MMDetection config ends in ``.py``.
@@ -207,7 +212,8 @@ def _about_config(text: str) -> str:
 def _check_name(what: str, name: str, known: list[str]) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, known, 3, 0.5)
-        raise ProfileError(f"unknown {what} {name!r}" + (f": did you mean {', '.join(near)}?" if near else ""))
+        hint = f"did you mean {', '.join(near)}?" if near else f"expected one of the {len(known)} that timm knows"
+        raise ProfileError(f"unknown {what} {name!r}: {hint}")
 
 
 class _Autocast(nn.Module):

@@ -7,22 +7,34 @@ import pytest
 from typer.testing import CliRunner
 
 from revnets.cli import app
-from revnets.profiling.bench import Case, Row, parse_case, ratios
+from revnets.profiling.ablation import AS_IT_IS, VARIANTS
+from revnets.profiling.bench import Case, Row, make_cases, ratios
+from revnets.profiling.target import Setting, Target
+
+SETTING = Setting(optimizer=None)
 
 
-def test_parse_case() -> None:
-    assert parse_case("revbifpn_s0@256:4")[0] == Case("revbifpn_s0", 256, 4, "reversible")
-    assert parse_case("revbifpn_s3")[0].img_size == 288
-    assert [c.mode for c in parse_case("resnet18")] == ["store", "checkpoint"]
-    with pytest.raises(ValueError, match="unknown model 'revbifpn_s9'"):
-        parse_case("revbifpn_s9")
+def test_cases() -> None:
+    cases = make_cases(["revbifpn_s0@256:4", "resnet18"], "", SETTING)
+    assert cases[0].target == Target("revbifpn_s0", 256, 4, "reversible")
+    assert [c.target.mode for c in cases] == ["reversible", "store", "checkpoint", "store", "checkpoint"]
+    assert make_cases(["revbifpn_s3"], "store", SETTING)[0].target.img_size == 288
+    with pytest.raises(ValueError, match="unknown model 'revbifpn_s9': did you mean revbifpn_s"):
+        make_cases(["revbifpn_s9"], "", SETTING)
     with pytest.raises(ValueError, match="expected NAME@SIZE:BATCH"):
-        parse_case("resnet18@big")
+        make_cases(["resnet18@big"], "", SETTING)
+
+
+def test_ablation_leaves_out_one_thing_at_a_time() -> None:
+    cases = make_cases(["revbifpn_s0@256:4", "resnet18"], "reversible,store", SETTING, ablate=True)
+    assert [c.variant for c in cases if c.target.mode == "reversible"] == list(VARIANTS)
+    assert all(c.variant == AS_IT_IS for c in cases if c.target.mode == "store")
 
 
 def test_ratios_are_to_storing() -> None:
-    rows = [Row(Case("m", 1, 1, "reversible"), 3.0, 10.0), Row(Case("m", 1, 1, "store"), 2.0, 100.0)]
-    assert [(t, m) for _, t, m in ratios(rows)] == [(1.5, 0.1), (1.0, 1.0)]
+    reversible, store = Target("m", 1, 1, "reversible"), Target("m", 1, 1, "store")
+    rows = [Row(Case(reversible), 3.0, 10.0), Row(Case(reversible, "plain layers"), 4.0, 20.0)]
+    assert [(t, m) for _, t, m in ratios([*rows, Row(Case(store), 2.0, 100.0)])] == [(1.5, 0.1), (2.0, 0.2), (1.0, 1.0)]
 
 
 def test_bench_command(tmp_path: Path) -> None:
@@ -31,8 +43,8 @@ def test_bench_command(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "reversible" in result.output
     data = json.loads(output.read_text())
-    assert {r["case"]["mode"] for r in data["rows"]} == {"reversible", "checkpoint", "store"}
-    assert not list(tmp_path.glob("*.tmp"))
+    assert {r["case"]["target"]["mode"] for r in data["rows"]} == {"reversible", "checkpoint", "store"}
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["test_revbifpn@33:2"], ["resnet18@x"]])
