@@ -4,7 +4,7 @@ Importing this package registers the networks with timm, and nothing heavier: no
 """
 
 from . import models
-from .reversible import check_reversibility, set_mode
+from .reversible import check_reversibility, compile_branches, set_mode
 from .version import __version__
 
-__all__ = ["__version__", "check_reversibility", "models", "set_mode"]
+__all__ = ["__version__", "check_reversibility", "compile_branches", "models", "set_mode"]

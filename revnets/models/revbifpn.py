@@ -14,7 +14,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..layers import MBConv
-from ..reversible import ReversibleOp, RevSequential, set_mode
+from ..reversible import ReversibleOp, RevSequential, compile_branches, set_mode
 from ._revbifpn_checkpoint import HashedCfg, checkpoint_filter_fn, pretrained_overlay, weights_cfg
 from ._revbifpn_parts import (
     BLOCKS_PER_STAGE,
@@ -147,6 +147,10 @@ class RevBiFPN(nn.Module):
     def set_reversible(self, enable: bool = True) -> None:
         """Switch between ``"reversible"`` and ``"store"``, the sibling of ``set_grad_checkpointing``."""
         self.set_mode("reversible" if enable else "store")
+
+    def compile_branches(self, **options: Any) -> None:
+        """Run the branches of the body through ``torch.compile``; see ``revnets.reversible.compile_branches``."""
+        compile_branches(self, **options)
 
     # --- timm -----------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ It knows nothing of vision models, layers or data: branches are any modules.
 """
 
 from .check import OpError, ReversibilityReport, check_reversibility
+from .compiled import compile_branches
 from .coupling import AdditiveCoupling
 from .errors import RangeError, ReversibleError
 from .grid import DEFAULT_GRID_BITS, round_to_grid
@@ -29,6 +30,7 @@ __all__ = [
     "ReversibleOp",
     "SpaceToDepth",
     "check_reversibility",
+    "compile_branches",
     "once",
     "recompute",
     "round_to_grid",

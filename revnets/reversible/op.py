@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .compiled import call
 from .grid import resolve_grid_bits, round_to_grid
 from .replay import BranchRecord, FrozenRunner, Replayer, activated, active, replaying, tree
 
@@ -72,7 +73,7 @@ class ReversibleOp(nn.Module):
             return active.runner.run((id(self), key), module, *xs)
         if self.training and torch.is_grad_enabled():
             # One consumer of x per branch: its gradients are summed within the branch first, as `Step.evaluate` does.
-            return module(*(x.view_as(x) for x in xs))
+            return call(module, *(x.view_as(x) for x in xs))
         return module(*xs)
 
     def evaluate(
@@ -172,7 +173,7 @@ class Step:
         inputs = [x.data.requires_grad_(needs_grad) for x in xs]
         modules = tree(module)
         with torch.enable_grad(), _without_hooks(modules), replaying(self.records[key], modules):
-            value = module(*inputs)
+            value = call(module, *inputs)
             output = _DenseGrad.apply(value) if dense_grad and value.requires_grad else value
             graph: list[tuple[_Output, Any]] = [(_Output(output), self.in_use(modules))]
             del output

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from .compiled import call
 from .errors import ReversibleError
 
 
@@ -257,7 +258,7 @@ class Recorder(Runner):
             )
         record = self.records[key] = BranchRecord()
         with recording(record, *xs):
-            return module(*xs)
+            return call(module, *xs)
 
 
 class Replayer(Runner):
@@ -268,7 +269,7 @@ class Replayer(Runner):
 
     def run(self, key: Hashable, module: Callable[..., Tensor], *xs: Tensor) -> Tensor:
         with replaying(self.records[key], tree(module)):
-            return module(*xs)
+            return call(module, *xs)
 
 
 class FrozenRunner(Runner):
@@ -276,4 +277,4 @@ class FrozenRunner(Runner):
 
     def run(self, key: Hashable, module: Callable[..., Tensor], *xs: Tensor) -> Tensor:
         with frozen_statistics(tree(module)):
-            return module(*xs)
+            return call(module, *xs)
