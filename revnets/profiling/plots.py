@@ -55,7 +55,7 @@ def timeline(row: Row, folder: Path) -> Path:
 
 
 def sweep(kind: str, rows: Sequence[Row], folder: Path) -> Path:
-    """Predicted peak less parameters, gradients and the like, per image, as ``KIND.png``: one line per family and mode.
+    """Predicted activation memory per image, as ``KIND.png``: one line per family and mode.
 
     Args:
         kind: see ``sweep.KINDS``; says what is on the horizontal axis.
@@ -64,7 +64,7 @@ def sweep(kind: str, rows: Sequence[Row], folder: Path) -> Path:
     """
     label, position = _HORIZONTAL[kind]
     names = sorted({family(r.target.name) if kind == "families" else r.target.name for r in rows})
-    figure, axes = _axes(f"{', '.join(names)}: predicted", label, "activations and temporaries, MB per image")
+    figure, axes = _axes(f"{', '.join(names)}: predicted", label, "activations, MB per image")
     lines: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
         lines[family(row.target.name), row.target.mode_name].append((position(row), activations_per_image(row) / 1e6))

@@ -122,9 +122,8 @@ def print_sweep(kind: str, rows: Sequence[Row], setting: Setting) -> None:
 
 
 def activations_per_image(row: Row) -> int:
-    """Bytes at the peak that are activations or temporary, per image."""
-    at_peak = row.predicted.categories
-    return (at_peak["activations"] + at_peak["temporary"]) // row.target.batch_size
+    """Peak of what a step allocates, less one copy of the gradients, per image: what ``revnets bench`` measures."""
+    return (row.predicted.step_bytes - row.predicted.gradient_bytes) // row.target.batch_size
 
 
 def print_fits(fits: Sequence[Fit], budget: int, what: str) -> None:
