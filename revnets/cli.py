@@ -28,6 +28,7 @@ def bench(
     exact: Annotated[bool, typer.Option(help="exact mode of reversible networks")] = True,
     modes: Annotated[str, typer.Option(help="of these modes only, separated by commas")] = "",
     ablate: Annotated[bool, typer.Option(help="also each part of our work left out, in reversible mode")] = False,
+    compiled: Annotated[bool, typer.Option(help="also with compiled branches; compiling takes minutes")] = False,
     output: Annotated[Path | None, typer.Option(help="also write the figures as JSON")] = None,
 ) -> None:
     """Step time and activation memory of networks in their memory modes, in one interleaved run."""
@@ -41,7 +42,7 @@ def bench(
         if output is not None and not output.parent.is_dir():
             raise ValueError(f"the folder {str(output.parent)!r} for the output does not exist: create it first")
         names = models or ["revbifpn_s0@224:8", "revbifpn_s1@256:8", "efficientnet_b0@224:8"]
-        cases = benchmark.make_cases(names, modes, setting, ablate)
+        cases = benchmark.make_cases(names, modes, setting, ablate, compiled)
         rows = benchmark.run(cases, setting, repeats, lambda work: track(list(work), "measuring"))
     except (ValueError, RuntimeError) as error:
         _fail(error)

@@ -10,6 +10,7 @@ from ..reversible import AdditiveCoupling, Parallel, ReversibleOp, RevSilo
 from .target import Job, Setting, Target
 
 AS_IT_IS = "as it is"
+COMPILED = "compiled branches"
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,6 @@ VARIANTS: dict[str, Variant] = {
     "neck and head stored": Variant(prepare=_store_ends),
     "contiguous": Variant(change=lambda setting: replace(setting, channels_last=False)),
     "exact=False": Variant(change=lambda setting: replace(setting, exact=False)),
-    "compiled branches": Variant(prepare=lambda model: model.compile_branches()),
+    COMPILED: Variant(prepare=lambda model: model.compile_branches()),
 }
-"""By name. The first is the reference; all but the last take something away."""
+"""By name. The first is the reference, the last adds something, those between take something away."""

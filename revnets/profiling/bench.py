@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .ablation import AS_IT_IS, VARIANTS
+from .ablation import AS_IT_IS, COMPILED, VARIANTS
 from .command import choose_targets
 from .fake import ProfileError
 from .memory import measure_training_step, synchronize
@@ -33,7 +33,9 @@ class Row:
     bytes_per_sample: float
 
 
-def make_cases(names: Sequence[str], modes: str, setting: Setting, ablate: bool = False) -> list[Case]:
+def make_cases(
+    names: Sequence[str], modes: str, setting: Setting, ablate: bool = False, compiled: bool = False
+) -> list[Case]:
     """Cases of ``NAME[@SIZE][:BATCH]``, one per mode that the network has.
 
     Args:
@@ -41,6 +43,7 @@ def make_cases(names: Sequence[str], modes: str, setting: Setting, ablate: bool 
         modes: of these only, separated by commas.
         setting: of the networks.
         ablate: for reversible networks in reversible mode, also one case per thing left out.
+        compiled: for the same, also one case with compiled branches.
 
     Raises:
         ProfileError: for an unknown model or mode, or numbers that are not.
@@ -49,10 +52,10 @@ def make_cases(names: Sequence[str], modes: str, setting: Setting, ablate: bool 
         >>> [c.target.mode for c in make_cases(["revbifpn_s0@224:8"], "", Setting(optimizer=None))]
         ['reversible', 'store', 'checkpoint']
     """
+    wanted = [v for v in VARIANTS if v == AS_IT_IS or (compiled if v == COMPILED else ablate)]
     cases = []
     for target in choose_targets(names, modes, setting):
-        ablated = VARIANTS if ablate and target.mode == "reversible" else (AS_IT_IS,)
-        cases += [Case(target, variant) for variant in ablated]
+        cases += [Case(target, variant) for variant in (wanted if target.mode == "reversible" else [AS_IT_IS])]
     return cases
 
 

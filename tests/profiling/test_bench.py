@@ -26,7 +26,7 @@ def test_cases() -> None:
 
 
 def test_ablation_leaves_out_one_thing_at_a_time() -> None:
-    cases = make_cases(["revbifpn_s0@256:4", "resnet18"], "reversible,store", SETTING, ablate=True)
+    cases = make_cases(["revbifpn_s0@256:4", "resnet18"], "reversible,store", SETTING, ablate=True, compiled=True)
     assert [c.variant for c in cases if c.target.mode == "reversible"] == list(VARIANTS)
     assert all(c.variant == AS_IT_IS for c in cases if c.target.mode == "store")
 
