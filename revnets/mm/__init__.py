@@ -1,0 +1,8 @@
+"""The MMDetection side; name it in a config's ``custom_imports``.
+
+Importing it makes ``import mmcv.ops`` work where mmcv was installed without compiled operators; see ``operators``.
+"""
+
+from .operators import install
+
+install()
