@@ -106,7 +106,8 @@ def softnms(
         indices ``(K,)``, best first.
     """
     left = torch.arange(len(boxes), device=boxes.device)
-    scores, kept = scores.clone(), []
+    scores = scores.clone()
+    kept: list[Tensor] = []
     while len(left):
         position = int(scores[left].argmax())
         best = left[position]
