@@ -71,6 +71,7 @@ class TimmBackbone(BaseModule):
         if not timm.is_model(model_name):
             raise ValueError(f"unknown model {model_name!r}: expected a name that timm.list_models() has")
         self.model_name, self.norm_eval, self.frozen_stages = model_name, norm_eval, frozen_stages
+        self.is_init: bool = False
         self.net = _features(model_name, tuple(out_indices), layers, model_args)
         self.out_channels: list[int] = self.net.feature_info.channels()
         self.strides: list[int] = self.net.feature_info.reduction()
@@ -93,7 +94,7 @@ class TimmBackbone(BaseModule):
 
     def init_weights(self) -> None:
         """Load what ``init_cfg`` names; without it the network's own initialisation, made at construction, stays."""
-        if self._is_init:
+        if self.is_init:
             return
         for cfg in [self.init_cfg] if isinstance(self.init_cfg, dict) else self.init_cfg or []:
             if cfg.get("type") != "Pretrained":
@@ -102,7 +103,7 @@ class TimmBackbone(BaseModule):
                     "dict(type='Pretrained', checkpoint=...) or None"
                 )
             load_pretrained(self.net, self.model_name, cfg["checkpoint"], cfg.get("prefix"))
-        self._is_init = True
+        self.is_init = True
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Args: x: images ``(N, 3, H, W)``. Returns: one map ``(N, C, H / stride, W / stride)`` per level."""
@@ -207,7 +208,7 @@ def _choose_mode(net: nn.Module, name: str, mode: str | None, with_cp: bool) -> 
     if mode not in ("store", "checkpoint"):
         raise ValueError(f"mode={mode!r}: {name} is not reversible, expected 'store' or 'checkpoint'")
     if mode == "checkpoint":
-        target = net if hasattr(net, "set_grad_checkpointing") else inner(net)
+        target: Any = net if hasattr(net, "set_grad_checkpointing") else inner(net)
         try:
             target.set_grad_checkpointing(True)
         except (AttributeError, AssertionError, NotImplementedError) as error:

@@ -1,5 +1,6 @@
 """RevSilo as a neck: bidirectional fusion whose memory does not grow with its depth."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -90,15 +91,13 @@ class RevBiFPNNeck(BaseModule):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        self._is_init = True
+        self.is_init = True
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Args: inputs: the backbone's maps ``(N, C_k, H / 2^k, W / 2^k)``. Returns: ``num_outs`` maps."""
         inputs = inputs[self.start_level :]
         sizes = [tuple(x.shape[-2:]) for x in inputs]
-        if len(sizes) != self.num_levels or any(
-            (2 * h, 2 * w) != finer for finer, (h, w) in zip(sizes, sizes[1:], strict=False)
-        ):
+        if len(sizes) != self.num_levels or any((2 * h, 2 * w) != finer for finer, (h, w) in itertools.pairwise(sizes)):
             raise ValueError(
                 f"RevBiFPNNeck got maps of sizes {sizes}: expected {self.num_levels}, each half of the one before; "
                 "pad images to a multiple of the coarsest stride (DetDataPreprocessor's pad_size_divisor)"

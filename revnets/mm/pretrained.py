@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..models._revbifpn_checkpoint import check_file
 from ..models.revbifpn import RevBiFPN, checkpoint_filter_fn
+from ..profiling.target import first_line
 
 SCHEME = "timm://"
 
@@ -61,13 +62,14 @@ def _from_file(path: Path) -> dict[str, Any]:
     check_file(path)
     try:
         return load_state_dict(str(path), use_ema=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"checkpoint {path} cannot be loaded safely: it holds more than tensors, or is damaged; save its state dict "
-            "alone with torch.save (for a detector's: MMDetection's tools/model_converters/publish_model.py)"
-        ) from error
-    except (RuntimeError, EOFError, KeyError, TypeError) as error:
-        raise ValueError(f"checkpoint {path} is damaged or not a checkpoint: {str(error).splitlines()[0]}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
+        reason = first_line(error)
+        if "weights_only" in str(error) and "globals" in str(error):
+            reason = (
+                "it holds objects that could run code, which are refused; save its state dict alone (for a detector's: "
+                "MMDetection's tools/model_converters/publish_model.py)"
+            )
+        raise ValueError(f"checkpoint {path} cannot be loaded: {reason}") from error
 
 
 def _unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:

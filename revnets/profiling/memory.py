@@ -1,6 +1,7 @@
 """Measured memory and time of one training step."""
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -129,6 +130,7 @@ class CpuAllocations:
     peak = 0
 
     def __enter__(self) -> "CpuAllocations":
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it prints to stderr
         activities = [torch.profiler.ProfilerActivity.CPU]
         self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
         self._profile.__enter__()
@@ -136,9 +138,10 @@ class CpuAllocations:
 
     def __exit__(self, *exc: Any) -> None:
         self._profile.__exit__(*exc)
-        profiler = self._profile.profiler
-        events = profiler.kineto_results.events() if profiler is not None else []
+        profiler: Any = self._profile.profiler
         total = 0
-        for _, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        for _, change in sorted(
+            (e.start_ns(), e.nbytes()) for e in profiler.kineto_results.events() if e.name() == "[memory]"
+        ):
             total += change
             self.peak = max(self.peak, total)
