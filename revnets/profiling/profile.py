@@ -4,7 +4,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import timm
 import torch
@@ -116,10 +116,10 @@ def free_bytes(device: torch.device) -> int:
 
 def recomputation(rows: Sequence[Row]) -> dict[Target, float]:
     """Training FLOPs of each row relative to storing everything, where that row is there."""
-    stored = {(r.target.name, r.target.img_size, r.target.batch_size): r for r in rows if r.target.mode == "store"}
+    stored = {r.target: r for r in rows if r.target.mode == "store"}
     found = {}
     for row in rows:
-        base = stored.get((row.target.name, row.target.img_size, row.target.batch_size))
+        base = stored.get(replace(row.target, mode="store"))
         if base is not None and base.predicted.training_flops:
             found[row.target] = row.predicted.training_flops / base.predicted.training_flops
     return found
