@@ -11,7 +11,9 @@ dataset = dict(
     data_prefix=dict(img="images/"),
     metainfo=dict(classes=("RBC", "WBC", "Platelets")),
 )
-train = dict(**dataset, ann_file="train.json", filter_cfg=dict(filter_empty_gt=True), pipeline=read + resize + flips + pack)
+train = dict(
+    **dataset, ann_file="train.json", filter_cfg=dict(filter_empty_gt=True), pipeline=read + resize + flips + pack
+)
 val = dict(**dataset, ann_file="val.json", test_mode=True, pipeline=read + resize + pack)
 test = dict(**dataset, ann_file="test.json", test_mode=True, pipeline=read + resize + pack)
 loader = dict(batch_size=8, num_workers=2, persistent_workers=True)
