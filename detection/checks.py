@@ -1,4 +1,4 @@
-"""Looks at annotations, image files and checkpoints before a run starts: what would fail or mislead later is said now."""
+"""Looks at annotations, images and checkpoints before a run: what would fail or mislead later is said now."""
 
 from __future__ import annotations
 
@@ -81,6 +81,20 @@ def check_classes(cfg: Any) -> None:
                     f"{where}.num_classes={count}, but the training data have {len(classes)} classes "
                     f"({_some(classes)}); set both alike."
                 )
+
+
+def check_neck(model: nn.Module) -> None:
+    """Compares what the backbone gives with what the neck takes.
+
+    Raises:
+        UserError: They differ.
+    """
+    gives = getattr(getattr(model, "backbone", None), "out_channels", None)
+    takes = getattr(getattr(model, "neck", None), "in_channels", None)
+    if isinstance(gives, list) and isinstance(takes, (list, tuple)) and list(gives) != list(takes):
+        raise UserError(
+            f"model.neck.in_channels={list(takes)}, but the backbone gives {list(gives)} channels; set both alike."
+        )
 
 
 def check_weights(model: nn.Module, state: Mapping[str, Any], what: str, *, whole: bool, trained_as: str = "") -> None:
@@ -265,7 +279,7 @@ def _problem(path: Path) -> str:
 
 
 def _evaluators(value: Any) -> list[Any]:
-    return value if isinstance(value, (list, tuple)) else [value] if value else []
+    return list(value) if isinstance(value, (list, tuple)) else [value] if value else []
 
 
 def _num_classes(value: Any, where: str) -> Iterator[tuple[int, str]]:

@@ -1,4 +1,4 @@
-"""From the command line to a configuration that MMEngine's Runner takes: file, overrides, folder, precision, processes."""
+"""From the command line to a configuration that MMEngine's Runner takes: file, overrides, folder, processes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 from classification.config import Parser
 from classification.errors import UserError, did_you_mean, one_line
+from detection.noise import noise_kept_out
 
 try:
     from mmengine.config import Config, DictAction
@@ -20,9 +21,19 @@ except ImportError:  # said by `load`, as a user's mistake
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "detection"
 RUNNER_KEYS = (  # of MMEngine's Runner, which a configuration need not have
-    "auto_scale_lr compile custom_hooks custom_imports default_hooks find_unused_parameters launcher load_from log_level"
-    " log_processor model_wrapper_cfg randomness resume sync_bn test_pipeline tta_model tta_pipeline visualizer work_dir"
-).split()
+    "auto_scale_lr",
+    "compile",
+    "custom_hooks",
+    "default_hooks",
+    "find_unused_parameters",
+    "load_from",
+    "log_level",
+    "model_wrapper_cfg",
+    "randomness",
+    "sync_bn",
+    "visualizer",
+    "work_dir",
+)
 
 
 def parser(prog: str, description: str) -> Parser:
@@ -93,7 +104,11 @@ def read(path: str) -> Any:
         hint = did_you_mean(Path(path).name, known)
         raise UserError(f"CONFIG: there is no file '{path}'{hint}; '{CONFIGS}' has ours.")
     try:
-        cfg = Config.fromfile(path)
+        with noise_kept_out(verbose=False):
+            import revnets.mm  # noqa: F401  (registers its parts, and stands in for mmcv's operators)
+            import mmdet.datasets  # noqa: F401, I001  (after the stand-in; prints what it lacks)
+
+            cfg = Config.fromfile(path)
     except Exception as error:  # a configuration is a program: it may fail in any way
         raise UserError(f"CONFIG: '{path}' cannot be read ({one_line(error)}); correct it.") from error
     for key in ("model", "train_dataloader", "train_cfg", "optim_wrapper", "test_dataloader", "test_evaluator"):

@@ -28,8 +28,8 @@ from classification.errors import UserError, guarded
 MARKER = "scenes.json"
 CLASSES = tuple(str(digit) for digit in range(10))
 HELD_BACK = 200  # training scans that only validation scenes show
-SIDE = (18, 44)  # pixels of a scan, before its empty border is cut off
-DIGITS = (2, 7)  # tried per scene
+SIDE = (18, 40)  # pixels of a scan, before its empty border is cut off
+DIGITS = (4, 12)  # tried per scene
 OVERLAP = 0.05  # most that two boxes share of the smaller one
 INK = 0.3  # opacity from which a pixel belongs to the digit
 
@@ -126,7 +126,8 @@ def _write_split(
     folder: Path, count: int, scans: np.ndarray, labels: np.ndarray, options: SceneOptions, number: int
 ) -> dict[str, Any]:
     """Writes the images of a split; returns its COCO file."""
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for index in range(count):
         random = np.random.default_rng([options.seed, number, index])
         picture, found = _scene(random, scans, labels, options.size)

@@ -11,6 +11,7 @@ from mmengine.hooks import Hook
 from classification.report import Steps, clock
 
 _logger = logging.getLogger("detection")
+VALIDATIONS = "validations"
 
 
 class Progress(Hook):
@@ -21,11 +22,11 @@ class Progress(Hook):
         shown: Only one of several processes shows it.
     """
 
-    priority = "VERY_LOW"
+    priority = "LOW"  # before checkpoints are saved, which take the list of validations with them
 
     def __init__(self, every: int, shown: bool) -> None:
         self.every, self.shown = every, shown
-        self.validations: list[dict[str, float]] = []
+        self.validations: list[dict[str, float]] = []  # of a resumed run's earlier part, too
         self.seconds = 0.0
         self._steps: Steps | None = None
         self._first = 0
@@ -33,6 +34,7 @@ class Progress(Hook):
     def before_train(self, runner: Any) -> None:
         """Starts the clock."""
         self._start, self._first = time.perf_counter(), runner.iter
+        self.validations = list(runner.message_hub.runtime_info.get(VALIDATIONS, []))
 
     def after_train(self, runner: Any) -> None:
         """Stops it."""
@@ -76,7 +78,8 @@ class Progress(Hook):
         """The figures."""
         self._end()
         row = {"epoch": runner.epoch, "iter": runner.iter, **(metrics or {})}
-        self.validations.append(row)
+        self.validations.append({key: float(value) for key, value in row.items()})
+        runner.message_hub.update_info(VALIDATIONS, list(self.validations))
         if self.shown:
             _logger.info(f"epoch {runner.epoch} of {runner.max_epochs}: {metric_words(metrics or {})}")
 

@@ -33,7 +33,7 @@ def table(title: str, metrics: Mapping[str, float], more: Mapping[str, object]) 
     names = [name(key) for key in metrics]
     kinds = list(dict.fromkeys(each.split(" ")[0] for each in names if " " in each))
     grid = Table("", *(kind for kind in kinds), title=title)
-    values = {each: value for each, value in zip(names, metrics.values(), strict=True)}
+    values = dict(zip(names, metrics.values(), strict=True))
     for row in dict.fromkeys(each.split(" ", 1)[1] for each in names if " " in each):
         cells = [values.get(f"{kind} {row}") for kind in kinds]
         grid.add_row(row, *("" if value is None else f"{value:.3f}" for value in cells))

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 from mmengine.runner import Runner
 
-import revnets.mm  # noqa: F401  (registers its parts, and stands in for mmcv's operators)
 from classification.errors import UserError, one_line
 from classification.runtime import start_logging
+from detection.noise import noise_kept_out
 
 BUILDING = (KeyError, TypeError, ValueError, AttributeError, ImportError, OSError, AssertionError)
 
@@ -50,21 +47,6 @@ def build(cfg: Any, verbose: bool) -> Runner:
         except BUILDING as error:
             words = one_line(error)
             raise UserError(f"CONFIG: '{cfg.filename}' cannot be built ({words}); correct it.") from error
-
-
-@contextlib.contextmanager
-def noise_kept_out(verbose: bool) -> Iterator[None]:
-    """Inside, what libraries print is dropped, unless it was asked for."""
-    if verbose:
-        yield
-        return
-    with (
-        open(os.devnull, "w", encoding="utf-8") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _of_interest(record: logging.LogRecord) -> bool:

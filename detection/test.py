@@ -6,6 +6,7 @@ python detection/test.py CONFIG output/NAME/best_coco_bbox_mAP_epoch_12.pth
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +14,13 @@ from typing import Any
 
 if not __package__:  # run by its path, see train.py
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from reporting that there is no GPU
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from classification.errors import guarded
 from detection import checkpoints, checks
 from detection.config import load, parse, parser
+from detection.noise import noise_kept_out
 from detection.report import draw, show, write_summary
 
 _logger = logging.getLogger("detection")
@@ -25,7 +29,7 @@ DESCRIPTION = "Test a detector on MMEngine's runner. Options are those of MMDete
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code: 2 after a user mistake."""
-    return guarded(lambda: test(argv))
+    return guarded(lambda: run_test(argv))
 
 
 def options() -> Any:
@@ -36,7 +40,7 @@ def options() -> Any:
     return line
 
 
-def test(argv: Sequence[str] | None = None) -> dict[str, float]:
+def run_test(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Tests as the command line says; results go to `<work-dir>/test/`.
 
     Args:
@@ -51,7 +55,7 @@ def test(argv: Sequence[str] | None = None) -> dict[str, float]:
     args = parse(options(), argv)
     cfg = load(args)
     from detection.progress import Progress
-    from detection.runner import build, noise_kept_out
+    from detection.runner import build
 
     cfg.work_dir = str(Path(cfg.work_dir) / "test")
     if args.classwise:
@@ -60,6 +64,7 @@ def test(argv: Sequence[str] | None = None) -> dict[str, float]:
     checkpoint = checkpoints.read(args.checkpoint, "CHECKPOINT")
     cfg.load_from, cfg.resume = args.checkpoint, False
     runner = build(cfg, args.verbose)
+    checks.check_neck(getattr(runner.model, "module", runner.model))
     model = getattr(runner.model, "module", runner.model)
     what, said = f"CHECKPOINT: '{args.checkpoint}'", checkpoints.trained_as(checkpoint)
     checks.check_weights(model, checkpoint["state_dict"], what, whole=True, trained_as=said)

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import importlib.util
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +18,15 @@ from typing import Any
 
 if not __package__:  # run by its path: Python then looks for modules in detection/ instead of the project's root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from reporting that there is no GPU
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from classification.errors import UserError, guarded
 from classification.report import clock
 from classification.runtime import MB
 from detection import checkpoints, checks
 from detection.config import load, parse, parser
+from detection.noise import noise_kept_out
 from detection.report import draw, show, write_summary
 
 _logger = logging.getLogger("detection")
@@ -84,7 +88,7 @@ def train(argv: Sequence[str] | None = None) -> Result:
     args = parse(options(), argv)
     cfg = load(args)
     from detection.progress import Progress
-    from detection.runner import build, noise_kept_out
+    from detection.runner import build
     from revnets.mm import MemoryReportHook
 
     folder = Path(cfg.work_dir)
@@ -92,6 +96,7 @@ def train(argv: Sequence[str] | None = None) -> Result:
     _adapt(cfg, args)
     checks.check_classes(cfg)
     runner = build(cfg, args.verbose)
+    checks.check_neck(getattr(runner.model, "module", runner.model))
     if cfg.get("load_from"):
         _check_checkpoint(runner, cfg, resumed)
     if not args.no_check and runner.rank == 0:

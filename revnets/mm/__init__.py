@@ -1,4 +1,4 @@
-"""The MMDetection side; name it in a config's ``custom_imports``: backbones, the neck, hooks, a resumable loop, ``mmcv.ops``.
+"""The MMDetection side, named in a config's ``custom_imports``: backbones, neck, hooks, resumable loop, ``mmcv.ops``.
 
 Importing it registers them, and makes ``import mmcv.ops`` work where mmcv was installed without compiled operators.
 """

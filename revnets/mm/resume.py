@@ -39,8 +39,9 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
 
     def __init__(self, runner: Any, dataloader: Any, max_epochs: int, **options: Any) -> None:
         super().__init__(runner, dataloader, max_epochs, **options)
-        self._batches = _Batches(self.dataloader.batch_sampler)
-        self.dataloader = _with(self.dataloader, _Seeded(self.dataloader.dataset), self._batches)
+        plain: DataLoader = self.dataloader
+        self._batches = _Batches(plain.batch_sampler)
+        self.dataloader: DataLoader = _with(plain, _Seeded(plain.dataset), self._batches)
 
     def run(self) -> torch.nn.Module:
         """Train, from where a resumed runner is."""
@@ -115,7 +116,7 @@ class _Seeded:
 
 def _with(loader: DataLoader, dataset: Any, batches: Any) -> DataLoader:
     """The same loader on another data set and batch sampler."""
-    workers = {}
+    workers: dict[str, Any] = {}
     if loader.num_workers:
         workers = {"prefetch_factor": loader.prefetch_factor, "persistent_workers": loader.persistent_workers}
     return DataLoader(

@@ -1,5 +1,5 @@
-# BCCD, photographs of blood cells (MIT licence) with COCO files. Where they are: BCCD_ROOT=/path, or
-# `--cfg-options data_root=/path` (detection/train.py and test.py).
+# BCCD, photographs of blood cells (MIT licence) with COCO files. Where they are: BCCD_ROOT=/path, or in
+# detection/train.py `--cfg-options data_root=/path`.
 data_root = "{{$BCCD_ROOT:../shared/data/bccd}}"
 read = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations", with_bbox=True)]
 resize = [dict(type="Resize", scale=(320, 240), keep_ratio=True)]

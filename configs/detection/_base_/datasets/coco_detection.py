@@ -1,4 +1,4 @@
-# COCO 2017 with boxes. Where it is: COCO_ROOT=/path, or `--cfg-options data_root=/path` (detection/train.py and test.py).
+# COCO 2017 with boxes. Where it is: COCO_ROOT=/path, or in detection/train.py `--cfg-options data_root=/path`.
 _base_ = "mmdet::_base_/datasets/coco_detection.py"
 data_root = "{{$COCO_ROOT:data/coco}}"
 train_dataloader = dict(dataset=dict(data_root=data_root))

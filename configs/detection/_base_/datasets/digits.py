@@ -1,5 +1,5 @@
-# Scenes of handwritten digits with boxes and masks, made by `python -m detection.digits`. Where they are: DIGITS_ROOT=/path,
-# or `--cfg-options data_root=/path` (detection/train.py and test.py).
+# Scenes of handwritten digits with boxes and masks, made by `python -m detection.digits`. Where they are:
+# DIGITS_ROOT=/path, or in detection/train.py `--cfg-options data_root=/path`.
 data_root = "{{$DIGITS_ROOT:data/digits-scenes}}"
 dataset = dict(
     type="CocoDataset",
@@ -12,7 +12,7 @@ dataset = dict(
         dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
     ],
 )
-loader = dict(batch_size=16, num_workers=2, persistent_workers=True)
+loader = dict(batch_size=8, num_workers=1, persistent_workers=True)
 train = dict(ann_file="train.json", data_prefix=dict(img="train/"), filter_cfg=dict(filter_empty_gt=True, min_size=32))
 val = dict(ann_file="val.json", data_prefix=dict(img="val/"), test_mode=True)
 test = dict(ann_file="test.json", data_prefix=dict(img="test/"), test_mode=True)

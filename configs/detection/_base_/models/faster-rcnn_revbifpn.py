@@ -1,4 +1,4 @@
-# MMDetection's Faster R-CNN as its HRNet recipe has it (HRFPN, 256 channels), on RevBiFPN; sizes set arch and in_channels.
+# Faster R-CNN as MMDetection's HRNet recipe has it (HRFPN, 256 channels); files of a size set arch and in_channels.
 _base_ = "mmdet::_base_/models/faster-rcnn_r50_fpn.py"
 custom_imports = dict(imports=["revnets.mm"], allow_failed_imports=False)
 model = dict(

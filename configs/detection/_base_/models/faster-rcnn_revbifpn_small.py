@@ -1,4 +1,4 @@
-# Faster R-CNN for small images and few of them, trained from scratch: 64 channels, batch norm, anchors of 16 to 128 pixels.
+# Faster R-CNN for small images, trained from scratch: 64 channels, batch norm, anchors of 16 to 128 pixels.
 _base_ = "./faster-rcnn_revbifpn.py"
 norm_cfg = dict(type="BN", requires_grad=True)
 proposals = dict(nms_pre=200, max_per_img=100)
@@ -12,7 +12,7 @@ model = dict(
     train_cfg=dict(
         rpn=dict(sampler=dict(num=128)),
         rpn_proposal=proposals,
-        rcnn=dict(sampler=dict(num=64)),
+        rcnn=dict(sampler=dict(num=64, pos_fraction=0.5)),
     ),
     test_cfg=dict(rpn=proposals),
 )

@@ -1,4 +1,4 @@
-# MMDetection's Mask R-CNN as its HRNet recipe has it (HRFPN, 256 channels), on RevBiFPN; sizes set arch and in_channels.
+# Mask R-CNN as MMDetection's HRNet recipe has it (HRFPN, 256 channels); files of a size set arch and in_channels.
 _base_ = "mmdet::_base_/models/mask-rcnn_r50_fpn.py"
 custom_imports = dict(imports=["revnets.mm"], allow_failed_imports=False)
 model = dict(
