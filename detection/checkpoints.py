@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,17 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
-def read(path: str | Path, option: str) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Weights, and what else is known of them."""
+
+    what: str  # option and file, for messages
+    state: dict[str, Any]
+    resumable: bool
+    trained_as: str  # what it says of its backbone, as an addition to a sentence
+
+
+def read(path: str | Path, option: str) -> Checkpoint:
     """A checkpoint, mapped rather than read into memory.
 
     Args:
@@ -53,12 +64,12 @@ def read(path: str | Path, option: str) -> dict[str, Any]:
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{what} holds no weights; give a checkpoint of MMDetection.")
-    return {**content, "state_dict": {key.removeprefix("module."): value for key, value in state.items()}}
+    weights = {key.removeprefix("module."): value for key, value in state.items()}
+    return Checkpoint(what, weights, "optimizer" in content, _trained_as(content))
 
 
-def trained_as(checkpoint: dict[str, Any]) -> str:
-    """What a checkpoint says of its backbone, as an addition to a sentence."""
-    text = checkpoint.get("meta", {}).get("cfg")
+def _trained_as(content: dict[str, Any]) -> str:
+    text = content.get("meta", {}).get("cfg")
     if not isinstance(text, str):
         return ""
     from mmengine.config import Config

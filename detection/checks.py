@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 from classification.errors import UserError, did_you_mean, one_line
+from detection.checkpoints import Checkpoint
 
 _logger = logging.getLogger("detection")
 JPEG_END, PNG_END = b"\xff\xd9", b"IEND\xaeB`\x82"
@@ -89,6 +90,7 @@ def check_neck(model: nn.Module) -> None:
     Raises:
         UserError: They differ.
     """
+    model = getattr(model, "module", model)
     gives = getattr(getattr(model, "backbone", None), "out_channels", None)
     takes = getattr(getattr(model, "neck", None), "in_channels", None)
     if isinstance(gives, list) and isinstance(takes, (list, tuple)) and list(gives) != list(takes):
@@ -97,19 +99,19 @@ def check_neck(model: nn.Module) -> None:
         )
 
 
-def check_weights(model: nn.Module, state: Mapping[str, Any], what: str, *, whole: bool, trained_as: str = "") -> None:
+def check_weights(model: nn.Module, checkpoint: Checkpoint, *, whole: bool) -> None:
     """Compares a checkpoint's tensors with the model's.
 
     Args:
         model: That is to load it.
-        state: The checkpoint's state dict.
-        what: The option and the file, for messages.
+        checkpoint: As read.
         whole: Everything must fit; otherwise, as for fine-tuning, only the backbone must, and the rest is counted.
-        trained_as: What the checkpoint says of itself.
 
     Raises:
         UserError: It is of another architecture.
     """
+    state, what = checkpoint.state, checkpoint.what
+    model = getattr(model, "module", model)
     own = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
     bad = [key for key, value in own.items() if key not in state or state[key].shape != value.shape]
     stray = [key for key in state if key not in own and not key.endswith("num_batches_tracked")]
@@ -119,8 +121,8 @@ def check_weights(model: nn.Module, state: Mapping[str, Any], what: str, *, whol
         there = tuple(state[key].shape) if key in state else "nothing"
         here = tuple(own[key].shape) if key in own else "nothing"
         raise UserError(
-            f"{what} is of another network{trained_as}: {len(fatal)} of its tensors do not fit, '{key}' is {there} "
-            f"there and {here} here; give the configuration it was trained with."
+            f"{what} is of another network{checkpoint.trained_as}: {len(fatal)} of its tensors do not fit, '{key}' is "
+            f"{there} there and {here} here; give the configuration it was trained with."
         )
     if bad:
         _logger.warning(
@@ -235,8 +237,10 @@ def _outside(box: Sequence[float], image: Mapping[str, Any]) -> bool:
 def _check_images(split: Split, images: Sequence[Mapping[str, Any]], usable: Mapping[Any, int]) -> None:
     where = f"{split.name} data: '{split.annotations}'"
     small = [image for image in images if min(image["width"], image["height"]) < max(split.min_size, 1)]
-    tiny = [image for image in images if min(image["width"], image["height"]) < CELL and image not in small]
-    empty = [image for image in images if split.filter_empty and not usable.get(image["id"])]
+    gone = {image["id"] for image in small}
+    others = [image for image in images if image["id"] not in gone]
+    tiny = [image for image in others if min(image["width"], image["height"]) < CELL]
+    empty = [image for image in others if split.filter_empty and not usable.get(image["id"])]
     if tiny:
         _logger.warning(
             f"{where}: {len(tiny)} images are smaller than one cell of the coarsest map ({CELL} pixels) and are "
@@ -249,8 +253,7 @@ def _check_images(split: Split, images: Sequence[Mapping[str, Any]], usable: Map
         )
     if empty:
         _logger.warning(f"{where}: {len(empty)} images without an object are skipped")
-    gone = {id(image) for image in (*small, *empty)}
-    if split.training and (len(gone) == len(images) or not usable):
+    if split.training and (len(small) + len(empty) == len(images) or not usable):
         raise UserError(f"{where} has no image with an object to train on; give another file or correct it.")
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         problems = [found for found in pool.map(_problem, (split.images / i["file_name"] for i in images)) if found]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ except ImportError:  # said by `load`, as a user's mistake
     Config, DictAction = Any, argparse.Action
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "detection"
+PARTS = ("revnets.mm", "mmdet.datasets")  # in this order: the former stands in for operators that mmdet asks for
 RUNNER_KEYS = (  # of MMEngine's Runner, which a configuration need not have
     "auto_scale_lr",
     "compile",
@@ -105,9 +107,8 @@ def read(path: str) -> Any:
         raise UserError(f"CONFIG: there is no file '{path}'{hint}; '{CONFIGS}' has ours.")
     try:
         with noise_kept_out(verbose=False):
-            import revnets.mm  # noqa: F401  (registers its parts, and stands in for mmcv's operators)
-            import mmdet.datasets  # noqa: F401, I001  (after the stand-in; prints what it lacks)
-
+            for name in PARTS:
+                importlib.import_module(name)
             cfg = Config.fromfile(path)
     except Exception as error:  # a configuration is a program: it may fail in any way
         raise UserError(f"CONFIG: '{path}' cannot be read ({one_line(error)}); correct it.") from error
@@ -141,6 +142,11 @@ def _moved(value: Any, old: str, new: str) -> Any:
     if isinstance(value, str) and (value.rstrip("/") == old or value.startswith(old + "/")):
         return new + value[len(old) :]
     return value
+
+
+def primary() -> bool:
+    """Whether this process writes the files and the log; the first of torchrun's."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _processes(cfg: Any, args: argparse.Namespace) -> None:

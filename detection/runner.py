@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from typing import Any
 
@@ -11,6 +10,7 @@ from mmengine.runner import Runner
 
 from classification.errors import UserError, one_line
 from classification.runtime import start_logging
+from detection.config import primary
 from detection.noise import noise_kept_out
 
 BUILDING = (KeyError, TypeError, ValueError, AttributeError, ImportError, OSError, AssertionError)
@@ -40,7 +40,7 @@ def build(cfg: Any, verbose: bool) -> Runner:
     Raises:
         UserError: The configuration asks for what is not there.
     """
-    start_logging(primary=int(os.environ.get("RANK", "0")) == 0)
+    start_logging(primary())
     with noise_kept_out(verbose):
         try:
             return (Runner if verbose else QuietRunner).from_cfg(cfg)

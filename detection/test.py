@@ -19,7 +19,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from classification.errors import guarded
 from detection import checkpoints, checks
-from detection.config import load, parse, parser
+from detection.config import load, parse, parser, primary
 from detection.noise import noise_kept_out
 from detection.report import draw, show, write_summary
 
@@ -61,21 +61,20 @@ def run_test(argv: Sequence[str] | None = None) -> dict[str, float]:
     if args.classwise:
         for each in cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]:
             each.classwise = True
+    if not args.no_check and primary():
+        checks.check_data(cfg, ["test"])
     checkpoint = checkpoints.read(args.checkpoint, "CHECKPOINT")
     cfg.load_from, cfg.resume = args.checkpoint, False
     runner = build(cfg, args.verbose)
-    checks.check_neck(getattr(runner.model, "module", runner.model))
-    model = getattr(runner.model, "module", runner.model)
-    what, said = f"CHECKPOINT: '{args.checkpoint}'", checkpoints.trained_as(checkpoint)
-    checks.check_weights(model, checkpoint["state_dict"], what, whole=True, trained_as=said)
-    if not args.no_check and runner.rank == 0:
-        checks.check_data(cfg, ["test"])
+    checks.check_neck(runner.model)
+    checks.check_weights(runner.model, checkpoint, whole=True)
     runner.register_hook(Progress(cfg.default_hooks.get("logger", {}).get("interval", 50), runner.rank == 0))
     with noise_kept_out(args.verbose):
         metrics: dict[str, float] = {key: float(value) for key, value in runner.test().items()}
     if runner.rank == 0:
         folder = Path(runner.work_dir)
         images = len(runner.test_dataloader.dataset)
+        model = getattr(runner.model, "module", runner.model)
         picture = draw(model, runner.test_dataloader.dataset, args.draw, folder)
         write_summary(folder, {"config": cfg.filename, "checkpoint": args.checkpoint, "images": images, **metrics})
         show(f"{Path(cfg.filename).stem}, test", metrics, {"images": images})

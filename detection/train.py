@@ -25,7 +25,7 @@ from classification.errors import UserError, guarded
 from classification.report import clock
 from classification.runtime import MB
 from detection import checkpoints, checks
-from detection.config import load, parse, parser
+from detection.config import load, parse, parser, primary
 from detection.noise import noise_kept_out
 from detection.report import draw, show, write_summary
 
@@ -95,12 +95,13 @@ def train(argv: Sequence[str] | None = None) -> Result:
     resumed = _resume(cfg, args, folder)
     _adapt(cfg, args)
     checks.check_classes(cfg)
-    runner = build(cfg, args.verbose)
-    checks.check_neck(getattr(runner.model, "module", runner.model))
-    if cfg.get("load_from"):
-        _check_checkpoint(runner, cfg, resumed)
-    if not args.no_check and runner.rank == 0:
+    if not args.no_check and primary():
         checks.check_data(cfg, ["train", "val"])
+    checkpoint = _read_checkpoint(cfg, resumed)
+    runner = build(cfg, args.verbose)
+    checks.check_neck(runner.model)
+    if checkpoint is not None:
+        checks.check_weights(runner.model, checkpoint, whole=resumed)
     progress = Progress(cfg.default_hooks.get("logger", {}).get("interval", 50), runner.rank == 0)
     memory = MemoryReportHook()
     runner.register_hook(progress)
@@ -166,19 +167,16 @@ def _measures_boxes(cfg: Any) -> bool:
     return False
 
 
-def _check_checkpoint(runner: Any, cfg: Any, resumed: bool) -> None:
-    option = "--resume" if resumed else "load_from"
-    checkpoint = checkpoints.read(cfg.load_from, option)
-    if resumed and "optimizer" not in checkpoint:
+def _read_checkpoint(cfg: Any, resumed: bool) -> checkpoints.Checkpoint | None:
+    if not cfg.get("load_from"):
+        return None
+    checkpoint = checkpoints.read(cfg.load_from, "--resume" if resumed else "load_from")
+    if resumed and not checkpoint.resumable:
         raise UserError(
             f"--resume: '{cfg.load_from}' holds weights alone, no optimizer; give a checkpoint of a run, or start from "
             f"its weights with --cfg-options load_from={cfg.load_from}."
         )
-    model = getattr(runner.model, "module", runner.model)
-    what = f"{option}: '{cfg.load_from}'"
-    checks.check_weights(
-        model, checkpoint["state_dict"], what, whole=resumed, trained_as=checkpoints.trained_as(checkpoint)
-    )
+    return checkpoint
 
 
 def _announce(runner: Any, cfg: Any, resumed: bool) -> None:
@@ -212,8 +210,7 @@ def _finish(runner: Any, cfg: Any, args: argparse.Namespace, progress: Any, memo
     more: dict[str, Any] = {"epoch": best.get("epoch"), "training time": clock(progress.seconds), **_megabytes(memory)}
     model = getattr(runner.model, "module", runner.model)
     if checkpoint is not None:
-        state = checkpoints.read(checkpoint, "the best checkpoint")["state_dict"]
-        model.load_state_dict(state)
+        model.load_state_dict(checkpoints.read(checkpoint, "the best checkpoint").state)
     picture = None
     if runner.val_loop is not None:
         picture = draw(model, runner.val_dataloader.dataset, args.draw, folder)
