@@ -1,4 +1,4 @@
-"""The MMDetection side; name it in a config's ``custom_imports``: backbones, the neck, hooks, ``mmcv.ops``.
+"""The MMDetection side, named in a config's ``custom_imports``: backbones, neck, hooks, resumable loop, ``mmcv.ops``.
 
 Importing it registers them, and makes ``import mmcv.ops`` work where mmcv was installed without compiled operators.
 """
@@ -7,8 +7,19 @@ from .operators import install
 
 install()  # before anything imports mmdet.models
 
+from .amp import Bf16OptimWrapper  # noqa: E402
 from .backbone import RevBiFPN, TimmBackbone  # noqa: E402
+from .checkpoint import WholeCheckpointHook  # noqa: E402
 from .hooks import MemoryReportHook  # noqa: E402
 from .neck import RevBiFPNNeck  # noqa: E402
+from .resume import ResumableTrainLoop  # noqa: E402
 
-__all__ = ["MemoryReportHook", "RevBiFPN", "RevBiFPNNeck", "TimmBackbone"]
+__all__ = [
+    "Bf16OptimWrapper",
+    "MemoryReportHook",
+    "ResumableTrainLoop",
+    "RevBiFPN",
+    "RevBiFPNNeck",
+    "TimmBackbone",
+    "WholeCheckpointHook",
+]
