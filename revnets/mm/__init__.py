@@ -11,11 +11,13 @@ from .amp import Bf16OptimWrapper  # noqa: E402
 from .backbone import RevBiFPN, TimmBackbone  # noqa: E402
 from .checkpoint import WholeCheckpointHook  # noqa: E402
 from .hooks import MemoryReportHook  # noqa: E402
+from .hrfpn import LeanHRFPN  # noqa: E402
 from .neck import RevBiFPNNeck  # noqa: E402
 from .resume import ResumableTrainLoop  # noqa: E402
 
 __all__ = [
     "Bf16OptimWrapper",
+    "LeanHRFPN",
     "MemoryReportHook",
     "ResumableTrainLoop",
     "RevBiFPN",

@@ -37,14 +37,14 @@ class DetectorTarget(Target):
         img_size: short side of the images, pixels.
         batch_size: images per step.
         mode: memory mode of everything in the detector that has one.
-        config: path, or ``mmdet::...`` for a config that MMDetection ships.
         part: one of ``PARTS``.
+        config: path, or ``mmdet::...`` for a config that MMDetection ships.
         aspect: long side over short side.
         options: changes to the config, by dotted keys.
     """
 
-    config: str = ""
     part: str = PARTS[-1]
+    config: str = ""
     aspect: float = DEFAULT_SIZE[1] / DEFAULT_SIZE[0]
 
     def __str__(self) -> str:

@@ -88,7 +88,8 @@ def profile(target: Target, setting: Setting, measure: bool | None = None) -> Ro
         return Row(target, predicted, seconds, note=note)
     job = target.build(setting, setting.device)
     optimizer = setting.make_optimizer(job.model) if setting.optimizer is not None else None
-    measured = measure_training_step(job.model, job.x, job.loss_fn, optimizer, repeats=3)
+    repeats = 1 if predicted.training_flops > SLOW_FLOPS else 3
+    measured = measure_training_step(job.model, job.x, job.loss_fn, optimizer, repeats)
     state = [v for s in (optimizer.state.values() if optimizer is not None else ()) for v in s.values()]
     tensors = [*job.model.parameters(), *job.model.buffers(), job.x, *(v for v in state if torch.is_tensor(v))]
     resident = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

@@ -88,6 +88,7 @@ class Target:
         batch_size: images per step.
         mode: see ``revnets.reversible.MODES``; others know ``"store"`` (plain) and ``"checkpoint"`` (their own).
         options: for the network's constructor.
+        part: of detectors, see ``revnets.mm.detectors``.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Target:
     batch_size: int
     mode: str
     options: tuple[tuple[str, Any], ...] = ()
+    part: str = ""
 
     def __str__(self) -> str:
         return f"{self.title} @{self.img_size} batch {self.batch_size}"

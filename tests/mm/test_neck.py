@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("mmdet", reason="MMDetection is not installed: pip install 'revnets[detection]'")
 
+from revnets.mm.hrfpn import LeanHRFPN
 from revnets.mm.neck import RevBiFPNNeck
 from revnets.profiling import predict_training_step
 
@@ -80,3 +81,24 @@ def test_maps_that_do_not_halve() -> None:
     x[1] = x[1][..., :15]
     with pytest.raises(ValueError, match=r"sizes \[\(32, 32\), \(16, 15\)"):
         neck()(x)
+
+
+# --- HRFPN -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pooling_type", ["AVG", "MAX"])
+def test_lean_hrfpn_is_hrfpn(pooling_type: str) -> None:
+    from mmdet.models.necks import HRFPN
+
+    torch.manual_seed(0)
+    lean = LeanHRFPN(list(CHANNELS), 12, pooling_type=pooling_type).double()
+    stock = HRFPN(list(CHANNELS), 12, pooling_type=pooling_type).double()
+    stock.load_state_dict(lean.state_dict())
+    found = []
+    for module in (lean, stock):
+        inputs = [x.double().requires_grad_() for x in maps()]
+        outs = module(inputs)
+        sum(y.square().sum() for y in outs).backward()
+        found.append([*outs, *(x.grad for x in inputs), *(p.grad for p in module.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)

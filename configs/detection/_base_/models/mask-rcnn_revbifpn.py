@@ -3,5 +3,5 @@ _base_ = "mmdet::_base_/models/mask-rcnn_r50_fpn.py"
 custom_imports = dict(imports=["revnets.mm"], allow_failed_imports=False)
 model = dict(
     backbone=dict(_delete_=True, type="RevBiFPN", arch="s0"),
-    neck=dict(_delete_=True, type="HRFPN", in_channels=[48, 64, 128, 320], out_channels=256),
+    neck=dict(_delete_=True, type="LeanHRFPN", in_channels=[48, 64, 128, 320], out_channels=256),
 )
