@@ -12,11 +12,16 @@ from detection.config import CONFIGS, read
 FILES = sorted(CONFIGS.glob("[!_]*/*.py"))
 BASES = sorted(CONFIGS.glob("_base_/*/*.py"))
 SIZES = [f"s{n}" for n in range(7)]
+QUICK = [f for f in FILES if "coco" not in f.stem or "-s0_" in f.stem]  # reading all of them takes a while
+EACH = [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in FILES]
 
 
 @functools.cache
 def load(path: Path) -> Any:
     return read(str(path))
+
+
+BUILT = [each for each in EACH if "_1x_" in each.values[0].stem or "coco" not in each.values[0].stem]
 
 
 def relative(path: Path) -> str:
@@ -42,7 +47,7 @@ def test_is_short_and_opens_with_a_comment(path: Path) -> None:
         assert lines[0].endswith(f"python detection/train.py configs/detection/{relative(path)}")
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
+@pytest.mark.parametrize("path", EACH, ids=relative)
 def test_says_what_its_name_says(path: Path) -> None:
     cfg = load(path)
     kind, size, what = path.stem.split("_", 1)[0], path.stem.split("-s")[1][0], path.stem.split("_")[-1]
@@ -73,20 +78,13 @@ def channels(arch: str) -> list[int]:
     return backbone.out_channels
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
+@pytest.mark.parametrize("path", EACH, ids=relative)
 def test_neck_takes_what_the_backbone_gives(path: Path) -> None:
     model = load(path).model
     assert list(model.neck.in_channels) == channels(model.backbone.arch)
 
 
-QUICK = [f for f in FILES if "coco" not in f.stem or "-s0_1x" in f.stem]
-
-
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in FILES if f in QUICK or "_1x_" in f.stem],
-    ids=relative,
-)
+@pytest.mark.parametrize("path", BUILT, ids=relative)
 def test_builds_by_its_strings(path: Path) -> None:
     model = build(load(path).model)
     assert model.backbone.out_channels == list(model.neck.in_channels)

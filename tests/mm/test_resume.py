@@ -115,7 +115,7 @@ def run(
     return runner
 
 
-@pytest.mark.parametrize("stops", [(2,), (4,), (5, 6), (1, 2, 11)])
+@pytest.mark.parametrize("stops", [(4,), (2, 5, 6, 11)])
 def test_same_losses_as_without_interruption(tmp_path: Path, stops: tuple[int, ...]) -> None:
     whole: list[tuple[int, float]] = []
     parts: list[tuple[int, float]] = []
@@ -130,6 +130,7 @@ def test_same_losses_as_without_interruption(tmp_path: Path, stops: tuple[int, .
     assert expected.optim_wrapper.get_lr() == found.optim_wrapper.get_lr()
 
 
+@pytest.mark.slow
 def test_number_of_workers_does_not_matter(tmp_path: Path) -> None:
     none: list[tuple[int, float]] = []
     two: list[tuple[int, float]] = []
