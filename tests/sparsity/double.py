@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def network(sparsity: float = 0.75, seed: int = 0, sizes: tuple[int, ...] = (6, 
     """Linear layers with activations between them, all but the last sparse."""
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
-    for a, b in zip(sizes[:-2], sizes[1:-1], strict=True):
+    for a, b in pairwise(sizes[:-1]):
         layers += [MaskedLinear(a, b, sparsity), nn.Tanh()]
     return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_number_of_updates(total: int, interval: int, start: float, length: floa
     for t in (0, total // 3, total):
         assert schedule.updates(t) == len([d for d in due if d <= t])
     assert all(round(start * total) < t < round(end * total) for t in due)
-    assert all(b - a == interval for a, b in zip(due, due[1:], strict=False))
+    assert all(b - a == interval for a, b in pairwise(due))
     fractions = [schedule.fraction(t) for t in due]
     assert fractions == sorted(fractions, reverse=True)
     assert all(0 <= f <= 0.3 for f in fractions)
