@@ -219,6 +219,7 @@ class SparsityController:
     def _modules(self) -> Iterator[nn.Module]:
         return (module for layer in self.layers for module in layer.modules)
 
+    @torch.no_grad()
     def _draw(self, distribution: str, sparsity: float | None) -> None:
         """New random masks; weights that were 0 take values of the layer, so that its scale stays."""
         shapes = [layer.mask.shape for layer in self.layers]
@@ -227,13 +228,12 @@ class SparsityController:
         for layer, size, n, share in zip(
             self.layers, sizes, active, densities(shapes, wanted, distribution), strict=True
         ):
-            mask = mask_with_count(layer.mask.shape, round(share * size), self._generator)
+            mask = mask_with_count(layer.mask.shape, round(share * size), self._generator).to(layer.mask.device)
             picks = torch.randint(max(n, 1), (size,), generator=self._generator).to(layer.mask.device)
-            with torch.no_grad():
-                values = layer.weight[layer.mask] if n else layer.weight.new_zeros(1)
-                drawn = values[picks].view(layer.mask.shape)
-                layer.weight.copy_(torch.where(layer.mask, layer.weight, drawn))
+            values = layer.weight[layer.mask] if n else layer.weight.new_zeros(1)
+            weight = torch.where(layer.mask, layer.weight, values[picks].view(layer.mask.shape))
             layer.set_mask(mask)
+            layer.weight.copy_(weight * mask)
 
     def _update(self) -> MaskUpdate:
         trained = {id(p) for group in self._optimizer.param_groups for p in group["params"]}

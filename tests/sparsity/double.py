@@ -39,8 +39,8 @@ class MaskedLinear(nn.Linear):
 
     @torch.no_grad()
     def set_mask(self, mask: Tensor) -> None:
+        self.weight.mul_(self.mask & mask)
         self.mask.copy_(mask)
-        self.weight.mul_(mask)
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, _Masked.apply(self.weight, self.mask, self), self.bias)
