@@ -4,7 +4,7 @@ Sparse layers are recognised by a ``weight`` and a bool buffer ``mask`` of its s
 ``revnets.layers``, which this package does not import. Training loops live in ``classification`` and ``revnets.mm``.
 """
 
-from .accounting import ForwardFlops, forward_flops, run_flops, step_flops
+from .accounting import run_flops, step_flops
 from .controller import MaskUpdate, SparsityController
 from .found import apply_masks, sparse_layers
 from .masks import densities, er, erk, random_mask, uniform
@@ -12,7 +12,6 @@ from .schedules import SCHEDULES, Schedule
 
 __all__ = [
     "SCHEDULES",
-    "ForwardFlops",
     "MaskUpdate",
     "Schedule",
     "SparsityController",
@@ -20,7 +19,6 @@ __all__ = [
     "densities",
     "er",
     "erk",
-    "forward_flops",
     "random_mask",
     "run_flops",
     "sparse_layers",

@@ -1,81 +1,6 @@
 """FLOPs of training by schedule: 2 per multiply-add; theoretical, since a kernel may not skip the zeros."""
 
-from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-
-from .found import counts, sparse_layers
 from .schedules import SCHEDULES, Schedule
-
-
-@dataclass(frozen=True)
-class LayerFlops:
-    """One sparse layer: FLOPs as if dense, and density, counted from its mask."""
-
-    dense: int
-    density: float
-
-    @property
-    def sparse(self) -> float:
-        """FLOPs of the active weights."""
-        return self.dense * self.density
-
-
-@dataclass(frozen=True)
-class ForwardFlops:
-    """FLOPs of a forward pass.
-
-    Attributes:
-        dense: of everything, as if all weights were there (``f``).
-        sparse: of everything, with the active weights of sparse layers (``f_s``).
-        layers: of the sparse layers, by name.
-    """
-
-    dense: int
-    sparse: float
-    layers: dict[str, LayerFlops] = field(repr=False)
-
-
-@torch.no_grad()
-def forward_flops(model: nn.Module, x: Tensor) -> ForwardFlops:
-    """Count the FLOPs of ``model(x)`` in eval mode, by its masks.
-
-    Args:
-        model: on the device of ``x``; its mode is put back.
-        x: e.g. ``(1, C, H, W)``.
-
-    Example:
-        >>> forward_flops(nn.Linear(8, 4), torch.ones(2, 8)).dense
-        128
-    """
-    layers = sparse_layers(model)
-    owner = {module: i for i, layer in enumerate(layers) for module in layer.modules}
-    dense = [0] * len(layers)
-
-    def count(module: nn.Module, _: Any, out: Tensor) -> None:
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        # an output number is one row of the weight times its window of the input
-        dense[owner[module]] += 2 * out.numel() * weight[0].numel()
-
-    training = {module: module.training for module in model.modules()}
-    hooks = [module.register_forward_hook(count) for module in owner]
-    try:
-        with FlopCounterMode(display=False) as counter:
-            model.eval()(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in training.items():
-            module.training = mode
-    density = [n / layer.mask.numel() for n, layer in zip(counts(layers), layers, strict=True)]
-    found = {
-        layer.name: LayerFlops(*pair) for layer, pair in zip(layers, zip(dense, density, strict=True), strict=True)
-    }
-    total = counter.get_total_flops()
-    return ForwardFlops(total, total - sum(each.dense - each.sparse for each in found.values()), found)
 
 
 def step_flops(schedule: str, dense: float, sparse: float, interval: int = 100) -> float:
@@ -83,6 +8,7 @@ def step_flops(schedule: str, dense: float, sparse: float, interval: int = 100) 
 
     .. math:: dense: 3f \qquad static, SET: 3 f_s \qquad RigL: (3 f_s \Delta T + 2 f_s + f) / (\Delta T + 1)
 
+    Where forward FLOPs come from is up to the caller; ``revnets.layers.count_costs`` counts them from the masks.
     Recomputation is not in it: a reversible network evaluates its forward pass once more, ``f_s``.
 
     Args:
