@@ -48,6 +48,7 @@ class ModelOptions:
 
     model: str = option("revbifpn_s0", "any name that timm.create_model knows, revnets' own included")
     model_kwargs: dict[str, Any] = option({}, "further arguments of the model, such as mode=reversible exact=true")
+    layers: str = option("", "layers to put into the model, such as sparse_wide:0.75; `revnets layers` lists all")
     num_classes: int | None = option(
         None, "size of the classifier; training counts the class folders where not given", low=0
     )
@@ -108,6 +109,22 @@ class OptimizerOptions:
     model_ema_decay: float = option(0.9998, "decay of that mean", low=0, high=1)
     model_ema_warmup: bool = option(False, "let the decay rise to its value")
     model_ema_force_cpu: bool = option(False, "keep that mean in CPU memory")
+
+
+@dataclasses.dataclass
+class SparsityOptions:
+    """Masks of sparse layers"""
+
+    sparsity_schedule: str = option(
+        "static", "how masks change: not, at random, or by gradient", choices=("static", "set", "rigl")
+    )
+    sparsity_interval: int = option(100, "updates between two changes of the masks", low=1)
+    sparsity_start: float = option(0.0, "start of the changes, as a fraction of the training", low=0, high=1)
+    sparsity_end: float = option(0.75, "end of the changes, as a fraction of the training", low=0, high=1)
+    sparsity_drop_fraction: float = option(0.3, "share of the weights exchanged at the start", low=0.001, high=1)
+    sparsity_distribution: str = option(
+        "uniform", "how the sparsity is shared out among the layers", choices=("uniform", "er", "erk")
+    )
 
 
 @dataclasses.dataclass
@@ -176,7 +193,14 @@ class AugmentationOptions:
 
 @dataclasses.dataclass
 class TrainOptions(
-    AugmentationOptions, ScheduleOptions, OptimizerOptions, StartOptions, DeviceOptions, ModelOptions, DataOptions
+    AugmentationOptions,
+    SparsityOptions,
+    ScheduleOptions,
+    OptimizerOptions,
+    StartOptions,
+    DeviceOptions,
+    ModelOptions,
+    DataOptions,
 ):
     """Everything that `classification/train.py` reads."""
 

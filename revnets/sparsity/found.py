@@ -53,8 +53,8 @@ def is_sparse(module: nn.Module) -> bool:
         >>> is_sparse(nn.Linear(2, 2))
         False
     """
-    weight, mask = getattr(module, "weight", None), dict(module.named_buffers(recurse=False)).get("mask")
-    if not isinstance(weight, nn.Parameter) or mask is None:
+    weight, mask = module._parameters.get("weight"), module._buffers.get("mask")
+    if weight is None or mask is None:
         return False
     return mask.dtype == torch.bool and mask.shape == weight.shape
 
