@@ -38,7 +38,9 @@ def start_sparsity(
         for field in dataclasses.fields(SparsityOptions):
             if getattr(options, field.name) != field.default:
                 flag = "--" + field.name.replace("_", "-")
-                raise UserError(f"{flag}: {options.model} has no sparse layers; add --layers sparse_parallel:0.75, say.")
+                raise UserError(
+                    f"{flag}: {options.model} has no sparse layers; add --layers sparse_wide:0.75."
+                )
         return None
     try:
         return SparsityController(

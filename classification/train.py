@@ -243,9 +243,7 @@ def _start(run: Training, model: nn.Module) -> tuple[Path, dict[str, Any] | None
     checkpoint = None
     if path is not None:
         optimizer = None if options.no_resume_opt else run.optimizer
-        checkpoint = resume(
-            path, options.model, model, optimizer, run.scheduler, run.ema, run.scaler, run.sparsity
-        )
+        checkpoint = resume(path, options.model, model, optimizer, run.scheduler, run.ema, run.scaler, run.sparsity)
     epoch = checkpoint["epoch"] + 1 if checkpoint else 0
     if run.scheduler is not None and epoch:
         run.scheduler.step(epoch)
