@@ -62,7 +62,25 @@ def build_model(options: TrainOptions | ValidateOptions) -> nn.Module:
             f"--pretrained: no weights for {options.model} could be loaded ({one_line(error)}); "
             "leave it out, or give a file as --pretrained-path."
         ) from error
+    if options.small_stem is not None:
+        _small_stem(model, options)
     return model if ours or not options.layers else _converted(model, options)
+
+
+def _small_stem(model: nn.Module, options: TrainOptions | ValidateOptions) -> None:
+    """The stem of CIFAR's ResNets: no pooling, and a 3x3 convolution of the wanted stride."""
+    stem = getattr(model, "conv1", None)
+    first = stem[0] if isinstance(stem, nn.Sequential) else stem
+    if not isinstance(first, nn.Conv2d) or not isinstance(getattr(model, "maxpool", None), nn.Module):
+        raise UserError(f"--small-stem: {options.model} is no ResNet of timm's with conv1 and maxpool; leave it out.")
+    bias, stride = first.bias is not None, options.small_stem or 1
+    conv = nn.Conv2d(first.in_channels, first.out_channels, 3, stride, 1, bias=bias)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    if isinstance(stem, nn.Sequential):
+        stem[0] = conv
+    else:
+        model.conv1 = conv
+    model.maxpool = nn.Identity()
 
 
 def _converted(model: nn.Module, options: TrainOptions | ValidateOptions) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from classification.errors import UserError, one_line
-from classification.options import SparsityOptions, TrainOptions
+from classification.options import TrainOptions
 from revnets.layers import count_costs
 from revnets.layers.trace import TraceError
 from revnets.sparsity import Schedule, SparsityController, run_flops, sparse_layers
@@ -35,12 +34,11 @@ def start_sparsity(
         UserError: Options without sparse layers, or a schedule that cannot be.
     """
     if not sparse_layers(model):
-        for field in dataclasses.fields(SparsityOptions):
-            if getattr(options, field.name) != field.default:
-                flag = "--" + field.name.replace("_", "-")
-                raise UserError(
-                    f"{flag}: {options.model} has no sparse layers; add --layers sparse_wide:0.75."
-                )
+        if options.sparsity_schedule != "static":
+            raise UserError(
+                f"--sparsity-schedule: {options.sparsity_schedule} changes masks, and {options.model} has no sparse "
+                "layers; add --layers sparse_wide:0.75, say."
+            )
         return None
     try:
         return SparsityController(
