@@ -104,7 +104,8 @@ def count_costs(model: nn.Module, input_size: Sequence[int]) -> ModelCost:
         (True, 224)
     """
     flops = trace(model, input_size).flops_by_module()
-    layers, seen = [], set()
+    layers: list[LayerCost] = []
+    seen: set[int] = set()
     for name, module in model.named_modules():
         own = [p for p in module._parameters.values() if p is not None and id(p) not in seen]
         seen.update(map(id, own))

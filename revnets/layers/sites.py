@@ -76,9 +76,9 @@ class Site:
         return copy.deepcopy(fused or self.act or self.usual_act or nn.ReLU())
 
     def inner_norm(self, width: int) -> nn.Module:
-        """A new norm of ``width`` channels for the inside of a converted layer, of the kind that follows or is usual."""
+        """A new norm of ``width`` channels for the inside of a layer, of the kind that follows it or is usual."""
         like: Any = self.norm or self.usual_norm
-        eps = {"eps": like.eps} if isinstance(getattr(like, "eps", None), float) else {}
+        eps: dict[str, Any] = {"eps": like.eps} if isinstance(getattr(like, "eps", None), float) else {}
         if not isinstance(self.layer, nn.Conv2d):
             return nn.LayerNorm(width, **(eps if isinstance(like, nn.LayerNorm) else {}))
         if isinstance(like, nn.LayerNorm):
@@ -87,7 +87,7 @@ class Site:
             return LayerNorm2d(width, **eps)
         if isinstance(like, nn.GroupNorm):
             return nn.GroupNorm(_divisor(width, like.num_groups), width, **eps)
-        momentum = {"momentum": like.momentum} if isinstance(like, _NormBase) else {}
+        momentum: dict[str, Any] = {"momentum": like.momentum} if isinstance(like, _NormBase) else {}
         return nn.BatchNorm2d(width, **eps, **momentum)
 
 
