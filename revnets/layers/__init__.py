@@ -3,7 +3,7 @@
 Layers know of the reversible engine only ``once`` (statistics computed once per step), and nothing of models or mmdet.
 """
 
-from . import parallel, plain
+from . import parallel, plain, wide
 from .accounting import LayerCost, ModelCost, count_costs
 from .conv import conv
 from .convert import ConversionReport, convert
@@ -45,4 +45,5 @@ __all__ = [
     "parse_layers",
     "plain",
     "register_layer",
+    "wide",
 ]

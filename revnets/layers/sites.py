@@ -136,6 +136,10 @@ class Surroundings:
             for value in call.inputs:
                 self._readers.setdefault(value.number, []).append(call)
         self._outputs = {value.number for value in recorded.outputs}
+        self._owners = Counter(
+            id(module._parameters["weight"]) for module in self.modules.values() if "weight" in module._parameters
+        )
+        self._first = next((c.module for c in recorded.calls if _is_weighted(self.modules[c.module])), None)
         self.usual_norm = self._usual(lambda module: isinstance(module, NORMS))
         self.usual_act = self._usual(is_act)
         self._classifiers = self._find_classifiers()
@@ -189,7 +193,7 @@ class Surroundings:
         calls = len(self._calls.get(name, []))
         if calls == 0:
             return "it is not called in the forward pass"
-        if sum(module._parameters.get("weight") is layer.weight for module in self.modules.values()) > 1:
+        if self._owners[id(layer.weight)] > 1:
             return "it shares its weight with another layer"
         if name in self._classifiers:
             return "the classifier stays dense"
@@ -214,10 +218,9 @@ class Surroundings:
 
     def _reads_image(self, name: str) -> bool:
         """Whether the layer is the first to run and takes the image's own channels."""
-        first = next((c.module for c in self.trace.calls if _is_weighted(self.modules[c.module])), None)
         (image,) = self.trace.inputs
         layer = self.modules[name]
-        return name == first and isinstance(layer, nn.Conv2d) and layer.in_channels == image.shape[1]
+        return name == self._first and isinstance(layer, nn.Conv2d) and layer.in_channels == image.shape[1]
 
     def _find_classifiers(self) -> set[str]:
         """What the model calls its classifier, or a layer whose output is the model's."""
