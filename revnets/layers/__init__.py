@@ -3,10 +3,12 @@
 Layers know of the reversible engine only ``once`` (statistics computed once per step), and nothing of models or mmdet.
 """
 
-from . import parallel, plain
+from . import parallel, plain, wide
 from .accounting import LayerCost, ModelCost, count_costs
 from .conv import conv
 from .convert import ConversionReport, convert
+from .doped import SparseDopedConv2d, SparseDopedLinear
+from .factorized import SparseFactorizedConv2d, SparseFactorizedLinear
 from .mbconv import MBConv
 from .norm_act import lean_layers, norm_act
 from .norm_act_conv import norm_act_conv
@@ -24,6 +26,10 @@ __all__ = [
     "Site",
     "SparseConfig",
     "SparseConv2d",
+    "SparseDopedConv2d",
+    "SparseDopedLinear",
+    "SparseFactorizedConv2d",
+    "SparseFactorizedLinear",
     "SparseLinear",
     "SparseParallelConv2d",
     "SparseParallelLinear",
@@ -39,4 +45,5 @@ __all__ = [
     "parse_layers",
     "plain",
     "register_layer",
+    "wide",
 ]

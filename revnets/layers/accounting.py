@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .trace import trace
+from .trace import Trace, trace
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class ModelCost:
         return LayerCost("total", "", self.parameters, self.active_parameters, self.flops, self.sparse_flops)
 
 
-def count_costs(model: nn.Module, input_size: Sequence[int]) -> ModelCost:
+def count_costs(model: nn.Module, input_size: Sequence[int], recorded: Trace | None = None) -> ModelCost:
     """FLOPs and parameters of every module, for one example; the model is traced without memory and left as it is.
 
     Matrix products and convolutions count (attention's included), elementwise work and norms do not. A layer with a
@@ -94,6 +94,7 @@ def count_costs(model: nn.Module, input_size: Sequence[int]) -> ModelCost:
     Args:
         model: any.
         input_size: of one example, such as ``(3, 224, 224)``.
+        recorded: a trace of the model on such an example, if there is one already.
 
     Raises:
         TraceError: when the model does not take such an input.
@@ -103,8 +104,9 @@ def count_costs(model: nn.Module, input_size: Sequence[int]) -> ModelCost:
         >>> cost.flops == 2 * 3 * 8 * 3 * 3 * 16 * 16, cost.parameters
         (True, 224)
     """
-    flops = trace(model, input_size).flops_by_module()
-    layers, seen = [], set()
+    flops = (recorded or trace(model, input_size)).flops_by_module()
+    layers: list[LayerCost] = []
+    seen: set[int] = set()
     for name, module in model.named_modules():
         own = [p for p in module._parameters.values() if p is not None and id(p) not in seen]
         seen.update(map(id, own))

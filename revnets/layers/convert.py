@@ -11,7 +11,7 @@ from torch import nn
 from .accounting import ModelCost, count_costs
 from .registry import Part, Spec, parse_layers
 from .sites import Filter, Surroundings, Unsuitable
-from .trace import TraceError, trace
+from .trace import Trace, TraceError, trace
 
 
 @dataclass(frozen=True)
@@ -131,13 +131,15 @@ def convert(
     parts = parse_layers(spec)
     size = _input_size(model, input_size)
     try:
-        before = count_costs(model, size)
+        recorded = trace(model, size)
     except TraceError as error:
         raise ValueError(f"convert: {error}") from None
+    before = count_costs(model, size, recorded)
     report = ConversionReport(model, [], [], before, before, [])
     for part in parts:
-        _apply(part, report, filter, size)
-    report.after = count_costs(report.model, size)
+        _apply(part, report, filter, recorded)
+        recorded = trace(report.model, size)
+    report.after = count_costs(report.model, size, recorded)
     return report
 
 
@@ -149,8 +151,8 @@ def _input_size(model: nn.Module, given: Sequence[int] | None) -> tuple[int, ...
     return tuple(size or (3, 224, 224))
 
 
-def _apply(part: Part, report: ConversionReport, filter: Filter | None, size: tuple[int, ...]) -> None:
-    surroundings = Surroundings(report.model, trace(report.model, size))
+def _apply(part: Part, report: ConversionReport, filter: Filter | None, recorded: Trace) -> None:
+    surroundings = Surroundings(report.model, recorded)
     names = []
     for name, module in report.model.named_modules():
         if not isinstance(module, (nn.Conv2d, nn.Linear)):

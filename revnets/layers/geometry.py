@@ -47,7 +47,7 @@ def on_meta(kind: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def factory_kwargs(kind: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Device and dtype among the arguments of a torch layer."""
-    bound = inspect.signature(kind.__init__).bind(None, *args, **kwargs).arguments  # type: ignore[misc]
+    bound = inspect.signature(kind.__init__).bind(None, *args, **kwargs).arguments
     return {name: bound[name] for name in ("device", "dtype") if bound.get(name) is not None}
 
 
@@ -59,3 +59,28 @@ def arguments(layer: Any, **changes: Any) -> dict[str, Any]:
     else:
         own = {name: getattr(layer, name) for name in _ATTRIBUTES[nn.Conv2d][:8]}
     return {**own, **common, **changes}
+
+
+def fans(layer: Any) -> tuple[int, int]:
+    """Weights per inner channel of the two factors of a layer, within a group: ``(k*k*C_in, C_out)``.
+
+    Example:
+        >>> fans(nn.Conv2d(8, 16, 3, groups=2)), fans(nn.Linear(8, 16))
+        ((36, 8), (8, 16))
+    """
+    groups = getattr(layer, "groups", 1)
+    return layer.weight[0].numel(), layer.weight.shape[0] // groups
+
+
+def factors(layer: Any, inner: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of two layers in a row that have the shape of one: kernel and stride first, the bias last.
+
+    Args:
+        layer: ``nn.Conv2d`` or ``nn.Linear``.
+        inner: channels between them, per group.
+    """
+    if isinstance(layer, nn.Linear):
+        return arguments(layer, out_features=inner, bias=False), arguments(layer, in_features=inner)
+    width = inner * layer.groups
+    pointwise = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1, "padding_mode": "zeros"}
+    return arguments(layer, out_channels=width, bias=False), arguments(layer, in_channels=width, **pointwise)

@@ -94,8 +94,8 @@ def register_layer(name: str, config: type[LayerConfig] = LayerConfig, network: 
         network: whether the function changes a whole network.
 
     The function takes ``(site, config)`` and returns the module to put there, or raises ``Unsuitable`` with the reason
-    why the layer stays as it is; see ``revnets.layers.sites.Site``. With ``network=True`` it takes ``(job, config)`` and
-    returns the network; see ``revnets.layers.convert.Job``.
+    why the layer stays as it is; see ``revnets.layers.sites.Site``. With ``network=True`` it takes ``(job, config)``
+    and returns the network; see ``revnets.layers.convert.Job``.
 
     Raises:
         ValueError: when the name is taken or unusable.

@@ -76,9 +76,9 @@ class Site:
         return copy.deepcopy(fused or self.act or self.usual_act or nn.ReLU())
 
     def inner_norm(self, width: int) -> nn.Module:
-        """A new norm of ``width`` channels for the inside of a converted layer, of the kind that follows or is usual."""
+        """A new norm of ``width`` channels for the inside of a layer, of the kind that follows it or is usual."""
         like: Any = self.norm or self.usual_norm
-        eps = {"eps": like.eps} if isinstance(getattr(like, "eps", None), float) else {}
+        eps: dict[str, Any] = {"eps": like.eps} if isinstance(getattr(like, "eps", None), float) else {}
         if not isinstance(self.layer, nn.Conv2d):
             return nn.LayerNorm(width, **(eps if isinstance(like, nn.LayerNorm) else {}))
         if isinstance(like, nn.LayerNorm):
@@ -87,7 +87,7 @@ class Site:
             return LayerNorm2d(width, **eps)
         if isinstance(like, nn.GroupNorm):
             return nn.GroupNorm(_divisor(width, like.num_groups), width, **eps)
-        momentum = {"momentum": like.momentum} if isinstance(like, _NormBase) else {}
+        momentum: dict[str, Any] = {"momentum": like.momentum} if isinstance(like, _NormBase) else {}
         return nn.BatchNorm2d(width, **eps, **momentum)
 
 
@@ -136,6 +136,10 @@ class Surroundings:
             for value in call.inputs:
                 self._readers.setdefault(value.number, []).append(call)
         self._outputs = {value.number for value in recorded.outputs}
+        self._owners = Counter(
+            id(module._parameters["weight"]) for module in self.modules.values() if "weight" in module._parameters
+        )
+        self._first = next((c.module for c in recorded.calls if _is_weighted(self.modules[c.module])), None)
         self.usual_norm = self._usual(lambda module: isinstance(module, NORMS))
         self.usual_act = self._usual(is_act)
         self._classifiers = self._find_classifiers()
@@ -189,7 +193,7 @@ class Surroundings:
         calls = len(self._calls.get(name, []))
         if calls == 0:
             return "it is not called in the forward pass"
-        if sum(module._parameters.get("weight") is layer.weight for module in self.modules.values()) > 1:
+        if self._owners[id(layer.weight)] > 1:
             return "it shares its weight with another layer"
         if name in self._classifiers:
             return "the classifier stays dense"
@@ -214,10 +218,9 @@ class Surroundings:
 
     def _reads_image(self, name: str) -> bool:
         """Whether the layer is the first to run and takes the image's own channels."""
-        first = next((c.module for c in self.trace.calls if _is_weighted(self.modules[c.module])), None)
         (image,) = self.trace.inputs
         layer = self.modules[name]
-        return name == first and isinstance(layer, nn.Conv2d) and layer.in_channels == image.shape[1]
+        return name == self._first and isinstance(layer, nn.Conv2d) and layer.in_channels == image.shape[1]
 
     def _find_classifiers(self) -> set[str]:
         """What the model calls its classifier, or a layer whose output is the model's."""

@@ -11,7 +11,7 @@ from ..sparsity.masks import check_sparsity, mask_with_count, random_mask
 
 
 class _GatheredGrad(torch.autograd.Function):
-    """The masked weight, as ``weight * mask``; in the backward pass the unmasked gradient is added to ``dense_grad``."""
+    """``weight * mask``, whose backward pass also adds the gradient of the unmasked weight to ``dense_grad``."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, mask: Tensor, layer: MaskedWeight) -> Tensor:
@@ -48,6 +48,7 @@ class MaskedWeight(nn.Module):
     """
 
     weight: nn.Parameter
+    bias: nn.Parameter | None
     mask: Tensor
     sparsity: float
     init_scale: bool
@@ -117,7 +118,7 @@ class MaskedWeight(nn.Module):
         return {**self.__dict__, "dense_grad": None}
 
 
-class SparseConv2d(MaskedWeight, nn.Conv2d):
+class SparseConv2d(MaskedWeight, nn.Conv2d):  # type: ignore[misc]
     """``nn.Conv2d`` of which a share of the weights is masked out.
 
     Args:
@@ -147,7 +148,7 @@ class SparseConv2d(MaskedWeight, nn.Conv2d):
         return self._conv_forward(x, self.effective_weight(), self.bias)
 
 
-class SparseLinear(MaskedWeight, nn.Linear):
+class SparseLinear(MaskedWeight, nn.Linear):  # type: ignore[misc]
     """``nn.Linear`` of which a share of the weights is masked out.
 
     Args:
