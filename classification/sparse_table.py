@@ -108,7 +108,7 @@ def subset(folder: Path, train: str, validation: str, images: int, output: Path)
         output: Where to make it.
 
     Raises:
-        UserError: The splits are no .tar files.
+        UserError: The splits are no .tar files, or hold too few images.
     """
     for split in (train, validation):
         if not (folder / split).is_file():
@@ -125,7 +125,10 @@ def subset(folder: Path, train: str, validation: str, images: int, output: Path)
         classes: dict[str, list[tarfile.TarInfo]] = {}
         for member in members:
             classes.setdefault(str(Path(member.name).parent), []).append(member)
-        each = images // len(classes)
+        each, fewest = images // len(classes), min(map(len, classes.values()))
+        if not 0 < each <= fewest:
+            allowed = f"{len(classes)} to {len(classes) * fewest}"
+            raise UserError(f"--images: {images} was given where {allowed} were expected, equally many of each class.")
         with tarfile.open(path, "w") as target:
             for member in (m for found in classes.values() for m in found[:each]):
                 target.addfile(member, source.extractfile(member))
@@ -172,7 +175,7 @@ def grouped(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
 
 def as_table(outcomes: Sequence[Outcome]) -> Table:
     """Mean, spread and training FLOPs by line, against dense."""
-    columns = ("network", "seeds", "top-1, mean %", "± std", "lowest to highest", "against dense", "training PFLOPs")
+    columns = ("network", "seeds", "top-1, mean %", "± std", "lowest to highest", "against dense", "training TFLOPs")
     table = Table(*columns)
     lines = grouped(outcomes)
     dense = statistics.mean(o.top1 for o in lines["dense"]) if "dense" in lines else math.nan
@@ -180,7 +183,7 @@ def as_table(outcomes: Sequence[Outcome]) -> Table:
         top1 = [o.top1 for o in found]
         std = statistics.stdev(top1) if len(top1) > 1 else math.nan
         mean = statistics.mean(top1)
-        flops = statistics.mean(o.train_flops for o in found) / 1e15
+        flops = statistics.mean(o.train_flops for o in found) / 1e12
         spread = f"{min(top1):.2f} to {max(top1):.2f}"
         table.add_row(
             name, str(len(found)), f"{mean:.2f}", f"{std:.2f}", spread, f"{mean - dense:+.2f}", f"{flops:.4f}"

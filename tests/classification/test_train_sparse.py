@@ -24,7 +24,7 @@ def masks(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: mask for name, mask in weights.items() if name.endswith(".mask")}
 
 
-@pytest.mark.parametrize("schedule", ["set", "rigl"])
+@pytest.mark.parametrize("schedule", ["rigl", pytest.param("set", marks=pytest.mark.slow)])
 def test_resumed_run_equals_uninterrupted_run_to_the_bit(
     run_train: Trainer, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
 ) -> None:
