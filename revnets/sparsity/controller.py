@@ -14,6 +14,7 @@ from .masks import densities, mask_with_count
 from .schedules import Schedule, drop, exchanged, grow
 
 _logger = logging.getLogger(__name__)
+_WATCHED, _WATCH_INTERVAL = frozenset((1, 2, 3, 5, 10, 20, 50)), 100
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class SparsityController:
     ``rigl`` (1911.11134) grows where the dense gradient is largest, which layers gather in that one step only, summed
     over accumulated batches and over processes. Each layer's density stays exact. Masks are the same in all processes:
     they follow from reduced gradients and from one generator.
+
+    Layers keep gradients at 0 outside their masks, and an optimizer that works number by number then moves nothing
+    there: such a step costs nothing. Whether one does is watched in some of the first 50 steps, in every 100th, and
+    before masks change; from the first number outside a mask on (Muon mixes rows, say), all is masked after every step.
 
     Call ``step()`` after every step of the optimizer, before the gradients are cleared. Steps that a loss scaler
     skipped are noticed and do not count. An averaged copy of the model is masked by ``apply_masks(copy)`` after its
@@ -109,6 +114,7 @@ class SparsityController:
         for layer in self.layers:
             layer.set_mask(ranks.from_first(layer.mask))
         self._generator.set_state(ranks.from_first(self._generator.get_state(), self.layers[0].mask.device))
+        self._leaky = False
         self._mask_all()
         self._gather(self._gathers(1))
 
@@ -124,8 +130,13 @@ class SparsityController:
             return None
         self._stepped = False
         self.steps += 1
+        if self._watched(self.steps) and not self._leaky:
+            self._leaky = self._leaks()
+        if self._leaky:
+            self._mask_all()
         update = self._update() if self.schedule.due(self.steps) else None
-        self._mask_all()
+        if update is not None:
+            self._mask_all()
         self._gather(self._gathers(self.steps + 1))
         return update
 
@@ -141,6 +152,7 @@ class SparsityController:
         return {
             "schedule": self.schedule.name,
             "steps": self.steps,
+            "leaky": self._leaky,
             "generator": self._generator.get_state(),
             "layers": {layer.name: [*layer.mask.shape, n] for layer, n in zip(self.layers, active, strict=True)},
             "history": {
@@ -165,7 +177,7 @@ class SparsityController:
                 f"schedule={self.schedule.name!r}: the checkpoint was trained with {state['schedule']!r}; give that one"
             )
         self._generator.set_state(state["generator"].cpu())
-        self.steps = int(state["steps"])
+        self.steps, self._leaky = int(state["steps"]), bool(state["leaky"])
         columns = {name: values.tolist() for name, values in state["history"].items()}
         self.history = [
             MaskUpdate(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)
@@ -275,9 +287,23 @@ class SparsityController:
 
     @torch.no_grad()
     def _mask(self, layer: SparseLayer, mask: Tensor) -> None:
-        """Zero outside the mask: weight, gradient, and every tensor of the weight's shape in the optimizer's state."""
+        """Zero outside the mask."""
+        for tensor in self._tensors(layer):
+            tensor.mul_(mask.to(tensor.device))
+
+    def _tensors(self, layer: SparseLayer) -> Iterator[Tensor]:
+        """Weight, gradient, and every tensor of the weight's shape in the optimizer's state."""
         weight = layer.weight
-        state = self._optimizer.state.get(weight, {})
-        for tensor in (weight, weight.grad, *state.values()):
+        for tensor in (weight, weight.grad, *self._optimizer.state.get(weight, {}).values()):
             if isinstance(tensor, Tensor) and tensor.shape == weight.shape:
-                tensor.mul_(mask.to(tensor.device))
+                yield tensor
+
+    def _watched(self, step: int) -> bool:
+        return step in _WATCHED or step % _WATCH_INTERVAL == 0 or self.schedule.due(step)
+
+    def _leaks(self) -> bool:
+        """Whether the optimizer's step left anything outside the masks."""
+        outside = [
+            (tensor * ~layer.mask.to(tensor.device)).any() for layer in self.layers for tensor in self._tensors(layer)
+        ]
+        return any(flag.item() for flag in outside)
