@@ -147,8 +147,12 @@ def _input_size(model: nn.Module, given: Sequence[int] | None) -> tuple[int, ...
     if given is not None:
         return tuple(given)
     cfg = getattr(model, "pretrained_cfg", None) or {}
-    size = cfg.get("input_size") if hasattr(cfg, "get") else None
-    return tuple(size or (3, 224, 224))
+    channels, *sides = cfg.get("input_size") or (3, 224, 224)
+    first = cfg.get("first_conv")
+    if isinstance(first, str) and first in dict(model.named_modules()):  # made with in_chans=, which the cfg ignores
+        channels = getattr(model.get_submodule(first), "in_channels", channels)
+    sides = getattr(getattr(model, "patch_embed", None), "img_size", None) or sides
+    return (getattr(model, "in_chans", channels), *sides)
 
 
 def _apply(part: Part, report: ConversionReport, filter: Filter | None, recorded: Trace) -> None:

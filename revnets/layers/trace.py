@@ -17,6 +17,10 @@ from torch.utils.flop_counter import flop_registry
 class TraceError(ValueError):
     """The model cannot be run on tensors without memory; the message is one sentence."""
 
+    def __init__(self, model: str, shape: tuple[int, ...], reason: str) -> None:
+        self.reason = f"{model} on an input of shape {shape}: {reason}"
+        super().__init__(f"{model} does not run on an input of shape {shape} ({reason}): give the right input_size")
+
 
 @dataclass
 class Op:
@@ -130,10 +134,7 @@ def trace(model: nn.Module, input_size: Sequence[int], batch_size: int = 1) -> T
                 outputs = twin(x)
         except Exception as error:  # whatever a model may raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise TraceError(
-                f"{type(model).__name__} does not run on an input of shape {tuple(x.shape)} ({reason}): "
-                "give the right input_size"
-            ) from error
+            raise TraceError(type(model).__name__, tuple(x.shape), reason) from error
     return Trace(recorder.ops, recorder.calls, [recorder.value(x)], recorder.values(outputs))
 
 

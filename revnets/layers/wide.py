@@ -43,6 +43,10 @@ def sparse_wide(job: Any, config: SparseConfig) -> nn.Module:
     size = recorded.inputs[0].shape[1:]
     budget = count_costs(job.model, size, recorded).sparse_flops
     factor = (1 / (1 - config.sparsity)) ** 0.5
+    if not job.names:
+        raise Unsuitable(
+            f"sparse_wide: no layer of {type(job.model).__name__} can be sparse: {job.report.skipped[-1].reason}"
+        )
     wider = _search_width(_maker(job, size), factor, budget, LEAST_DENSITY * (1 - config.sparsity))
     counts = _search_counts(wider, budget)
     model, changed = wider.model, _widths(job.model, wider.model)
@@ -84,6 +88,9 @@ def _maker(job: Any, size: tuple[int, ...]) -> Callable[[float], _Wider]:
                 model, recorded = widen(job.model, coupling, factor, size)
         except WidenError as error:
             raise Unsuitable(f"sparse_wide cannot widen {type(job.model).__name__}: {error}") from error
+        for name in ("pretrained_cfg", "default_cfg"):  # timm puts them on the model from outside
+            if hasattr(job.model, name):
+                setattr(model, name, getattr(job.model, name))
         flops = recorded.flops_by_module()
         modules = dict(model.named_modules())
         layers = {

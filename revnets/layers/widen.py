@@ -117,6 +117,8 @@ class Coupling:
 
     def note_attributes(self, op: Op, forms: list[Form]) -> None:
         """Integers of a module that say the sizes of a reshape change with them (``num_heads``, ``attn_dim``, ...)."""
+        if isinstance(self.module(op), (nn.Conv2d, nn.Linear, *NORMS)):
+            return  # `_follow_shapes` knows them
         for form in forms:
             size = self.widths.now(self.widths.resolved(form))
             if not is_number(self.widths.resolved(form)):
@@ -126,7 +128,9 @@ class Coupling:
 
     def tie_attention(self, op: Op, merged: Form) -> None:
         """Merged heads stay as wide as the attention's input, where they are now: programs rely on it."""
-        call = next((c for c in reversed(self.trace.calls) if c.module == op.module and c.first_op <= self._index), None)
+        call = next(
+            (c for c in reversed(self.trace.calls) if c.module == op.module and c.first_op <= self._index), None
+        )
         heads = any("head" in name for name in vars(self.module(op)))
         if call is None or not heads or not call.inputs:
             return
@@ -182,7 +186,7 @@ def _resize(module: nn.Module, name: str, shape: tuple[int, ...]) -> None:
     if old.device.type != "meta":
         if old.min() == old.max():
             new.fill_(old.flatten()[0])
-        elif not old.is_floating_point() or name in module._buffers and not isinstance(module, NORMS):
+        elif not old.is_floating_point() or (name in module._buffers and not isinstance(module, NORMS)):
             raise WidenError(f"buffer {name} of {type(module).__name__} has values that depend on the width")
         else:
             std = float(old.std())
@@ -243,7 +247,7 @@ def _checked(model: nn.Module, coupling: Coupling, sizes: dict[int, int], input_
     try:
         found = trace(model, input_size)
     except TraceError as error:
-        raise WidenError(f"its widths depend on each other in a way that was not found: {error}") from error
+        raise WidenError(f"its widths depend on each other in a way that was not found: {error.reason}") from error
     for before, after in zip(coupling.trace.ops, found.ops, strict=False):
         derived = [tuple(coupling.widths.size(f, sizes) for f in coupling.forms(v)) for v in before.outputs]
         if before.name != after.name or derived != [value.shape for value in after.outputs]:

@@ -17,8 +17,18 @@ if TYPE_CHECKING:
 Rule = Callable[["Coupling", Op], list[list[Form]]]
 RULES: dict[str, Rule] = {}
 SAME = {"clone", "_to_copy", "detach", "alias", "lift_fresh", "contiguous", "as_strided_", "dropout", "cumsum", "flip"}
-SAME |= {"_softmax", "_safe_softmax", "_log_softmax", "roll", "bernoulli_"}
-POOLS = ("max_pool", "avg_pool", "adaptive_", "_adaptive_", "upsample_", "_upsample_", "reflection_pad", "replication_pad")
+SAME |= {"_softmax", "_safe_softmax", "_log_softmax", "roll", "bernoulli_", "copy_"}
+SAME |= {"hardswish", "hardswish_", "mish_", "_prelu_kernel"}  # elementwise, though torch does not tag them so
+POOLS = (
+    "max_pool",
+    "avg_pool",
+    "adaptive_",
+    "_adaptive_",
+    "upsample_",
+    "_upsample_",
+    "reflection_pad",
+    "replication_pad",
+)
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -139,7 +149,21 @@ def pool(c: Coupling, op: Op) -> list[list[Form]]:
     return [[*xs[:2], *(number(n) for n in value.shape[2:])] for value in op.outputs]
 
 
-@rule("mean", "sum", "amax", "amin", "linalg_vector_norm", "var", "std", "var_mean", "norm", "argmax", "prod", "max", "min")
+@rule(
+    "mean",
+    "sum",
+    "amax",
+    "amin",
+    "linalg_vector_norm",
+    "var",
+    "std",
+    "var_mean",
+    "norm",
+    "argmax",
+    "prod",
+    "max",
+    "min",
+)
 def reduction(c: Coupling, op: Op) -> list[list[Form]]:
     """Reduced dimensions become 1, or go."""
     xs = c.forms(op.inputs[0])
@@ -331,4 +355,7 @@ def _block(c: Coupling, op: Op, olds: list[Form], news: list[int]) -> list[Form]
 def _growing(module: nn.Module, sizes: list[int]) -> int:
     """Which factor of a split width grows: the number of heads, if the module has one; else the last."""
     heads = {v for k, v in vars(module).items() if "head" in k and "dim" not in k and isinstance(v, int)}
-    return next((q for q, n in enumerate(sizes) if n in heads), len(sizes) - 1)
+    found = [q for q, n in enumerate(sizes) if n in heads] or [len(sizes) - 1]
+    if len(found) > 1 and found[-1] == len(sizes) - 1:
+        found.pop()  # as many heads as channels of a head: those come last
+    return found[-1]  # three heads: queries, keys and values come before
