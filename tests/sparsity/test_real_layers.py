@@ -11,13 +11,13 @@ import revnets
 from revnets.layers import convert
 from revnets.sparsity import SparsityController, sparse_layers
 
-SCHEDULES = ("set", "rigl")
+SCHEDULES = ("rigl", pytest.param("set", marks=pytest.mark.slow))
 
 
-def train(model: nn.Module, schedule: str, steps: int = 5, wrapped: nn.Module | None = None) -> dict[str, Tensor]:
+def train(model: nn.Module, schedule: str, steps: int = 2, wrapped: nn.Module | None = None) -> dict[str, Tensor]:
     """A few steps; masks, weights and statistics after them."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    controller = SparsityController(model, optimizer, schedule, total_steps=8, interval=2)
+    controller = SparsityController(model, optimizer, schedule, total_steps=4, interval=1)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         optimizer.zero_grad()
