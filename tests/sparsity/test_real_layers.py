@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -37,11 +39,10 @@ def train(model: nn.Module, schedule: str, steps: int = 2, wrapped: nn.Module | 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_modes_of_a_reversible_network_agree_to_the_bit(schedule: str) -> None:
-    found = []
-    for mode in ("store", "checkpoint", "reversible"):
-        torch.manual_seed(0)
-        model = timm.create_model("test_revbifpn", num_classes=4, layers="sparse_parallel:0.75", mode=mode)
-        found.append(train(model.train(), schedule))
+    torch.manual_seed(0)
+    model = timm.create_model("test_revbifpn", num_classes=4, layers="sparse_parallel:0.75").train()
+    modes = ("store", "checkpoint", "reversible")
+    found = [train(revnets.set_mode(copy.deepcopy(model), mode), schedule) for mode in modes]
     for other in found[1:]:
         assert not [name for name in found[0] if not torch.equal(found[0][name], other[name])]
 
