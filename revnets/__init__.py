@@ -4,7 +4,8 @@ Importing this package registers the networks with timm, and nothing heavier: no
 """
 
 from . import models
+from .layers import convert
 from .reversible import check_reversibility, compile_branches, set_mode
 from .version import __version__
 
-__all__ = ["__version__", "check_reversibility", "compile_branches", "models", "set_mode"]
+__all__ = ["__version__", "check_reversibility", "compile_branches", "convert", "models", "set_mode"]

@@ -25,17 +25,25 @@ def conv(x: Tensor, module: nn.Module) -> Tensor:
     """
     if not (torch.is_grad_enabled() and uses_lean_layers() and is_plain_conv(module)):
         return module(x)
-    return _Conv.apply(dense(x), module.weight, module.bias, module)
+    return _Conv.apply(dense(x), weight_of(module), module.bias, module)
 
 
 def is_plain_conv(module: nn.Module) -> bool:
-    """Whether calling the module is the same as the bare convolution with its weight."""
+    """Whether calling the module is the same as the bare convolution with ``weight_of(module)``.
+
+    So it is for ``nn.Conv2d``, and for subclasses that say so by having an ``effective_weight()``.
+    """
     return (
-        type(module) is nn.Conv2d
+        (type(module) is nn.Conv2d or (isinstance(module, nn.Conv2d) and hasattr(module, "effective_weight")))
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
         and not has_hooks(module)
     )
+
+
+def weight_of(conv: Any) -> Tensor:
+    """The weight that the convolution uses: the parameter, or what the module makes of it."""
+    return conv.effective_weight() if hasattr(conv, "effective_weight") else conv.weight
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, conv: nn.Conv2d) -> Tensor:

@@ -52,11 +52,12 @@ class MBConv(nn.Module):
         if exp_ratio != 1:
             self.conv_pw = nn.Conv2d(in_chs, mid_chs, 1, bias=False)
             self.bn1 = norm_layer(mid_chs)
+            self.act1 = act_layer()
         self.conv_dw = nn.Conv2d(
             mid_chs, mid_chs, kernel_size, stride, (kernel_size - 1) // 2, groups=mid_chs, bias=False
         )
         self.bn2 = norm_layer(mid_chs)
-        self.act = act_layer()
+        self.act2 = act_layer()
         self.se: SEModule | None = None
         if se_ratio > 0:
             self.se = SEModule(
@@ -69,8 +70,8 @@ class MBConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Args: x: ``(N, in_chs, H, W)``. Returns: ``(N, out_chs, H / stride, W / stride)``."""
         if self.conv_pw is not None and self.bn1 is not None:
-            x = norm_act_conv(conv(x, self.conv_pw), self.bn1, self.act, None, self.conv_dw)
+            x = norm_act_conv(conv(x, self.conv_pw), self.bn1, self.act1, None, self.conv_dw)
         else:
             x = conv(x, self.conv_dw)
-        x = norm_act_conv(x, self.bn2, self.act, self.se, self.conv_pwl)
+        x = norm_act_conv(x, self.bn2, self.act2, self.se, self.conv_pwl)
         return self.drop_path(norm_act(x, self.bn3))

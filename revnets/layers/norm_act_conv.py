@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..reversible.replay import once, parameters_of, tree
-from .conv import conv_grads, convolved, is_plain_conv
+from .conv import conv_grads, convolved, is_plain_conv, weight_of
 from .norm_act import ACTIVATIONS, batch_norm_grad, by_parts, dense, has_hooks, is_lean, norm_act, update_statistics
 
 
@@ -43,7 +43,9 @@ def norm_act_conv(x: Tensor, norm: nn.Module, act: nn.Module, se: SEModule | Non
     mean, var = once(lambda: update_statistics(x, norm), owner=norm)
     settings = _Settings(norm.eps, ACTIVATIONS[type(act)], se, conv, torch.is_grad_enabled())  # type: ignore[arg-type]
     gate_parameters = () if se is None else tuple(parameters_of(se))
-    return _NormActConv.apply(x, norm.weight, norm.bias, mean, var, settings, conv.weight, conv.bias, *gate_parameters)
+    return _NormActConv.apply(
+        x, norm.weight, norm.bias, mean, var, settings, weight_of(conv), conv.bias, *gate_parameters
+    )
 
 
 def _is_plain_se(se: SEModule) -> bool:

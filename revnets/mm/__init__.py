@@ -14,6 +14,7 @@ from .hooks import MemoryReportHook  # noqa: E402
 from .hrfpn import LeanHRFPN  # noqa: E402
 from .neck import RevBiFPNNeck  # noqa: E402
 from .resume import ResumableTrainLoop  # noqa: E402
+from .sparsity_hook import SparsityHook  # noqa: E402
 
 __all__ = [
     "Bf16OptimWrapper",
@@ -22,6 +23,7 @@ __all__ = [
     "ResumableTrainLoop",
     "RevBiFPN",
     "RevBiFPNNeck",
+    "SparsityHook",
     "TimmBackbone",
     "WholeCheckpointHook",
 ]

@@ -13,7 +13,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..layers import MBConv
+from ..layers import MBConv, convert
 from ..reversible import ReversibleOp, RevSequential, compile_branches, set_mode
 from ._revbifpn_checkpoint import HashedCfg, checkpoint_filter_fn, pretrained_overlay, weights_cfg
 from ._revbifpn_parts import (
@@ -80,7 +80,10 @@ class RevBiFPN(nn.Module):
         act_layer: type[nn.Module] = nn.Hardswish,
         norm_layer: Any = None,
     ) -> None:
+        options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
+        self._options = options
+        self._pruned: tuple[Any, ...] | None = None
         if stem_stride not in (1, 2, 4):
             raise ValueError(f"stem_stride={stem_stride}: expected 4 (as published), or 2 or 1 for small images")
         self.num_classes = num_classes
@@ -125,6 +128,16 @@ class RevBiFPN(nn.Module):
             for module in self.body.modules():
                 if isinstance(module, MBConv) and getattr(module.bn3, "weight", None) is not None:
                     nn.init.zeros_(module.bn3.weight)  # type: ignore[arg-type]
+
+    def widened(self, factor: float) -> "RevBiFPN":
+        """The same network with all widths times ``factor`` (then rounded as published), newly initialised."""
+        like = next(self.body.parameters())
+        now = {"num_classes": self.num_classes, "global_pool": self.global_pool.pool_type, "mode": self.mode}
+        with torch.device(like.device):
+            wide = type(self)(**{**self._options, **now, "width": self._options["width"] * factor})
+        if self._pruned is not None:
+            wide.prune_intermediate_layers(*self._pruned)
+        return wide.to(like.dtype).train(self.training)
 
     # --- memory ---------------------------------------------------------------------------------------------------
 
@@ -256,6 +269,7 @@ class RevBiFPN(nn.Module):
         take, _ = feature_take_indices(NUM_SCALES, indices)
         if not prune_head:
             return take
+        self._pruned = (indices, prune_norm, prune_head)
         self.head = nn.Identity()
         self.num_classes = 0
         self.global_pool, self.classifier = SelectAdaptivePool2d(pool_type=""), nn.Identity()
@@ -290,6 +304,12 @@ def _check_input(x: Tensor, in_chans: int, divisor: int) -> None:
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> RevBiFPN:
     overlay = kwargs.pop("pretrained_cfg_overlay", None)
+    layers = kwargs.pop("layers", None)
+    if layers is not None and pretrained:
+        raise ValueError(
+            f"layers={layers!r} with pretrained=True: the published weights are those of torch's own layers; "
+            "load them into the plain network and convert that with revnets.convert"
+        )
     if isinstance(kwargs.get("pretrained_cfg"), dict):  # as a model's own: timm's class knows no sha256
         kwargs["pretrained_cfg"] = HashedCfg(**kwargs["pretrained_cfg"])
     if pretrained:
@@ -297,7 +317,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> RevBiFPN:
             default_cfgs[variant].default, kwargs.get("pretrained_cfg"), overlay, kwargs.get("cache_dir")
         )
     return build_model_with_cfg(
-        RevBiFPN,
+        RevBiFPN if layers is None else partial(_converted, layers, default_cfgs[variant].default.input_size),
         variant,
         pretrained,
         pretrained_cfg_overlay=overlay,
@@ -305,6 +325,11 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> RevBiFPN:
         feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
         **kwargs,
     )
+
+
+def _converted(layers: Any, input_size: tuple[int, int, int], **kwargs: Any) -> nn.Module:
+    model = RevBiFPN(**kwargs)
+    return convert(model, layers, input_size=(model.in_chans, *input_size[1:])).model
 
 
 default_cfgs = generate_default_cfgs(

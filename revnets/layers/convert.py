@@ -1,0 +1,199 @@
+"""Conversion of the layers of any model by a spec of the layer registry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .accounting import ModelCost, count_costs
+from .registry import Part, Spec, parse_layers
+from .sites import Filter, Surroundings, Unsuitable
+from .trace import Trace, TraceError, trace
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A layer that was changed: its name, what it became, and a remark where there is something to say."""
+
+    name: str
+    kind: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A layer that stayed as it was, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass
+class ConversionReport:
+    """What ``convert`` did.
+
+    Attributes:
+        model: the result; the model that was given, where it could be changed in place.
+        converted: layers that were changed.
+        skipped: layers that stayed, each with the reason.
+        before: costs of the model as it was given.
+        after: costs of the result: FLOPs dense-equivalent and sparse, parameters all and active.
+        notes: remarks about the whole network.
+    """
+
+    model: nn.Module
+    converted: list[Converted]
+    skipped: list[Skipped]
+    before: ModelCost
+    after: ModelCost
+    notes: list[str]
+
+    def __str__(self) -> str:
+        lines = [f"converted {len(self.converted)} layers, skipped {len(self.skipped)}"]
+        lines += [f"  {c.name}: {c.kind}" + (f" ({c.note})" if c.note else "") for c in self.converted]
+        lines += [f"  {s.name}: skipped, {s.reason}" for s in self.skipped]
+        return "\n".join([*lines, *self.notes, self.summary()])
+
+    def summary(self) -> str:
+        """FLOPs and parameters before and after, in one line."""
+        a, b = self.after, self.before
+        change = a.sparse_flops / b.sparse_flops - 1 if b.sparse_flops else 0.0
+        return (
+            f"MFLOPs per image: {b.sparse_flops / 1e6:.2f} before, {a.sparse_flops / 1e6:.2f} after ({change:+.3%}; "
+            f"dense-equivalent {a.flops / 1e6:.2f}); parameters: {b.active_parameters / 1e6:.3f} M before, "
+            f"{a.active_parameters / 1e6:.3f} M active of {a.parameters / 1e6:.3f} M after"
+        )
+
+    def table(self) -> Any:
+        """A rich table of the layers."""
+        from rich.table import Table
+
+        table = Table(title="Converted layers", caption="\n".join([*self.notes, self.summary()]))
+        for column in ("layer", "became", "remark"):
+            table.add_column(column)
+        for one in self.converted:
+            table.add_row(one.name, one.kind, one.note)
+        for other in self.skipped:
+            table.add_row(other.name, "-", other.reason)
+        return table
+
+
+@dataclass
+class Job:
+    """What a registered conversion of whole networks gets.
+
+    Attributes:
+        model: to be changed, in place or not.
+        surroundings: its data flow.
+        names: of the layers that may be converted.
+        report: where converted layers, skipped ones and remarks are noted.
+    """
+
+    model: nn.Module
+    surroundings: Surroundings
+    names: list[str]
+    report: ConversionReport
+
+
+def convert(
+    model: nn.Module, spec: Spec, filter: Filter | None = None, input_size: Sequence[int] | None = None
+) -> ConversionReport:
+    """Put layers of the registry into a model, in place where possible.
+
+    The first layer (if it takes the image's channels) and the classifier stay as they are.
+
+    Args:
+        model: any, timm's included; on any device.
+        spec: such as ``"sparse_parallel:0.75"`` or ``dict(type="sparse_parallel", sparsity=0.75)``; see
+            ``revnets.layers.registry``.
+        filter: ``filter(module, name)`` says whether a layer may be converted.
+        input_size: of one example, without batch: to follow the data through the network, and to count FLOPs. By
+            default that of ``model.pretrained_cfg``, or ``(3, 224, 224)``.
+
+    Returns:
+        A report, whose ``.model`` is the result.
+
+    Raises:
+        ValueError: for an unknown layer, an option out of range, an input size that the model does not take, or a
+            network that the conversion cannot take.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> report = convert(net, "sparse_parallel:0.5", input_size=(3, 16, 16))
+        >>> report.converted[0].name, report.skipped[0].reason
+        ('1', 'the first layer stays dense')
+        >>> report.before.flops == report.after.sparse_flops
+        True
+    """
+    parts = parse_layers(spec)
+    size = _input_size(model, input_size)
+    try:
+        recorded = trace(model, size)
+    except TraceError as error:
+        raise ValueError(f"convert: {error}") from None
+    before = count_costs(model, size, recorded)
+    report = ConversionReport(model, [], [], before, before, [])
+    for part in parts:
+        _apply(part, report, filter, recorded)
+        recorded = trace(report.model, size)
+    report.after = count_costs(report.model, size, recorded)
+    return report
+
+
+def _input_size(model: nn.Module, given: Sequence[int] | None) -> tuple[int, ...]:
+    if given is not None:
+        return tuple(given)
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    channels, *sides = cfg.get("input_size") or (3, 224, 224)
+    first = cfg.get("first_conv")
+    if isinstance(first, str) and first in dict(model.named_modules()):  # made with in_chans=, which the cfg ignores
+        channels = getattr(model.get_submodule(first), "in_channels", channels)
+    sides = getattr(getattr(model, "patch_embed", None), "img_size", None) or sides
+    return (getattr(model, "in_chans", channels), *sides)
+
+
+def _apply(part: Part, report: ConversionReport, filter: Filter | None, recorded: Trace) -> None:
+    surroundings = Surroundings(report.model, recorded)
+    names = []
+    for name, module in report.model.named_modules():
+        if not isinstance(module, (nn.Conv2d, nn.Linear)):
+            continue
+        reason = surroundings.reason_to_keep(name, filter) or surroundings.reason_by_config(name, part.config)
+        if reason is None:
+            names.append(name)
+        else:
+            report.skipped.append(Skipped(name, reason))
+    if part.entry.network:
+        report.model = part.entry.make(Job(report.model, surroundings, names, report), part.config)
+        return
+    for name in names:
+        _convert_site(part, report, surroundings, name)
+
+
+def _convert_site(part: Part, report: ConversionReport, surroundings: Surroundings, name: str) -> None:
+    site = surroundings.site(name)
+    try:
+        made = part.entry.make(site, part.config)
+    except Unsuitable as error:
+        report.skipped.append(Skipped(name, str(error)))
+        return
+    made.train(site.layer.training)
+    weight: Any = site.layer.weight
+    made.to(device=weight.device, dtype=weight.dtype)
+    report.model = replace_module(report.model, name, made)
+    for other, module in site.replaced.items():
+        report.model = replace_module(report.model, other, module)
+    note = getattr(made, "note", "")
+    report.converted.append(Converted(name, part.entry.name, note))
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """Put ``module`` where ``name`` is, and return the model: the module itself where the name is empty."""
+    if not name:
+        return module
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+    return model

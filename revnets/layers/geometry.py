@@ -1,0 +1,86 @@
+"""What layers made of several layers share: the attributes and the constructor arguments of the one they stand for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+NormLayer = Callable[[int], nn.Module]
+ActLayer = Callable[[], nn.Module]
+
+_ATTRIBUTES = {
+    nn.Conv2d: (
+        *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
+        *("padding_mode", "transposed", "output_padding"),
+    ),
+    nn.Linear: ("in_features", "out_features"),
+}
+
+
+class Compound(nn.Module):
+    """A layer made of several, with the attributes that code around convolutions and linear layers reads."""
+
+    note = ""
+
+    def _stand_for(self, layer: nn.Module) -> None:
+        """Take over the attributes of a torch layer (made on the meta device, to check and complete its arguments)."""
+        kind = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+        for name in _ATTRIBUTES[kind]:
+            setattr(self, name, getattr(layer, name))
+
+    def extra_repr(self) -> str:
+        """Channels, and the sparsity asked for."""
+        if hasattr(self, "in_features"):
+            return f"{self.in_features}, {self.out_features}, sparsity={self.sparsity:g}"
+        return f"{self.in_channels}, {self.out_channels}, sparsity={self.sparsity:g}"
+
+    sparsity: float
+
+
+def on_meta(kind: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The torch layer with these arguments, without memory."""
+    return kind(*args, **{**kwargs, "device": "meta"})
+
+
+def factory_kwargs(kind: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Device and dtype among the arguments of a torch layer."""
+    bound = inspect.signature(kind.__init__).bind(None, *args, **kwargs).arguments
+    return {name: bound[name] for name in ("device", "dtype") if bound.get(name) is not None}
+
+
+def arguments(layer: Any, **changes: Any) -> dict[str, Any]:
+    """Keyword arguments that make a layer like this one, with some changed."""
+    common = {"bias": layer.bias is not None, "device": layer.weight.device, "dtype": layer.weight.dtype}
+    if isinstance(layer, nn.Linear):
+        own = {"in_features": layer.in_features, "out_features": layer.out_features}
+    else:
+        own = {name: getattr(layer, name) for name in _ATTRIBUTES[nn.Conv2d][:8]}
+    return {**own, **common, **changes}
+
+
+def fans(layer: Any) -> tuple[int, int]:
+    """Weights per inner channel of the two factors of a layer, within a group: ``(k*k*C_in, C_out)``.
+
+    Example:
+        >>> fans(nn.Conv2d(8, 16, 3, groups=2)), fans(nn.Linear(8, 16))
+        ((36, 8), (8, 16))
+    """
+    groups = getattr(layer, "groups", 1)
+    return layer.weight[0].numel(), layer.weight.shape[0] // groups
+
+
+def factors(layer: Any, inner: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of two layers in a row that have the shape of one: kernel and stride first, the bias last.
+
+    Args:
+        layer: ``nn.Conv2d`` or ``nn.Linear``.
+        inner: channels between them, per group.
+    """
+    if isinstance(layer, nn.Linear):
+        return arguments(layer, out_features=inner, bias=False), arguments(layer, in_features=inner)
+    width = inner * layer.groups
+    pointwise = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1, "padding_mode": "zeros"}
+    return arguments(layer, out_channels=width, bias=False), arguments(layer, in_channels=width, **pointwise)

@@ -1,0 +1,178 @@
+"""Linear and convolution layers with a mask over their weight, drop-in for torch's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..sparsity.masks import check_sparsity, mask_with_count, random_mask
+
+
+class _GatheredGrad(torch.autograd.Function):
+    """``weight * mask``, whose backward pass also adds the gradient of the unmasked weight to ``dense_grad``."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor, layer: MaskedWeight) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.layer = layer
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (mask,) = ctx.saved_tensors
+        gathered, layer = grad.detach(), ctx.layer
+        layer.dense_grad = gathered.clone() if layer.dense_grad is None else layer.dense_grad + gathered
+        return grad * mask, None, None
+
+
+@torch.compiler.disable  # a side effect of the backward pass, once in a hundred steps
+def _gathering(weight: Tensor, mask: Tensor, layer: MaskedWeight) -> Tensor:
+    return _GatheredGrad.apply(weight, mask, layer)
+
+
+class MaskedWeight(nn.Module):
+    r"""What the sparse layers share: the weight in use is :math:`\theta \odot m`, so gradients are masked as well.
+
+    The mask is a persistent bool buffer of the weight's shape. Where it is False the weight is 0 and its gradient is 0
+    in any training loop; weights set from outside (a re-initialisation, an average over other masks) have no effect
+    there.
+
+    Attributes:
+        weight: the parameter, with zeros where the mask is False.
+        mask: True where a weight stays.
+        sparsity: share of zeros that the mask was made for.
+        gather_dense_grad: while True, every backward pass adds the gradient of the unmasked weight to ``dense_grad``.
+        dense_grad: that gradient, or None; whoever reads it sets it back to None.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    mask: Tensor
+    sparsity: float
+    init_scale: bool
+    gather_dense_grad: bool
+    dense_grad: Tensor | None
+
+    def _init_mask(self, sparsity: float, init_scale: bool, count: int | None) -> None:
+        self.sparsity = check_sparsity(sparsity)
+        self.init_scale = init_scale
+        self.gather_dense_grad = False
+        self.dense_grad = None
+        if count is None:
+            mask = random_mask(self.weight.shape, self.sparsity)
+        else:
+            mask = mask_with_count(self.weight.shape, count)
+        self.register_buffer("mask", mask.to(self.weight.device))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Kaiming normal weights by fan-out (of a group), with ``init_scale`` as wide as the density asks; biases 0."""
+        if "mask" not in self._buffers:
+            return  # called by torch's own constructor
+        fan_out = self.weight.shape[0] * self.weight[0, 0].numel() / getattr(self, "groups", 1)
+        if self.init_scale:
+            fan_out *= 1 - self.sparsity
+        self.weight.normal_(0, (2 / fan_out) ** 0.5).mul_(self.mask)
+        if self.bias is not None:
+            self.bias.zero_()
+
+    def effective_weight(self) -> Tensor:
+        """The weight in use, of the parameter's shape, with the gradients that the class describes."""
+        if self.gather_dense_grad and torch.is_grad_enabled() and self.weight.requires_grad:
+            return _gathering(self.weight, self.mask, self)
+        return self.weight * self.mask
+
+    @torch.no_grad()
+    def set_mask(self, mask: Tensor) -> None:
+        """Put another mask in place: dropped weights become 0, and grown ones start at 0.
+
+        Args:
+            mask: bool, of the weight's shape.
+
+        Raises:
+            ValueError: for another shape or dtype.
+        """
+        if mask.shape != self.mask.shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask of shape {tuple(mask.shape)} and {mask.dtype}: expected a torch.bool mask of the weight's shape "
+                f"{tuple(self.mask.shape)}"
+            )
+        mask = mask.to(self.mask.device)
+        self.weight.mul_(self.mask & mask)
+        self.mask.copy_(mask)
+
+    @torch.no_grad()
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.weight.mul_(self.mask)  # a dense checkpoint loads with strict=False
+
+    def extra_repr(self) -> str:
+        """Torch's own, with the sparsity and the count of the weights that stay."""
+        kept = "?" if self.mask.device.type == "meta" else int(self.mask.sum())
+        return f"{super().extra_repr()}, sparsity={self.sparsity:.4g}, weights={kept}/{self.mask.numel()}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "dense_grad": None}
+
+
+class SparseConv2d(MaskedWeight, nn.Conv2d):  # type: ignore[misc]
+    """``nn.Conv2d`` of which a share of the weights is masked out.
+
+    Args:
+        args: those of ``nn.Conv2d``, in its order.
+        sparsity: share of zeros, in [0, 1).
+        init_scale: start with a standard deviation larger by ``1 / sqrt(1 - sparsity)``.
+        count: exact number of weights that stay; by default ``round((1 - sparsity) * numel)``.
+        kwargs: those of ``nn.Conv2d``.
+
+    Raises:
+        ValueError: for a sparsity outside [0, 1).
+
+    Example:
+        >>> SparseConv2d(8, 16, 3, sparsity=0.75)
+        SparseConv2d(8, 16, kernel_size=(3, 3), stride=(1, 1), sparsity=0.75, weights=288/1152)
+    """
+
+    def __init__(
+        self, *args: Any, sparsity: float, init_scale: bool = False, count: int | None = None, **kwargs: Any
+    ) -> None:
+        check_sparsity(sparsity)
+        super().__init__(*args, **kwargs)
+        self._init_mask(sparsity, init_scale, count)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Args: x: ``(N, C_in, H, W)``. Returns: ``(N, C_out, H', W')``."""
+        return self._conv_forward(x, self.effective_weight(), self.bias)
+
+
+class SparseLinear(MaskedWeight, nn.Linear):  # type: ignore[misc]
+    """``nn.Linear`` of which a share of the weights is masked out.
+
+    Args:
+        args: those of ``nn.Linear``, in its order.
+        sparsity: share of zeros, in [0, 1).
+        init_scale: start with a standard deviation larger by ``1 / sqrt(1 - sparsity)``.
+        count: exact number of weights that stay; by default ``round((1 - sparsity) * numel)``.
+        kwargs: those of ``nn.Linear``.
+
+    Raises:
+        ValueError: for a sparsity outside [0, 1).
+
+    Example:
+        >>> SparseLinear(32, 8, sparsity=0.5)
+        SparseLinear(in_features=32, out_features=8, bias=True, sparsity=0.5, weights=128/256)
+    """
+
+    def __init__(
+        self, *args: Any, sparsity: float, init_scale: bool = False, count: int | None = None, **kwargs: Any
+    ) -> None:
+        check_sparsity(sparsity)
+        super().__init__(*args, **kwargs)
+        self._init_mask(sparsity, init_scale, count)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Args: x: ``(..., in_features)``. Returns: ``(..., out_features)``."""
+        return nn.functional.linear(x, self.effective_weight(), self.bias)
