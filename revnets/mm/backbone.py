@@ -13,6 +13,7 @@ from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..layers import convert
 from ..reversible import MODES, set_mode
 from .norms import SYNCHRONISED, replace_norms
 from .pretrained import load_pretrained
@@ -180,13 +181,18 @@ def _features(
     name: str, out_indices: tuple[int, ...], layers: str | Mapping[str, Any] | None, model_args: dict[str, Any]
 ) -> Any:
     """timm's feature network, by a wrapper that looks modules up or by ``forward_intermediates`` (transformers)."""
-    if layers is not None:
+    ours = name in ARCHS.values()
+    if layers is not None and ours:
         model_args = {**model_args, "layers": layers}
     try:
-        return timm.create_model(name, features_only=True, out_indices=out_indices, **model_args)
+        net = timm.create_model(name, features_only=True, out_indices=out_indices, **model_args)
     except (AssertionError, IndexError) as error:
         count = len(timm.create_model(name, features_only=True, **model_args).feature_info.out_indices)
         raise ValueError(f"out_indices={out_indices}: {name} has feature levels 0 to {count - 1}") from error
+    if layers is None or ours:
+        return net
+    # the widths of the outputs stay: they are what the neck takes
+    return convert(net, layers, input_size=(model_args.get("in_chans", 3), 224, 224)).model
 
 
 def inner(net: nn.Module) -> Any:

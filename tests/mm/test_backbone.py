@@ -157,6 +157,16 @@ def test_modes() -> None:
     assert peak(cheap) < peak(plain)
 
 
+@pytest.mark.parametrize("network", [TINY, {"type": "TimmBackbone", "model_name": "resnet18"}])
+def test_layers(network: dict[str, Any]) -> None:
+    backbone = build(**network, layers={"type": "sparse_doped", "sparsity": 0.75}, out_indices=(1, 2))
+    masks = [m.mask for m in backbone.modules() if isinstance(getattr(m, "mask", None), torch.Tensor)]
+    assert masks
+    assert [y.shape[1] for y in backbone(images())] == backbone.out_channels
+    for name, grad in gradients(backbone, images()).items():
+        assert grad is not None, name
+
+
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
