@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 Term = tuple[int, int | None]
 Form = tuple[Term, ...]
-"""A size as an ordered sum of ``coefficient * width``; a term without width is a number. ``((64, 0), (1, 1), (3, None))``
-is ``64 a + b + 3``."""
+"""A size as an ordered sum of ``coefficient * width``; a term without width is a number.
+
+``((64, 0), (1, 1), (3, None))`` is ``64 a + b + 3``."""
 
 
 def number(size: int) -> Form:
@@ -69,7 +70,7 @@ class Widths:
     def resolved(self, form: Form) -> Form:
         """The size in terms of widths that are still free."""
         while any(w in self._known for _, w in form if w is not None):
-            form = joined([scaled(self._known[w], c) if w in self._known else ((c, w),) for c, w in form])  # type: ignore[index]
+            form = joined([scaled(self._known[w], c) if w in self._known else ((c, w),) for c, w in form])
         return form
 
     def now(self, form: Form) -> int:
