@@ -75,7 +75,7 @@ LARGE += [
     "vit_tiny_patch16_224",
     "deit3_small_patch16_224",
 ]
-LARGE += ["densenet121", "swin_tiny_patch4_window7_224", "regnety_002", "hrnet_w18", "mixer_s16_224"]
+LARGE += ["densenet121", "swin_tiny_patch4_window7_224", "regnety_002", "hrnet_w18"]
 
 
 @pytest.mark.parametrize("factor", [2.0, 1.41])
