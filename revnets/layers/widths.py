@@ -141,12 +141,14 @@ class Widths:
         return quotient
 
     def sizes(self, factor: float) -> dict[int, int]:
-        """All free widths times ``factor``: multiples of 8 stay such (below 16, of 2), and none gets smaller."""
+        """All free widths times ``factor``: multiples of 8 stay such (from 8 to 15, of 2), none gets smaller."""
         found = {}
         for w, size in enumerate(self._size):
             if w in self._known:
                 continue
-            step = next(step for step in ((8, 4, 2, 1) if size >= 16 else (2, 1)) if size % step == 0)
+            step = next(
+                step for step in ((8, 4, 2, 1) if size >= 16 else (2, 1) if size >= 8 else (1,)) if size % step == 0
+            )
             found[w] = max(size, step * round(factor * size / step))
         return found
 
