@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install quickstart test test-slow lint format clean
+.PHONY: help install quickstart quickstart-detection test test-slow lint format clean
 
 help:
 	@echo "make quickstart   install, train RevBiFPN on real digits, print accuracy and memory (CPU, minutes)"
+	@echo "make quickstart-detection   the same for a detector: Faster R-CNN finds the digits in scenes"
 	@echo "make test         lint, types and the quick tests;  make test-slow: the long ones"
 	@echo "make format       rewrite the sources as ruff wants them"
 
@@ -23,6 +24,9 @@ $(INSTALLED): pyproject.toml .ci/constraints.txt
 
 quickstart: $(INSTALLED)
 	@$(BIN)/python -m classification.quickstart
+
+quickstart-detection: $(INSTALLED)
+	@$(BIN)/python -m detection.quickstart
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

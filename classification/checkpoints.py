@@ -16,6 +16,7 @@ from torch import nn
 
 from classification.errors import UserError, one_line, whole_file
 from classification.models import load_weights, read_checkpoint
+from revnets.sparsity import SparsityController
 
 _logger = logging.getLogger("classification")
 PATTERN = "*.pth.tar"
@@ -35,6 +36,7 @@ class Saver(CheckpointSaver):
         scheduler: timm's, or None.
         model_ema: The running mean of the weights, or None.
         amp_scaler: The loss scaler, or None.
+        sparsity: What changes the masks, or None.
         folder: Of the run.
         decreasing: Whether a lower metric is better.
         max_history: How many of the best epochs to keep.
@@ -48,6 +50,7 @@ class Saver(CheckpointSaver):
         scheduler: Any,
         model_ema: ModelEmaV3 | None,
         amp_scaler: NativeScaler | None,
+        sparsity: SparsityController | None,
         folder: Path,
         decreasing: bool,
         max_history: int,
@@ -64,6 +67,7 @@ class Saver(CheckpointSaver):
             max_history=max_history,
         )
         self.scheduler = scheduler
+        self.sparsity = sparsity
 
     def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
         state: dict[str, Any] = {
@@ -86,6 +90,8 @@ class Saver(CheckpointSaver):
             state["state_dict_ema"] = get_state_dict(self.model_ema, unwrap_model)
         if self.amp_scaler is not None:
             state[self.amp_scaler.state_dict_key] = self.amp_scaler.state_dict()
+        if self.sparsity is not None:
+            state["sparsity"] = self.sparsity.state_dict()
         try:
             with whole_file(Path(save_path)) as path:
                 torch.save(state, path)
@@ -144,6 +150,7 @@ def resume(
     scheduler: Any,
     model_ema: ModelEmaV3 | None,
     amp_scaler: NativeScaler | None,
+    sparsity: SparsityController | None,
 ) -> dict[str, Any]:
     """Brings everything back to the end of the epoch that a checkpoint was written after.
 
@@ -158,6 +165,7 @@ def resume(
         scheduler: timm's, or None.
         model_ema: The running mean of the weights, or None.
         amp_scaler: The loss scaler, or None.
+        sparsity: What changes the masks, or None.
 
     Returns:
         The checkpoint.
@@ -181,6 +189,11 @@ def resume(
         load_weights(model_ema.module, ema, f"--resume: '{path}' (EMA)", name)
     if amp_scaler is not None and amp_scaler.state_dict_key in checkpoint:
         amp_scaler.load_state_dict(checkpoint[amp_scaler.state_dict_key])
+    if sparsity is not None and "sparsity" in checkpoint:
+        try:
+            sparsity.load_state_dict(checkpoint["sparsity"])
+        except ValueError as error:
+            raise UserError(f"--resume: '{path}': {one_line(error)}.") from error
     if scheduler is not None and "best" in checkpoint.get("scheduler", {}):
         scheduler.load_state_dict(checkpoint["scheduler"])
     _logger.info(f"resumed from '{path}', {checkpoint['epoch'] + 1} epochs done")

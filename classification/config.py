@@ -231,14 +231,16 @@ def _joined(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are `UserError`s."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; `{self.prog} --help` lists all options.")
 
 
 def make_parser(schema: type, description: str, prog: str | None = None) -> argparse.ArgumentParser:
     """The command line of a dataclass of options. Values stay text, absent options stay absent."""
-    parser = _Parser(prog=prog, description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = Parser(prog=prog, description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML file of options; the command line wins over it")
     groups: dict[str, argparse._ArgumentGroup] = {}
     for option in options_of(schema).values():

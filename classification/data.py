@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_dataset, create_loader
 from torch.utils.data import Dataset
+from torchvision.transforms import RandomCrop
 
 from classification.errors import UserError, one_line
 from classification.options import DataOptions, TrainOptions, ValidateOptions
@@ -194,7 +195,17 @@ def train_data(
         raise UserError(
             f"augmentation: timm refuses it ({one_line(error)}); correct --aa, --scale or --ratio."
         ) from error
+    if options.crop_pad is not None:
+        _crop_with_border(dataset, config["input_size"][-2:], options.crop_pad)
     return TrainData(loader, Mixup(**mixing) if mixing and not prefetch else None)
+
+
+def _crop_with_border(dataset: Any, size: tuple[int, int], pad: int) -> None:
+    """Puts a random crop where timm's training transforms begin with a resized one."""
+    steps = getattr(dataset.transform, "transforms", None)
+    if not steps or "Crop" not in type(steps[0]).__name__:
+        raise UserError("--crop-pad: it replaces the random crop, and there is none; leave out --no-aug, --aug-splits.")
+    steps[0] = RandomCrop(size, padding=pad)
 
 
 def validation_loader(

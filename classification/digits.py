@@ -77,7 +77,7 @@ def make_digits(root: Path, size: int = 32, seed: int = 42, limit: int | None = 
     except OSError as error:
         raise UserError(f"--data-dir: '{root}' cannot be made ({error.strerror}); give a writable folder.") from error
     try:
-        for split, (scans, labels) in _splits(seed).items():
+        for split, (scans, labels) in digit_scans(seed).items():
             for index, (scan, label) in enumerate(list(zip(scans, labels, strict=True))[:limit]):
                 _write(temporary / split / str(label) / f"{index:04d}.png", scan, size)
         (temporary / MARKER).write_text(json.dumps(settings), encoding="utf-8")
@@ -97,7 +97,15 @@ def _marker(root: Path) -> object:
         return None
 
 
-def _splits(seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def digit_scans(seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The scans `(count, 8, 8)`, ink from 0 to 16, and their digits `(count,)`, as `train` and `validation`.
+
+    Args:
+        seed: Of the split.
+
+    Raises:
+        UserError: scikit-learn is missing.
+    """
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split

@@ -38,7 +38,7 @@ def guarded(run: Callable[[], object]) -> int:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        print("stopped by the keyboard: `--resume auto` goes on from the last finished epoch", file=sys.stderr)
+        print("stopped by the keyboard: `--resume auto` goes on from the last checkpoint", file=sys.stderr)
         return INTERRUPTED
     finally:
         _leave_process_group()

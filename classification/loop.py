@@ -18,6 +18,7 @@ from classification.errors import UserError
 from classification.options import TrainOptions
 from classification.report import Steps
 from classification.runtime import Runtime, memory_words, peak_memory, reset_peak_memory
+from revnets.sparsity import SparsityController, apply_masks
 
 
 @dataclasses.dataclass
@@ -33,6 +34,7 @@ class Training:
     scheduler: Any
     scaler: NativeScaler | None
     ema: ModelEmaV3 | None
+    sparsity: SparsityController | None = None  # where there are sparse layers
 
     @property
     def updates_per_epoch(self) -> int:
@@ -164,9 +166,13 @@ def _without_exchange(model: nn.Module, due: bool) -> AbstractContextManager[Any
 
 
 def _after_update(run: Training, update: int) -> None:
+    if run.sparsity is not None:
+        run.sparsity.step()
     run.optimizer.zero_grad()
     if run.ema is not None:
         run.ema.update(run.model, step=update)
+        if run.sparsity is not None:
+            apply_masks(run.ema.module)
     if run.scheduler is not None:
         run.scheduler.step_update(num_updates=update)
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from classification.errors import UserError, did_you_mean, one_line
 from classification.options import TrainOptions, ValidateOptions
+from revnets.layers import convert
 
 _logger = logging.getLogger("classification")
 
@@ -39,13 +40,16 @@ def build_model(options: TrainOptions | ValidateOptions) -> nn.Module:
         "drop_path_rate": getattr(options, "drop_path", None),
         **options.model_kwargs,
     }
+    ours = timm.is_model(options.model) and timm.model_entrypoint(options.model).__module__.startswith("revnets.")
+    if ours and options.layers:
+        arguments["layers"] = options.layers
     path = getattr(options, "pretrained_path", "")
     if path:
         if not Path(path).is_file():
             raise UserError(f"--pretrained-path: there is no file '{path}'; give one with published weights.")
         arguments["pretrained_cfg_overlay"] = {"file": path}
     try:
-        return timm.create_model(options.model, pretrained=options.pretrained or bool(path), **arguments)
+        model = timm.create_model(options.model, pretrained=options.pretrained or bool(path), **arguments)
     except (TypeError, ValueError, AssertionError) as error:
         given = {name: value for name, value in arguments.items() if value is not None}
         raise UserError(
@@ -58,6 +62,36 @@ def build_model(options: TrainOptions | ValidateOptions) -> nn.Module:
             f"--pretrained: no weights for {options.model} could be loaded ({one_line(error)}); "
             "leave it out, or give a file as --pretrained-path."
         ) from error
+    if options.small_stem is not None:
+        _small_stem(model, options)
+    return model if ours or not options.layers else _converted(model, options)
+
+
+def _small_stem(model: nn.Module, options: TrainOptions | ValidateOptions) -> None:
+    """The stem of CIFAR's ResNets: no pooling, and a 3x3 convolution of the wanted stride."""
+    stem = getattr(model, "conv1", None)
+    first = stem[0] if isinstance(stem, nn.Sequential) else stem
+    if not isinstance(first, nn.Conv2d) or not isinstance(getattr(model, "maxpool", None), nn.Module):
+        raise UserError(f"--small-stem: {options.model} is no ResNet of timm's with conv1 and maxpool; leave it out.")
+    bias, stride = first.bias is not None, options.small_stem or 1
+    conv = nn.Conv2d(first.in_channels, first.out_channels, 3, stride, 1, bias=bias)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    if isinstance(stem, nn.Sequential):
+        stem[0] = conv
+    else:
+        model.conv1 = conv
+    model.maxpool = nn.Identity()
+
+
+def _converted(model: nn.Module, options: TrainOptions | ValidateOptions) -> nn.Module:
+    """A model of timm's own with other layers."""
+    try:
+        report = convert(model, options.layers, input_size=data_config(options, model)["input_size"])
+    except ValueError as error:
+        raise UserError(f"--layers: {one_line(error)}.") from error
+    counts = f"{len(report.converted)} layers converted, {len(report.skipped)} left"
+    _logger.info(f"--layers {options.layers}: {counts}; {report.summary()}")
+    return report.model
 
 
 def data_config(options: TrainOptions | ValidateOptions, model: nn.Module) -> dict[str, Any]:
@@ -168,7 +202,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: 
         weights = weights if renamed is None else renamed
     if problem:
         raise UserError(
-            f"{source} is of another model than {name}: {problem}; give the same --model and --model-kwargs."
+            f"{source} is of another model than {name}: {problem}; give the same --model, --model-kwargs and --layers."
         )
     model.load_state_dict(dict(weights))
 

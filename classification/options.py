@@ -48,6 +48,10 @@ class ModelOptions:
 
     model: str = option("revbifpn_s0", "any name that timm.create_model knows, revnets' own included")
     model_kwargs: dict[str, Any] = option({}, "further arguments of the model, such as mode=reversible exact=true")
+    layers: str = option("", "layers to put into the model, such as sparse_wide:0.75; `revnets layers` lists all")
+    small_stem: int | None = option(
+        None, "timm's ResNets: first convolution 3x3 of this stride, no pooling after it (32-pixel images: 1)", low=1
+    )
     num_classes: int | None = option(
         None, "size of the classifier; training counts the class folders where not given", low=0
     )
@@ -111,6 +115,22 @@ class OptimizerOptions:
 
 
 @dataclasses.dataclass
+class SparsityOptions:
+    """Masks of sparse layers"""
+
+    sparsity_schedule: str = option(
+        "static", "how masks change: not, at random, or by gradient", choices=("static", "set", "rigl")
+    )
+    sparsity_interval: int = option(100, "updates between two changes of the masks", low=1)
+    sparsity_start: float = option(0.0, "start of the changes, as a fraction of the training", low=0, high=1)
+    sparsity_end: float = option(0.75, "end of the changes, as a fraction of the training", low=0, high=1)
+    sparsity_drop_fraction: float = option(0.3, "share of the weights exchanged at the start", low=0.001, high=1)
+    sparsity_distribution: str = option(
+        "uniform", "how the sparsity is shared out among the layers", choices=("uniform", "er", "erk")
+    )
+
+
+@dataclasses.dataclass
 class ScheduleOptions:
     """Learning-rate schedule"""
 
@@ -145,6 +165,9 @@ class AugmentationOptions:
     scale: list[float] = option([0.08, 1.0], "range of the area of random crops", low=0)
     ratio: list[float] = option([3 / 4, 4 / 3], "range of the aspect ratio of random crops", low=0)
     train_crop_mode: str | None = option(None, "random crop: rrc, rkrc or rkrr")
+    crop_pad: int | None = option(
+        None, "random crop of the image with this many pixels of border, instead of a resized crop", low=0
+    )
     hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
     vflip: float = option(0.0, "probability of a vertical flip", low=0, high=1)
     color_jitter: float = option(0.4, "strength of colour jitter", low=0)
@@ -176,7 +199,14 @@ class AugmentationOptions:
 
 @dataclasses.dataclass
 class TrainOptions(
-    AugmentationOptions, ScheduleOptions, OptimizerOptions, StartOptions, DeviceOptions, ModelOptions, DataOptions
+    AugmentationOptions,
+    SparsityOptions,
+    ScheduleOptions,
+    OptimizerOptions,
+    StartOptions,
+    DeviceOptions,
+    ModelOptions,
+    DataOptions,
 ):
     """Everything that `classification/train.py` reads."""
 

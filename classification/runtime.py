@@ -92,7 +92,7 @@ def start_runtime(options: DeviceOptions) -> Runtime:
         raise UserError(
             f"--device: '{name}' cannot be used here ({one_line(error)}); give cpu or one that exists."
         ) from error
-    _start_logging(primary=args.rank == 0)
+    start_logging(primary=args.rank == 0)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     amp_dtype = None
@@ -103,7 +103,8 @@ def start_runtime(options: DeviceOptions) -> Runtime:
     return Runtime(device, args.rank, args.local_rank, args.world_size, amp_dtype, layout)
 
 
-def _start_logging(primary: bool) -> None:
+def start_logging(primary: bool) -> None:
+    """The log on stderr, of one process; the others only report errors."""
     if not logging.root.handlers:
         setup_default_logging()
     logging.root.setLevel(logging.INFO if primary else logging.ERROR)

@@ -43,6 +43,9 @@ from classification.models import build_model, check_model_fits, data_config, lo
 from classification.options import TrainOptions, as_dict
 from classification.report import SUMMARY, Row, Summary, clock, draw_curves, write_args
 from classification.runtime import Runtime, memory_words, start_runtime
+from classification.sparse import FILES as SPARSITY_FILES
+from classification.sparse import TrainingFlops, draw_sparsity, sparsity_words, start_sparsity
+from revnets.sparsity.report import write_table
 
 _logger = logging.getLogger("classification")
 DESCRIPTION = "Train a timm model on images. Options keep the names of timm's own train.py."
@@ -107,6 +110,7 @@ def train(options: TrainOptions) -> Result:
             run.scheduler,
             run.ema,
             run.scaler,
+            run.sparsity,
             folder,
             decreasing,
             options.checkpoint_hist,
@@ -115,8 +119,10 @@ def train(options: TrainOptions) -> Result:
             saver.restore_history(checkpoint)
         _announce(run, model, folder, len(train_set), len(val_set), start_epoch, epochs)
     summary = Summary(folder, start_epoch)
-    _epochs(run, val_loader, saver, summary, range(start_epoch, epochs))
-    return _finish(options, runtime, folder, saver, summary, done=start_epoch >= epochs)
+    images = options.batch_size * runtime.world_size * len(data.loader) / run.updates_per_epoch
+    flops = TrainingFlops(model, config["input_size"], run.sparsity, images)
+    _epochs(run, val_loader, saver, summary, range(start_epoch, epochs), flops)
+    return _finish(run, folder, saver, summary, done=start_epoch >= epochs)
 
 
 def _model(options: TrainOptions, runtime: Runtime) -> tuple[nn.Module, dict[str, Any]]:
@@ -161,11 +167,7 @@ def _training(options: TrainOptions, runtime: Runtime, model: nn.Module, data: A
         raise UserError(
             f"--opt: {options.opt} refuses its arguments ({one_line(error)}); correct --opt-kwargs."
         ) from error
-    ema = None
-    if options.model_ema:
-        ema_device = torch.device("cpu") if options.model_ema_force_cpu else None
-        ema = ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=options.model_ema_warmup, device=ema_device)
-    run = Training(options, runtime, model, optimizer, _loss(options), data, None, runtime.scaler(), ema)
+    run = Training(options, runtime, model, optimizer, _loss(options), data, None, runtime.scaler(), None)
     try:
         run.scheduler, epochs = create_scheduler_v2(
             optimizer,
@@ -192,6 +194,10 @@ def _training(options: TrainOptions, runtime: Runtime, model: nn.Module, data: A
         raise UserError(f"--sched: timm refuses '{options.sched}' ({one_line(error)}); give cosine, say.") from error
     if options.sched != "none" and run.scheduler is None:
         raise UserError(f"--sched: timm knows no schedule '{options.sched}'; give cosine, step, poly or none, say.")
+    run.sparsity = start_sparsity(options, model, optimizer, int(epochs) * run.updates_per_epoch)
+    if options.model_ema:  # a copy of the model, with its masks
+        device = torch.device("cpu") if options.model_ema_force_cpu else None
+        run.ema = ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=options.model_ema_warmup, device=device)
     return run, int(epochs)
 
 
@@ -237,7 +243,7 @@ def _start(run: Training, model: nn.Module) -> tuple[Path, dict[str, Any] | None
     checkpoint = None
     if path is not None:
         optimizer = None if options.no_resume_opt else run.optimizer
-        checkpoint = resume(path, options.model, model, optimizer, run.scheduler, run.ema, run.scaler)
+        checkpoint = resume(path, options.model, model, optimizer, run.scheduler, run.ema, run.scaler, run.sparsity)
     epoch = checkpoint["epoch"] + 1 if checkpoint else 0
     if run.scheduler is not None and epoch:
         run.scheduler.step(epoch)
@@ -250,7 +256,7 @@ def _start(run: Training, model: nn.Module) -> tuple[Path, dict[str, Any] | None
                 f"--output: '{folder}' cannot be made ({error.strerror}); give a writable folder."
             ) from error
         if checkpoint is None and options.overwrite:
-            for old in [*folder.glob(PATTERN), folder / SUMMARY, folder / "curves.png"]:
+            for old in [*folder.glob(PATTERN), *(folder / name for name in (SUMMARY, "curves.png", *SPARSITY_FILES))]:
                 old.unlink(missing_ok=True)
     return folder, checkpoint
 
@@ -298,9 +304,13 @@ def _announce(
         f"{runtime.device.type}, {precision}; {images:,} training and {held_out:,} validation images; epochs "
         f"{start} to {epochs - 1} of {run.updates_per_epoch} updates; results in '{folder}'"
     )
+    if run.sparsity is not None:
+        _logger.info(sparsity_words(run.sparsity))
 
 
-def _epochs(run: Training, val_loader: Any, saver: Saver | None, summary: Summary, epochs: range) -> None:
+def _epochs(
+    run: Training, val_loader: Any, saver: Saver | None, summary: Summary, epochs: range, flops: TrainingFlops
+) -> None:
     """All epochs: train, validate, change the learning rate, write summary and checkpoint."""
     options, runtime, start = run.options, run.runtime, time.perf_counter()
     for epoch in epochs:
@@ -308,6 +318,7 @@ def _epochs(run: Training, val_loader: Any, saver: Saver | None, summary: Summar
         lr = max(group["lr"] for group in run.optimizer.param_groups)
         row: Row = {"epoch": float(epoch)}
         row.update({f"train_{name}": value for name, value in train_epoch(run, epoch).items()})
+        row.update(flops.after((epoch + 1) * run.updates_per_epoch))
         metrics: dict[str, float] = {}
         if (epoch + 1) % options.val_interval == 0 or epoch == epochs[-1]:
             metrics = _validated(run, val_loader, epoch)
@@ -318,6 +329,8 @@ def _epochs(run: Training, val_loader: Any, saver: Saver | None, summary: Summar
         if saver is not None:
             summary.add({**row, "lr": lr})  # the row first: a kill in between repeats the epoch and its row
             saver.save_checkpoint(epoch, metric=metric)
+            if run.sparsity is not None:
+                write_table(run.sparsity, Path(saver.checkpoint_dir))
             done = epoch - epochs[0] + 1
             rest = (time.perf_counter() - start) / done * (len(epochs) - done)
             _logger.info(_epoch_words(row, lr, epoch, 100 * (epoch + 1) / epochs.stop, rest))
@@ -348,13 +361,16 @@ def _validated(run: Training, loader: Any, epoch: int) -> dict[str, float]:
     return metrics
 
 
-def _finish(
-    options: TrainOptions, runtime: Runtime, folder: Path, saver: Saver | None, summary: Summary, done: bool
-) -> Result:
+def _finish(run: Training, folder: Path, saver: Saver | None, summary: Summary, done: bool) -> Result:
+    options = run.options
     if saver is None:
         return Result(folder, None, None, [])
     if done:
         _logger.info(f"'{folder}' is already trained for its {options.epochs} epochs; raise --epochs to go on")
+    if run.sparsity is not None:
+        draw_sparsity(run.sparsity, folder, f"{options.model} · {folder.name} · {options.sparsity_schedule}")
+    if summary.rows and "train_flops" in summary.rows[-1]:
+        _logger.info(f"training FLOPs, by schedule and without recomputation: {summary.rows[-1]['train_flops']:.4g}")
     picture = draw_curves(folder, summary.rows, f"{options.model} · {folder.name}") if summary.rows else None
     if saver.best_metric is not None:
         _logger.info(

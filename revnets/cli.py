@@ -53,7 +53,10 @@ def bench(
 
 @app.command()
 def profile(
-    model: Annotated[str, typer.Argument(help="NAME@SIZE:BATCH, any timm model", metavar="MODEL")],
+    model: Annotated[
+        str,
+        typer.Argument(help="NAME@SIZE:BATCH of timm, or an MMDetection CONFIG.py@800x1333:1", metavar="MODEL"),
+    ],
     img_size: Annotated[
         int | None, typer.Option(help="where MODEL has none (default: the published one)", min=1)
     ] = None,
@@ -68,6 +71,7 @@ def profile(
     compare: Annotated[list[str] | None, typer.Option(help='more networks: "resnet50 efficientnet_b7@600"')] = None,
     fit: Annotated[str | None, typer.Option(help="what is the largest that fits 24GB (10^9 bytes) or 24GiB?")] = None,
     fit_what: Annotated[str, typer.Option(help="the largest batch or image")] = "batch",
+    part: Annotated[str, typer.Option(help="of detectors only: backbone, neck (with backbone), detector")] = "",
     sweep: Annotated[str, typer.Option(help="instead: some of families, depth, resolution; predicted only")] = "",
     output: Annotated[Path | None, typer.Option(help="folder for JSON, CSV and pictures")] = None,
 ) -> None:
@@ -78,7 +82,7 @@ def profile(
     try:
         chosen = None if optimizer == "none" else optimizer
         setting = command.Setting(device, channels_last, amp_dtype, exact, chosen)
-        request = command.Request(names, img_size, batch_size, mode, measure, fit, fit_what, output, sweep)
+        request = command.Request(names, img_size, batch_size, mode, measure, fit, fit_what, output, sweep, part)
         command.run(request, setting)
     except ValueError as error:
         _fail(error)

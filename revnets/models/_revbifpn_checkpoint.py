@@ -79,7 +79,7 @@ def pretrained_overlay(
     described = cfg if isinstance(cfg, Mapping) else vars(cfg) if isinstance(cfg, PretrainedCfg) else {}
     file = given.get("file") or described.get("file")
     if file and described.get("source") != "local-dir":
-        _check_file(Path(file))
+        check_file(Path(file))
     sources = ("file", "state_dict", "hf_hub_id", "url")
     url = default.url
     if any(given.get(key) for key in sources) or any(described.get(key) not in (None, url) for key in sources):
@@ -90,7 +90,7 @@ def pretrained_overlay(
     return given
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
     """One sentence for what torch reports as a failure inside its archive reader, or without a message."""
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} is not there: pass the path of a checkpoint file")

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,15 +110,14 @@ def _timed_step(job: Job) -> float:
 
 def ratios(rows: Sequence[Row]) -> Iterator[tuple[Row, float, float]]:
     """Each row with its time and memory relative to storing everything, or of variants to none, in the same run."""
-    base: dict[tuple[str, int, int], Row] = {}
+    base: dict[Target, Row] = {}
     for row in rows:
         target = row.case.target
-        key = (target.name, target.img_size, target.batch_size)
+        key = replace(target, mode="store")
         if row.case.variant == AS_IT_IS and (key not in base or target.mode == "store"):
             base[key] = row
     for row in rows:
-        target = row.case.target
-        reference = base[target.name, target.img_size, target.batch_size]
+        reference = base[replace(row.case.target, mode="store")]
         yield row, row.seconds / reference.seconds, row.bytes_per_sample / reference.bytes_per_sample
 
 

@@ -30,6 +30,7 @@ class Request:
     fit_what: str = "batch"
     output: Path | None = None
     sweeps: str = ""
+    parts: str = ""
 
 
 def run(request: Request, setting: Setting) -> None:
@@ -42,6 +43,7 @@ def run(request: Request, setting: Setting) -> None:
     if request.fit_what not in ("batch", "image"):
         raise ProfileError(f"unknown --fit-what {request.fit_what!r}: expected batch or image")
     targets = choose_targets(request.names, request.modes, setting, request.img_size, request.batch_size)
+    targets = _of_parts(targets, request.parts.replace(",", " ").split())
     sweeps = {kind: sweep.targets(kind, targets, setting) for kind in request.sweeps.replace(",", " ").split()}
     folder = None if request.output is None else report.open_folder(request.output)
     if budget is not None:
@@ -92,6 +94,15 @@ def choose_targets(
             raise ProfileError(f"{text} has no mode {wanted[0]!r}, only {', '.join(t.mode for t in found)}")
         targets += chosen or [t for t in found if t.mode == "store"]
     return targets
+
+
+def _of_parts(targets: Sequence[Target], parts: Sequence[str]) -> list[Target]:
+    """Of detectors these parts only, by the last word of their names; of other networks all."""
+    known = sorted({t.part.split()[-1] for t in targets if t.part})
+    unknown = [part for part in parts if part not in known]
+    if unknown:
+        raise ProfileError(f"unknown --part {unknown[0]!r}: expected some of {', '.join(known) or 'none, no detector'}")
+    return [t for t in targets if not parts or not t.part or t.part.split()[-1] in parts]
 
 
 def _fit_all(targets: Sequence[Target], setting: Setting, budget: int, what: str) -> list[Fit]:

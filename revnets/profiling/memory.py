@@ -1,10 +1,12 @@
 """Measured memory and time of one training step."""
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +86,9 @@ def measure_training_step(
         seconds.append(time.perf_counter() - start)
     reset()
     if x.device.type == "cpu":
-        peak, reserved = _peak_on_cpu(step), None
+        with CpuAllocations() as allocations:
+            step()
+        peak, reserved = allocations.peak, None
     else:
         peak, reserved = _peaks_on_accelerator(step, x.device)
     reset()
@@ -113,14 +117,31 @@ def _peaks_on_accelerator(step: Callable[[], None], device: torch.device) -> tup
     return module.max_memory_allocated(device) - before, module.max_memory_reserved(device)
 
 
-def _peak_on_cpu(step: Callable[[], None]) -> int:
-    """Highest running sum of allocations and releases during ``step``."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    events = profile.profiler.kineto_results.events() if profile.profiler is not None else []
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    total = peak = 0
-    for _, change in changes:
-        total += change
-        peak = max(peak, total)
-    return peak
+class CpuAllocations:
+    """Context in which torch's CPU allocator is watched: ``peak`` is the highest sum of allocations less releases.
+
+    Example:
+        >>> with CpuAllocations() as allocations:
+        ...     x = torch.ones(1000)
+        >>> allocations.peak
+        4000
+    """
+
+    peak = 0
+
+    def __enter__(self) -> "CpuAllocations":
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it prints to stderr
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._profile.__exit__(*exc)
+        profiler: Any = self._profile.profiler
+        total = 0
+        for _, change in sorted(
+            (e.start_ns(), e.nbytes()) for e in profiler.kineto_results.events() if e.name() == "[memory]"
+        ):
+            total += change
+            self.peak = max(self.peak, total)

@@ -51,7 +51,10 @@ def timeline(row: Row, folder: Path) -> Path:
     axes.axhline(p.peak_bytes / 1e6, color="black", linewidth=0.8, label=f"peak {p.peak_bytes / 1e6:.1f} MB")
     axes.set_xlim(0, len(p.timeline))
     axes.legend(loc="lower right", fontsize="small")
-    return _save(figure, folder / f"timeline_{t.name}_{t.img_size}_{t.batch_size}_{t.mode}.png")
+    return _save(
+        figure,
+        folder / f"timeline_{t.title.replace(' + ', '-').replace(' ', '_')}_{t.img_size}_{t.batch_size}_{t.mode}.png",
+    )
 
 
 def sweep(kind: str, rows: Sequence[Row], folder: Path) -> Path:
@@ -63,11 +66,12 @@ def sweep(kind: str, rows: Sequence[Row], folder: Path) -> Path:
         folder: to write to.
     """
     label, position = _HORIZONTAL[kind]
-    names = sorted({family(r.target.name) if kind == "families" else r.target.name for r in rows})
+    names = sorted({family(r.target.name) if kind == "families" else r.target.title for r in rows})
     figure, axes = _axes(f"{', '.join(names)}: predicted", label, "activations, MB per image")
     lines: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
-        lines[family(row.target.name), row.target.mode_name].append((position(row), activations_per_image(row) / 1e6))
+        name = family(row.target.name) if kind == "families" else row.target.title
+        lines[name, row.target.mode_name].append((position(row), activations_per_image(row) / 1e6))
     for (name, mode), points in lines.items():
         color = f"C{sorted({n for n, _ in lines}).index(name)}" if kind == "families" else None
         style = {"plain": "-", "store": "-", "reversible": "-"}.get(mode, "--")
@@ -84,6 +88,6 @@ def sweep(kind: str, rows: Sequence[Row], folder: Path) -> Path:
 
 _HORIZONTAL: dict[str, tuple[str, Callable[[Row], float]]] = {
     "families": ("GMACs per image", lambda row: row.predicted.macs / row.target.batch_size / 1e9),
-    "depth": ("extra silos", lambda row: dict(row.target.options).get("extra_silos", 0)),
+    "depth": ("extra silos (necks: repetitions)", lambda row: next(iter(dict(row.target.options).values()), 0)),
     "resolution": ("side of the image, pixels", lambda row: row.target.img_size),
 }

@@ -4,7 +4,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import timm
 import torch
@@ -88,7 +88,8 @@ def profile(target: Target, setting: Setting, measure: bool | None = None) -> Ro
         return Row(target, predicted, seconds, note=note)
     job = target.build(setting, setting.device)
     optimizer = setting.make_optimizer(job.model) if setting.optimizer is not None else None
-    measured = measure_training_step(job.model, job.x, job.loss_fn, optimizer, repeats=3)
+    repeats = 1 if predicted.training_flops > SLOW_FLOPS else 3
+    measured = measure_training_step(job.model, job.x, job.loss_fn, optimizer, repeats)
     state = [v for s in (optimizer.state.values() if optimizer is not None else ()) for v in s.values()]
     tensors = [*job.model.parameters(), *job.model.buffers(), job.x, *(v for v in state if torch.is_tensor(v))]
     resident = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
@@ -116,10 +117,10 @@ def free_bytes(device: torch.device) -> int:
 
 def recomputation(rows: Sequence[Row]) -> dict[Target, float]:
     """Training FLOPs of each row relative to storing everything, where that row is there."""
-    stored = {(r.target.name, r.target.img_size, r.target.batch_size): r for r in rows if r.target.mode == "store"}
+    stored = {r.target: r for r in rows if r.target.mode == "store"}
     found = {}
     for row in rows:
-        base = stored.get((row.target.name, row.target.img_size, row.target.batch_size))
+        base = stored.get(replace(row.target, mode="store"))
         if base is not None and base.predicted.training_flops:
             found[row.target] = row.predicted.training_flops / base.predicted.training_flops
     return found

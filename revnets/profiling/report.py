@@ -19,11 +19,7 @@ def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
     overhead = recomputation(rows)
     return [
         {
-            "model": row.target.name,
-            "img_size": row.target.img_size,
-            "batch_size": row.target.batch_size,
-            "mode": row.target.mode,
-            **dict(row.target.options),
+            **row.target.columns(),
             "parameters": row.predicted.parameters,
             "macs_per_image": row.predicted.macs // row.target.batch_size,
             "flops_per_image": 2 * row.predicted.macs // row.target.batch_size,
@@ -104,7 +100,7 @@ def print_sweep(kind: str, rows: Sequence[Row], setting: Setting) -> None:
     for column in (
         "network",
         "mode",
-        "extra silos",
+        "depth",
         "GMACs/image",
         "peak, MB",
         "of it gradients",
@@ -113,7 +109,7 @@ def print_sweep(kind: str, rows: Sequence[Row], setting: Setting) -> None:
         table.add_column(column, justify="left" if column in ("network", "mode") else "right")
     for row in rows:
         p, t = row.predicted, row.target
-        silos = dict(t.options).get("extra_silos", "-")
+        silos = next(iter(dict(t.options).values()), "-")
         macs, gradients = f"{p.macs / t.batch_size / 1e9:.2f}", _mb(p.categories["gradients"])
         table.add_row(
             str(t), t.mode_name, str(silos), macs, _mb(p.peak_bytes), gradients, _mb(activations_per_image(row))
@@ -138,7 +134,7 @@ def print_fits(fits: Sequence[Fit], budget: int, what: str) -> None:
     for found in fits:
         t = found.target
         sizes = (str(t.batch_size), str(t.img_size), _mb(found.predicted.peak_bytes), _mb(found.next_bytes))
-        table.add_row(t.name, t.mode_name, *sizes)
+        table.add_row(t.title, t.mode_name, *sizes)
     Console(width=140).print(table)
 
 
@@ -183,7 +179,7 @@ def save_records(found: Sequence[dict[str, Any]], setting: Setting, folder: Path
 
     def save_csv(path: Path) -> None:
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(found[0]))
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for record in found for key in record)))
             writer.writeheader()
             writer.writerows(found)
 
@@ -197,10 +193,7 @@ def fit_records(fits: Sequence[Fit], budget: int) -> list[dict[str, Any]]:
     """Fits as flat dictionaries."""
     return [
         {
-            "model": f.target.name,
-            "mode": f.target.mode,
-            "batch_size": f.target.batch_size,
-            "img_size": f.target.img_size,
+            **f.target.columns(),
             "budget_bytes": budget,
             "predicted_peak_bytes": f.predicted.peak_bytes,
             "next_larger_bytes": f.next_bytes,

@@ -17,7 +17,6 @@ FAMILIES = (
 )
 """Compared by default, at their published image sizes."""
 
-EXTRA_SILOS = (0, 2, 4, 8)
 SCALES = (0.5, 1.0, 1.5, 2.0, 3.0)
 
 
@@ -36,23 +35,25 @@ def targets(kind: str, given: Sequence[Target], setting: Setting) -> list[Target
 
     Args:
         kind: one of ``KINDS``.
-        given: what was named on the command line: the first network is swept; more than one replace ``FAMILIES``.
+        given: what was named on the command line: the first network is swept (by depth: all); more than one
+            replace ``FAMILIES``.
         setting: of all of them.
 
     Raises:
         ProfileError: for an unknown kind, or a network that cannot be made deeper.
     """
-    first = [t for t in given if t.name == given[0].name]
+    first = [t for t in given if t.title == given[0].title]
     if kind == "families":
-        if len({t.name for t in given}) > 1:
+        if len({t.title for t in given}) > 1:
             return list(given)
         batch, modes = given[0].batch_size, {t.mode for t in given}
         found = [t for name in FAMILIES for t in parse_targets(name, setting, batch_size=batch)]
         return [t for t in found if t.mode in modes or not is_reversible(t.name)]
     if kind == "depth":
-        if not is_reversible(first[0].name):
+        swept = [deeper for t in given for deeper in t.deeper()]
+        if not any(t.options for t in swept):
             raise ProfileError(f"--sweep depth adds silos, and {first[0].name} has none: expected a revbifpn")
-        return [replace(t, options=(("extra_silos", n),)) for t in first for n in EXTRA_SILOS]
+        return swept
     if kind == "resolution":
         step = first[0].divisor(setting)
         sides = sorted({max(round(first[0].img_size * scale / step), 1) * step for scale in SCALES})

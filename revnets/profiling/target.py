@@ -3,7 +3,7 @@
 import difflib
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,9 @@ from ..reversible import MODES
 from .fake import ProfileError
 
 MODE_NAMES = {"store": "plain", "checkpoint": "own checkpointing"}  # for networks without our modes
+
+EXTRA_SILOS = (0, 2, 4, 8)
+"""Depths of the sweep."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Job:
 class Target:
     """A network of timm at a size, a batch and a memory mode.
 
-    Other kinds of networks (detectors) come as classes with the same four attributes, ``build`` and ``divisor``.
+    Other kinds of networks (``revnets.mm.detectors``) are subclasses with their own ``build``.
 
     Args:
         name: known to timm.
@@ -85,6 +88,7 @@ class Target:
         batch_size: images per step.
         mode: see ``revnets.reversible.MODES``; others know ``"store"`` (plain) and ``"checkpoint"`` (their own).
         options: for the network's constructor.
+        part: of detectors, see ``revnets.mm.detectors``.
     """
 
     name: str
@@ -92,9 +96,20 @@ class Target:
     batch_size: int
     mode: str
     options: tuple[tuple[str, Any], ...] = ()
+    part: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name} @{self.img_size} batch {self.batch_size}"
+        return f"{self.title} @{self.img_size} batch {self.batch_size}"
+
+    @property
+    def title(self) -> str:
+        """The network in words, without sizes and mode."""
+        return self.name
+
+    def columns(self) -> dict[str, Any]:
+        """What it is, for files."""
+        sizes = {"img_size": self.img_size, "batch_size": self.batch_size}
+        return {"model": self.name, **sizes, "mode": self.mode, **dict(self.options)}
 
     @property
     def mode_name(self) -> str:
@@ -117,16 +132,27 @@ class Target:
             raise ProfileError(f"{self.name} has no mode {self.mode!r}")
         if setting.channels_last:
             model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
-        network = model.train()
-        if setting.amp_dtype is not None:
-            model = _Autocast(model, torch.device(setting.device).type, getattr(torch, setting.amp_dtype))
-        return Job(model.train(), x, training_loss, network)
+        return as_job(model.train(), x, training_loss, setting)
+
+    def deeper(self) -> "Sequence[Target]":
+        """The same network with more and more silos; itself alone where it has none."""
+        if not is_reversible(self.name):
+            return [self]
+        return [replace(self, options=(("extra_silos", n),)) for n in EXTRA_SILOS]
 
     def divisor(self, setting: Setting) -> int:
         """Image sides are multiples of this: the coarsest stride of the network."""
         info: Any = getattr(_on_meta(self.name, self.img_size, setting, self.options), "feature_info", None) or []
         strides = info.reduction() if hasattr(info, "reduction") else [i["reduction"] for i in info]
         return max(strides, default=32)
+
+
+def as_job(network: nn.Module, x: Tensor, loss_fn: Callable[[Any], Tensor], setting: Setting) -> Job:
+    """The job of a network, under autocast if the setting wants it."""
+    model = network
+    if setting.amp_dtype is not None:
+        model = _Autocast(model, torch.device(setting.device).type, getattr(torch, setting.amp_dtype)).train()
+    return Job(model, x, loss_fn, network)
 
 
 def is_reversible(name: str) -> bool:
@@ -169,7 +195,7 @@ def parse_targets(text: str, setting: Setting, img_size: int | None = None, batc
     """Targets of ``NAME[@SIZE][:BATCH]``, one per mode that the network has.
 
     Args:
-        text: what was typed; the path of an MMDetection config ends in ``.py``.
+        text: what was typed; ``CONFIG.py[@HEIGHTxWIDTH][:BATCH]`` is an MMDetection config.
         setting: options of the networks.
         img_size: where the text has none; by default the published size.
         batch_size: where the text has none.
@@ -181,8 +207,14 @@ def parse_targets(text: str, setting: Setting, img_size: int | None = None, batc
         >>> [t.mode for t in parse_targets("resnet18@128:4", Setting())]
         ['store', 'checkpoint']
     """
-    if text.endswith(".py"):
-        raise ProfileError(_about_config(text))
+    if re.search(r"\.py(@|:|$)", text):
+        if importlib.util.find_spec("mmdet") is None:
+            raise ProfileError(
+                f"{text!r} is an MMDetection config, which needs mmdet: pip install 'revnets[detection]'"
+            )
+        from ..mm.detectors import parse_config
+
+        return list(parse_config(text, setting, img_size, batch_size))
     match = re.fullmatch(r"([^@:]+)(?:@(\d+))?(?::(\d+))?", text)
     if match is None or "0" in (match[2], match[3]):
         raise ProfileError(f"{text!r}: expected NAME@SIZE:BATCH with whole numbers, such as revbifpn_s0@224:8")
@@ -201,12 +233,6 @@ _MODE_ORDER = ("reversible", "store", "checkpoint")
 def _on_meta(name: str, img_size: int, setting: Setting, options: tuple[tuple[str, Any], ...] = ()) -> nn.Module:
     with torch.device("meta"):
         return create(name, img_size, setting, options)
-
-
-def _about_config(text: str) -> str:
-    if importlib.util.find_spec("mmdet") is None:
-        return f"{text!r} is an MMDetection config, which needs mmdet: pip install 'revnets[detection]'"
-    return f"{text!r}: MMDetection configs cannot be profiled yet, only names known to timm"
 
 
 def _check_name(what: str, name: str, known: list[str]) -> None:

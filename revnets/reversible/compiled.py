@@ -26,7 +26,7 @@ def compile_branches(model: nn.Module, **options: Any) -> nn.Module:
     Example:
         >>> from revnets.reversible import AdditiveCoupling, RevSequential
         >>> net = RevSequential([AdditiveCoupling(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1))])
-        >>> compile_branches(net, backend="eager")(torch.ones(1, 4, 2, 2)).shape
+        >>> compile_branches(net, backend="eager")(torch.ones(1, 4, 2, 2))[0].shape
         torch.Size([1, 4, 2, 2])
     """
     found = branches(model)

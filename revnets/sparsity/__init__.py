@@ -4,6 +4,24 @@ Sparse layers are recognised by a ``weight`` and a bool buffer ``mask`` of its s
 ``revnets.layers``, which this package does not import. Training loops live in ``classification`` and ``revnets.mm``.
 """
 
+from .accounting import run_flops, step_flops
+from .controller import MaskUpdate, SparsityController
+from .found import apply_masks, sparse_layers
 from .masks import densities, er, erk, random_mask, uniform
+from .schedules import SCHEDULES, Schedule
 
-__all__ = ["densities", "er", "erk", "random_mask", "uniform"]
+__all__ = [
+    "SCHEDULES",
+    "MaskUpdate",
+    "Schedule",
+    "SparsityController",
+    "apply_masks",
+    "densities",
+    "er",
+    "erk",
+    "random_mask",
+    "run_flops",
+    "sparse_layers",
+    "step_flops",
+    "uniform",
+]

@@ -131,8 +131,8 @@ def er(shapes: Sequence[Shape], sparsity: float, power: float = 1.0) -> list[flo
 def erk(shapes: Sequence[Shape], sparsity: float, power: float = 1.0) -> list[float]:
     """Densities of an Erdos-Renyi graph with kernels (RigL, 1911.11134).
 
-    The density of a layer is proportional to ``(sum of dims / number of elements) ** power``. Layers that would exceed 1
-    become dense and the rest shares what is left, until none exceeds it.
+    The density of a layer is proportional to ``(sum of dims / number of elements) ** power``. Layers that would
+    exceed 1 become dense and the rest shares what is left, until none exceeds it.
 
     Args:
         shapes: Of the weights, ``(C_out, C_in, k, k)`` or ``(C_out, C_in)``.

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from revnets.cli import app
-from revnets.profiling import sweep
+from revnets.profiling import sweep, target
 from revnets.profiling.target import Setting, parse_targets
 
 TINY = "test_revbifpn@32:2"
@@ -47,7 +47,7 @@ def test_profile_writes_table_files_and_timeline(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["depth", "resolution"])
 def test_sweeps(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "EXTRA_SILOS", (0, 2))
+    monkeypatch.setattr(target, "EXTRA_SILOS", (0, 2))
     monkeypatch.setattr(sweep, "SCALES", (1.0, 2.0))
     result = profile(TINY, "--mode", "reversible,store", "--sweep", kind, "--output", str(tmp_path))
     assert result.exit_code == 0, result.output

@@ -1,0 +1,100 @@
+"""Sparse layers in a run: what changes their masks, what the training costs, and the files about both."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from classification.errors import UserError, one_line
+from classification.options import TrainOptions
+from revnets.layers import count_costs
+from revnets.layers.trace import TraceError
+from revnets.sparsity import Schedule, SparsityController, run_flops, sparse_layers
+from revnets.sparsity.report import PICTURE, TABLE, draw_picture, write_table
+
+_logger = logging.getLogger("classification")
+FILES = (TABLE, PICTURE)
+
+
+def start_sparsity(
+    options: TrainOptions, model: nn.Module, optimizer: torch.optim.Optimizer, updates: int
+) -> SparsityController | None:
+    """What keeps and changes the masks of the model's sparse layers; None where it has none.
+
+    Args:
+        options: All options.
+        model: Not wrapped, on its device.
+        optimizer: Its optimizer.
+        updates: Of the weights in the whole training.
+
+    Raises:
+        UserError: Options without sparse layers, or a schedule that cannot be.
+    """
+    if not sparse_layers(model):
+        if options.sparsity_schedule != "static":
+            raise UserError(
+                f"--sparsity-schedule: {options.sparsity_schedule} changes masks, and {options.model} has no sparse "
+                "layers; add --layers sparse_wide:0.75, say."
+            )
+        return None
+    try:
+        return SparsityController(
+            model,
+            optimizer,
+            options.sparsity_schedule,
+            total_steps=updates,
+            interval=options.sparsity_interval,
+            start=options.sparsity_start,
+            end=options.sparsity_end,
+            drop_fraction=options.sparsity_drop_fraction,
+            distribution=options.sparsity_distribution,
+            seed=options.seed,
+        )
+    except ValueError as error:
+        raise UserError(f"--sparsity-...: {one_line(error)}.") from error
+
+
+class TrainingFlops:
+    """FLOPs of the training, by the schedule of the masks; theoretical, and without recomputation.
+
+    Args:
+        model: Not wrapped.
+        input_size: Channels, height and width.
+        sparsity: What changes the masks, or None.
+        images: Per update of the weights, in all processes.
+    """
+
+    def __init__(
+        self, model: nn.Module, input_size: tuple[int, int, int], sparsity: SparsityController | None, images: float
+    ) -> None:
+        self._schedule = Schedule("static") if sparsity is None else sparsity.schedule
+        try:
+            costs = count_costs(model, input_size)
+        except TraceError as error:
+            _logger.info(f"no training FLOPs: {one_line(error)}")
+            self.dense = self.sparse = 0.0
+            return
+        self.dense, self.sparse = costs.flops * images, float(costs.sparse_flops * images)
+
+    def after(self, updates: int) -> dict[str, float]:
+        """The column of the summary after so many updates; none where they could not be counted."""
+        return {"train_flops": run_flops(self._schedule, self.dense, self.sparse, updates)} if self.dense else {}
+
+
+def sparsity_words(sparsity: SparsityController) -> str:
+    """The masks for the log."""
+    sizes = [layer.mask.numel() for layer in sparsity.layers]
+    active = sum(density * size for density, size in zip(sparsity.density.values(), sizes, strict=True))
+    return f"{len(sizes)} sparse layers of density {active / sum(sizes):.4f}, {sparsity.schedule.name} masks"
+
+
+def draw_sparsity(sparsity: SparsityController, folder: Path, title: str) -> None:
+    """Writes `sparsity.csv` and `sparsity.png`; says so where matplotlib is not installed."""
+    write_table(sparsity, folder)
+    try:
+        draw_picture(sparsity, folder, title)
+    except ImportError:
+        _logger.info(f"no {PICTURE}: matplotlib is not installed (pip install matplotlib); the figures are in {TABLE}")

@@ -1,0 +1,7 @@
+# Faster R-CNN as MMDetection's HRNet recipe has it (HRFPN, 256 channels); files of a size set arch and in_channels.
+_base_ = "mmdet::_base_/models/faster-rcnn_r50_fpn.py"
+custom_imports = dict(imports=["revnets.mm"], allow_failed_imports=False)
+model = dict(
+    backbone=dict(_delete_=True, type="RevBiFPN", arch="s0"),
+    neck=dict(_delete_=True, type="LeanHRFPN", in_channels=[48, 64, 128, 320], out_channels=256),
+)

@@ -1,0 +1,13 @@
+# RetinaNet for small images, trained from scratch: four levels from stride 4, 64 channels, batch norm.
+_base_ = "./retinanet_revbifpn.py"
+norm_cfg = dict(type="BN", requires_grad=True)
+model = dict(
+    neck=dict(out_channels=64, start_level=0, num_outs=4, norm_cfg=norm_cfg),
+    bbox_head=dict(
+        in_channels=64,
+        feat_channels=64,
+        stacked_convs=2,
+        norm_cfg=norm_cfg,
+        anchor_generator=dict(strides=[4, 8, 16, 32]),
+    ),
+)

@@ -1,0 +1,8 @@
+# python detection/train.py configs/detection/bccd/faster-rcnn_revbifpn-s0_bccd.py
+_base_ = [
+    "../_base_/models/faster-rcnn_revbifpn_small.py",
+    "../_base_/datasets/bccd.py",
+    "../_base_/schedules/scratch.py",
+    "mmdet::_base_/default_runtime.py",
+]
+model = dict(roi_head=dict(bbox_head=dict(num_classes=3)))

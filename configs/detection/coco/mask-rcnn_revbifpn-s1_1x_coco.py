@@ -1,0 +1,8 @@
+# python detection/train.py configs/detection/coco/mask-rcnn_revbifpn-s1_1x_coco.py
+_base_ = [
+    "../_base_/models/mask-rcnn_revbifpn.py",
+    "../_base_/datasets/coco_instance.py",
+    "mmdet::_base_/schedules/schedule_1x.py",
+    "mmdet::_base_/default_runtime.py",
+]
+model = dict(backbone=dict(arch="s1"), neck=dict(in_channels=[64, 80, 160, 416]))

@@ -1,0 +1,8 @@
+# python detection/train.py configs/detection/coco/mask-rcnn_revbifpn-s2_2x_coco.py
+_base_ = [
+    "../_base_/models/mask-rcnn_revbifpn.py",
+    "../_base_/datasets/coco_instance.py",
+    "mmdet::_base_/schedules/schedule_2x.py",
+    "mmdet::_base_/default_runtime.py",
+]
+model = dict(backbone=dict(arch="s2"), neck=dict(in_channels=[96, 128, 256, 640]))

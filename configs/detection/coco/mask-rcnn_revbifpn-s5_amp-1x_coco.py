@@ -1,0 +1,3 @@
+# python detection/train.py configs/detection/coco/mask-rcnn_revbifpn-s5_amp-1x_coco.py
+_base_ = "./mask-rcnn_revbifpn-s5_1x_coco.py"
+optim_wrapper = dict(type="Bf16OptimWrapper")

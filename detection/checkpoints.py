@@ -1,0 +1,82 @@
+"""Finds and reads checkpoints of MMEngine's runner, safely, and checks that they are of the network at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from classification.errors import UserError, one_line
+
+LAST = "last_checkpoint"
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint that a run saved last, where there is one."""
+    try:
+        path = Path((folder / LAST).read_text(encoding="utf-8").strip())
+    except OSError:
+        return None
+    for candidate in (path, folder / path.name):  # the folder may have been moved
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Weights, and what else is known of them."""
+
+    what: str  # option and file, for messages
+    state: dict[str, Any]
+    resumable: bool
+    trained_as: str  # what it says of its backbone, as an addition to a sentence
+
+
+def read(path: str | Path, option: str) -> Checkpoint:
+    """A checkpoint, mapped rather than read into memory.
+
+    Args:
+        path: The file.
+        option: That named it, for messages.
+
+    Raises:
+        UserError: No such file, a damaged one, or one that holds more than data.
+    """
+    from mmengine.runner.checkpoint import get_torch_safe_globals
+
+    what = f"{option}: '{path}'"
+    if not Path(path).is_file():
+        raise UserError(f"{what} does not exist; give a checkpoint, such as epoch_12.pth in the folder of a run.")
+    try:
+        with torch.serialization.safe_globals(get_torch_safe_globals()):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{what} is damaged, or holds more than weights, which might run code ({one_line(error)[:120]}); give "
+            "another file."
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"{what} is damaged or no checkpoint ({one_line(error)[:120]}); give another file.") from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{what} holds no weights; give a checkpoint of MMDetection.")
+    weights = {key.removeprefix("module."): value for key, value in state.items()}
+    return Checkpoint(what, weights, "optimizer" in content, _trained_as(content))
+
+
+def _trained_as(content: dict[str, Any]) -> str:
+    text = content.get("meta", {}).get("cfg")
+    if not isinstance(text, str):
+        return ""
+    from mmengine.config import Config
+
+    try:
+        backbone = Config.fromstring(text, file_format=".py").model.backbone
+    except Exception:  # what it says is a help, no more
+        return ""
+    parts = [str(backbone[key]) for key in ("type", "model_name", "arch", "depth") if key in backbone]
+    return f" ({' '.join(parts)})"

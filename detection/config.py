@@ -1,0 +1,170 @@
+"""From the command line to a configuration that MMEngine's Runner takes: file, overrides, folder, processes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from classification.config import Parser
+from classification.errors import UserError, did_you_mean, one_line
+from detection.noise import noise_kept_out
+
+try:
+    from mmengine.config import Config, DictAction
+except ImportError:  # said by `load`, as a user's mistake
+    Config, DictAction = Any, argparse.Action
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "detection"
+PARTS = ("revnets.mm", "mmdet.datasets")  # in this order: the former stands in for operators that mmdet asks for
+RUNNER_KEYS = (  # of MMEngine's Runner, which a configuration need not have
+    "auto_scale_lr",
+    "compile",
+    "custom_hooks",
+    "default_hooks",
+    "find_unused_parameters",
+    "load_from",
+    "log_level",
+    "model_wrapper_cfg",
+    "randomness",
+    "sync_bn",
+    "visualizer",
+    "work_dir",
+)
+
+
+def parser(prog: str, description: str) -> Parser:
+    """The options that training and testing share; spelled as MMDetection's tools spell them."""
+    line = Parser(prog=prog, description=description, allow_abbrev=False)
+    line.add_argument("config", help="a configuration of configs/detection/, or any of MMDetection's")
+    line.add_argument("--work-dir", help="folder of the run (default: output/<name of the configuration>)")
+    line.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        default={},
+        metavar="KEY=VALUE",
+        help="values to set in the configuration; data_root=/path moves the whole data set",
+    )
+    line.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], help="default: pytorch under torchrun")
+    line.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
+    line.add_argument("--draw", type=int, default=3, metavar="N", help="images to draw predictions on (default: 3)")
+    line.add_argument("--no-check", action="store_true", help="do not look at all annotations and image files first")
+    line.add_argument(
+        "--verbose", action="store_true", help="MMEngine's whole log in the terminal, not only in its file"
+    )
+    return line
+
+
+def parse(line: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line.
+
+    Raises:
+        UserError: An unknown option, or a KEY=VALUE that is none.
+    """
+    try:
+        return line.parse_args(argv)
+    except (ValueError, AssertionError) as error:  # of DictAction
+        raise UserError(f"--cfg-options: not KEY=VALUE ({one_line(error)}); write for example a.b=3.") from error
+
+
+def load(args: argparse.Namespace) -> Any:
+    """The configuration, with what the command line changes in it.
+
+    Args:
+        args: Of a parser that `parser` made.
+
+    Returns:
+        MMEngine's `Config`.
+
+    Raises:
+        UserError: MMDetection is missing, no such file, a mistake in it, or an unknown key.
+    """
+    cfg = read(args.config)
+    _override(cfg, args.cfg_options)
+    name = Path(args.config).stem
+    cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("output") / name)
+    _processes(cfg, args)
+    return cfg
+
+
+def read(path: str) -> Any:
+    """A configuration file alone.
+
+    Raises:
+        UserError: MMDetection is missing, no such file, or a mistake in it.
+    """
+    if Config is Any:
+        raise UserError("MMDetection is not installed: pip install -e '.[detection]'")
+    if not Path(path).is_file():
+        known = {file.name: file for file in CONFIGS.glob("[!_]*/*.py")}
+        hint = did_you_mean(Path(path).name, known)
+        raise UserError(f"CONFIG: there is no file '{path}'{hint}; '{CONFIGS}' has ours.")
+    try:
+        with noise_kept_out(verbose=False):
+            for name in PARTS:
+                importlib.import_module(name)
+            cfg = Config.fromfile(path)
+    except Exception as error:  # a configuration is a program: it may fail in any way
+        raise UserError(f"CONFIG: '{path}' cannot be read ({one_line(error)}); correct it.") from error
+    for key in ("model", "train_dataloader", "train_cfg", "optim_wrapper", "test_dataloader", "test_evaluator"):
+        if not cfg.get(key):
+            raise UserError(f"CONFIG: '{path}' sets no {key}; it is part of every detector's configuration.")
+    return cfg
+
+
+def _override(cfg: Any, options: dict[str, Any]) -> None:
+    for key in options:
+        first = key.split(".")[0]
+        if first not in cfg and first not in RUNNER_KEYS:
+            raise UserError(f"--cfg-options: the configuration has no '{first}'{did_you_mean(first, cfg)}; correct it.")
+    old, new = cfg.get("data_root"), options.get("data_root")
+    try:
+        cfg.merge_from_dict(options)
+    except (KeyError, IndexError, TypeError, AssertionError) as error:
+        raise UserError(f"--cfg-options: {one_line(error)}; correct the path of the key.") from error
+    if old is not None and new is not None:
+        moved = _moved(cfg._cfg_dict.to_dict(), old.rstrip("/"), str(new).rstrip("/"))
+        cfg.merge_from_dict({key: moved[key] for key in moved if key.endswith(("_dataloader", "_evaluator"))})
+
+
+def _moved(value: Any, old: str, new: str) -> Any:
+    """All paths below the old data root, below the new one."""
+    if isinstance(value, dict):
+        return {key: _moved(each, old, new) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(each, old, new) for each in value)
+    if isinstance(value, str) and (value.rstrip("/") == old or value.startswith(old + "/")):
+        return new + value[len(old) :]
+    return value
+
+
+def primary() -> bool:
+    """Whether this process writes the files and the log; the first of torchrun's."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _processes(cfg: Any, args: argparse.Namespace) -> None:
+    """Starts the process group where MMEngine would insist on GPUs."""
+    under_torchrun = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    cfg.launcher = args.launcher or ("pytorch" if under_torchrun else "none")
+    if args.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    if cfg.launcher != "pytorch" or torch.cuda.is_available():
+        return
+    if not under_torchrun:
+        raise UserError("--launcher pytorch: started by hand; start with torchrun --nproc_per_node=N detection/...")
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    unused = cfg.get("find_unused_parameters", False)
+    cfg.model_wrapper_cfg = {
+        "type": "MMDistributedDataParallel",
+        "device_ids": None,
+        "broadcast_buffers": False,
+        "find_unused_parameters": unused,
+    }

@@ -1,0 +1,230 @@
+"""Trains a detector of MMDetection, RevBiFPN's or any other, from its configuration.
+
+python detection/train.py configs/detection/coco/faster-rcnn_revbifpn-s3_1x_coco.py --amp
+torchrun --nproc_per_node=8 detection/train.py configs/detection/coco/mask-rcnn_revbifpn-s2_1x_coco.py --resume
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run by its path: Python then looks for modules in detection/ instead of the project's root
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from reporting that there is no GPU
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+from classification.errors import UserError, guarded
+from classification.report import clock
+from classification.runtime import MB
+from detection import checkpoints, checks
+from detection.config import load, parse, parser, primary
+from detection.noise import noise_kept_out
+from detection.report import draw, show, write_summary
+
+_logger = logging.getLogger("detection")
+DESCRIPTION = "Train a detector on MMEngine's runner. Options are those of MMDetection's tools/train.py, and some more."
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run ended with; `best` is empty in processes that write no files."""
+
+    folder: Path
+    checkpoint: Path | None
+    best: dict[str, float]
+    memory: dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script; returns its exit code: 2 after a user mistake."""
+    return guarded(lambda: train(argv))
+
+
+def options() -> Any:
+    """The command line."""
+    line = parser("train.py", DESCRIPTION)
+    line.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="CHECKPOINT",
+        help="go on from a checkpoint, in the middle of an epoch, too; auto or nothing: from the folder's last one",
+    )
+    line.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    line.add_argument("--amp", action="store_true", help="bfloat16 mixed precision")
+    line.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the global batch")
+    line.add_argument("--tensorboard", action="store_true", help="write events for TensorBoard, too")
+    line.add_argument("--seed", type=int, help="of everything random (default: the configuration's, else 0)")
+    line.add_argument(
+        "--save-every",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="also save in the middle of an epoch, every N iterations; 0: do not (default: 1000)",
+    )
+    return line
+
+
+def train(argv: Sequence[str] | None = None) -> Result:
+    """Trains as the command line says.
+
+    Args:
+        argv: The arguments, `sys.argv[1:]` where None.
+
+    Returns:
+        The run's folder and its figures.
+
+    Raises:
+        UserError: A mistake in the options, the configuration, the data or a checkpoint.
+    """
+    args = parse(options(), argv)
+    cfg = load(args)
+    from detection.progress import Progress
+    from detection.runner import build
+    from revnets.mm import MemoryReportHook
+
+    folder = Path(cfg.work_dir)
+    resumed = _resume(cfg, args, folder)
+    _adapt(cfg, args)
+    checks.check_classes(cfg)
+    if not args.no_check and primary():
+        checks.check_data(cfg, ["train", "val"])
+    checkpoint = _read_checkpoint(cfg, resumed)
+    runner = build(cfg, args.verbose)
+    checks.check_neck(runner.model)
+    if checkpoint is not None:
+        checks.check_weights(runner.model, checkpoint, whole=resumed)
+    progress = Progress(cfg.default_hooks.get("logger", {}).get("interval", 50), runner.rank == 0)
+    memory = MemoryReportHook()
+    runner.register_hook(progress)
+    runner.register_hook(memory)
+    if runner.rank == 0:
+        _announce(runner, cfg, resumed)
+    with noise_kept_out(args.verbose):
+        runner.train()
+    return _finish(runner, cfg, args, progress, memory.report)
+
+
+def _resume(cfg: Any, args: argparse.Namespace, folder: Path) -> bool:
+    """Sets what is to be loaded; says whether the run goes on from it."""
+    last = checkpoints.newest(folder)
+    if args.resume == "auto":
+        if last is None:
+            _logger.info(f"--resume auto: no checkpoint in '{folder}', starting from the beginning")
+        else:
+            cfg.load_from, cfg.resume = str(last), True
+        return last is not None
+    if args.resume:
+        cfg.load_from, cfg.resume = args.resume, True
+        return True
+    if last is not None and not args.overwrite:
+        raise UserError(
+            f"--work-dir: '{folder}' already holds a run; add --resume to go on with it, --overwrite to start anew, "
+            "or give another folder."
+        )
+    return bool(cfg.get("resume"))
+
+
+def _adapt(cfg: Any, args: argparse.Namespace) -> None:
+    """Puts what the command line asks for, and the resumable loop and whole checkpoints, into the configuration."""
+    randomness = cfg.get("randomness") or {}
+    cfg.randomness = {**randomness, "seed": randomness.get("seed", 0) if args.seed is None else args.seed}
+    if args.amp:
+        kept = {key: value for key, value in cfg.optim_wrapper.items() if key not in ("dtype", "loss_scale")}
+        cfg.optim_wrapper = {**kept, "type": "Bf16OptimWrapper"}
+    if args.auto_scale_lr:
+        if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
+            raise UserError("--auto-scale-lr: the configuration sets no auto_scale_lr.base_batch_size; set it or lr.")
+        cfg.auto_scale_lr.enable = True
+    if args.tensorboard:
+        if importlib.util.find_spec("tensorboard") is None:
+            raise UserError("--tensorboard: TensorBoard is not installed: pip install tensorboard")
+        cfg.visualizer.vis_backends.append({"type": "TensorboardVisBackend"})
+    if cfg.train_cfg.get("type") == "EpochBasedTrainLoop" or cfg.train_cfg.get("by_epoch"):
+        kept = {key: value for key, value in cfg.train_cfg.items() if key != "by_epoch"}
+        cfg.train_cfg = {**kept, "type": "ResumableTrainLoop"}
+    saving = cfg.default_hooks.checkpoint
+    if saving.get("type") == "CheckpointHook":
+        saving.type, saving.interim = "WholeCheckpointHook", args.save_every
+        if not saving.get("save_best") and _measures_boxes(cfg):
+            saving.save_best = "coco/bbox_mAP"
+
+
+def _measures_boxes(cfg: Any) -> bool:
+    evaluators = cfg.get("val_evaluator") or []
+    for each in evaluators if isinstance(evaluators, list) else [evaluators]:
+        metrics = each.get("metric", "bbox")
+        if each.get("type") == "CocoMetric" and "bbox" in ([metrics] if isinstance(metrics, str) else metrics):
+            return True
+    return False
+
+
+def _read_checkpoint(cfg: Any, resumed: bool) -> checkpoints.Checkpoint | None:
+    if not cfg.get("load_from"):
+        return None
+    checkpoint = checkpoints.read(cfg.load_from, "--resume" if resumed else "load_from")
+    if resumed and not checkpoint.resumable:
+        raise UserError(
+            f"--resume: '{cfg.load_from}' holds weights alone, no optimizer; give a checkpoint of a run, or start from "
+            f"its weights with --cfg-options load_from={cfg.load_from}."
+        )
+    return checkpoint
+
+
+def _announce(runner: Any, cfg: Any, resumed: bool) -> None:
+    import torch
+    from mmengine.device import get_device
+
+    model = getattr(runner.model, "module", runner.model)
+    parameters = sum(p.numel() for p in model.parameters())
+    backbone = cfg.model.get("backbone", {})
+    names = " ".join(str(backbone[key]) for key in ("type", "model_name", "arch", "depth") if key in backbone)
+    device = torch.cuda.get_device_name() if get_device() == "cuda" else get_device()
+    start = f"goes on from '{cfg.load_from}'" if resumed else "starts"
+    _logger.info(
+        f"{cfg.model.type} on {names} ({parameters:,} parameters) {start}; {runner.world_size} x {device}, "
+        f"{cfg.train_cfg.get('max_epochs', '?')} epochs; results in '{runner.work_dir}'"
+    )
+
+
+def _finish(runner: Any, cfg: Any, args: argparse.Namespace, progress: Any, memory: dict[str, Any]) -> Result:
+    """Table, summary and picture, of the best weights."""
+    folder = Path(runner.work_dir)
+    if runner.rank != 0:
+        return Result(folder, None, {}, memory)
+    known = runner.message_hub.runtime_info
+    found = known.get("best_ckpt") or known.get("last_ckpt")
+    checkpoint = Path(found) if found and Path(found).is_file() else None
+    key = "coco/bbox_mAP"
+    rows = progress.validations
+    best = max(rows, key=lambda row: row.get(key, 0.0)) if rows else {}
+    metrics = {name: value for name, value in best.items() if name not in ("epoch", "iter")}
+    more: dict[str, Any] = {"epoch": best.get("epoch"), "training time": clock(progress.seconds), **_megabytes(memory)}
+    model = getattr(runner.model, "module", runner.model)
+    if checkpoint is not None:
+        model.load_state_dict(checkpoints.read(checkpoint, "the best checkpoint").state)
+    picture = None
+    if runner.val_loop is not None:
+        picture = draw(model, runner.val_dataloader.dataset, args.draw, folder)
+    values = {"config": cfg.filename, "checkpoint": str(checkpoint), "best_epoch": best.get("epoch"), **metrics}
+    write_summary(folder, {**values, "seconds": progress.seconds, "memory": memory, "validations": rows})
+    show(f"{Path(cfg.filename).stem}, validation", metrics, more)
+    _logger.info(f"weights in '{checkpoint}'" + (f", predictions drawn in '{picture}'" if picture else ""))
+    return Result(folder, checkpoint, metrics, memory)
+
+
+def _megabytes(memory: dict[str, Any]) -> dict[str, str]:
+    words = {key.removesuffix("_bytes").replace("_", " "): key for key in memory if key.endswith("_bytes")}
+    return {f"{name}, MB": f"{memory[key] / MB:,.1f}" for name, key in words.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""Runs a script of MMDetection, unmodified, with the operators' stand-in in place before anything is imported.
+
+python -m revnets.mm test.py CONFIG CHECKPOINT
+python -m revnets.mm analysis_tools/get_flops.py CONFIG
+"""
+
+import runpy
+import sys
+from pathlib import Path
+
+from .operators import install
+
+
+def main() -> int:
+    """``sys.argv``: a script, by its path or as MMDetection's ``tools/`` call it, and its arguments."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        sys.stderr.write(f"{__doc__}\n")
+        return 0 if len(sys.argv) > 1 else 2
+    install()
+    import mmdet
+
+    tools = Path(mmdet.__file__).parent / ".mim" / "tools"
+    script = next((path for path in (Path(sys.argv[1]), tools / sys.argv[1]) if path.is_file()), None)
+    if script is None:
+        known = ", ".join(sorted(str(path.relative_to(tools)) for path in tools.rglob("*.py")))
+        sys.stderr.write(f"error: there is no script '{sys.argv[1]}', here or among MMDetection's: {known}\n")
+        return 2
+    sys.argv = [str(script), *sys.argv[2:]]
+    sys.path.insert(0, str(script.parent))
+    runpy.run_path(str(script), run_name="__main__")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""Checkpoints that are written whole or not at all, and never removed before their successor is there."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import is_main_process
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook
+from mmengine.registry import HOOKS
+
+from ..profiling.report import write
+
+BACKEND = "revnets.whole_files"
+INTERIM = "interim.pth"
+
+
+class WholeFilesBackend(LocalBackend):
+    """MMEngine's local files, each written to a temporary one first; removals can be put off."""
+
+    name = BACKEND
+    _put_off: list[str] | None = None
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        """Write bytes to a file, which appears complete or not at all."""
+        path = Path(filepath)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, lambda temporary: _write_through(temporary, obj))
+
+    def remove(self, filepath: str | Path) -> None:
+        """Remove a file, at once or later."""
+        if self._put_off is None:
+            super().remove(filepath)
+        else:
+            self._put_off.append(str(filepath))
+
+    @contextmanager
+    def removals_put_off(self) -> Iterator[list[str]]:
+        """Inside, removals only add to a list, which is given."""
+        self._put_off = []
+        try:
+            yield self._put_off
+        finally:
+            self._put_off = None
+
+
+register_backend(BACKEND, WholeFilesBackend, force=True)
+
+
+@HOOKS.register_module()
+class WholeCheckpointHook(CheckpointHook):
+    """MMEngine's ``CheckpointHook`` for local folders, safe against being killed at any moment.
+
+    Files appear complete or not at all; ``last_checkpoint`` names a complete one; old ones (``max_keep_ckpts``, a best
+    one that was surpassed) go after the new one is there.
+
+    Args:
+        interim: also save every so many iterations, to ``interim.pth``, of which there is only the latest; 0: never.
+        **options: of ``CheckpointHook``.
+
+    Example:
+        >>> WholeCheckpointHook(interval=1, save_best="coco/bbox_mAP", interim=1000).interim
+        1000
+    """
+
+    def __init__(self, interim: int = 0, **options: Any) -> None:
+        super().__init__(**{"backend_args": {"backend": BACKEND}, **options})
+        self.interim = interim
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Save, if it is time."""
+        super().after_train_iter(runner, batch_idx, data_batch, outputs)
+        if self.interim > 0 and self.every_n_train_iters(runner, self.interim) and self.by_epoch:
+            meta = {"epoch": runner.epoch, "iter": runner.iter + 1}
+            self._save(runner, INTERIM, meta)
+
+    def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict[str, Any]) -> None:
+        """Save, name the file in ``last_checkpoint``, and remove what is one too many."""
+        outdated = []
+        if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
+            if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
+                outdated.append(self.keep_ckpt_ids.popleft())
+            self.keep_ckpt_ids.append(step)
+            runner.message_hub.update_info("keep_ckpt_ids", list(self.keep_ckpt_ids))
+        self._save(runner, self.filename_tmpl.format(step), meta)
+        if is_main_process():
+            for old in outdated:
+                Path(self.out_dir, self.filename_tmpl.format(old)).unlink(missing_ok=True)
+
+    def _save_best_checkpoint(self, runner: Any, metrics: dict[str, Any]) -> None:
+        with self.file_backend.removals_put_off() as surpassed:
+            super()._save_best_checkpoint(runner, metrics)
+        now = vars(self)
+        best = {now.get("best_ckpt_path"), *now.get("best_ckpt_path_dict", {}).values()}
+        for path in surpassed:
+            if path not in best:  # a repeated epoch writes the same file again
+                Path(path).unlink(missing_ok=True)
+
+    def _save(self, runner: Any, name: str, meta: dict[str, Any]) -> None:
+        self.last_ckpt = os.path.join(self.out_dir, name)
+        runner.message_hub.update_info("last_ckpt", self.last_ckpt)
+        runner.save_checkpoint(
+            self.out_dir,
+            name,
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler,
+            meta=meta,
+            by_epoch=self.by_epoch,
+            backend_args=self.backend_args,
+            **self.args,
+        )
+        if is_main_process():
+            text = self.last_ckpt
+            write(Path(runner.work_dir, "last_checkpoint"), lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _write_through(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,282 @@
+"""MMDetection configs for ``revnets profile``: backbone, backbone and neck, and the whole detector."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.utils import get_installed_path
+from torch import Tensor, nn
+
+from ..profiling.fake import ProfileError
+from ..profiling.target import Job, Setting, Target, as_job, first_line, training_loss
+from ..reversible import MODES, set_mode
+
+PARTS = ("backbone", "backbone + neck", "detector")
+DEFAULT_SIZE = (800, 1333)
+DIVISOR = 32
+BOXES_PER_IMAGE = 8
+NECK_DEPTHS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class DetectorTarget(Target):
+    """A detector of an MMDetection config, or the part of it up to the neck, at an image size and a memory mode.
+
+    Prediction and measurement of the parts run the same step on the mean of squares of their outputs. The whole
+    detector is *measured* in a real training step on random images with ``BOXES_PER_IMAGE`` boxes. It is *predicted*
+    with its heads at full load, since assigning boxes depends on values: all RoIs that the sampler may take, spread
+    evenly over the levels, and as many positive ones as it allows for masks; the assignment itself is left out.
+
+    Args:
+        name: stem of the config's file.
+        img_size: short side of the images, pixels.
+        batch_size: images per step.
+        mode: memory mode of everything in the detector that has one.
+        part: one of ``PARTS``.
+        config: path, or ``mmdet::...`` for a config that MMDetection ships.
+        aspect: long side over short side.
+        options: changes to the config, by dotted keys.
+    """
+
+    part: str = PARTS[-1]
+    config: str = ""
+    aspect: float = DEFAULT_SIZE[1] / DEFAULT_SIZE[0]
+
+    def __str__(self) -> str:
+        return f"{self.title} @{self.img_size}x{round(self.img_size * self.aspect)} batch {self.batch_size}"
+
+    @property
+    def title(self) -> str:
+        """The detector and the part of it."""
+        return f"{self.name} {self.part}"
+
+    def columns(self) -> dict[str, Any]:
+        """What it is, for files."""
+        return {**super().columns(), "part": self.part, "width": round(self.img_size * self.aspect)}
+
+    @property
+    def mode_name(self) -> str:
+        """The mode in words."""
+        return "plain" if self.mode == "store" else self.mode
+
+    def build(self, setting: Setting, device: torch.device | str) -> Job:
+        """The step on ``device``; on ``"meta"``, the one whose shapes do not depend on values."""
+        torch.manual_seed(0)
+        with torch.device(device):
+            detector = _build(_read(self.config, dict(self.options)), self.mode, setting)
+            height, width = (-(-round(s) // DIVISOR) * DIVISOR for s in (self.img_size, self.img_size * self.aspect))
+            x = torch.randn(self.batch_size, 3, height, width)
+        if setting.channels_last:
+            detector, x = detector.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+        measured = self.part == "detector" and torch.device(device).type != "meta"
+        step = RealStep(detector, self, device) if measured else FixedStep(detector, self.part)
+        return as_job(step.train(), x, training_loss if not measured else _itself, setting)
+
+    def deeper(self) -> Sequence[Target]:
+        """Backbone and neck with the neck repeated more and more often; as it is where it cannot be."""
+        neck = _read(self.config).model.get("neck") or {}
+        key = next((key for key in ("num_silos", "stack_times") if key in neck), None)
+        if self.part != "backbone + neck":
+            return []
+        return [self] if key is None else [replace(self, options=((f"model.neck.{key}", n),)) for n in NECK_DEPTHS]
+
+    def divisor(self, setting: Setting) -> int:
+        """Image sides are padded to multiples of this."""
+        return DIVISOR
+
+
+def _itself(loss: Tensor) -> Tensor:
+    return loss
+
+
+def parse_config(text: str, setting: Setting, img_size: int | None = None, batch_size: int = 1) -> list[DetectorTarget]:
+    """Targets of ``CONFIG.py[@HEIGHTxWIDTH][:BATCH]``: each part in each mode.
+
+    Args:
+        text: what was typed.
+        setting: options of the networks.
+        img_size: short side where the text has none; 800 by default.
+        batch_size: where the text has none.
+
+    Raises:
+        ProfileError: for a config that cannot be read or built.
+    """
+    match = re.fullmatch(r"(.+\.py)(?:@(\d+)(?:x(\d+))?)?(?::(\d+))?", text)
+    if match is None or "0" in match.groups():
+        raise ProfileError(f"{text!r}: expected CONFIG.py@HEIGHTxWIDTH:BATCH, such as faster-rcnn.py@800x1333:1")
+    height = int(match[2] or img_size or DEFAULT_SIZE[0])
+    aspect = int(match[3]) / height if match[3] else 1.0 if match[2] else DEFAULT_SIZE[1] / DEFAULT_SIZE[0]
+    cfg = _read(match[1])
+    with torch.device("meta"):
+        modes = _modes(_build(cfg, None, setting), cfg)
+    parts = [part for part in PARTS if part != "backbone + neck" or cfg.model.get("neck")]
+    size = (height, int(match[4] or batch_size))
+    name = Path(match[1].rsplit("::", 1)[-1]).stem
+    return [
+        DetectorTarget(name, *size, mode, config=match[1], part=part, aspect=aspect) for mode in modes for part in parts
+    ]
+
+
+def _read(path: str, changes: dict[str, Any] | None = None) -> Config:
+    file = Path(path)
+    if path.startswith("mmdet::"):
+        file = Path(get_installed_path("mmdet")) / ".mim" / "configs" / path.removeprefix("mmdet::")
+    if not file.is_file():
+        raise ProfileError(f"config {path!r} is not there: pass the path of a file, or mmdet::FOLDER/FILE.py")
+    try:
+        cfg = Config.fromfile(file)
+        cfg.merge_from_dict(changes or {})
+        return cfg
+    except Exception as error:  # a config is a program: it may fail in any way
+        raise ProfileError(f"config {path!r} cannot be read: {first_line(error)}") from error
+
+
+def _build(cfg: Config, mode: str | None, setting: Setting) -> Any:
+    from mmdet.registry import MODELS
+
+    init_default_scope("mmdet")
+    model = cfg.model.copy()
+    if mode == "checkpoint" and model.backbone.type not in ("RevBiFPN", "TimmBackbone"):
+        model.backbone = {**model.backbone, "with_cp": True}
+    for part in ("backbone", "neck"):
+        if model.get(part) and model[part].get("type") in ("RevBiFPN", "RevBiFPNNeck"):
+            model[part] = {**model[part], "exact": setting.exact}
+    try:
+        detector = MODELS.build(model)
+    except Exception as error:
+        raise ProfileError(f"the model of {cfg.filename} cannot be built: {first_line(error)}") from error
+    if mode is not None and _has_modes(detector):
+        set_mode(detector, mode)
+    elif mode == "checkpoint" and model.backbone.type == "TimmBackbone":
+        detector.backbone = MODELS.build({**model.backbone, "with_cp": True})
+    return detector
+
+
+def _has_modes(detector: nn.Module) -> bool:
+    return any(vars(m).get("mode") in MODES and len(list(m.children())) for m in _reversible_parts(detector))
+
+
+def _reversible_parts(detector: nn.Module) -> list[nn.Module]:
+    from ..reversible import RevSequential
+
+    return [m for m in detector.modules() if isinstance(m, RevSequential)]
+
+
+def _modes(detector: Any, cfg: Config) -> Sequence[str]:
+    if _has_modes(detector):
+        return ("reversible", "store", "checkpoint")
+    backbone = detector.backbone
+    can_checkpoint = hasattr(backbone, "with_cp") or type(backbone).__name__ == "TimmBackbone"
+    return ("store", "checkpoint") if can_checkpoint else ("store",)
+
+
+class FixedStep(nn.Module):
+    """The forward pass of a part of a detector with shapes that depend on no value: the outputs of all its heads."""
+
+    def __init__(self, detector: Any, part: str) -> None:
+        super().__init__()
+        self.part = part
+        self.backbone = detector.backbone
+        self.neck = detector.neck if part != "backbone" and detector.with_neck else None
+        heads = part == "detector"
+        # of two-stage detectors `rpn_head` and `roi_head`, of one-stage ones `bbox_head`
+        self.dense_head = (getattr(detector, "rpn_head", None) or detector.bbox_head) if heads else None
+        self.roi_head = getattr(detector, "roi_head", None) if heads else None
+        if self.dense_head is not None:
+            self.dense_head.prior_generator = None  # anchors: tensors that a fake twin of the head cannot have
+        self.sampler = detector.train_cfg["rcnn"]["sampler"] if self.roi_head is not None else None
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Args: x: images ``(N, 3, H, W)``. Returns: outputs, in no particular shape."""
+        maps = self.backbone(x)
+        if self.neck is not None:
+            maps = self.neck(maps)
+        if self.dense_head is None:
+            return list(maps)
+        outputs = _flat(self.dense_head(maps))
+        if self.roi_head is None or self.sampler is None:
+            return outputs
+        count = len(x) * self.sampler["num"]
+        outputs += _flat(self.roi_head.bbox_head(_rois(self.roi_head.bbox_roi_extractor, maps, count)))
+        if getattr(self.roi_head, "mask_head", None) is not None:
+            positive = int(count * self.sampler["pos_fraction"])
+            outputs.append(self.roi_head.mask_head(_rois(self.roi_head.mask_roi_extractor, maps, positive)))
+        return outputs
+
+
+def _rois(extractor: Any, maps: Sequence[Tensor], count: int) -> Tensor:
+    """Features of ``count`` regions, the same number from each level: ``(count, C, h, w)``."""
+    from torchvision.ops import roi_align
+
+    layers = extractor.roi_layers
+    numbers = [count // len(layers) + (k < count % len(layers)) for k in range(len(layers))]
+    found = maps[0].new_zeros(count, maps[0].shape[1], *layers[0].output_size)
+    start = 0
+    for layer, y, n in zip(layers, maps, numbers, strict=False):
+        rois = y.new_zeros(n, 5)
+        found[start : start + n] = roi_align(
+            y, rois, layer.output_size, layer.spatial_scale, layer.sampling_ratio, layer.aligned
+        )
+        start += n
+    return found
+
+
+def _flat(outputs: Any) -> list[Tensor]:
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    return [t for item in outputs for t in _flat(item)]
+
+
+class RealStep(nn.Module):
+    """The loss of a detector in a training step on images with random boxes (and masks)."""
+
+    def __init__(self, detector: Any, target: DetectorTarget, device: torch.device | str) -> None:
+        super().__init__()
+        self.detector = detector
+        self.target = target
+        self.device = device
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Args: x: images ``(N, 3, H, W)``. Returns: the sum of the detector's losses."""
+        losses = self.detector.loss(x, _annotations(x, self.detector, self.target))
+        return self.detector.parse_losses(losses)[0]
+
+
+def _annotations(x: Tensor, detector: Any, target: DetectorTarget) -> list[Any]:
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+    from mmengine.structures import InstanceData
+
+    generator = torch.Generator().manual_seed(0)
+    height, width = x.shape[-2:]
+    shape = (target.img_size, round(target.img_size * target.aspect))
+    samples = []
+    for _ in range(len(x)):
+        side = torch.tensor([shape[1], shape[0]])
+        corners = torch.rand(BOXES_PER_IMAGE, 2, generator=generator) * side * 0.6
+        sides = (0.1 + 0.25 * torch.rand(BOXES_PER_IMAGE, 2, generator=generator)) * side
+        boxes = torch.cat((corners, corners + sides), dim=1)
+        instances = InstanceData(bboxes=boxes.to(x.device))
+        instances.labels = torch.zeros(BOXES_PER_IMAGE, dtype=torch.long, device=x.device)
+        masks = torch.zeros(BOXES_PER_IMAGE, height, width, dtype=torch.uint8)
+        for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
+            mask[top:bottom, left:right] = 1
+        instances.masks = BitmapMasks(masks.numpy(), height, width)
+        sample = DetDataSample(
+            metainfo={
+                "img_shape": shape,
+                "ori_shape": shape,
+                "pad_shape": (height, width),
+                "batch_input_shape": (height, width),
+                "scale_factor": (1.0, 1.0),
+            }
+        )
+        sample.gt_instances = instances
+        sample.ignored_instances = InstanceData(bboxes=boxes.new_zeros(0, 4).to(x.device))
+        samples.append(sample)
+    return samples

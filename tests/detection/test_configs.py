@@ -1,0 +1,109 @@
+"""Every configuration: short, runnable as its first line says, built by `type=` strings, with what it promises."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from detection.config import CONFIGS, read
+
+FILES = sorted(CONFIGS.glob("[!_]*/*.py"))
+BASES = sorted(CONFIGS.glob("_base_/*/*.py"))
+SIZES = [f"s{n}" for n in range(7)]
+QUICK = [f for f in FILES if "coco" not in f.stem or "-s0_" in f.stem]  # reading all of them takes a while
+EACH = [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in FILES]
+
+
+@functools.cache
+def load(path: Path) -> Any:
+    return read(str(path))
+
+
+BUILT = [each for each in EACH if "_1x_" in each.values[0].stem or "coco" not in each.values[0].stem]
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(CONFIGS))
+
+
+def test_the_whole_matrix_is_there() -> None:
+    names = {path.stem for path in FILES}
+    for kind, sizes in {"faster-rcnn": SIZES, "mask-rcnn": SIZES, "retinanet": SIZES[:3]}.items():
+        for size in sizes:
+            for schedule in ("1x", "2x", "amp-1x"):
+                assert f"{kind}_revbifpn-{size}_{schedule}_coco" in names
+        assert f"{kind}_revbifpn-s0_digits" in names
+    assert {"faster-rcnn_revbifpn-s0_bccd", "retinanet_revbifpn-s0_bccd"} <= names
+
+
+@pytest.mark.parametrize("path", FILES + BASES, ids=relative)
+def test_is_short_and_opens_with_a_comment(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert len(lines) < 30
+    assert lines[0].startswith("# ")
+    if path in FILES:
+        assert lines[0].endswith(f"python detection/train.py configs/detection/{relative(path)}")
+
+
+@pytest.mark.parametrize("path", EACH, ids=relative)
+def test_says_what_its_name_says(path: Path) -> None:
+    cfg = load(path)
+    kind, size, what = path.stem.split("_", 1)[0], path.stem.split("-s")[1][0], path.stem.split("_")[-1]
+    assert cfg.custom_imports == {"imports": ["revnets.mm"], "allow_failed_imports": False}
+    assert cfg.model.type == {"faster-rcnn": "FasterRCNN", "mask-rcnn": "MaskRCNN", "retinanet": "RetinaNet"}[kind]
+    assert cfg.model.backbone.type == "RevBiFPN"
+    assert cfg.model.backbone.arch == f"s{size}"
+    if what == "coco":
+        assert cfg.train_cfg.max_epochs == (24 if "_2x_" in path.stem else 12)
+        assert cfg.optim_wrapper.type == ("Bf16OptimWrapper" if "_amp-" in path.stem else "OptimWrapper")
+        optimizer = cfg.optim_wrapper.optimizer
+        assert (optimizer.type, optimizer.lr) == ("SGD", 0.01 if kind == "retinanet" else 0.02)
+        assert cfg.auto_scale_lr.base_batch_size == 16
+
+
+def build(part: Any) -> Any:
+    from mmdet.registry import MODELS
+    from mmengine.registry import DefaultScope
+
+    with DefaultScope.overwrite_default_scope("mmdet"), torch.device("meta"):
+        return MODELS.build(part)
+
+
+@functools.cache
+def channels(arch: str) -> list[int]:
+    backbone = build({"type": "RevBiFPN", "arch": arch})
+    assert backbone.strides == [4, 8, 16, 32]
+    return backbone.out_channels
+
+
+@pytest.mark.parametrize("path", EACH, ids=relative)
+def test_neck_takes_what_the_backbone_gives(path: Path) -> None:
+    model = load(path).model
+    assert list(model.neck.in_channels) == channels(model.backbone.arch)
+
+
+@pytest.mark.parametrize("path", BUILT, ids=relative)
+def test_builds_by_its_strings(path: Path) -> None:
+    model = build(load(path).model)
+    assert model.backbone.out_channels == list(model.neck.in_channels)
+
+
+@pytest.mark.parametrize(
+    ("name", "variable"),
+    [("coco/mask-rcnn_revbifpn-s0_1x_coco", "COCO_ROOT"), ("bccd/faster-rcnn_revbifpn-s0_bccd", "BCCD_ROOT"),
+     ("digits/mask-rcnn_revbifpn-s0_digits", "DIGITS_ROOT")],
+)  # fmt: skip
+def test_data_can_be_elsewhere(name: str, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from detection.config import load as load_all
+    from detection.config import parse, parser
+
+    path = str(CONFIGS / f"{name}.py")
+    moved = load_all(parse(parser("x", ""), [path, "--cfg-options", "data_root=/else/where"]))
+    monkeypatch.setenv(variable, "/else/where")
+    for cfg in (moved, read(path)):
+        for split in ("train", "val", "test"):
+            assert cfg[f"{split}_dataloader"].dataset.data_root == "/else/where"
+        assert cfg.val_evaluator.ann_file.startswith("/else/where/")
+        assert cfg.test_evaluator.ann_file.startswith("/else/where/")

@@ -1,0 +1,248 @@
+"""Bad input: one sentence that says what and where, exit code 2, before anything is trained or written."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from detection import test as testing
+from detection import train as training
+
+from .conftest import tiny_config
+
+Change = Callable[[dict[str, Any], Path], None]
+
+
+@pytest.fixture
+def own(scenes: Path, tmp_path: Path) -> Path:
+    """A copy of the scenes, to be damaged."""
+    return Path(shutil.copytree(scenes, tmp_path / "scenes"))
+
+
+def changed(data: Path, change: Change, split: str = "train") -> None:
+    path = data / f"{split}.json"
+    content = json.loads(path.read_text())
+    change(content, data)
+    path.write_text(json.dumps(content))
+
+
+def rename(content: dict[str, Any], data: Path) -> None:
+    content["categories"][3]["name"] = "three"
+
+
+def swap(content: dict[str, Any], data: Path) -> None:
+    content["categories"] = content["categories"][::-1]
+
+
+def no_images(content: dict[str, Any], data: Path) -> None:
+    content["images"], content["annotations"] = [], []
+
+
+def no_objects(content: dict[str, Any], data: Path) -> None:
+    content["annotations"] = []
+
+
+def no_list(content: dict[str, Any], data: Path) -> None:
+    del content["annotations"]
+
+
+def bad_box(content: dict[str, Any], data: Path) -> None:
+    content["annotations"][0]["bbox"] = [1, 2, 3]
+
+
+def no_width(content: dict[str, Any], data: Path) -> None:
+    del content["images"][0]["width"]
+
+
+def missing_image(content: dict[str, Any], data: Path) -> None:
+    (data / "train" / "00002.png").unlink()
+
+
+def truncated_image(content: dict[str, Any], data: Path) -> None:
+    path = data / "train" / "00002.png"
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def truncated_jpeg(content: dict[str, Any], data: Path) -> None:
+    with Image.open(data / "train" / "00002.png") as image:
+        image.save(data / "train" / "00002.jpg")
+    path = data / "train" / "00002.jpg"
+    path.write_bytes(path.read_bytes()[:2000])
+    content["images"][2]["file_name"] = path.name
+
+
+def text_as_image(content: dict[str, Any], data: Path) -> None:
+    (data / "train" / "00002.png").write_text("no image")
+
+
+def all_too_small(content: dict[str, Any], data: Path) -> None:
+    for image in content["images"]:
+        image["width"] = 8
+
+
+STOPS: dict[str, tuple[Change, tuple[str, ...]]] = {
+    "unknown categories": (rename, ("train.json", "'3'", "three", "metainfo.classes")),
+    "categories in another order": (swap, ("train.json", "order")),
+    "no images": (no_images, ("train.json", "no images")),
+    "no objects": (no_objects, ("train.json", "no image with an object")),
+    "no annotations": (no_list, ("train.json", "'annotations'")),
+    "a box of three numbers": (bad_box, ("annotation 1", "[1, 2, 3]", "[x, y, width, height]")),
+    "an image without width": (no_width, ("image 1", "'width'")),
+    "missing image": (missing_image, ("00002.png", "No such file")),
+    "truncated image": (truncated_image, ("00002.png", "truncated or damaged")),
+    "truncated JPEG": (truncated_jpeg, ("00002.jpg", "truncated or damaged")),
+    "no image at all": (text_as_image, ("00002.png", "damaged")),
+    "all images too small": (all_too_small, ("train.json", "no image with an object")),
+}
+
+
+def refused(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> None:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert code == 2
+    assert len(lines) == 1
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+@pytest.mark.parametrize("what", STOPS)
+def test_bad_data_stop_before_training(
+    what: str, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, words = STOPS[what]
+    changed(own, change)
+    folder = tmp_path / "run"
+    code = training.main([str(tiny_config(tmp_path, own)), "--work-dir", str(folder)])
+    refused(capsys, code, *words)
+    assert not list(folder.rglob("*.pth"))
+
+
+def test_what_mmdetection_skips_is_counted(own: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from detection.checks import check_data
+    from detection.config import read
+
+    def change(content: dict[str, Any], data: Path) -> None:
+        annotations = content["annotations"]
+        annotations[0]["bbox"][2] = 0
+        annotations[1]["bbox"][3] = 0.5
+        annotations[2]["area"] = 0
+        annotations[3]["bbox"][0] = 1000
+        annotations[4]["category_id"] = 99
+        annotations[5]["image_id"] = 1234
+        content["images"].append({**content["images"][7], "id": 77})
+        content["images"].append({**content["images"][7], "id": 78, "width": 20})
+
+    changed(own, change)
+    check_data(read(str(tiny_config(tmp_path, own))), ["train"])
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert "4 annotations with a box without area, or outside of its image are skipped (ids 1, 2, 3, 4)" in said
+    assert "1 annotations of a category that the file does not list are skipped (ids 5)" in said
+    assert "1 annotations of an image that the file does not list are skipped (ids 6)" in said
+    assert "1 images with a side under 32 pixels are skipped (00007.png)" in said
+    assert "2 images without an object are skipped" in said
+
+
+def test_small_images_that_are_kept_are_named(own: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from detection.checks import check_data
+    from detection.config import read
+
+    changed(own, lambda content, data: content["images"][0].update(width=20), "val")
+    check_data(read(str(tiny_config(tmp_path, own))), ["val"])
+    assert "1 images are smaller than one cell of the coarsest map (32 pixels)" in caplog.text
+
+
+OPTIONS: dict[str, tuple[list[str], tuple[str, ...]]] = {
+    "unknown option": (["--ampp"], ("--ampp", "--help")),
+    "no KEY=VALUE": (["--cfg-options", "data_root"], ("--cfg-options", "KEY=VALUE")),
+    "unknown key": (["--cfg-options", "modl.type=X"], ("'modl'", "'model'")),
+    "unknown backbone": (["--cfg-options", "model.backbone.type=RevBiFNP"], ("RevBiFNP",)),
+    "unknown arch": (["--cfg-options", "model.backbone.arch=s9"], ("'s9'", "s6")),
+    "channels": (["--cfg-options", "model.neck.in_channels=[1,2,3,4]"], ("[1, 2, 3, 4]", "[16, 16, 32, 96]")),
+    "classes": (["--cfg-options", "model.roi_head.bbox_head.num_classes=3"], ("num_classes=3", "10 classes")),
+    "no data": (["--cfg-options", "data_root=/nowhere"], ("/nowhere/train.json", "data_root")),
+    "no checkpoint": (["--resume", "/nowhere.pth"], ("--resume", "'/nowhere.pth' does not exist")),
+    "torchrun": (["--launcher", "pytorch"], ("torchrun",)),
+}
+
+
+@pytest.mark.parametrize("what", OPTIONS)
+def test_bad_options(what: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more, words = OPTIONS[what]
+    refused(capsys, training.main([str(tiny), "--work-dir", str(tmp_path / "run"), *more]), *words)
+
+
+def test_bad_configurations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken, bare = tmp_path / "broken.py", tmp_path / "bare.py"
+    broken.write_text("model = dict(")
+    bare.write_text("model = dict(type='FasterRCNN')")
+    refused(
+        capsys, training.main([str(tmp_path / "faster-rcnn_revbifpn-s0_digit.py")]), "there is no file", "did you mean"
+    )
+    refused(capsys, training.main([str(broken)]), "broken.py", "cannot be read")
+    refused(capsys, training.main([str(bare)]), "sets no train_dataloader")
+
+
+@pytest.fixture(scope="module")
+def weights(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints that are not what they should be, and one that is."""
+    from mmdet.registry import MODELS
+    from mmengine.registry import DefaultScope
+
+    from detection.config import read
+
+    folder = tmp_path_factory.mktemp("weights")
+    found = {name: folder / f"{name}.pth" for name in ("right", "other", "short", "text", "empty", "code")}
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        cfg = read(str(tiny))
+        torch.save({"state_dict": MODELS.build(cfg.model).state_dict(), "meta": {}}, found["right"])
+        cfg.model.backbone.arch, cfg.model.neck.in_channels = "s0", [48, 64, 128, 320]
+        other = MODELS.build(cfg.model).state_dict()
+        torch.save({"state_dict": other, "meta": {"cfg": cfg.pretty_text}, "optimizer": {}}, found["other"])
+    found["short"].write_bytes(found["right"].read_bytes()[:5000])
+    found["text"].write_text("weights")
+    torch.save({"state_dict": {}}, found["empty"])
+    torch.save({"state_dict": {"x": torch.ones(1)}, "more": Path("runs code")}, found["code"])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("other", ("another network", "RevBiFPN s0", "tensors do not fit")),
+        ("short", ("damaged",)),
+        ("text", ("damaged",)),
+        ("empty", ("holds no weights",)),
+        ("code", ("more than weights",)),
+    ],
+)
+def test_bad_checkpoints(
+    name: str, words: tuple[str, ...], weights: dict[str, Path], tiny: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = ["--work-dir", str(tmp_path / "run")]
+    path = str(weights[name])
+    refused(capsys, testing.main([str(tiny), path, *folder]), "CHECKPOINT", path, *words)
+    refused(capsys, training.main([str(tiny), "--resume", path, *folder]), "--resume", path, *words)
+    refused(
+        capsys, training.main([str(tiny), *folder, "--cfg-options", f"load_from={path}"]), "load_from", path, *words
+    )
+
+
+def test_weights_alone_cannot_be_resumed(
+    weights: dict[str, Path], tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = training.main([str(tiny), "--resume", str(weights["right"]), "--work-dir", str(tmp_path / "run")])
+    refused(capsys, code, "no optimizer", "load_from=")
+
+
+def test_a_run_is_not_overwritten(
+    weights: dict[str, Path], tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = tmp_path / "epoch_1.pth"
+    shutil.copy(weights["right"], saved)
+    (tmp_path / "last_checkpoint").write_text(str(saved))
+    refused(capsys, training.main([str(tiny), "--work-dir", str(tmp_path)]), "already holds a run", "--resume")
+    assert saved.read_bytes() == weights["right"].read_bytes()

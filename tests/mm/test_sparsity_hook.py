@@ -1,0 +1,91 @@
+"""The hook in runs of MMEngine: masks, averages, accumulation and resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from revnets.sparsity import sparse_layers
+from tests.sparsity.double import batch, network
+
+pytest.importorskip("mmengine", reason="the hook needs MMEngine (pip install -e .[detection])")
+
+import mmengine.model
+from mmengine.runner import Runner
+
+import revnets.mm  # noqa: F401  (registers the hook)
+
+
+class Classifier(mmengine.model.BaseModel):
+    """A sparse network in MMEngine's clothes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, mode: str) -> Any:
+        return {"loss": torch.nn.functional.cross_entropy(self.net(x), y)}
+
+
+def run(folder: Path, epochs: int, resume: bool = False, accumulate: int = 1, **more: Any) -> Runner:
+    model = Classifier()
+    x, y = batch(0, size=48)
+    loader = torch.utils.data.DataLoader(list(zip(x, y, strict=True)), batch_size=8)
+    runner = Runner(
+        model=model,
+        work_dir=str(folder),
+        train_dataloader=loader,
+        optim_wrapper={
+            "optimizer": {"type": "SGD", "lr": 0.1, "momentum": 0.9},
+            "accumulative_counts": accumulate,
+        },
+        train_cfg={"by_epoch": True, "max_epochs": 4},
+        custom_hooks=[
+            {"type": "SparsityHook", "schedule": "rigl", "interval": 3, **more},
+            {"type": "EMAHook", "momentum": 0.1},
+        ],
+        resume=resume,
+        default_scope="mmengine",
+        experiment_name=f"{folder.name}{epochs}{resume}",
+    )
+    runner.train_loop._max_epochs = epochs  # a run that is stopped early: the schedule is that of the whole
+    runner.train()
+    return runner
+
+
+def parts(runner: Runner) -> tuple[Any, Any]:
+    hooks = {type(hook).__name__: hook for hook in runner.hooks}
+    return hooks["SparsityHook"], hooks["EMAHook"]
+
+
+def test_resumed_run_equals_uninterrupted_run_to_the_bit(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", 4, distribution="erk")
+    run(tmp_path / "parts", 2, distribution="erk")
+    second = run(tmp_path / "parts", 4, resume=True, distribution="erk")
+    (ours, ema), (theirs, other) = parts(whole), parts(second)
+    assert ours.controller.history == theirs.controller.history
+    assert len(ours.controller.history) == 5  # of 24 steps up to 0.75
+    for a, b in ((whole.model, second.model), (ema.ema_model, other.ema_model)):
+        assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+    saved = torch.load(tmp_path / "whole" / "epoch_4.pth", weights_only=False)
+    assert {"sparsity", "ema_state_dict"} <= saved.keys()
+    for mine, average in zip(sparse_layers(whole.model), sparse_layers(ema.ema_model), strict=True):
+        assert torch.equal(mine.mask, average.mask)
+        assert not mine.weight[~mine.mask].any()
+    assert (Path(whole.log_dir) / "sparsity.csv").exists()
+    assert (Path(whole.log_dir) / "sparsity.png").exists()
+
+
+def test_accumulated_iterations_count_as_one(tmp_path: Path) -> None:
+    hook, _ = parts(run(tmp_path, 4, accumulate=2))
+    assert hook.controller.schedule.total_steps == 12
+    assert hook.controller.steps == 12
+    assert [update.step for update in hook.controller.history] == [3, 6]
+
+
+def test_schedule_that_ends_before_it_starts(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="before they start"):
+        run(tmp_path, 1, start=0.9)
