@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..sparsity.found import is_sparse
 
 FORMAT = "revnets-sparse-1"
 _VALUES, _PLACES = ".values", ".places"
@@ -125,12 +126,7 @@ def _expanded(model: nn.Module, stored: Mapping[str, Tensor], path: str) -> dict
 
 def masked_names(model: nn.Module) -> set[str]:
     """Names of the modules that have a ``weight`` and a bool buffer ``mask`` of its shape."""
-
-    def is_masked(module: Any) -> bool:
-        weight, mask = module._parameters.get("weight"), module._buffers.get("mask")
-        return weight is not None and mask is not None and mask.dtype == torch.bool and mask.shape == weight.shape
-
-    return {name for name, module in model.named_modules() if is_masked(module)}
+    return {name for name, module in model.named_modules() if is_sparse(module)}
 
 
 def pack_bits(mask: Tensor) -> Tensor:
