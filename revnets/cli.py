@@ -88,6 +88,26 @@ def profile(
         _fail(error)
 
 
+@app.command()
+def layers(
+    model: Annotated[str | None, typer.Argument(help="convert this one, any timm model", metavar="[MODEL")] = None,
+    spec: Annotated[str, typer.Argument(help="such as sparse_wide:0.75", metavar="SPEC]")] = "",
+    img_size: Annotated[int | None, typer.Option(help="to count FLOPs at (default: the published one)", min=1)] = None,
+) -> None:
+    """The layers that specs can name, or what one of them makes of a network: layer by layer, with FLOPs."""
+    import revnets  # noqa: F401 - registers the models
+
+    from .layers import command
+
+    try:
+        if model is None:
+            command.print_layers()
+        else:
+            command.print_conversion(model, spec, img_size)
+    except ValueError as error:
+        _fail(error)
+
+
 def _fail(error: Exception) -> Any:
     typer.echo(f"revnets: {error}", err=True)
     raise typer.Exit(2)

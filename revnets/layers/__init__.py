@@ -5,10 +5,12 @@ Layers know of the reversible engine only ``once`` (statistics computed once per
 
 from . import parallel, plain, wide
 from .accounting import LayerCost, ModelCost, count_costs
+from .compact import load_sparse, save_sparse
 from .conv import conv
 from .convert import ConversionReport, convert
 from .doped import SparseDopedConv2d, SparseDopedLinear
 from .factorized import SparseFactorizedConv2d, SparseFactorizedLinear
+from .fold import fold
 from .mbconv import MBConv
 from .norm_act import lean_layers, norm_act
 from .norm_act_conv import norm_act_conv
@@ -37,13 +39,16 @@ __all__ = [
     "conv",
     "convert",
     "count_costs",
+    "fold",
     "lean_layers",
     "list_layers",
+    "load_sparse",
     "norm_act",
     "norm_act_conv",
     "parallel",
     "parse_layers",
     "plain",
     "register_layer",
+    "save_sparse",
     "wide",
 ]

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from ..sparsity.found import is_sparse
 from .trace import Trace, trace
 
 
@@ -122,9 +123,9 @@ def count_costs(model: nn.Module, input_size: Sequence[int], recorded: Trace | N
 
 def _mask_counts(module: nn.Module) -> tuple[int, int]:
     """How many weights a layer has and how many its mask keeps; ``(0, 0)`` without a mask."""
-    mask = module._buffers.get("mask")
-    if not isinstance(mask, Tensor) or "weight" not in module._parameters:
+    if not is_sparse(module):
         return 0, 0
+    mask: Any = module.mask
     if mask.device.type == "meta":
         return mask.numel(), round((1 - float(module.sparsity)) * mask.numel())  # type: ignore[arg-type]
     return mask.numel(), int(mask.sum())

@@ -191,9 +191,12 @@ def _convert_site(part: Part, report: ConversionReport, surroundings: Surroundin
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """Put ``module`` where ``name`` is, and return the model: the module itself where the name is empty."""
+    """Put ``module`` wherever the module called ``name`` is, and return the model: ``module`` where it is the model."""
     if not name:
         return module
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    former = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for child, present in parent._modules.items():
+            if present is former:
+                parent._modules[child] = module
     return model

@@ -12,7 +12,7 @@ from .conv import conv
 from .geometry import ActLayer, Compound, NormLayer, arguments, factors, factory_kwargs, fans, on_meta
 from .norm_act_conv import norm_act_conv
 from .registry import SparseConfig, register_layer
-from .sites import Site
+from .sites import Site, Unsuitable
 from .sparse import SparseConv2d, SparseLinear
 
 
@@ -50,6 +50,10 @@ class _Factorized(Compound):
         sizes = (inner * first * groups, inner * second * groups)
         kept_first = round(layer.weight.numel() * sizes[0] / sum(sizes))
         counts = (kept_first, layer.weight.numel() - kept_first)
+        if min(counts) < 1:
+            raise Unsuitable(
+                f"its {layer.weight.numel()} weights are too few to be shared by two factors: leave it out"
+            )
         kind = SparseLinear if isinstance(layer, nn.Linear) else SparseConv2d
         self.u, self.v = (
             kind(

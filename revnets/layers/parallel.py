@@ -58,8 +58,8 @@ class _Parallel(Compound):
     ) -> None:
         """As many weights as the dense ``layer`` has, shared out evenly: the FLOPs are the same to the last one."""
         self._stand_for(layer)
-        count = num_branches(sparsity)
         numel, width = layer.weight.numel(), layer.weight.shape[0]
+        count = min(num_branches(sparsity), numel)
         self.sparsity = sparsity
         self.branches = nn.ModuleList()
         for index in range(count):

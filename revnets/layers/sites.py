@@ -223,13 +223,14 @@ class Surroundings:
         return name == self._first and isinstance(layer, nn.Conv2d) and layer.in_channels == image.shape[1]
 
     def _find_classifiers(self) -> set[str]:
-        """What the model calls its classifier, or a layer whose output is the model's."""
+        """What the model calls its classifier, or a layer whose output is the model's only one."""
         heads: list[Any] = []
         if hasattr(self.model, "get_classifier"):
             found = self.model.get_classifier()  # type: ignore[operator]
             heads = list(found) if isinstance(found, (tuple, list)) else [found]
         inside = {id(m) for head in heads if isinstance(head, nn.Module) for m in head.modules()}
-        ends = {c.module for c in self.trace.calls if c.outputs and c.outputs[0].number in self._outputs}
+        alone = self._outputs if len(self._outputs) == 1 else set()  # several outputs are features
+        ends = {c.module for c in self.trace.calls if c.outputs and c.outputs[0].number in alone}
         return {name for name, module in self.modules.items() if id(module) in inside} | {
             name for name in ends if _is_weighted(self.modules[name]) and name
         }

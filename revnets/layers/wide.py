@@ -50,6 +50,7 @@ def sparse_wide(job: Any, config: SparseConfig) -> nn.Module:
     wider = _search_width(_maker(job, size), factor, budget, LEAST_DENSITY * (1 - config.sparsity))
     counts = _search_counts(wider, budget)
     model, changed = wider.model, _widths(job.model, wider.model)
+    same = [name for name in counts if len(set(changed[name].split(" -> "))) == 1]
     for name, count in counts.items():
         layer: Any = model.get_submodule(name)
         kind = SparseConv2d if isinstance(layer, nn.Conv2d) else SparseLinear
@@ -67,13 +68,15 @@ def sparse_wide(job: Any, config: SparseConfig) -> nn.Module:
     note = f"widths x{wider.factor:.3f}, sparsity {1 - density:.4f} to meet the budget (asked for {config.sparsity:g})"
     if wider.factor < factor:
         note += f"; at x{factor:.3f} what stays dense would leave less than half the weights of 1-s"
+    if same and wider.factor > 1:
+        note += f"; {len(same)} of {len(counts)} layers keep their width, such as {same[0]}"
     job.report.notes.append(f"sparse_wide: {note}")
     return model
 
 
 def _maker(job: Any, size: tuple[int, ...]) -> Callable[[float], _Wider]:
     """Makes the network wider by a factor: by its own ``widened(factor)``, or by following its widths."""
-    own = getattr(job.model, "widened", None)
+    own: Any = getattr(job.model, "widened", None)
     coupling = None if own is not None else Coupling(job.model, job.surroundings.trace)
     if coupling is not None and not coupling.shapes(coupling.widths.sizes(2.0)):
         reasons = sorted(set(coupling.widths.reasons.values()))
@@ -93,11 +96,7 @@ def _maker(job: Any, size: tuple[int, ...]) -> Callable[[float], _Wider]:
                 setattr(model, name, getattr(job.model, name))
         flops = recorded.flops_by_module()
         modules = dict(model.named_modules())
-        layers = {
-            name: (flops[name], modules[name].weight.numel())  # type: ignore[operator, union-attr]
-            for name in job.names
-            if flops.get(name)
-        }
+        layers = {name: (flops[name], modules[name].weight.numel()) for name in job.names if flops.get(name)}
         return _Wider(factor, model, recorded.flops - sum(f for f, _ in layers.values()), layers)
 
     return make
@@ -147,7 +146,7 @@ def _widths(before: nn.Module, after: nn.Module) -> dict[str, str]:
     """Shapes of the weights of layers, before and after, in words."""
     old = dict(before.named_modules())
     return {
-        name: "x".join(map(str, old[name].weight.shape[:2])) + " -> " + "x".join(map(str, module.weight.shape[:2]))  # type: ignore[union-attr, operator, index]
+        name: "x".join(map(str, old[name].weight.shape[:2])) + " -> " + "x".join(map(str, module.weight.shape[:2]))
         for name, module in after.named_modules()
         if isinstance(module, (nn.Conv2d, nn.Linear)) and name in old
     }

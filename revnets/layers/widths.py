@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 Term = tuple[int, int | None]
 Form = tuple[Term, ...]
-"""A size as an ordered sum of ``coefficient * width``; a term without width is a number. ``((64, 0), (1, 1), (3, None))``
-is ``64 a + b + 3``."""
+"""A size as an ordered sum of ``coefficient * width``; a term without width is a number.
+
+``((64, 0), (1, 1), (3, None))`` is ``64 a + b + 3``."""
 
 
 def number(size: int) -> Form:
@@ -69,7 +70,7 @@ class Widths:
     def resolved(self, form: Form) -> Form:
         """The size in terms of widths that are still free."""
         while any(w in self._known for _, w in form if w is not None):
-            form = joined([scaled(self._known[w], c) if w in self._known else ((c, w),) for c, w in form])  # type: ignore[index]
+            form = joined([scaled(self._known[w], c) if w in self._known else ((c, w),) for c, w in form])
         return form
 
     def now(self, form: Form) -> int:
@@ -140,12 +141,14 @@ class Widths:
         return quotient
 
     def sizes(self, factor: float) -> dict[int, int]:
-        """All free widths times ``factor``: to multiples of 8 where they are such now, at least as large as now."""
+        """All free widths times ``factor``: multiples of 8 stay such (from 8 to 15, of 2), none gets smaller."""
         found = {}
         for w, size in enumerate(self._size):
             if w in self._known:
                 continue
-            step = next(step for step in (8, 4, 2, 1) if size % step == 0) if size >= 8 else 1
+            step = next(
+                step for step in ((8, 4, 2, 1) if size >= 16 else (2, 1) if size >= 8 else (1,)) if size % step == 0
+            )
             found[w] = max(size, step * round(factor * size / step))
         return found
 

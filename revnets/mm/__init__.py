@@ -12,9 +12,12 @@ from .backbone import RevBiFPN, TimmBackbone  # noqa: E402
 from .checkpoint import WholeCheckpointHook  # noqa: E402
 from .hooks import MemoryReportHook  # noqa: E402
 from .hrfpn import LeanHRFPN  # noqa: E402
+from .layers import register_conv_layers  # noqa: E402
 from .neck import RevBiFPNNeck  # noqa: E402
 from .resume import ResumableTrainLoop  # noqa: E402
 from .sparsity_hook import SparsityHook  # noqa: E402
+
+register_conv_layers()
 
 __all__ = [
     "Bf16OptimWrapper",

@@ -83,7 +83,6 @@ class RevBiFPN(nn.Module):
         options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         self._options = options
-        self._pruned: tuple[Any, ...] | None = None
         if stem_stride not in (1, 2, 4):
             raise ValueError(f"stem_stride={stem_stride}: expected 4 (as published), or 2 or 1 for small images")
         self.num_classes = num_classes
@@ -130,13 +129,14 @@ class RevBiFPN(nn.Module):
                     nn.init.zeros_(module.bn3.weight)  # type: ignore[arg-type]
 
     def widened(self, factor: float) -> "RevBiFPN":
-        """The same network with all widths times ``factor`` (then rounded as published), newly initialised."""
+        """The same network with all widths times ``factor`` (then rounded as published), newly initialised.
+
+        Before ``prune_intermediate_layers``, which is to be repeated on the wider network.
+        """
         like = next(self.body.parameters())
         now = {"num_classes": self.num_classes, "global_pool": self.global_pool.pool_type, "mode": self.mode}
         with torch.device(like.device):
             wide = type(self)(**{**self._options, **now, "width": self._options["width"] * factor})
-        if self._pruned is not None:
-            wide.prune_intermediate_layers(*self._pruned)
         return wide.to(like.dtype).train(self.training)
 
     # --- memory ---------------------------------------------------------------------------------------------------
@@ -269,7 +269,6 @@ class RevBiFPN(nn.Module):
         take, _ = feature_take_indices(NUM_SCALES, indices)
         if not prune_head:
             return take
-        self._pruned = (indices, prune_norm, prune_head)
         self.head = nn.Identity()
         self.num_classes = 0
         self.global_pool, self.classifier = SelectAdaptivePool2d(pool_type=""), nn.Identity()

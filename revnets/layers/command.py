@@ -1,0 +1,56 @@
+"""What ``revnets layers`` prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+import torch
+
+from .convert import convert
+from .registry import layer_entry, list_layers
+
+
+def print_layers() -> None:
+    """A table of the registry: names, options with their defaults, what they are."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Layers for layers=, revnets.convert and backbone=dict(layers=)")
+    for column in ("name", "options", "what it is"):
+        table.add_column(column)
+    for name in list_layers():
+        entry = layer_entry(name)
+        options = []
+        for field in dataclasses.fields(entry.config):
+            default: Any = field.default
+            options.append(field.name if default is dataclasses.MISSING else f"{field.name}={default}")
+        table.add_row(name, ", ".join(options), entry.summary)
+    Console(width=140).print(table)
+
+
+def print_conversion(model: str, spec: str, img_size: int | None) -> None:
+    """The report of converting a model, on the meta device: sizes and counts only.
+
+    Raises:
+        ValueError: for an unknown model or layer, or a conversion that is refused.
+    """
+    import timm
+    from rich.console import Console
+
+    if not timm.is_model(model):
+        near = ", ".join(difflib.get_close_matches(model, timm.list_models(), 3, 0.5))
+        raise ValueError(
+            f"unknown model {model!r}: " + (f"did you mean {near}?" if near else "timm.list_models() names all")
+        )
+    if not spec:
+        raise ValueError(f"which layers? Give one of {', '.join(list_layers())}, such as {model} sparse_wide:0.75")
+    kwargs = {}
+    if img_size is not None and timm.get_pretrained_cfg(model).fixed_input_size:
+        kwargs["img_size"] = img_size
+    with torch.device("meta"):
+        network = timm.create_model(model, **kwargs)
+    channels = timm.get_pretrained_cfg(model).input_size[0]
+    report = convert(network, spec, input_size=None if img_size is None else (channels, img_size, img_size))
+    Console(width=140).print(report.table())

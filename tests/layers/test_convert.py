@@ -1,0 +1,279 @@
+"""Conversion of whole networks: what is converted, what stays and why, FLOPs before and after; compact checkpoints."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import revnets
+from revnets.layers import SparseConv2d, convert, count_costs, fold, load_sparse, save_sparse
+from revnets.layers.compact import pack_bits, unpack_bits
+from revnets.layers.parallel import SparseParallelConv2d, SparseParallelLinear
+
+ISO_FLOP = ["sparse_parallel", "sparse_factorized", "sparse_doped", "sparse_wide"]
+NETWORKS = ["resnet18", "revbifpn_s0", "efficientnet_b0", "vit_small_patch16_224"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sparsity", [0.5, 0.75, 0.9])
+@pytest.mark.parametrize("member", ISO_FLOP)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_iso_flop(name: str, member: str, sparsity: float) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10)
+    dense = count_costs(model, (3, 224, 224))
+    report = convert(model, f"{member}:{sparsity}")
+    assert report.before.flops == dense.flops
+    sparse = count_costs(report.model, (3, 224, 224))  # from the masks of the result
+    assert sparse.sparse_flops == pytest.approx(dense.flops, rel=2e-3)
+    x = torch.randn(2, 3, 64, 64) if "vit" not in name else torch.randn(1, 3, 224, 224)
+    y = report.model.train()(x)
+    assert y.shape == (len(x), 10)
+    y.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in report.model.parameters())
+    for layer in report.model.modules():
+        if hasattr(layer, "mask"):
+            assert not layer.weight.grad[~layer.mask].any()
+
+
+TINY = [
+    "test_resnet",
+    "test_efficientnet",
+    "test_vit",
+    "test_convnext",
+    pytest.param("test_revbifpn", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("member", [*ISO_FLOP, "sparse"])
+@pytest.mark.parametrize("name", TINY)
+def test_tiny_networks(name: str, member: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10)
+    was = {n: type(m) for n, m in model.named_modules()}
+    report = convert(model, f"{member}:0.75")
+    if member == "sparse":
+        assert report.after.sparse_flops < 0.6 * report.before.flops
+    else:
+        assert report.after.sparse_flops == pytest.approx(report.before.flops, rel=2e-3)
+    assert (report.model is model) == (member != "sparse_wide")
+    layers = {n for n, kind in was.items() if kind in (nn.Conv2d, nn.Linear)}
+    assert {c.name for c in report.converted} | {s.name for s in report.skipped} >= layers
+    kept = {type(report.model.get_submodule(s.name)) for s in report.skipped}
+    assert kept <= {nn.Conv2d, nn.Linear}
+    side = 160 if name == "test_vit" else 64
+    report.model.train()(torch.randn(2, 3, side, side)).square().mean().backward()
+    assert all(p.grad is not None for p in report.model.parameters())
+
+
+# --- what stays ------------------------------------------------------------------------------------------------------
+
+
+def reasons(report: object) -> dict[str, str]:
+    return {s.name: s.reason for s in report.skipped}  # type: ignore[attr-defined]
+
+
+def test_what_stays_dense() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("test_efficientnet")
+    found = reasons(convert(model, "sparse_doped:0.75"))
+    assert found["conv_stem"] == "the first layer stays dense"
+    assert found["classifier"] == "the classifier stays dense"
+    assert {r.split(" ")[0] for r in found.values()} == {"the", "depthwise", "squeeze-and-excite"} or "its" in str(
+        found
+    )
+    with torch.device("meta"):
+        model = timm.create_model("test_efficientnet")
+    options = {"type": "sparse_factorized", "sparsity": 0.75, "depthwise": True, "squeeze_excite": True}
+    report = convert(model, options)
+    assert set(reasons(report)) == {"conv_stem", "classifier"}
+    assert report.after.sparse_flops == pytest.approx(report.before.flops, rel=2e-3)
+
+
+def test_filter_and_shared_weights_and_subclasses() -> None:
+    class Own(nn.Linear):
+        pass
+
+    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), Own(6, 6), nn.Linear(6, 6), nn.Linear(6, 2))
+    net[1].weight = net[0].weight
+    report = convert(net, "sparse:0.5", filter=lambda module, name: name != "3", input_size=(6,))
+    assert reasons(report) == {
+        "0": "it shares its weight with another layer",
+        "1": "it shares its weight with another layer",
+        "2": "Own is neither nn.Conv2d nor nn.Linear itself",
+        "3": "left out by the filter",
+        "4": "the classifier stays dense",
+    }
+
+
+def test_a_layer_alone_is_replaced() -> None:
+    report = convert(nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU()), "sparse:0.5", input_size=(8, 6, 6))
+    assert isinstance(report.model[0], nn.Conv2d)
+    assert reasons(report) == {"0": "the first layer stays dense"}
+
+
+def test_unsuitable_layers_are_named() -> None:
+    net = nn.Sequential(nn.Linear(8, 2), nn.ReLU(), nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 4))
+    found = reasons(convert(net, "sparse_doped:0.5", input_size=(8,)))
+    assert found["0"].startswith("its low-rank path would have rank 0.5 * 8 * 2 / (8 + 2) < 1")
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [((5,), "convert: Sequential does not run on an input of shape .1, 5.*give the right input_size")],
+)
+def test_wrong_input_size(size: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        convert(nn.Sequential(nn.Linear(8, 2)), "sparse:0.5", input_size=size)
+
+
+def test_report_in_words() -> None:
+    report = convert(timm.create_model("test_resnet"), "sparse_doped:0.75")
+    text = str(report)
+    assert "conv1.0: skipped, the first layer stays dense" in text or "the first layer stays dense" in text
+    assert "MFLOPs per image" in text
+    assert report.table().row_count == len(report.converted) + len(report.skipped)
+    assert report.after.table().row_count > 5
+
+
+# --- norms and activations that follow -----------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Two convolutions with norms, a sum before the second activation, which may be the first one again."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.act1 = nn.ReLU(inplace=True)
+        self.act2 = self.act1 if shared else nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.act1(self.bn1(self.conv1(x)))
+        return self.act2(self.bn2(self.conv2(y)) + x)
+
+
+@pytest.mark.parametrize("norm_only", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_branches_take_over_what_follows(shared: bool, norm_only: bool) -> None:
+    options = {"type": "sparse_parallel", "sparsity": 0.5, "norm_only": norm_only}
+    net = convert(Block(shared), options, input_size=(3, 8, 8)).model
+    takes_act = not shared and not norm_only
+    assert isinstance(net.conv1, SparseParallelConv2d)
+    assert [type(b.act) for b in net.conv1.branches] == [nn.ReLU if takes_act else type(None)] * 2
+    assert [type(b.norm) for b in net.conv1.branches] == [nn.BatchNorm2d] * 2
+    assert type(net.bn1) is nn.Identity
+    assert type(net.act1) is (nn.Identity if takes_act else nn.ReLU)
+    assert [type(b.act) for b in net.conv2.branches] == [type(None)] * 2  # the sum comes first
+    assert type(net.act2) is nn.ReLU
+
+
+def test_norms_with_activation_inside_and_linear_layers() -> None:
+    net = convert(timm.create_model("test_efficientnet"), "sparse_parallel:0.5").model
+    made = next(m for m in net.modules() if isinstance(m, SparseParallelConv2d))
+    assert made.branches[0].norm is not made.branches[1].norm
+    report = convert(timm.create_model("test_vit"), "sparse_parallel:0.5")
+    block = report.model.blocks[0]
+    assert isinstance(block.mlp.fc1, SparseParallelLinear)
+    assert isinstance(block.mlp.fc1.branches[0].act, nn.GELU)
+    assert isinstance(block.mlp.act, nn.Identity)
+    notes = {c.name: c.note for c in report.converted}
+    assert notes["blocks.0.attn.qkv"] == "neither norm nor activation follows: the sum of its branches is linear"
+
+
+# --- timm's create_model ---------------------------------------------------------------------------------------------
+
+
+def test_create_model_with_layers() -> None:
+    model = timm.create_model("test_revbifpn", layers="sparse_doped:0.5", in_chans=1, num_classes=3)
+    assert any(isinstance(m, SparseConv2d) for m in model.modules())
+    assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 3)
+    features = timm.create_model("test_revbifpn", layers={"type": "sparse", "sparsity": 0.5}, features_only=True)
+    assert any(isinstance(m, SparseConv2d) for m in features.modules())
+    assert len(features(torch.zeros(1, 3, 32, 32))) == 4
+    with pytest.raises(ValueError, match=r"layers='sparse:0\.5' with pretrained=True"):
+        timm.create_model("test_revbifpn", pretrained=True, layers="sparse:0.5")
+    with pytest.raises(ValueError, match="expected one of dense"):
+        timm.create_model("test_revbifpn", layers="sprs:0.5")
+
+
+def test_widened_revbifpn_stays_as_it_was_set() -> None:
+    plain = timm.create_model("test_revbifpn", num_classes=7, mode="checkpoint").eval()
+    plain.reset_classifier(4)
+    report = revnets.convert(plain, "sparse_wide:0.5")
+    assert report.model.mode == "checkpoint"
+    assert not report.model.training
+    assert [n for n, _ in report.model.named_modules()] == [n for n, _ in plain.named_modules()]
+    assert report.model.pretrained_cfg is plain.pretrained_cfg
+    assert report.model.num_features > plain.num_features
+
+
+# --- folding and compact files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("member", [*ISO_FLOP, "sparse"])
+def test_folded_networks_compute_the_same(member: str) -> None:
+    torch.manual_seed(0)
+    net = convert(timm.create_model("test_resnet", num_classes=5), f"{member}:0.75").model
+    x = torch.randn(4, 3, 64, 64)
+    net.train()(x)
+    net.eval()
+    plain = fold(net)
+    assert torch.allclose(plain(x), net(x), atol=1e-4, rtol=1e-3)
+    assert not [n for n, _ in plain.named_buffers() if n.endswith("mask")]
+    if member != "sparse_parallel":
+        assert not [m for m in plain.modules() if type(m).__module__.startswith("revnets")]
+
+
+def test_compact_files_come_back_exactly(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    first, second = (convert(timm.create_model("test_resnet"), "sparse_doped:0.9").model for _ in range(2))
+    active = next(m for m in first.modules() if isinstance(m, SparseConv2d))
+    with torch.no_grad():
+        active.weight[active.mask.nonzero()[0].unbind()] = 0  # a grown weight: active, and zero
+    path = save_sparse(first, tmp_path / "net.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
+    load_sparse(second, path)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+    torch.save(first.state_dict(), tmp_path / "net.pth")
+    sizes = [sum(b.numel() * b.element_size() for b in first.state_dict().values()), path.stat().st_size]
+    masked = [m for m in first.modules() if isinstance(m, SparseConv2d)]
+    saved = sum((m.mask.numel() - int(m.mask.sum())) * 4 + m.mask.numel() * 7 // 8 for m in masked)
+    assert sizes[1] < sizes[0] - saved + 100_000
+
+
+def test_bits() -> None:
+    for n in (1, 8, 13):
+        mask = torch.rand(n) < 0.5
+        assert torch.equal(unpack_bits(pack_bits(mask), (n,)), mask)
+    assert unpack_bits(torch.zeros(2, dtype=torch.uint8), (7,)) is None
+
+
+def test_files_that_do_not_match(tmp_path: Path) -> None:
+    net = nn.Sequential(SparseConv2d(4, 8, 3, sparsity=0.5), nn.Linear(2, 2))
+    path = save_sparse(net, tmp_path / "net.safetensors")
+    cases = [
+        (nn.Sequential(SparseConv2d(4, 16, 3, sparsity=0.5), nn.Linear(2, 2)), "mask of 0 does not match the model's"),
+        (nn.Sequential(nn.Conv2d(4, 8, 3), nn.Linear(2, 2)), "0.weight is missing|sparse in the file but not in the"),
+        (nn.Sequential(SparseConv2d(4, 8, 3, sparsity=0.5)), "the model has no '1."),
+        (nn.Sequential(SparseConv2d(4, 8, 3, sparsity=0.5), nn.Linear(2, 3)), r"1.weight is \(2, 2\), the model's"),
+        (nn.Sequential(SparseConv2d(4, 8, 3, sparsity=0.5), SparseConv2d(2, 2, 1, sparsity=0)), "but not in the file"),
+    ]
+    for model, message in cases:
+        before = {name: t.clone() for name, t in model.state_dict().items()}
+        with pytest.raises(ValueError, match=message):
+            load_sparse(model, path)
+        assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    with pytest.raises(ValueError, match="there is no file"):
+        load_sparse(net, tmp_path / "other.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="no valid safetensors file"):
+        load_sparse(net, tmp_path / "broken.safetensors")
+    with pytest.raises(ValueError, match="the folder does not exist"):
+        save_sparse(net, tmp_path / "missing" / "net.safetensors")
