@@ -23,7 +23,6 @@ def test_boxes_are_not_rounded() -> None:
         return found
 
     model.rpn_head.predict_by_feat = predict
-    model.rpn_head.register_forward_hook(lambda *args: seen.update(scores=args[2][0][0]))
     extractor = model.roi_head.bbox_roi_extractor
     extractor.roi_layers[0].register_forward_pre_hook(lambda _, args: seen.update(rois=args[1]))
     model.roi_head.bbox_head.register_forward_hook(lambda *args: seen.update(classes=args[2][0]))
@@ -31,6 +30,6 @@ def test_boxes_are_not_rounded() -> None:
     for _ in range(2):
         with wrapper.optim_context(model):
             losses(model)
-    assert seen["proposals"].dtype == seen["rois"].dtype == seen["scores"].dtype == torch.float32
+    assert seen["proposals"].dtype == seen["rois"].dtype == torch.float32
     assert seen["classes"].dtype == torch.bfloat16
     assert len(extractor._forward_pre_hooks) == 1
