@@ -17,7 +17,7 @@ from mmengine.runner import EpochBasedTrainLoop
 from torch.utils.data import DataLoader
 
 MODEL, DATA = 0, 1  # two streams of random numbers
-VALIDATED = "validated_epoch"  # in the message hub, and so in checkpoints
+VALIDATED, BATCHES = "validated_epoch", "batches_of_an_epoch"  # in the message hub, and so in checkpoints
 
 
 @LOOPS.register_module()
@@ -51,8 +51,10 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         if getattr(sampler, "seed", None) is not None:
             sampler.seed = seed
         self._batches.seed = seed
+        done = self.batches_done()
+        self.runner.message_hub.update_info(BATCHES, len(self.dataloader))
         self.runner.call_hook("before_train")
-        if self._epoch > 0 and self.batches_done() == 0:  # stopped between this epoch's end and its validation's
+        if self._epoch > 0 and done == 0:  # stopped between this epoch's end and its validation's
             self._validate()
         while self._epoch < self._max_epochs and not self.stop_training:
             self.run_epoch()
@@ -78,7 +80,8 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
             ValueError: when an epoch had another number of batches before the run was resumed.
         """
         done = self._iter - self._epoch * len(self.dataloader)
-        if not 0 <= done <= len(self.dataloader):
+        before = self.runner.message_hub.runtime_info.get(BATCHES, len(self.dataloader))
+        if before != len(self.dataloader) or not 0 <= done <= before:
             raise ValueError(
                 f"cannot resume at iteration {self._iter} in epoch {self._epoch}: an epoch now has "
                 f"{len(self.dataloader)} batches, other than when the checkpoint was saved; use the same data, batch "
