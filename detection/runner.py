@@ -56,7 +56,10 @@ class CheckedRunner(Runner):
         """MMEngine's, and a look at whether the loop can go on from there."""
         super().load_or_resume()
         if self._resume and isinstance(self._train_loop, ResumableTrainLoop):
-            self._train_loop.batches_done()
+            try:
+                self._train_loop.batches_done()
+            except ValueError as error:
+                raise UserError(f"--resume: {one_line(error)}.") from error
 
 
 def _checked(name: str) -> Callable[..., Any]:
