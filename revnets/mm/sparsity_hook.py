@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 from torch import nn
 
 from ..sparsity import SparsityController, apply_masks
 from ..sparsity.report import draw_picture, write_table
 
-if TYPE_CHECKING:
-    Hook: Any = object
-else:
-    try:
-        from mmengine.hooks import Hook
-    except ImportError:  # the module can be looked at without MMEngine, not used
-        Hook = object
 
-
+@HOOKS.register_module()
 class SparsityHook(Hook):
     """Calls a ``SparsityController`` after every update of the weights, and keeps it in the checkpoints.
 
@@ -105,15 +100,3 @@ class SparsityHook(Hook):
             average = getattr(hook, "ema_model", None)
             if isinstance(average, nn.Module):
                 apply_masks(average)
-
-
-def register() -> None:
-    """Put the hook into MMEngine's registry; nothing happens where MMEngine is not installed."""
-    try:
-        from mmengine.registry import HOOKS
-    except ImportError:
-        return
-    HOOKS.register_module(module=SparsityHook, force=True)
-
-
-register()

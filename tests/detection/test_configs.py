@@ -9,6 +9,8 @@ import torch
 
 from detection.config import CONFIGS, read
 
+from . import families
+
 FILES = sorted(CONFIGS.glob("[!_]*/*.py"))
 BASES = sorted(CONFIGS.glob("_base_/*/*.py"))
 SIZES = [f"s{n}" for n in range(7)]
@@ -82,13 +84,23 @@ def channels(arch: str) -> list[int]:
 @pytest.mark.parametrize("path", EACH, ids=relative)
 def test_neck_takes_what_the_backbone_gives(path: Path) -> None:
     model = load(path).model
-    assert list(model.neck.in_channels) == channels(model.backbone.arch)
+    gives = channels(model.backbone.arch)
+    assert list(model.neck.in_channels) == [gives[index] for index in model.backbone.get("out_indices", range(4))]
 
 
 @pytest.mark.parametrize("path", BUILT, ids=relative)
 def test_builds_by_its_strings(path: Path) -> None:
     model = build(load(path).model)
     assert model.backbone.out_channels == list(model.neck.in_channels)
+
+
+@pytest.mark.parametrize("name", ["digits/faster-rcnn", "digits/mask-rcnn", "digits/retinanet", "coco/retinanet"])
+def test_every_parameter_learns(name: str) -> None:
+    """Data-parallel training waits for every gradient."""
+    data, kind = name.split("/")
+    model = families.build(f"{kind}_revbifpn-s0_{'1x_coco' if data == 'coco' else 'digits'}")
+    families.losses(model).backward()
+    assert [name for name, each in model.named_parameters() if each.requires_grad and each.grad is None] == []
 
 
 def test_revsilos_as_the_neck_of_a_resnet() -> None:
