@@ -172,7 +172,7 @@ def _after_update(run: Training, update: int) -> None:
     if run.ema is not None:
         run.ema.update(run.model, step=update)
         if run.sparsity is not None:
-            apply_masks(run.ema.module)
+            apply_masks(run.ema.module, like=run.model)
     if run.scheduler is not None:
         run.scheduler.step_update(num_updates=update)
 

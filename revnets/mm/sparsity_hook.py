@@ -38,7 +38,7 @@ class SparsityHook(Hook):
         'rigl'
     """
 
-    priority = "ABOVE_NORMAL"  # before EMAHook, which then averages the masked weights and copies the newest masks
+    priority = "ABOVE_NORMAL"  # before EMAHook, which then averages the masked weights
 
     def __init__(self, schedule: str = "rigl", **options: Any) -> None:
         self.schedule, self.options = schedule, options
@@ -57,9 +57,18 @@ class SparsityHook(Hook):
         self.controller = SparsityController(runner.model, optimizer, self.schedule, total_steps=steps, **self.options)
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Keep the controller's state until the model has its own."""
-        if runner._resume:
-            self._state = checkpoint.get("sparsity")
+        """Keep the controller's state until the model has its own.
+
+        Raises:
+            ValueError: when a run is resumed from a checkpoint without one.
+        """
+        if runner._resume and self.controller is not None:
+            if "sparsity" not in checkpoint:
+                raise ValueError(
+                    "SparsityHook: the checkpoint says nothing of the schedule of its masks; start from its weights "
+                    "with load_from= and resume=False instead"
+                )
+            self._state = checkpoint["sparsity"]
 
     def before_train(self, runner: Any) -> None:
         """Mask what ``init_weights`` has drawn, or go on where the checkpoint was."""
@@ -104,7 +113,7 @@ class SparsityHook(Hook):
         for hook in runner.hooks:
             average = getattr(hook, "ema_model", None)
             if isinstance(average, nn.Module):
-                apply_masks(average)
+                apply_masks(average, like=hook.src_model)
 
 
 def register() -> None:

@@ -49,8 +49,8 @@ class SparsityController:
     before masks change; from the first number outside a mask on (Muon mixes rows, say), all is masked after every step.
 
     Call ``step()`` after every step of the optimizer, before the gradients are cleared. Steps that a loss scaler
-    skipped are noticed and do not count. An averaged copy of the model is masked by ``apply_masks(copy)`` after its
-    own update. Frozen weights, and weights that the optimizer does not hold, keep their masks.
+    skipped are noticed and do not count. An averaged copy of the model is masked by ``apply_masks(copy, like=model)``
+    after its own update. Frozen weights, and weights that the optimizer does not hold, keep their masks.
 
     Args:
         model: with sparse layers (a ``weight`` and a bool buffer ``mask``); wrapped or not.
@@ -114,6 +114,7 @@ class SparsityController:
         for layer in self.layers:
             layer.set_mask(ranks.from_first(layer.mask))
         self._generator.set_state(ranks.from_first(self._generator.get_state(), self.layers[0].mask.device))
+        self._counts = counts(self.layers)
         self._leaky = False
         self._mask_all()
         self._gather(self._gathers(1))
@@ -192,12 +193,17 @@ class SparsityController:
         if odd:
             where = "the model, not in the checkpoint" if odd[0] in ours else "the checkpoint, not in the model"
             raise ValueError(f"masks do not match: sparse layer '{odd[0]}' is in {where}; give the same layers=")
-        for name, active in zip(ours, counts(ours.values()), strict=True):
+        for name, made, active in zip(ours, self._counts, counts(self.layers), strict=True):
             *shape, count = theirs[name]
             if tuple(shape) != ours[name].mask.shape:
                 raise ValueError(
                     f"masks do not match: '{name}' has shape {tuple(shape)} in the checkpoint, "
                     f"{tuple(ours[name].mask.shape)} in the model; give the same layers="
+                )
+            if count != made:
+                raise ValueError(
+                    f"masks do not match: '{name}' has {count} active weights in the checkpoint, {made} were asked for; "
+                    "give the same layers= and distribution"
                 )
             if count != active:
                 raise ValueError(

@@ -117,6 +117,13 @@ def test_checkpoints_of_other_masks(run_train: Trainer, tmp_path: Path, capsys: 
         ([], "--layers"),
         (["--layers", "sparse_parallel:0.5"], "--layers"),
         ([*SPARSE, "--sparsity-schedule", "set"], "trained with 'rigl'"),
+        ([*SPARSE, "--sparsity-schedule", "rigl", "--sparsity-distribution", "erk"], "same layers= and distribution"),
     ):
         assert run_train(*more, *resumed) == 2
         assert words in capsys.readouterr().err
+    path = tmp_path / "run" / "last.pth.tar"
+    checkpoint = load(path)
+    del checkpoint["sparsity"]
+    torch.save(checkpoint, path)
+    assert run_train(*SPARSE, "--sparsity-schedule", "rigl", *resumed) == 2
+    assert "says nothing of the schedule of its masks" in capsys.readouterr().err
