@@ -139,6 +139,8 @@ def convert(
     for part in parts:
         _apply(part, report, filter, recorded)
         recorded = trace(report.model, size)
+    if report.converted and not all(part.entry.keeps_weights for part in parts):
+        report.notes.append("converted layers are newly initialised")
     report.after = count_costs(report.model, size, recorded)
     return report
 

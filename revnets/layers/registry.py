@@ -60,6 +60,7 @@ class Entry:
         config: class of its options.
         make: the registered function.
         network: whether ``make`` changes a whole network rather than one layer.
+        keeps_weights: whether converted layers keep the weights that they had.
         summary: first line of its docstring.
     """
 
@@ -67,6 +68,7 @@ class Entry:
     config: type[LayerConfig]
     make: Callable[..., Any]
     network: bool
+    keeps_weights: bool
     summary: str
 
 
@@ -85,13 +87,16 @@ class Part:
 _ENTRIES: dict[str, Entry] = {}
 
 
-def register_layer(name: str, config: type[LayerConfig] = LayerConfig, network: bool = False) -> Callable[[Made], Made]:
+def register_layer(
+    name: str, config: type[LayerConfig] = LayerConfig, network: bool = False, keeps_weights: bool = False
+) -> Callable[[Made], Made]:
     """Register a function under ``name``; its first docstring line is what ``revnets layers`` shows.
 
     Args:
         name: for specs.
         config: frozen dataclass of the options.
         network: whether the function changes a whole network.
+        keeps_weights: whether converted layers keep the weights that they had; others are newly initialised.
 
     The function takes ``(site, config)`` and returns the module to put there, or raises ``Unsuitable`` with the reason
     why the layer stays as it is; see ``revnets.layers.sites.Site``. With ``network=True`` it takes ``(job, config)``
@@ -113,7 +118,7 @@ def register_layer(name: str, config: type[LayerConfig] = LayerConfig, network: 
 
     def register(make: Made) -> Made:
         summary = (make.__doc__ or "").strip().split("\n")[0]
-        _ENTRIES[name] = Entry(name, config, make, network, summary)
+        _ENTRIES[name] = Entry(name, config, make, network, keeps_weights, summary)
         return make
 
     return register
