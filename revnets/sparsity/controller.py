@@ -202,8 +202,8 @@ class SparsityController:
                 )
             if count != made:
                 raise ValueError(
-                    f"masks do not match: '{name}' has {count} active weights in the checkpoint, {made} were asked for; "
-                    "give the same layers= and distribution"
+                    f"masks do not match: '{name}' has {count} active weights in the checkpoint, {made} were asked "
+                    "for; give the same layers= and distribution"
                 )
             if count != active:
                 raise ValueError(
@@ -239,14 +239,16 @@ class SparsityController:
 
     @torch.no_grad()
     def _draw(self, distribution: str, sparsity: float | None) -> None:
-        """New random masks; weights that were 0 take values of the layer, so that its scale stays."""
+        """New random masks where their counts change; weights that were 0 take values of the layer: its scale stays."""
         shapes = [layer.mask.shape for layer in self.layers]
         active, sizes = counts(self.layers), [layer.mask.numel() for layer in self.layers]
         wanted = 1 - sum(active) / sum(sizes) if sparsity is None else sparsity
-        for layer, size, n, share in zip(
-            self.layers, sizes, active, densities(shapes, wanted, distribution), strict=True
-        ):
-            mask = mask_with_count(layer.mask.shape, round(share * size), self._generator).to(layer.mask.device)
+        shares = densities(shapes, wanted, distribution)
+        kept = [round(share * size) for share, size in zip(shares, sizes, strict=True)]
+        if kept == active:
+            return
+        for layer, size, n, count in zip(self.layers, sizes, active, kept, strict=True):
+            mask = mask_with_count(layer.mask.shape, count, self._generator).to(layer.mask.device)
             picks = torch.randint(max(n, 1), (size,), generator=self._generator).to(layer.mask.device)
             values = layer.weight[layer.mask] if n else layer.weight.new_zeros(1)
             weight = torch.where(layer.mask, layer.weight, values[picks].view(layer.mask.shape))

@@ -306,6 +306,14 @@ def test_new_distribution_keeps_the_scale_of_the_weights() -> None:
         assert float(active.std()) == pytest.approx(float(std), rel=0.1)
 
 
+@pytest.mark.parametrize("distribution", ["uniform", "erk"])
+def test_masks_that_fit_already_stay(distribution: str) -> None:
+    model, optimizer, _ = parts(distribution=distribution)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    SparsityController(model, optimizer, "static", distribution=distribution, sparsity=0.75)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_mistakes(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ValueError, match="no sparse layers"):
         SparsityController(nn.Linear(2, 2), torch.optim.SGD([torch.ones(1)]), "static")
