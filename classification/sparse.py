@@ -76,7 +76,7 @@ def _costs(model: nn.Module, input_size: tuple[int, ...]) -> ModelCost | None:
 
 
 class TrainingFlops:
-    """FLOPs of the training, by the schedule of the masks; theoretical, and without recomputation.
+    """FLOPs of the training, by the schedule of the masks and with what is recomputed; theoretical.
 
     Args:
         model: Not wrapped.
@@ -92,10 +92,23 @@ class TrainingFlops:
         costs = _costs(model, input_size)
         self.dense = 0.0 if costs is None else costs.flops * images
         self.sparse = 0.0 if costs is None else costs.sparse_flops * images
+        self.recomputed = 0.0 if costs is None else _recomputed(model, costs) * images
 
     def after(self, updates: int) -> dict[str, float]:
-        """The column of the summary after so many updates; none where they could not be counted."""
-        return {"train_flops": run_flops(self._schedule, self.dense, self.sparse, updates)} if self.dense else {}
+        """The columns of the summary after so many updates; none where they could not be counted."""
+        if not self.dense:
+            return {}
+        total = run_flops(self._schedule, self.dense, self.sparse, updates, self.recomputed)
+        return {"train_flops": total, "train_flops_recomputed": self.recomputed * updates}
+
+
+def _recomputed(model: nn.Module, costs: ModelCost) -> int:
+    """FLOPs of one image in parts that the backward pass evaluates anew."""
+    if any(vars(module).get("grad_checkpointing") is True for module in model.modules()):  # timm's switch
+        return costs.sparse_flops
+    modes = {name: vars(module).get("mode") for name, module in model.named_modules()}
+    parts = tuple(f"{name}." if name else "" for name, mode in modes.items() if mode in ("reversible", "checkpoint"))
+    return sum(layer.sparse_flops for layer in costs.layers if f"{layer.name}.".startswith(parts))
 
 
 def sparsity_words(sparsity: SparsityController) -> str:

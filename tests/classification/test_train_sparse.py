@@ -11,7 +11,7 @@ import torch
 
 from classification import train, validate
 from classification.report import read_summary
-from classification.sparse import start_sparsity
+from classification.sparse import TrainingFlops, start_sparsity
 from revnets.layers import count_costs
 from revnets.sparsity import sparse_layers
 
@@ -89,6 +89,17 @@ def test_flops_are_met_at_the_size_of_the_run() -> None:
     dense = count_costs(built(*line), (3, 32, 32)).flops
     sparse = count_costs(built(*line, "--layers", "sparse_wide:0.75"), (3, 32, 32)).sparse_flops
     assert sparse == pytest.approx(dense, rel=2e-3)
+
+
+@pytest.mark.parametrize("mode", ["reversible", "checkpoint", "store"])
+def test_recomputation_is_counted(mode: str) -> None:
+    model = built("--model", "test_revbifpn", "--model-kwargs", f"mode={mode}", "--layers", "sparse_parallel:0.75")
+    costs, images, updates = count_costs(model, (3, 32, 32)), 8, 5
+    row = TrainingFlops(model, (3, 32, 32), None, images).after(updates)
+    forward = costs.sparse_flops * images * updates
+    assert row["train_flops"] == 3 * forward + row["train_flops_recomputed"]
+    expected = 0 if mode == "store" else forward  # all but the classifier
+    assert row["train_flops_recomputed"] == pytest.approx(expected, rel=0.02)
 
 
 def test_layers_that_would_throw_pretrained_weights_away(tmp_path: Path) -> None:
