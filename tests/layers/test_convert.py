@@ -122,7 +122,12 @@ def test_unsuitable_layers_are_named() -> None:
 
 @pytest.mark.parametrize(
     ("size", "message"),
-    [((5,), "convert: Sequential does not run on an input of shape .1, 5.*give the right input_size")],
+    [
+        (
+            (5,),
+            "convert: Sequential does not run on an input of shape .1, 5.*, in 0 after op t.*give the right input_size",
+        )
+    ],
 )
 def test_wrong_input_size(size: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -136,6 +141,29 @@ def test_report_in_words() -> None:
     assert "MFLOPs per image" in text
     assert report.table().row_count == len(report.converted) + len(report.skipped)
     assert report.after.table().row_count > 5
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_scale_of_attention_follows_its_width(fused: bool) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(24, 64) for _ in range(3))
+            self.out, self.temperature = nn.Linear(64, 5), 64**-0.5
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (layer(x)[:, None] for layer in (self.q, self.k, self.v))
+            if fused:
+                y = nn.functional.scaled_dot_product_attention(q, k, v, scale=self.temperature)
+            else:
+                y = (q[:, 0] @ k[:, 0].mT * self.temperature).softmax(-1)[:, None] @ v
+            return self.out(y[:, 0].mean(1))
+
+    model = Attention()
+    wide = convert(model, "sparse_wide:0.75", input_size=(7, 24)).model
+    assert wide.q.out_features > 64
+    assert wide.temperature == wide.q.out_features**-0.5
+    assert model.temperature == 64**-0.5
 
 
 # --- norms and activations that follow -----------------------------------------------------------------------------
