@@ -174,7 +174,7 @@ def parse_layers(spec: Spec) -> list[Part]:
 
 
 def _from_dict(spec: Mapping[str, Any]) -> Part:
-    if "type" not in spec:
+    if not isinstance(spec.get("type"), str):
         raise ValueError(f"layers={dict(spec)!r}: expected a key 'type' with one of {', '.join(list_layers())}")
     entry = layer_entry(spec["type"])
     return _part(entry, {name: value for name, value in spec.items() if name != "type"})
@@ -226,6 +226,8 @@ def _check_option(entry: Entry, option: str) -> None:
 def _part(entry: Entry, options: dict[str, Any]) -> Part:
     for option in options:
         _check_option(entry, option)
+        if get_type_hints(entry.config)[option] is bool and not isinstance(options[option], bool):
+            raise ValueError(f"{entry.name}: {option}={options[option]!r}: expected true or false")
     for field in dataclasses.fields(entry.config):
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and field.name not in options:
