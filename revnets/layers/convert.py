@@ -148,7 +148,7 @@ def convert(
     for name, parameter in report.model.named_parameters():
         parameter.requires_grad_(trained.get(name, parameter.requires_grad))
     if channels_last:
-        report.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        report.model.to(memory_format=torch.channels_last)
     report.after = count_costs(report.model, size, recorded)
     return report
 

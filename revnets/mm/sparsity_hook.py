@@ -85,7 +85,9 @@ class SparsityHook(Hook):
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Mask, and change the masks where it is time."""
         if self.controller is not None and runner.optim_wrapper.should_update():
-            self.controller.step()
+            update = self.controller.step()
+            if update is not None:
+                runner.logger.info(str(update))
 
     def before_val_epoch(self, runner: Any) -> None:
         """Mask the average before ``EMAHook`` swaps it in."""

@@ -35,6 +35,13 @@ class MaskUpdate:
     changed: list[int]
     active: list[int]
 
+    def __str__(self) -> str:
+        """One line for a log."""
+        new, active = sum(self.changed), sum(self.active)
+        return (
+            f"masks after step {self.step}: {new:,} of {active:,} active weights are new ({new / max(active, 1):.1%})"
+        )
+
 
 class SparsityController:
     """Keeps masked weights, their gradients and optimizer state at 0, and changes the masks by a schedule.

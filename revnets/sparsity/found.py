@@ -96,7 +96,7 @@ def apply_masks(model: nn.Module, like: nn.Module | None = None) -> None:
     layers = sparse_layers(model)
     for layer, source in zip(layers, layers if like is None else sparse_layers(like), strict=True):
         for module in layer.modules:
-            module.mask.copy_(source.mask)  # type: ignore[operator, union-attr]
+            module.mask.copy_(source.mask)  # type: ignore[operator]
         layer.weight.mul_(layer.mask)
 
 

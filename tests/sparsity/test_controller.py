@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import swa_utils
 
-from revnets.sparsity import SCHEDULES, SparsityController, apply_masks, sparse_layers
+from revnets.sparsity import SCHEDULES, MaskUpdate, SparsityController, apply_masks, sparse_layers
 from revnets.sparsity.report import draw_picture, rows, write_table
 
 from .double import MaskedLinear, batch, network, train_step
@@ -90,6 +90,11 @@ def test_density_and_counts_at_every_step(
             kept = old & new & (layer.weight != 0)
             assert torch.equal(layer.weight[kept], w[kept])
     assert len(controller.history) == updates
+
+
+def test_an_update_in_words() -> None:
+    words = str(MaskUpdate(100, 0.3, [3, 5], [2, 4], [10, 20]))
+    assert words == "masks after step 100: 6 of 30 active weights are new (20.0%)"
 
 
 def test_rigl_grows_the_largest_dense_gradients_of_the_last_step() -> None:
