@@ -60,6 +60,7 @@ class Entry:
         config: class of its options.
         make: the registered function.
         network: whether ``make`` changes a whole network rather than one layer.
+        keeps_weights: whether converted layers keep the weights that they had.
         summary: first line of its docstring.
     """
 
@@ -67,6 +68,7 @@ class Entry:
     config: type[LayerConfig]
     make: Callable[..., Any]
     network: bool
+    keeps_weights: bool
     summary: str
 
 
@@ -85,13 +87,16 @@ class Part:
 _ENTRIES: dict[str, Entry] = {}
 
 
-def register_layer(name: str, config: type[LayerConfig] = LayerConfig, network: bool = False) -> Callable[[Made], Made]:
+def register_layer(
+    name: str, config: type[LayerConfig] = LayerConfig, network: bool = False, keeps_weights: bool = False
+) -> Callable[[Made], Made]:
     """Register a function under ``name``; its first docstring line is what ``revnets layers`` shows.
 
     Args:
         name: for specs.
         config: frozen dataclass of the options.
         network: whether the function changes a whole network.
+        keeps_weights: whether converted layers keep the weights that they had; others are newly initialised.
 
     The function takes ``(site, config)`` and returns the module to put there, or raises ``Unsuitable`` with the reason
     why the layer stays as it is; see ``revnets.layers.sites.Site``. With ``network=True`` it takes ``(job, config)``
@@ -113,7 +118,7 @@ def register_layer(name: str, config: type[LayerConfig] = LayerConfig, network: 
 
     def register(make: Made) -> Made:
         summary = (make.__doc__ or "").strip().split("\n")[0]
-        _ENTRIES[name] = Entry(name, config, make, network, summary)
+        _ENTRIES[name] = Entry(name, config, make, network, keeps_weights, summary)
         return make
 
     return register
@@ -169,7 +174,7 @@ def parse_layers(spec: Spec) -> list[Part]:
 
 
 def _from_dict(spec: Mapping[str, Any]) -> Part:
-    if "type" not in spec:
+    if not isinstance(spec.get("type"), str):
         raise ValueError(f"layers={dict(spec)!r}: expected a key 'type' with one of {', '.join(list_layers())}")
     entry = layer_entry(spec["type"])
     return _part(entry, {name: value for name, value in spec.items() if name != "type"})
@@ -221,6 +226,8 @@ def _check_option(entry: Entry, option: str) -> None:
 def _part(entry: Entry, options: dict[str, Any]) -> Part:
     for option in options:
         _check_option(entry, option)
+        if get_type_hints(entry.config)[option] is bool and not isinstance(options[option], bool):
+            raise ValueError(f"{entry.name}: {option}={options[option]!r}: expected true or false")
     for field in dataclasses.fields(entry.config):
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and field.name not in options:
