@@ -48,7 +48,7 @@ def run_flops(schedule: Schedule, dense: float, sparse: float, steps: int, recom
 
     Example:
         >>> run_flops(Schedule("rigl", total_steps=100, interval=10, end=0.5), dense=100, sparse=25, steps=100)
-        7800
+        7800.0
     """
     gathered = schedule.updates(steps) if schedule.name == "rigl" else 0
     return (3 * sparse + recomputed) * steps + (dense - sparse) * gathered
