@@ -60,6 +60,7 @@ class Entry:
         config: class of its options.
         make: the registered function.
         network: whether ``make`` changes a whole network rather than one layer.
+        ends: whether the first layer and the classifier are converted, too.
         summary: first line of its docstring.
     """
 
@@ -67,6 +68,7 @@ class Entry:
     config: type[LayerConfig]
     make: Callable[..., Any]
     network: bool
+    ends: bool
     summary: str
 
 
@@ -85,13 +87,16 @@ class Part:
 _ENTRIES: dict[str, Entry] = {}
 
 
-def register_layer(name: str, config: type[LayerConfig] = LayerConfig, network: bool = False) -> Callable[[Made], Made]:
+def register_layer(
+    name: str, config: type[LayerConfig] = LayerConfig, network: bool = False, ends: bool = False
+) -> Callable[[Made], Made]:
     """Register a function under ``name``; its first docstring line is what ``revnets layers`` shows.
 
     Args:
         name: for specs.
         config: frozen dataclass of the options.
         network: whether the function changes a whole network.
+        ends: whether it takes the first layer and the classifier, too; ``site.role`` tells them from the others.
 
     The function takes ``(site, config)`` and returns the module to put there, or raises ``Unsuitable`` with the reason
     why the layer stays as it is; see ``revnets.layers.sites.Site``. With ``network=True`` it takes ``(job, config)``
@@ -113,7 +118,7 @@ def register_layer(name: str, config: type[LayerConfig] = LayerConfig, network: 
 
     def register(make: Made) -> Made:
         summary = (make.__doc__ or "").strip().split("\n")[0]
-        _ENTRIES[name] = Entry(name, config, make, network, summary)
+        _ENTRIES[name] = Entry(name, config, make, network, ends, summary)
         return make
 
     return register

@@ -1,0 +1,229 @@
+r"""Munit-scaled linear layers and convolutions as functions, in FP8 or in the usual precision (arXiv 2502.05967).
+
+With :math:`\alpha` the static scale and q(.) quantisation (to e4m3 for inputs and weights, e5m2 for gradients),
+
+.. math:: y = \alpha \, q(x) q(W)^\top, \qquad
+    \partial x = \alpha \, q(\partial y) q(W), \qquad \partial W = \alpha \, q(\partial y)^\top q(x)
+
+which is plain calculus of the scaled product, with quantisation passed straight through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .fp8 import E4M3, E5M2, _count, check_floating, fp8_matmul, quantize, resolve_backend
+
+Ints = int | Sequence[int]
+ROLES = ("input", "hidden", "output")
+
+
+def munit_scale(fan_in: int, role: str = "hidden") -> float:
+    r"""The static factor :math:`\alpha` of a layer whose weights have variance 1.
+
+    .. math:: \alpha_{hidden} = 1/\sqrt{\text{fan\_in}}, \qquad \alpha_{output} = 1/\text{fan\_in}, \qquad
+        \alpha_{input} = 1
+
+    Args:
+        fan_in: weights per output number: ``in_features``, or ``in_channels / groups * k * k``.
+        role: ``"input"``, ``"hidden"`` or ``"output"``.
+
+    Raises:
+        ValueError: for another role.
+
+    Example:
+        >>> munit_scale(64), munit_scale(64, "output"), munit_scale(64, "input")
+        (0.125, 0.015625, 1.0)
+    """
+    if role not in ROLES:
+        raise ValueError(f"role={role!r}: expected one of {', '.join(ROLES)}")
+    fan_in = max(fan_in, 1)
+    return {"input": 1.0, "hidden": fan_in**-0.5, "output": 1 / fan_in}[role]
+
+
+def mus_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float,
+    fp8: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    r""":math:`y = \alpha x W^\top + b`, all three products of training in FP8 on request.
+
+    The result has autocast's dtype, else that of ``x``. FP8 keeps the quantised input for the backward pass, a byte
+    per number. Second derivatives of FP8 are refused.
+
+    Args:
+        x: ``(..., in_features)``.
+        weight: ``(out_features, in_features)``.
+        bias: ``(out_features,)``, in the precision of the result.
+        scale: :math:`\alpha`, see ``munit_scale``.
+        fp8: quantise the operands.
+        backend: of FP8 products: ``"scaled_mm"``, ``"emulate"``, or None for the best on the device.
+
+    Returns:
+        ``(..., out_features)``.
+
+    Raises:
+        TypeError: for an input that is not floating.
+        ValueError: for an unknown backend, or shapes that do not match.
+
+    Example:
+        >>> x, weight = torch.ones(2, 5, 16), torch.ones(8, 16)
+        >>> y = mus_linear(x, weight, scale=0.25, fp8=True, backend="emulate")
+        >>> y.shape, y[0, 0, 0].item()
+        (torch.Size([2, 5, 8]), 4.0)
+    """
+    check_floating(x, "mus_linear")
+    if not fp8:
+        return F.linear(x, weight * scale, bias)
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"mus_linear: input of shape {tuple(x.shape)} for a weight of shape {tuple(weight.shape)}: "
+            f"expected (..., {weight.shape[1]})"
+        )
+    dtype = _result_dtype(x)
+    y = _Linear.apply(x, weight, scale, resolve_backend(backend, x.device, dtype), dtype)
+    return y if bias is None else y + bias.to(dtype)
+
+
+def mus_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    scale: float,
+    fp8: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    r""":math:`y = \alpha W * x + b`, all three products of training in FP8 on request.
+
+    A 1x1 convolution without padding is a product of matrices of ``N H W`` rows (best in channels-last memory); larger
+    kernels multiply quantised operands in float32, whatever the backend. Grouped convolutions, depthwise ones among
+    them, are scaled but never quantised: they keep autocast's precision. The result keeps the input's memory format.
+
+    Args:
+        x: ``(N, C_in, H, W)``.
+        weight: ``(C_out, C_in / groups, k, k)``.
+        bias: ``(C_out,)``.
+        stride: as in ``F.conv2d``.
+        padding: as in ``F.conv2d``, numbers only.
+        dilation: as in ``F.conv2d``.
+        groups: as in ``F.conv2d``.
+        scale: :math:`\alpha`, see ``munit_scale``.
+        fp8: quantise the operands, unless grouped.
+        backend: as in ``mus_linear``.
+
+    Returns:
+        ``(N, C_out, H', W')``.
+
+    Raises:
+        TypeError: for an input that is not floating.
+        ValueError: for an unknown backend, or shapes that do not match.
+
+    Example:
+        >>> x, weight = torch.ones(2, 16, 6, 6), torch.ones(8, 16, 3, 3)
+        >>> mus_conv2d(x, weight, padding=1, scale=1 / 12, fp8=True, backend="emulate").shape
+        torch.Size([2, 8, 6, 6])
+    """
+    check_floating(x, "mus_conv2d")
+    if not fp8 or groups != 1:
+        return F.conv2d(x, weight * scale, bias, stride, padding, dilation, groups)
+    if x.dim() != 4 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"mus_conv2d: input of shape {tuple(x.shape)} for a weight of shape {tuple(weight.shape)}: "
+            f"expected (N, {weight.shape[1]}, H, W)"
+        )
+    dtype, geometry = _result_dtype(x), (_pair(stride), _pair(padding), _pair(dilation))
+    backend = resolve_backend(backend, x.device, dtype)
+    if backend == "scaled_mm" and weight.shape[2:] == (1, 1) and not any(geometry[1]):
+        y = _by_rows(x, weight, geometry[0], scale, dtype)
+    else:
+        y = _Conv2d.apply(x, weight, scale, dtype, geometry)
+    return y if bias is None else y + bias.to(dtype)[:, None, None]
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    usable = kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if usable else x.dtype
+
+
+def _pair(value: Ints) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+class _Linear(torch.autograd.Function):
+    """Keeps the quantised operands."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: float, backend: str, dtype: torch.dtype) -> Tensor:
+        rows, quantized = quantize(x, E4M3).reshape(-1, x.shape[-1]), quantize(weight, E4M3)
+        ctx.save_for_backward(rows, quantized)
+        ctx.settings = (scale, backend, x.shape, x.dtype, weight.dtype)
+        return fp8_matmul(rows, quantized, scale, dtype, backend).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        rows, weight = ctx.saved_tensors
+        scale, backend, shape, *dtypes = ctx.settings
+        grad = quantize(grad, E5M2).reshape(-1, grad.shape[-1])
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = fp8_matmul(grad, weight.t(), scale, dtypes[0], backend).view(shape)
+        if ctx.needs_input_grad[1]:
+            grad_weight = fp8_matmul(grad.t(), rows.t(), scale, dtypes[1], backend)
+        return grad_x, grad_weight, None, None, None
+
+
+def _by_rows(x: Tensor, weight: Tensor, stride: list[int], scale: float, dtype: torch.dtype) -> Tensor:
+    """A 1x1 convolution as a linear layer of the pixels; quantised before pixels are gathered, at a byte a number."""
+    last = x.stride(1) == 1
+    if stride != [1, 1]:
+        x = x[:, :, :: stride[0], :: stride[1]]
+    y = _Linear.apply(x.permute(0, 2, 3, 1), weight.flatten(1), scale, "scaled_mm", dtype).permute(0, 3, 1, 2)
+    # in other memory formats later layers may round differently, and a reversible network would notice
+    return y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+class _Conv2d(torch.autograd.Function):
+    """Convolution of quantised operands in float32; keeps them quantised."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, scale: float, dtype: torch.dtype, geometry: tuple[list[int], ...]
+    ) -> Tensor:
+        _count("emulate, convolution")
+        wide, (stride, padding, dilation) = torch.promote_types(dtype, torch.float32), geometry
+        x8, weight8 = quantize(x, E4M3), quantize(weight, E4M3)
+        ctx.save_for_backward(x8, weight8)
+        ctx.settings = (scale, wide, geometry, x.dtype, weight.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.conv2d(x8.to(wide), weight8.to(wide), None, stride, padding, dilation).mul_(scale).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        scale, wide, geometry, *dtypes = ctx.settings
+        operands = (t.to(wide) for t in (quantize(grad, E5M2), x, weight))
+        needed = [*ctx.needs_input_grad[:2], False]
+        with torch.autocast(grad.device.type, enabled=False):
+            found = torch.ops.aten.convolution_backward(*operands, None, *geometry, False, [0, 0], 1, needed)
+        for _ in range(sum(needed)):
+            _count("emulate, convolution")
+        grads = (g if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(found[:2], dtypes, strict=True))
+        return *grads, None, None, None
