@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +46,13 @@ def quantize(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.clamp(-top, top).to(dtype)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which operations have the precision of their operands."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 def check_floating(x: Tensor, who: str) -> None:
     """Raises ``TypeError`` for a tensor that FP8 cannot be made of."""
     if x.dtype not in FLOATS:
@@ -79,7 +88,7 @@ def fp8_matmul(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype, backend: 
     if backend == "emulate" or not (a.numel() and b.numel()):
         _count("emulate")
         wide = torch.promote_types(dtype, torch.float32)
-        with torch.autocast(a.device.type, enabled=False):
+        with without_autocast(a.device):
             return (a.to(wide) @ b.to(wide).t()).mul_(scale).to(dtype)
     (m, k), n = a.shape, b.shape[0]
     if a.device.type != "cpu":

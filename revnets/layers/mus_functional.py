@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .fp8 import E4M3, E5M2, _count, check_floating, fp8_matmul, quantize, resolve_backend
+from .fp8 import E4M3, E5M2, _count, check_floating, fp8_matmul, quantize, resolve_backend, without_autocast
 
 Ints = int | Sequence[int]
 ROLES = ("input", "hidden", "output")
@@ -157,7 +157,7 @@ def mus_conv2d(
 
 def _result_dtype(x: Tensor) -> torch.dtype:
     kind = x.device.type
-    usable = kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    usable = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if usable else x.dtype
 
 
@@ -211,7 +211,7 @@ class _Conv2d(torch.autograd.Function):
         x8, weight8 = quantize(x, E4M3), quantize(weight, E4M3)
         ctx.save_for_backward(x8, weight8)
         ctx.settings = (scale, wide, geometry, x.dtype, weight.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return F.conv2d(x8.to(wide), weight8.to(wide), None, stride, padding, dilation).mul_(scale).to(dtype)
 
     @staticmethod
@@ -221,7 +221,7 @@ class _Conv2d(torch.autograd.Function):
         scale, wide, geometry, *dtypes = ctx.settings
         operands = (t.to(wide) for t in (quantize(grad, E5M2), x, weight))
         needed = [*ctx.needs_input_grad[:2], False]
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device):
             found = torch.ops.aten.convolution_backward(*operands, None, *geometry, False, [0, 0], 1, needed)
         for _ in range(sum(needed)):
             _count("emulate, convolution")

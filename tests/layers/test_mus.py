@@ -1,0 +1,445 @@
+"""Munit-scaled layers: unit variance, exact gradients of the quantised function, conversion and back, reversible nets."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import revnets
+from revnets.layers import MuSConv2d, MuSLinear, convert, fold, fp8_products, mus_conv2d, mus_linear, quantize
+from revnets.layers.fp8 import E4M3, E5M2
+from revnets.layers.mus import MunitScaled
+from tests.helpers import assert_same_step, training_step
+
+pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated")
+
+
+# --- unit variance ---------------------------------------------------------------------------------------------------
+
+
+def rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+def sizes(layer: nn.Module, shape: tuple[int, ...]) -> dict[str, float]:
+    """RMS of output, input gradient and weight gradient for unit-variance input and output gradient."""
+    torch.manual_seed(0)
+    x = torch.randn(shape, requires_grad=True)
+    y = layer(x)
+    y.backward(torch.randn_like(y))
+    assert x.grad is not None
+    weight: Any = layer.weight
+    return {"output": rms(y), "input gradient": rms(x.grad), "weight gradient": rms(weight.grad)}
+
+
+def assert_unit_scaled(found: dict[str, float]) -> None:
+    for what, size in found.items():
+        assert 0.5 <= size <= 2, f"RMS of {what}: {size}"
+
+
+# The scale is one for three products, so all are of unit variance where fan-in, fan-out and the number of rows agree.
+KINDS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda **kw: MuSLinear(256, 256, **kw), (256, 256)),
+    "linear of tokens": (lambda **kw: MuSLinear(128, 192, **kw), (2, 70, 128)),
+    "1x1": (lambda **kw: MuSConv2d(64, 64, 1, **kw), (1, 64, 8, 8)),
+    "1x1 strided": (lambda **kw: MuSConv2d(64, 128, 1, 2, **kw), (1, 64, 14, 14)),
+    "3x3": (lambda **kw: MuSConv2d(16, 16, 3, padding=1, **kw), (1, 16, 12, 12)),
+    "depthwise": (lambda **kw: MuSConv2d(256, 256, 5, padding=2, groups=256, **kw), (1, 256, 6, 6)),
+    "grouped": (lambda **kw: MuSConv2d(64, 64, 3, padding=1, groups=4, **kw), (1, 64, 12, 12)),
+}
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["mus", "mus_fp8"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_unit_variance(kind: str, fp8: bool) -> None:
+    torch.manual_seed(1)
+    make, shape = KINDS[kind]
+    layer = make(fp8=fp8, bias=False)
+    weight: Any = layer.weight
+    assert rms(weight) == pytest.approx(1, abs=0.05)
+    found = sizes(layer, shape)
+    if "strided" in kind:  # only every fourth pixel has a gradient
+        found["input gradient"] *= 2
+    assert_unit_scaled(found)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "wrong"),
+    [
+        (nn.Linear(256, 256, bias=False), (256, 256), "weight gradient"),
+        (MuSLinear(256, 256, bias=False, role="input"), (256, 256), "output"),
+        (MuSLinear(256, 256, bias=False, role="output"), (256, 256), "output"),
+        (MuSLinear(256, 1280, bias=False), (256, 256), "input gradient"),  # sqrt(fan-out / fan-in)
+        (MuSLinear(256, 256, bias=False), (2048, 256), "weight gradient"),  # sqrt(rows / fan-in)
+        (MuSConv2d(16, 16, 3, padding=1, bias=False, fp8=True), (8, 16, 12, 12), "weight gradient"),
+    ],
+)
+def test_the_check_fails_for_other_scales(layer: nn.Module, shape: tuple[int, ...], wrong: str) -> None:
+    with pytest.raises(AssertionError, match=f"RMS of {wrong}"):
+        assert_unit_scaled({wrong: sizes(layer, shape)[wrong]})
+
+
+@pytest.mark.parametrize(("fan_in", "fan_out", "rows"), [(64, 512, 128), (512, 64, 1024)])
+def test_variance_of_other_shapes(fan_in: int, fan_out: int, rows: int) -> None:
+    found = sizes(MuSLinear(fan_in, fan_out, fp8=True), (rows, fan_in))
+    assert found["output"] == pytest.approx(1, rel=0.1)
+    assert found["input gradient"] == pytest.approx((fan_out / fan_in) ** 0.5, rel=0.1)
+    assert found["weight gradient"] == pytest.approx((rows / fan_in) ** 0.5, rel=0.1)
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+Function = Callable[..., Tensor]
+CASES: dict[str, tuple[Function, Function, tuple[int, ...], tuple[int, ...]]] = {
+    "linear": (mus_linear, F.linear, (3, 7, 40), (24, 40)),
+    "1x1": (mus_conv2d, F.conv2d, (2, 24, 5, 6), (16, 24, 1, 1)),
+    "1x1 strided": (
+        lambda *a, **kw: mus_conv2d(*a, stride=2, **kw),
+        lambda *a: F.conv2d(*a, stride=2),
+        (2, 24, 7, 6),
+        (16, 24, 1, 1),
+    ),
+    "3x3": (
+        lambda *a, **kw: mus_conv2d(*a, 2, 1, **kw),
+        lambda *a: F.conv2d(*a, stride=2, padding=1),
+        (2, 8, 9, 8),
+        (12, 8, 3, 3),
+    ),
+    "1x1 padded, dilated": (
+        lambda *a, **kw: mus_conv2d(*a, 1, (1, 0), 2, **kw),
+        lambda *a: F.conv2d(*a, padding=(1, 0), dilation=2),
+        (2, 8, 5, 5),
+        (12, 8, 1, 1),
+    ),
+}
+
+
+def of_quantized(
+    function: Function, x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, scale: float
+) -> list[Tensor]:
+    """Value and gradients in float64 of the function of quantised operands, for the quantised gradient."""
+    x, weight = (quantize(t.detach(), E4M3).double().requires_grad_() for t in (x, weight))
+    y = function(x, weight) * scale
+    grads = torch.autograd.grad(y, (x, weight), quantize(grad, E5M2).double())
+    bias = bias.double() if y.dim() != 4 else bias.double()[:, None, None]
+    return [y + bias, *grads]
+
+
+def made(case: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    _, plain, *shapes = CASES[case]
+    x, weight = (torch.randn(shape, dtype=dtype).mul_(2).requires_grad_() for shape in shapes)
+    bias = torch.randn(shapes[1][0], dtype=dtype, requires_grad=True)
+    return x, weight, bias, torch.randn_like(plain(x, weight))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("backend", ["emulate", "scaled_mm"])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_the_quantised_function(case: str, backend: str, channels_last: bool) -> None:
+    x, weight, bias, grad = made(case)
+    given = x
+    if x.dim() == 4 and channels_last:
+        given = x.contiguous(memory_format=torch.channels_last)
+    y = CASES[case][0](given, weight, bias, scale=0.21, fp8=True, backend=backend)
+    grads = torch.autograd.grad(y, (x, weight, bias), grad)
+    expected = of_quantized(CASES[case][1], x, weight, bias, grad, 0.21)
+    for got, exact in zip((y, *grads[:2]), expected, strict=True):
+        assert got.shape == exact.shape
+        assert (got.double() - exact).norm() < 1e-6 * exact.norm()
+    dims = tuple(range(y.dim() - 1)) if y.dim() != 4 else (0, 2, 3)
+    assert torch.allclose(grads[2], grad.sum(dims), rtol=1e-5, atol=1e-5)  # never quantised
+    if y.dim() == 4:
+        assert y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_float64_is_exact(case: str) -> None:
+    x, weight, bias, grad = made(case, torch.float64)
+    y = CASES[case][0](x, weight, bias, scale=0.21, fp8=True, backend="scaled_mm")
+    got = (y, *torch.autograd.grad(y, (x, weight), grad))
+    for a, b in zip(got, of_quantized(CASES[case][1], x, weight, bias, grad, 0.21), strict=True):
+        assert torch.allclose(a, b, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_without_fp8_it_is_the_scaled_function(case: str) -> None:
+    x, weight, bias, grad = made(case, torch.float64)
+    mine, plain, *_ = CASES[case]
+    y, z = mine(x, weight, bias, scale=0.21), plain(x, weight) * 0.21
+    z = z + (bias if z.dim() != 4 else bias[:, None, None])
+    wanted = (x, weight, bias)
+    pairs = zip((y, *torch.autograd.grad(y, wanted, grad)), (z, *torch.autograd.grad(z, wanted, grad)), strict=True)
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in pairs)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("case", ["linear", "1x1", "3x3"])
+def test_autocast(case: str, fp8: bool) -> None:
+    x, weight, bias, grad = made(case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = CASES[case][0](x, weight, bias, scale=0.21, fp8=fp8, backend="emulate")
+    assert y.dtype == torch.bfloat16
+    grads = torch.autograd.grad(y, (x, weight, bias), grad.bfloat16())
+    assert [g.dtype for g in grads] == [torch.float32] * 3
+    if fp8:  # quantised from float32 at once, and the gradients are not rounded to bfloat16
+        exact = of_quantized(CASES[case][1], x, weight, bias, grad.bfloat16(), 0.21)
+        assert (y.double() - exact[0]).norm() < 4e-3 * exact[0].norm()
+        assert all((a.double() - b).norm() < 1e-6 * b.norm() for a, b in zip(grads, exact[1:], strict=False))
+
+
+def test_only_what_is_needed_and_second_derivatives() -> None:
+    x, weight, bias, _ = made("linear")
+    fp8_products(reset=True)
+    mus_linear(x.detach(), weight, fp8=True, scale=1.0, backend="emulate").sum().backward()
+    assert fp8_products() == {"emulate": 2}
+    y = mus_linear(x, weight, bias, fp8=True, scale=1.0, backend="emulate").square().sum()
+    (first,) = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice|once_differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": "same", "kernel_size": 3},
+        {"padding": "same", "kernel_size": 4},
+        {"padding": 1, "kernel_size": 3, "padding_mode": "reflect"},
+        {"padding": (1, 0), "kernel_size": (3, 1), "padding_mode": "circular"},
+        {"padding": "valid", "kernel_size": 1},
+    ],
+)
+def test_padding_as_torch_pads(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    layer = MuSConv2d(4, 6, **options, fp8=True, backend="emulate")
+    plain = nn.Conv2d(4, 6, **options)
+    plain.load_state_dict({"weight": quantize(layer.weight, E4M3).float() * layer.scale, "bias": layer.bias})
+    x = quantize(torch.randn(2, 4, 7, 8), E4M3).float()
+    assert torch.allclose(layer(x), plain(x), atol=1e-5)
+
+
+def test_compiled_layers() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        MuSConv2d(3, 16, 3, role="input"), MuSConv2d(16, 16, 1, fp8=True), nn.Flatten(2), MuSLinear(36, 8, fp8=True)
+    )
+    x = torch.randn(2, 3, 8, 8)
+    expected = training_step(net, (x,), lambda y: y.square().mean())
+    got = training_step(torch.compile(net, backend="aot_eager"), (x,), lambda y: y.square().mean())
+    got.grads = {name.removeprefix("_orig_mod."): grad for name, grad in got.grads.items()}
+    assert_same_step(got, expected, 1e-5)
+
+
+# --- modules ---------------------------------------------------------------------------------------------------------
+
+
+def test_layers_say_what_is_active() -> None:
+    assert "role=hidden, scale=0.125, fp8=e4m3/e5m2, backend=emulate" in repr(
+        MuSLinear(64, 8, fp8=True, backend="emulate")
+    )
+    assert "role=output, scale=0.01562, fp8=off" in repr(MuSLinear(64, 8, fp8=True, role="output"))
+    assert "scale=0.3333, fp8=off" in repr(MuSConv2d(8, 8, 3, groups=8, fp8=True))
+    assert isinstance(MuSConv2d(8, 8, 3), nn.Conv2d)
+    assert set(MuSLinear(4, 4).state_dict()) == {"weight", "bias"}
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: MuSLinear(4, 4, role="first"), ValueError, "role='first': expected one of input, hidden, output"),
+        (lambda: MuSLinear(4, 4, backend="cuda"), ValueError, "backend='cuda': expected one of scaled_mm, emulate"),
+        (lambda: MuSLinear(4, 4, fp8=True)(torch.ones(2, 5)), ValueError, r"input of shape \(2, 5\).*expected .*4"),
+        (lambda: MuSConv2d(4, 4, 1, fp8=True)(torch.ones(4, 5, 5)), ValueError, r"shape \(4, 5, 5\).*expected \(N, 4,"),
+        (lambda: MuSLinear(4, 4)(torch.ones(2, 4).long()), TypeError, "mus_linear: got an input of torch.int64"),
+        (lambda: MuSConv2d(4, 4, 1)(torch.ones(1, 4, 2, 2).int()), TypeError, "MuSConv2d: got an input of torch.int32"),
+    ],
+)
+def test_mistakes(make: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_widths_that_cannot_be_padded() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of empty tensors
+        with pytest.raises(ValueError, match=r"weight of shape \(4, 0\): expected widths of 1 at least"):
+            MuSLinear(0, 4, fp8=True)
+
+
+# --- conversion ------------------------------------------------------------------------------------------------------
+
+TINY = ["test_resnet", "test_efficientnet", "test_vit", "test_convnext"]
+
+
+@pytest.mark.parametrize("name", [*TINY, pytest.param("test_revbifpn", marks=pytest.mark.slow)])
+def test_conversion_keeps_the_function_and_back(name: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10).eval()
+    x = torch.randn(2, *timm.get_pretrained_cfg(name).input_size)
+    expected = model(x)
+    report = convert(copy.deepcopy(model), "mus")
+    assert not report.skipped
+    assert report.after.flops == report.before.flops
+    assert report.after.parameters == report.before.parameters
+    atol = 1e-5 * expected.abs().max().item()
+    assert torch.allclose(report.model(x), expected, rtol=1e-4, atol=atol)
+    plain = fold(report.model)
+    assert not [m for m in plain.modules() if isinstance(m, MunitScaled)]
+    assert list(plain.state_dict()) == list(model.state_dict())
+    for (key, value), was in zip(plain.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.allclose(value, was, rtol=1e-6, atol=0), key
+    fp8 = convert(copy.deepcopy(model), "mus_fp8").model
+    assert sum(m.fp8 for m in fp8.modules() if isinstance(m, MunitScaled)) > 3
+    assert F.cosine_similarity(fp8(x).flatten(), expected.flatten(), dim=0) > 0.9
+    assert torch.allclose(fold(fp8)(x), expected, rtol=1e-4, atol=atol)
+
+
+def test_roles_by_position_and_by_name() -> None:
+    def roles(model: nn.Module) -> dict[str, str]:
+        return {name: m.role for name, m in model.named_modules() if isinstance(m, MunitScaled)}
+
+    found = roles(convert(timm.create_model("test_resnet"), "mus_fp8").model)
+    ends = {name: role for name, role in found.items() if role != "hidden"}
+    assert ends == {"conv1.0": "input", "fc": "output"} or ends == {"conv1": "input", "fc": "output"}
+    options = {"type": "mus_fp8", "roles": {"patch_embed.proj": "hidden"}}
+    found = roles(convert(timm.create_model("test_vit"), options).model)
+    assert {name for name, role in found.items() if role != "hidden"} == {"head"}
+
+
+def test_new_weights_on_request() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 1))
+    net[2].weight.requires_grad_(False)
+    kept = convert(copy.deepcopy(net), "mus", input_size=(3, 16, 16)).model
+    assert torch.allclose(kept[2].weight * kept[2].scale, net[2].weight, rtol=1e-6)
+    assert [layer.weight.requires_grad for layer in kept[::2]] == [True, False, True]
+    drawn = convert(net, "mus_fp8:init:backend:emulate", input_size=(3, 16, 16)).model
+    assert all(rms(layer.weight) == pytest.approx(1, abs=0.1) for layer in drawn[::2])
+    assert [layer.fp8 for layer in drawn[::2]] == [False, True, False]
+    assert drawn[2].backend == "emulate"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            "mus+mus_fp8",
+            r"mus_fp8: Sequential is munit-scaled already \(2 layers, such as 0\): revnets.layers.fold makes",
+        ),
+        ("sparse:0.5+mus_fp8", "Sequential has 1 sparse layers, such as 0, .* use mus_fp8 without sparse layers"),
+        ({"type": "mus", "roles": {"fc": "hidden"}}, "roles names 'fc', which is no layer to be converted: .* 0, 1"),
+        (
+            {"type": "mus", "roles": {"0": "middle"}},
+            "roles={'0': 'middle'}: expected a dictionary from names of layers",
+        ),
+        ("mus_fp8:backend:cuda", "mus_fp8: backend='cuda': expected one of scaled_mm, emulate"),
+    ],
+)
+def test_conversions_that_are_refused(spec: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), spec, input_size=(8,))
+
+
+def test_converting_twice_changes_nothing() -> None:
+    model = convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), "mus", input_size=(8,)).model
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="munit-scaled already"):
+        convert(model, "mus", input_size=(8,))
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+
+# --- reversible networks ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layers", "autocast"),
+    [("mus_fp8", False), ("mus_fp8:backend:scaled_mm", True), ("mus:init", False)],
+)
+def test_reversible_gradients_are_the_same_bits(layers: str, autocast: bool) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_revbifpn", layers=layers, num_classes=10, drop_path_rate=0.2).train()
+    x, twin = torch.randn(4, 3, 32, 32), copy.deepcopy(model)
+    fp8_products(reset=True)
+    stored = training_step(model, (x,), lambda y: y.float().square().mean(), "store", autocast=autocast)
+    products = sum(fp8_products(reset=True).values())
+    rebuilt = training_step(twin, (x,), lambda y: y.float().square().mean(), "reversible", autocast=autocast)
+    assert_same_step(rebuilt, stored, 0)
+    if "fp8" in layers:
+        assert sum(fp8_products().values()) > products > 100  # it did recompute
+
+
+# --- parameter groups ------------------------------------------------------------------------------------------------
+
+
+def of(groups: list[dict[str, Any]], parameter: Tensor) -> tuple[float, float]:
+    (found,) = [g for g in groups if any(p is parameter for p in g["params"])]
+    return found["lr"], found["weight_decay"]
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(
+        MuSConv2d(3, 64, 3, role="input"),
+        nn.BatchNorm2d(64),
+        MuSConv2d(64, 64, 3, padding=1, groups=64),
+        MuSConv2d(64, 256, 1, fp8=True),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        MuSLinear(256, 10, role="output"),
+    )
+
+
+def test_parameter_groups() -> None:
+    net: Any = network()
+    groups = revnets.mus_param_groups(net, 0.01, 1e-4, base_width=16)
+    assert of(groups, net[3].weight) == (0.005, 0.02)
+    for kept in (net[0].weight, net[2].weight, net[6].weight):
+        assert of(groups, kept) == (0.01, 0.01)
+    for vector in (net[1].weight, net[1].bias, net[3].bias):
+        assert of(groups, vector) == (0.01, 0.0)
+    assert sum(len(g["params"]) for g in groups) == len(list(net.parameters()))
+    net[3].weight.requires_grad_(False)
+    assert len(revnets.mus_param_groups(net, 0.01, 1e-4, base_width=16)) == len(groups) - 1
+    one_width = nn.Sequential(MuSLinear(64, 256), MuSLinear(256, 64))
+    groups = revnets.mus_param_groups(one_width, 1.0, 0.0, base_width=16, width=64)
+    assert {g["lr"] for g in groups} == {0.5, 1.0}
+
+
+@pytest.mark.parametrize("name", ["torch", "adamw", "lion"])
+def test_weight_decay_does_not_follow_the_learning_rate(name: str) -> None:
+    net: Any = network()
+    groups = revnets.mus_param_groups(net, 0.01, 1e-3, base_width=4)
+    make: Any = torch.optim.AdamW if name == "torch" else lambda g: timm.optim.create_optimizer_v2(g, name, lr=0.01)
+    optimizer = make(groups)
+    before = [p.detach().clone() for p in net.parameters()]
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for p, was in zip(net.parameters(), before, strict=True):
+        share = 1e-3 if p.dim() > 1 else 0.0
+        assert torch.allclose(p, was * (1 - share), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"base_width": 0}, "base_width=0: expected a number greater than 0"),
+        ({"base_width": -64}, "base_width=-64"),
+        ({"lr": 0}, "lr=0: expected a number greater than 0"),
+        ({"width": 0}, "width=0"),
+        ({"weight_decay": 1.5}, "weight_decay=1.5: expected the share of a weight that one step takes off"),
+        ({"model": nn.Linear(2, 2)}, "Linear has no munit-scaled layers: convert it first"),
+    ],
+)
+def test_groups_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        revnets.mus_param_groups(**{"model": network(), "lr": 0.01, "weight_decay": 0.0, "base_width": 64, **options})
+
+
+def test_a_decay_meant_for_adamw_is_noticed() -> None:
+    with pytest.warns(UserWarning, match=r"weight_decay=0.05 takes 5% off the weights in every step"):
+        revnets.mus_param_groups(network(), 1e-3, 0.05, base_width=64)
