@@ -94,7 +94,8 @@ def fp8_matmul(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype, backend: 
     if a.device.type != "cpu":
         a, b = _padded(a), _padded(b)
     _count("scaled_mm" if a.shape[0] == m and b.shape == (n, k) else "scaled_mm, padded")
-    return _scaled_mm(a.contiguous(), b.contiguous(), scale, dtype)[:m, :n]
+    with without_autocast(a.device):  # under autocast, torch's product on CPUs rounds twice
+        return _scaled_mm(a.contiguous(), b.contiguous(), scale, dtype)[:m, :n]
 
 
 def _padded(x: Tensor) -> Tensor:
@@ -154,19 +155,28 @@ def resolve_backend(backend: str | None, device: torch.device, dtype: torch.dtyp
     if backend == "emulate" or dtype == torch.float64 or device.type == "meta":
         return "emulate"
     if backend == "scaled_mm":
-        if not _multiplies_fp8(device.type, device.index):
+        if not _offers_scaled_mm(device.type, device.index):
             raise RuntimeError(
                 f"backend='scaled_mm': this torch ({torch.__version__}) multiplies no FP8 on {device}; "
                 "use backend='emulate', or None to choose by device"
             )
         return "scaled_mm"
-    if device.type != "cpu" and _multiplies_fp8(device.type, device.index):
+    return _best_backend(device.type, device.index)
+
+
+@torch.compiler.assume_constant_result
+def _best_backend(kind: str, index: int | None) -> str:
+    if kind != "cpu" and _multiplies_fp8(kind, index):  # torch multiplies FP8 on CPUs, but not faster than float32
         return "scaled_mm"
-    _warn_of_emulation(device.type)
+    _warn_of_emulation(kind)
     return "emulate"
 
 
 @torch.compiler.assume_constant_result
+def _offers_scaled_mm(kind: str, index: int | None) -> bool:
+    return _multiplies_fp8(kind, index)
+
+
 @cache
 def _multiplies_fp8(kind: str, index: int | None) -> bool:
     """Whether a small product works, of the formats of the forward pass and of the backward pass."""
@@ -181,7 +191,6 @@ def _multiplies_fp8(kind: str, index: int | None) -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result
 @cache
 def _warn_of_emulation(kind: str) -> None:
     warnings.warn(

@@ -91,7 +91,7 @@ def mus_linear(
             f"expected (..., {weight.shape[1]})"
         )
     dtype = _result_dtype(x)
-    y = _Linear.apply(x, weight, scale, resolve_backend(backend, x.device, dtype), dtype)
+    y = _Linear.apply(x, weight, scale, resolve_backend(backend, x.device, dtype), dtype, False)
     return y if bias is None else y + bias.to(dtype)
 
 
@@ -149,7 +149,12 @@ def mus_conv2d(
     dtype, geometry = _result_dtype(x), (_pair(stride), _pair(padding), _pair(dilation))
     backend = resolve_backend(backend, x.device, dtype)
     if backend == "scaled_mm" and weight.shape[2:] == (1, 1) and not any(geometry[1]):
-        y = _by_rows(x, weight, geometry[0], scale, dtype)
+        (down, right), last = geometry[0], x.stride(1) == 1
+        if (down, right) != (1, 1):
+            x = x[:, :, ::down, ::right].contiguous(
+                memory_format=torch.channels_last if last else torch.contiguous_format
+            )
+        y = _Linear.apply(x, weight.flatten(1), scale, backend, dtype, True)
     else:
         y = _Conv2d.apply(x, weight, scale, dtype, geometry)
     return y if bias is None else y + bias.to(dtype)[:, None, None]
@@ -166,37 +171,48 @@ def _pair(value: Ints) -> list[int]:
 
 
 class _Linear(torch.autograd.Function):
-    """Keeps the quantised operands."""
+    """Over the last dimension, or over the channels of maps; keeps the quantised operands."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: float, backend: str, dtype: torch.dtype) -> Tensor:
-        rows, quantized = quantize(x, E4M3).reshape(-1, x.shape[-1]), quantize(weight, E4M3)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, scale: float, backend: str, dtype: torch.dtype, maps: bool
+    ) -> Tensor:
+        # gathered after quantisation, at a byte a number
+        rows, quantized = _rows(quantize(x, E4M3), maps), quantize(weight, E4M3)
         ctx.save_for_backward(rows, quantized)
-        ctx.settings = (scale, backend, x.shape, x.dtype, weight.dtype)
-        return fp8_matmul(rows, quantized, scale, dtype, backend).view(*x.shape[:-1], -1)
+        last = maps and x.stride(1) == 1
+        ctx.settings = (scale, backend, maps, last, x.shape, x.dtype, weight.dtype)
+        return _unrowed(fp8_matmul(rows, quantized, scale, dtype, backend), x.shape, maps, last)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         rows, weight = ctx.saved_tensors
-        scale, backend, shape, *dtypes = ctx.settings
-        grad = quantize(grad, E5M2).reshape(-1, grad.shape[-1])
+        scale, backend, maps, last, shape, *dtypes = ctx.settings
+        grad = _rows(quantize(grad, E5M2), maps)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = fp8_matmul(grad, weight.t(), scale, dtypes[0], backend).view(shape)
+            grad_x = _unrowed(fp8_matmul(grad, weight.t(), scale, dtypes[0], backend), shape, maps, last)
         if ctx.needs_input_grad[1]:
             grad_weight = fp8_matmul(grad.t(), rows.t(), scale, dtypes[1], backend)
-        return grad_x, grad_weight, None, None, None
+        return grad_x, grad_weight, None, None, None, None
 
 
-def _by_rows(x: Tensor, weight: Tensor, stride: list[int], scale: float, dtype: torch.dtype) -> Tensor:
-    """A 1x1 convolution as a linear layer of the pixels; quantised before pixels are gathered, at a byte a number."""
-    last = x.stride(1) == 1
-    if stride != [1, 1]:
-        x = x[:, :, :: stride[0], :: stride[1]]
-    y = _Linear.apply(x.permute(0, 2, 3, 1), weight.flatten(1), scale, "scaled_mm", dtype).permute(0, 3, 1, 2)
-    # in other memory formats later layers may round differently, and a reversible network would notice
-    return y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+def _rows(x: Tensor, maps: bool) -> Tensor:
+    """``(..., C)`` or maps ``(N, C, H, W)`` as ``(rows, C)``."""
+    return (x.permute(0, 2, 3, 1) if maps else x).reshape(-1, x.shape[1 if maps else -1])
+
+
+def _unrowed(rows: Tensor, shape: torch.Size, maps: bool, last: bool) -> Tensor:
+    """Rows in the shape they came from, but for the width; maps in the memory format they came from.
+
+    In another format later layers may round differently, and a reversible network is exact to the bit.
+    """
+    if not maps:
+        return rows.view(*shape[:-1], -1)
+    n, _, height, width = shape
+    found = rows.view(n, height, width, -1).permute(0, 3, 1, 2)
+    return found.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 class _Conv2d(torch.autograd.Function):
