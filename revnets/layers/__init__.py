@@ -3,7 +3,7 @@
 Layers know of the reversible engine only ``once`` (statistics computed once per step), and nothing of models or mmdet.
 """
 
-from . import mus, parallel, plain, wide
+from . import mus_convert, parallel, plain, wide
 from .accounting import LayerCost, ModelCost, count_costs
 from .compact import load_sparse, save_sparse
 from .conv import conv
@@ -13,7 +13,7 @@ from .factorized import SparseFactorizedConv2d, SparseFactorizedLinear
 from .fold import fold
 from .fp8 import fp8_products, quantize
 from .mbconv import MBConv
-from .mus import MuSConv2d, MuSLinear
+from .mus import MuSConv2d, MuSLinear, SparseMuSConv2d, SparseMuSLinear
 from .mus_functional import munit_scale, mus_conv2d, mus_linear
 from .mus_optim import mus_param_groups
 from .norm_act import lean_layers, norm_act
@@ -39,6 +39,8 @@ __all__ = [
     "SparseFactorizedConv2d",
     "SparseFactorizedLinear",
     "SparseLinear",
+    "SparseMuSConv2d",
+    "SparseMuSLinear",
     "SparseParallelConv2d",
     "SparseParallelLinear",
     "Unsuitable",
@@ -51,8 +53,8 @@ __all__ = [
     "list_layers",
     "load_sparse",
     "munit_scale",
-    "mus",
     "mus_conv2d",
+    "mus_convert",
     "mus_linear",
     "mus_param_groups",
     "norm_act",

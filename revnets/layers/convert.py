@@ -162,7 +162,7 @@ def _apply(part: Part, report: ConversionReport, filter: Filter | None, recorded
     for name, module in report.model.named_modules():
         if not isinstance(module, (nn.Conv2d, nn.Linear)):
             continue
-        reason = surroundings.reason_to_keep(name, filter, part.entry.ends)
+        reason = surroundings.reason_to_keep(name, filter, part.entry.everywhere)
         reason = reason or surroundings.reason_by_config(name, part.config)
         if reason is None:
             names.append(name)

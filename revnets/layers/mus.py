@@ -1,21 +1,17 @@
-"""``mus`` and ``mus_fp8``: munit-scaled layers, whose weights start with variance 1 and whose scales are static."""
+"""Munit-scaled layers, dense and sparse: weights start with variance 1, and the scales are static."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..sparsity.found import is_sparse
+from ..sparsity.masks import check_sparsity
 from .fp8 import check_backend, check_floating
-from .geometry import arguments
-from .mus_functional import ROLES, munit_scale, mus_conv2d, mus_linear
-from .registry import LayerConfig, register_layer
-from .sites import Site, Unsuitable
+from .mus_functional import munit_scale, mus_conv2d, mus_linear
+from .sparse import MaskedWeight
 
 
 class MunitScaled(nn.Module):
@@ -35,8 +31,8 @@ class MunitScaled(nn.Module):
     fp8: bool
     backend: str | None
 
-    def _init_scale(self, fp8: bool, role: str, backend: str | None) -> None:
-        self.scale = munit_scale(self.weight.shape[1:].numel(), role)
+    def _init_scale(self, fp8: bool, role: str, backend: str | None, density: float = 1.0) -> None:
+        self.scale = munit_scale(self.weight.shape[1:].numel() * density, role)
         self.role, self.backend = role, check_backend(backend)
         self.fp8 = fp8 and role == "hidden" and getattr(self, "groups", 1) == 1
         if self.fp8 and not self.weight.numel():
@@ -52,9 +48,13 @@ class MunitScaled(nn.Module):
         if self.bias is not None:
             self.bias.zero_()
 
+    def unscaled_weight(self) -> Tensor:
+        """The weight before the scale: the parameter, or what is left of it under a mask."""
+        return self.weight
+
     def effective_weight(self) -> Tensor:
         """The weight of the plain layer that computes the same: with the scale in it, not quantised."""
-        return self.weight * self.scale
+        return self.unscaled_weight() * self.scale
 
     @property
     def note(self) -> str:
@@ -113,7 +113,8 @@ class MuSLinear(MunitScaled, nn.Linear):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x: ``(..., in_features)``. Returns: ``(..., out_features)``."""
-        return mus_linear(x, self.weight, self.bias, scale=self.scale, fp8=self.fp8, backend=self.backend)
+        weight = self.unscaled_weight()
+        return mus_linear(x, weight, self.bias, scale=self.scale, fp8=self.fp8, backend=self.backend)
 
 
 class MuSConv2d(MunitScaled, nn.Conv2d):  # type: ignore[misc]
@@ -153,126 +154,80 @@ class MuSConv2d(MunitScaled, nn.Conv2d):  # type: ignore[misc]
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode), 0
         return mus_conv2d(
-            *(x, self.weight, self.bias, self.stride, padding, self.dilation),
+            *(x, self.unscaled_weight(), self.bias, self.stride, padding, self.dilation),
             scale=self.scale,
             fp8=True,
             backend=self.backend,
         )
 
 
-# --- conversion ------------------------------------------------------------------------------------------------------
+# --- under masks -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class MuSConfig(LayerConfig):
-    """Options of ``mus``.
+class _SparseMunitScaled(MaskedWeight):
+    """A mask over the weight of a munit-scaled layer; the fan-in of its scale counts the weights that stay."""
+
+    scale: float
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Weights of variance 1 where the mask leaves them; biases 0."""
+        if "mask" not in self._buffers:
+            return  # called by torch's own constructor
+        self.weight.normal_().mul_(self.mask)
+        if self.bias is not None:
+            self.bias.zero_()
+
+    def unscaled_weight(self) -> Tensor:
+        """The masked weight, before the scale."""
+        return super().effective_weight()
+
+    def effective_weight(self) -> Tensor:
+        """The weight of the plain layer that computes the same: masked, with the scale in it, not quantised."""
+        return self.unscaled_weight() * self.scale
+
+
+class SparseMuSLinear(_SparseMunitScaled, MuSLinear):  # type: ignore[misc]
+    r"""``MuSLinear`` of which a share s of the weights is masked out: :math:`\alpha = 1/\sqrt{(1-s)\,\text{fan\_in}}`.
 
     Args:
-        init: draw new weights of variance 1, to train from scratch; else the network keeps its function.
-        roles: role by the name of the layer, where its position does not tell.
+        args: those of ``MuSLinear``, in its order.
+        sparsity: share of zeros, in [0, 1).
+        kwargs: those of ``MuSLinear``.
 
     Raises:
-        ValueError: for an unknown role.
-    """
-
-    init: bool = False
-    roles: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.roles, Mapping) or not set(self.roles.values()) <= set(ROLES):
-            raise ValueError(
-                f"roles={self.roles!r}: expected a dictionary from names of layers to {', '.join(ROLES)}, such as "
-                "dict(type='mus', roles={'patch_embed.proj': 'hidden'})"
-            )
-
-
-@dataclass(frozen=True)
-class MuSFp8Config(MuSConfig):
-    """Options of ``mus_fp8``.
-
-    Args:
-        backend: of the products: ``scaled_mm``, ``emulate``, or by default the best on the device.
-
-    Raises:
-        ValueError: for an unknown backend.
-    """
-
-    backend: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_backend(self.backend)
-
-
-@register_layer("mus", MuSConfig, network=True, ends=True)
-def mus(job: Any, config: MuSConfig) -> nn.Module:
-    """Munit-scaled layers in the usual precision: unit-variance weights, static scales (1/sqrt(fan-in) if hidden)."""
-    return _scaled(job, config, "mus")
-
-
-@register_layer("mus_fp8", MuSFp8Config, network=True, ends=True)
-def mus_fp8(job: Any, config: MuSFp8Config) -> nn.Module:
-    """Munit-scaled layers that multiply in FP8 in training, too; first layer, classifier, grouped ones do not."""
-    return _scaled(job, config, "mus_fp8", fp8=True, backend=config.backend)
-
-
-def _scaled(job: Any, config: MuSConfig, kind: str, **options: Any) -> nn.Module:
-    from .convert import put_layer
-
-    _check_network(job, config, kind)
-    for name in job.names:
-        site: Site = job.surroundings.site(name)
-        role = config.roles.get(name, site.role)
-        put_layer(job.report, site, munit_scaled(site.layer, role, config.init, **options), kind)
-    return job.report.model
-
-
-def _check_network(job: Any, config: MuSConfig, kind: str) -> None:
-    """Refuse what cannot be munit-scaled as a whole."""
-    model = type(job.model).__name__
-    modules = dict(job.model.named_modules())
-    found = [name for name, module in modules.items() if isinstance(module, MunitScaled)]
-    if found:
-        raise Unsuitable(
-            f"{kind}: {model} is munit-scaled already ({len(found)} layers, such as {found[0]}): "
-            "revnets.layers.fold makes it plain again, to be converted anew"
-        )
-    masked = [name for name, module in modules.items() if is_sparse(module)]
-    if masked:
-        raise Unsuitable(
-            f"{kind}: {model} has {len(masked)} sparse layers, such as {masked[0]}, and masked weights are not "
-            f"munit-scaled: use {kind} without sparse layers before it"
-        )
-    if not job.names:
-        raise Unsuitable(f"{kind}: no layer of {model} can be munit-scaled: {job.report.skipped[-1].reason}")
-    unknown = sorted(set(config.roles) - set(job.names))
-    if unknown:
-        raise Unsuitable(
-            f"{kind}: roles names {unknown[0]!r}, which is no layer to be converted: expected one of "
-            f"{', '.join(job.names[:5])}{', ...' if len(job.names) > 5 else ''}"
-        )
-
-
-@torch.no_grad()
-def munit_scaled(layer: Any, role: str = "hidden", init: bool = False, **options: Any) -> nn.Module:
-    """The munit-scaled layer that computes the same as a plain one, to rounding: its weight is divided by the scale.
-
-    Args:
-        layer: an ``nn.Linear`` or ``nn.Conv2d``.
-        role: ``"input"``, ``"hidden"`` or ``"output"``.
-        init: keep nothing but the shape, and draw new weights.
-        options: ``fp8`` and ``backend`` of the layer.
+        ValueError: as ``MuSLinear`` and ``SparseLinear`` do.
 
     Example:
-        >>> munit_scaled(nn.Linear(4, 2), "output")
-        MuSLinear(in_features=4, out_features=2, bias=True, role=output, scale=0.25, fp8=off)
+        >>> SparseMuSLinear(64, 8, sparsity=0.75, fp8=True).scale
+        0.25
     """
-    kind = MuSConv2d if isinstance(layer, nn.Conv2d) else MuSLinear
-    made: Any = kind(**arguments(layer), role=role, **options)
-    if not init:
-        made.weight.copy_(layer.weight / made.scale)
-        if layer.bias is not None:
-            made.bias.copy_(layer.bias)
-    for name, parameter in layer.named_parameters():  # frozen layers stay frozen
-        getattr(made, name).requires_grad_(parameter.requires_grad)
-    return made
+
+    def __init__(self, *args: Any, sparsity: float, **kwargs: Any) -> None:
+        check_sparsity(sparsity)
+        super().__init__(*args, **kwargs)
+        self._init_scale(self.fp8, self.role, self.backend, 1 - sparsity)
+        self._init_mask(sparsity, init_scale=False, count=None)
+
+
+class SparseMuSConv2d(_SparseMunitScaled, MuSConv2d):  # type: ignore[misc]
+    r"""``MuSConv2d`` of which a share s of the weights is masked out; see ``SparseMuSLinear``.
+
+    Args:
+        args: those of ``MuSConv2d``, in its order.
+        sparsity: share of zeros, in [0, 1).
+        kwargs: those of ``MuSConv2d``.
+
+    Raises:
+        ValueError: as ``MuSConv2d`` and ``SparseConv2d`` do.
+
+    Example:
+        >>> SparseMuSConv2d(16, 8, 2, sparsity=0.75, fp8=True).scale
+        0.25
+    """
+
+    def __init__(self, *args: Any, sparsity: float, **kwargs: Any) -> None:
+        check_sparsity(sparsity)
+        super().__init__(*args, **kwargs)
+        self._init_scale(self.fp8, self.role, self.backend, 1 - sparsity)
+        self._init_mask(sparsity, init_scale=False, count=None)

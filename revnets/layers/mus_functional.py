@@ -24,14 +24,15 @@ Ints = int | Sequence[int]
 ROLES = ("input", "hidden", "output")
 
 
-def munit_scale(fan_in: int, role: str = "hidden") -> float:
+def munit_scale(fan_in: float, role: str = "hidden") -> float:
     r"""The static factor :math:`\alpha` of a layer whose weights have variance 1.
 
     .. math:: \alpha_{hidden} = 1/\sqrt{\text{fan\_in}}, \qquad \alpha_{output} = 1/\text{fan\_in}, \qquad
         \alpha_{input} = 1
 
     Args:
-        fan_in: weights per output number: ``in_features``, or ``in_channels / groups * k * k``.
+        fan_in: weights per output number: ``in_features``, or ``in_channels / groups * k * k``; under a mask, the mean
+            of those that stay.
         role: ``"input"``, ``"hidden"`` or ``"output"``.
 
     Raises:
@@ -43,7 +44,7 @@ def munit_scale(fan_in: int, role: str = "hidden") -> float:
     """
     if role not in ROLES:
         raise ValueError(f"role={role!r}: expected one of {', '.join(ROLES)}")
-    fan_in = max(fan_in, 1)
+    fan_in = max(fan_in, 1.0)
     return {"input": 1.0, "hidden": fan_in**-0.5, "output": 1 / fan_in}[role]
 
 

@@ -60,7 +60,7 @@ class Entry:
         config: class of its options.
         make: the registered function.
         network: whether ``make`` changes a whole network rather than one layer.
-        ends: whether the first layer and the classifier are converted, too.
+        everywhere: whether the first layer, the classifier and sparse layers are converted, too.
         summary: first line of its docstring.
     """
 
@@ -68,7 +68,7 @@ class Entry:
     config: type[LayerConfig]
     make: Callable[..., Any]
     network: bool
-    ends: bool
+    everywhere: bool
     summary: str
 
 
@@ -88,7 +88,7 @@ _ENTRIES: dict[str, Entry] = {}
 
 
 def register_layer(
-    name: str, config: type[LayerConfig] = LayerConfig, network: bool = False, ends: bool = False
+    name: str, config: type[LayerConfig] = LayerConfig, network: bool = False, everywhere: bool = False
 ) -> Callable[[Made], Made]:
     """Register a function under ``name``; its first docstring line is what ``revnets layers`` shows.
 
@@ -96,7 +96,8 @@ def register_layer(
         name: for specs.
         config: frozen dataclass of the options.
         network: whether the function changes a whole network.
-        ends: whether it takes the first layer and the classifier, too; ``site.role`` tells them from the others.
+        everywhere: whether it takes the first layer, the classifier (``site.role`` tells them from the others) and
+            sparse layers, too.
 
     The function takes ``(site, config)`` and returns the module to put there, or raises ``Unsuitable`` with the reason
     why the layer stays as it is; see ``revnets.layers.sites.Site``. With ``network=True`` it takes ``(job, config)``
@@ -118,7 +119,7 @@ def register_layer(
 
     def register(make: Made) -> Made:
         summary = (make.__doc__ or "").strip().split("\n")[0]
-        _ENTRIES[name] = Entry(name, config, make, network, ends, summary)
+        _ENTRIES[name] = Entry(name, config, make, network, everywhere, summary)
         return make
 
     return register

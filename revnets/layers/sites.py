@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .registry import SparseConfig
+from .sparse import SparseConv2d, SparseLinear
 from .trace import Call, Trace
 
 Filter = Callable[[nn.Module, str], bool]
@@ -186,16 +187,17 @@ class Surroundings:
 
     # --- layers that stay ---------------------------------------------------------------------------------------
 
-    def reason_to_keep(self, name: str, filter: Filter | None, ends: bool = False) -> str | None:
+    def reason_to_keep(self, name: str, filter: Filter | None, everywhere: bool = False) -> str | None:
         """Why the layer called ``name`` stays as it is; None where it may be converted.
 
         Args:
             name: of the layer.
             filter: the user's.
-            ends: whether the conversion takes the first layer and the classifier.
+            everywhere: whether the conversion takes the first layer, the classifier and sparse layers, too.
         """
         layer = self.modules[name]
-        if type(layer) not in (nn.Conv2d, nn.Linear):
+        kinds = (nn.Conv2d, nn.Linear, SparseConv2d, SparseLinear)[: 4 if everywhere else 2]
+        if type(layer) not in kinds:
             return f"{type(layer).__name__} is neither nn.Conv2d nor nn.Linear itself"
         if filter is not None and not filter(layer, name):
             return "left out by the filter"
@@ -204,7 +206,7 @@ class Surroundings:
             return "it is not called in the forward pass"
         if self._owners[id(layer.weight)] > 1:
             return "it shares its weight with another layer"
-        if ends:
+        if everywhere:
             return None
         return {"output": "the classifier stays dense", "input": "the first layer stays dense"}.get(self.role(name))
 

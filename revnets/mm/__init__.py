@@ -13,6 +13,7 @@ from .checkpoint import WholeCheckpointHook  # noqa: E402
 from .hooks import MemoryReportHook  # noqa: E402
 from .hrfpn import LeanHRFPN  # noqa: E402
 from .layers import register_conv_layers  # noqa: E402
+from .mus_optim import MuSOptimWrapperConstructor  # noqa: E402
 from .neck import RevBiFPNNeck  # noqa: E402
 from .resume import ResumableTrainLoop  # noqa: E402
 from .sparsity_hook import SparsityHook  # noqa: E402
@@ -23,6 +24,7 @@ __all__ = [
     "Bf16OptimWrapper",
     "LeanHRFPN",
     "MemoryReportHook",
+    "MuSOptimWrapperConstructor",
     "ResumableTrainLoop",
     "RevBiFPN",
     "RevBiFPNNeck",

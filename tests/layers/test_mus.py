@@ -1,21 +1,26 @@
 """Munit-scaled layers: unit variance, gradients of the quantised function, conversion and back, reversible nets."""
 
-import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 import revnets
-from revnets.layers import MuSConv2d, MuSLinear, convert, fold, fp8_products, mus_conv2d, mus_linear, quantize
+from revnets.layers import (
+    MuSConv2d,
+    MuSLinear,
+    SparseMuSLinear,
+    fp8_products,
+    mus_conv2d,
+    mus_linear,
+    quantize,
+)
 from revnets.layers.fp8 import E4M3, E5M2
-from revnets.layers.mus import MunitScaled
 from tests.helpers import assert_same_step, training_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated")
@@ -93,6 +98,15 @@ def test_variance_of_other_shapes(fan_in: int, fan_out: int, rows: int) -> None:
     assert found["output"] == pytest.approx(1, rel=0.1)
     assert found["input gradient"] == pytest.approx((fan_out / fan_in) ** 0.5, rel=0.1)
     assert found["weight gradient"] == pytest.approx((rows / fan_in) ** 0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.9])
+def test_unit_variance_under_masks(sparsity: float) -> None:
+    torch.manual_seed(1)
+    layer = SparseMuSLinear(512, 512, False, sparsity=sparsity, fp8=True)
+    found = sizes(layer, (512, 512))
+    assert_unit_scaled(found)
+    assert rms(layer.weight[layer.mask]) == pytest.approx(1, abs=0.05)
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
@@ -272,108 +286,6 @@ def test_widths_that_cannot_be_padded() -> None:
         warnings.simplefilter("ignore")  # torch's own, of empty tensors
         with pytest.raises(ValueError, match=r"weight of shape \(4, 0\): expected widths of 1 at least"):
             MuSLinear(0, 4, fp8=True)
-
-
-# --- conversion ------------------------------------------------------------------------------------------------------
-
-TINY = ["test_resnet", "test_efficientnet", "test_vit", "test_convnext"]
-
-
-@pytest.mark.parametrize("name", [*TINY, pytest.param("test_revbifpn", marks=pytest.mark.slow)])
-def test_conversion_keeps_the_function_and_back(name: str) -> None:
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=10).eval()
-    x = torch.randn(2, *timm.get_pretrained_cfg(name).input_size)
-    expected = model(x)
-    report = convert(copy.deepcopy(model), "mus")
-    assert not report.skipped
-    assert report.after.flops == report.before.flops
-    assert report.after.parameters == report.before.parameters
-    atol = 1e-5 * expected.abs().max().item()
-    assert torch.allclose(report.model(x), expected, rtol=1e-4, atol=atol)
-    plain = fold(report.model)
-    assert not [m for m in plain.modules() if isinstance(m, MunitScaled)]
-    assert list(plain.state_dict()) == list(model.state_dict())
-    for (key, value), was in zip(plain.state_dict().items(), model.state_dict().values(), strict=True):
-        assert torch.allclose(value, was, rtol=1e-6, atol=0), key
-    fp8 = convert(copy.deepcopy(model), "mus_fp8").model
-    assert sum(m.fp8 for m in fp8.modules() if isinstance(m, MunitScaled)) > 3
-    assert F.cosine_similarity(fp8(x).flatten(), expected.flatten(), dim=0) > 0.9
-    assert torch.allclose(fold(fp8)(x), expected, rtol=1e-4, atol=atol)
-
-
-def test_roles_by_position_and_by_name() -> None:
-    def roles(model: nn.Module) -> dict[str, str]:
-        return {name: m.role for name, m in model.named_modules() if isinstance(m, MunitScaled)}
-
-    found = roles(convert(timm.create_model("test_resnet"), "mus_fp8").model)
-    ends = {name: role for name, role in found.items() if role != "hidden"}
-    assert ends == {"conv1.0": "input", "fc": "output"} or ends == {"conv1": "input", "fc": "output"}
-    options = {"type": "mus_fp8", "roles": {"patch_embed.proj": "hidden"}}
-    found = roles(convert(timm.create_model("test_vit"), options).model)
-    assert {name for name, role in found.items() if role != "hidden"} == {"head"}
-
-
-def test_new_weights_on_request() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 1))
-    layer: Any = net[2]
-    layer.weight.requires_grad_(False)
-    kept = convert(copy.deepcopy(net), "mus", input_size=(3, 16, 16)).model
-    assert torch.allclose(kept[2].weight * kept[2].scale, layer.weight, rtol=1e-6)
-    assert [layer.weight.requires_grad for layer in kept[::2]] == [True, False, True]
-    drawn = convert(net, "mus_fp8:init:backend:emulate", input_size=(3, 16, 16)).model
-    assert all(rms(layer.weight) == pytest.approx(1, abs=0.1) for layer in drawn[::2])
-    assert [layer.fp8 for layer in drawn[::2]] == [False, True, False]
-    assert drawn[2].backend == "emulate"
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        (
-            "mus+mus_fp8",
-            r"mus_fp8: Sequential is munit-scaled already \(2 layers, such as 0\): revnets.layers.fold makes",
-        ),
-        ("sparse:0.5+mus_fp8", "Sequential has 1 sparse layers, such as 0, .* use mus_fp8 without sparse layers"),
-        ({"type": "mus", "roles": {"fc": "hidden"}}, "roles names 'fc', which is no layer to be converted: .* 0, 1"),
-        (
-            {"type": "mus", "roles": {"0": "middle"}},
-            "roles={'0': 'middle'}: expected a dictionary from names of layers",
-        ),
-        ("mus_fp8:backend:cuda", "mus_fp8: backend='cuda': expected one of scaled_mm, emulate"),
-    ],
-)
-def test_conversions_that_are_refused(spec: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), spec, input_size=(8,))
-
-
-def test_converting_twice_changes_nothing() -> None:
-    model = convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), "mus", input_size=(8,)).model
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="munit-scaled already"):
-        convert(model, "mus", input_size=(8,))
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
-
-
-# --- reversible networks ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("layers", "autocast"),
-    [("mus_fp8", False), ("mus_fp8:backend:scaled_mm", True), ("mus:init", False)],
-)
-def test_reversible_gradients_are_the_same_bits(layers: str, autocast: bool) -> None:
-    torch.manual_seed(0)
-    model = timm.create_model("test_revbifpn", layers=layers, num_classes=10, drop_path_rate=0.2).train()
-    x, twin = torch.randn(4, 3, 32, 32), copy.deepcopy(model)
-    fp8_products(reset=True)
-    stored = training_step(model, (x,), lambda y: y.float().square().mean(), "store", autocast=autocast)
-    products = sum(fp8_products(reset=True).values())
-    rebuilt = training_step(twin, (x,), lambda y: y.float().square().mean(), "reversible", autocast=autocast)
-    assert_same_step(rebuilt, stored, 0)
-    if "fp8" in layers:
-        assert sum(fp8_products().values()) > products > 100  # it did recompute
 
 
 # --- parameter groups ------------------------------------------------------------------------------------------------
