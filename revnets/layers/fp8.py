@@ -111,10 +111,10 @@ def _scaled_mm(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor
     """torch's product, by the public function where this release has it; both operands have K contiguous."""
     scale_a = torch.full((), scale, dtype=torch.float32, device=a.device)
     one = torch.ones((), dtype=torch.float32, device=a.device)
-    public = getattr(F, "scaled_mm", None)
-    if public is None:
+    public, kinds = getattr(F, "scaled_mm", None), getattr(F, "ScalingType", None)
+    if public is None or kinds is None:
         return torch._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=one, out_dtype=dtype)
-    whole = F.ScalingType.TensorWise
+    whole = kinds.TensorWise
     return public(a, b.t(), scale_a, whole, one, whole, output_dtype=dtype)
 
 

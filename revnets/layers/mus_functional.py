@@ -60,7 +60,8 @@ def mus_linear(
     r""":math:`y = \alpha x W^\top + b`, all three products of training in FP8 on request.
 
     The result has autocast's dtype, else that of ``x``. FP8 keeps the quantised input for the backward pass, a byte
-    per number. Second derivatives of FP8 are refused.
+    per number. Second derivatives of FP8 are refused. Infinite gradients are clipped like others, so a loss scaler
+    sees an overflow only in gradients that are not quantised, such as those of biases and norms.
 
     Args:
         x: ``(..., in_features)``.

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
 from ..layers import mus_param_groups
 
-if TYPE_CHECKING:
-    DefaultOptimWrapperConstructor: Any = object
 
-    def register(kind: type) -> type:
-        """MMEngine's decorator."""
-        return kind
-
-else:
-    from mmengine.optim import DefaultOptimWrapperConstructor
-    from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
-
-    register = OPTIM_WRAPPER_CONSTRUCTORS.register_module()
-
-
-@register
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class MuSOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """Parameter groups by ``revnets.mus_param_groups``: hidden layers' learning rates by the transfer rules.
 

@@ -210,6 +210,15 @@ def test_autocast(case: str, fp8: bool) -> None:
         assert all((a.double() - b).norm() < 1e-6 * b.norm() for a, b in zip(grads, exact[1:], strict=False))
 
 
+@pytest.mark.parametrize("case", ["linear", "1x1", "3x3"])
+def test_a_byte_per_number_is_kept(case: str) -> None:
+    x, weight, *_ = made(case)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        CASES[case][0](x, weight, scale=1.0, fp8=True, backend="emulate")
+    assert sum(t.numel() * t.element_size() for t in kept) == x.numel() + weight.numel()
+
+
 def test_only_what_is_needed_and_second_derivatives() -> None:
     x, weight, bias, _ = made("linear")
     fp8_products(reset=True)

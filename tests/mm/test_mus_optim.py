@@ -10,7 +10,7 @@ from revnets.layers import MuSLinear
 pytest.importorskip("mmengine")
 pytest.importorskip("mmdet")
 
-import revnets.mm  # noqa: E402, F401 - registers the constructor
+import revnets.mm  # noqa: F401 - registers the constructor
 
 
 def wrapper(model: nn.Module, **paramwise: Any) -> Any:
