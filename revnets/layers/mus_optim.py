@@ -27,6 +27,8 @@ def mus_param_groups(
     take off ``lr * weight_decay`` instead, so a group's number there is ``weight_decay / lr`` with its own lr. An
     AdamW run with lr 1e-3 and weight decay 0.05 has 5e-5 here. Biases, norms and other 1-d tensors have none.
 
+    Weights of size 1 need larger steps than weights of size 1/sqrt(fan-in): look for :math:`\eta` from 0.01 up.
+
     Args:
         model: with munit-scaled layers.
         lr: :math:`\eta`, found at ``base_width``.

@@ -215,7 +215,7 @@ def test_a_byte_per_number_is_kept(case: str) -> None:
     x, weight, *_ = made(case)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        CASES[case][0](x, weight, scale=1.0, fp8=True, backend="emulate")
+        CASES[case][0](x, weight, None, scale=1.0, fp8=True, backend="emulate")
     assert sum(t.numel() * t.element_size() for t in kept) == x.numel() + weight.numel()
 
 
