@@ -23,7 +23,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT = 16  # of every dimension, for the products of GPUs
 
 
-def quantize(x: Tensor, dtype: torch.dtype) -> Tensor:
+def quantize(x: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     """Clip to the format's range, then cast: round to nearest, ties to even, subnormals kept.
 
     What lies outside becomes the largest finite number of its sign, infinities included; NaN stays NaN. The cast alone
@@ -33,6 +33,7 @@ def quantize(x: Tensor, dtype: torch.dtype) -> Tensor:
     Args:
         x: float16, bfloat16, float32 or float64, any shape.
         dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
+        scale: a static factor before all that, best a power of two, which rounds nothing.
 
     Raises:
         TypeError: for another dtype of ``x``.
@@ -42,8 +43,9 @@ def quantize(x: Tensor, dtype: torch.dtype) -> Tensor:
         [1.0, 16.0, -448.0]
     """
     check_floating(x, "quantize")
-    top = torch.finfo(dtype).max
-    return x.clamp(-top, top).to(dtype)
+    top = torch.finfo(dtype).max / scale
+    x = x.clamp(-top, top)
+    return (x if scale == 1 else x * scale).to(dtype)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -130,6 +132,17 @@ def check_backend(backend: str | None) -> str | None:
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}, or None for the best")
     return backend
+
+
+def check_grad_scale(scale: float) -> float:
+    """The scale of gradients, if it is one.
+
+    Raises:
+        ValueError: for what is no positive number.
+    """
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"grad_scale={scale!r}: expected a number greater than 0, best a power of two, such as 1024")
+    return scale
 
 
 def resolve_backend(backend: str | None, device: torch.device, dtype: torch.dtype = torch.float32) -> str:

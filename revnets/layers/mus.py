@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..sparsity.masks import check_sparsity
-from .fp8 import check_backend, check_floating
-from .mus_functional import munit_scale, mus_conv2d, mus_linear
+from .fp8 import check_backend, check_floating, check_grad_scale
+from .mus_functional import GRAD_SCALE, munit_scale, mus_conv2d, mus_linear
 from .sparse import MaskedWeight
 
 
@@ -22,6 +22,7 @@ class MunitScaled(nn.Module):
         scale: :math:`\alpha`, see ``munit_scale``.
         fp8: whether products are in FP8: asked for, and the layer is hidden and not grouped.
         backend: of FP8 products.
+        grad_scale: static factor around the quantisation of gradients, see ``mus_functional.GRAD_SCALE``.
     """
 
     weight: nn.Parameter
@@ -30,10 +31,11 @@ class MunitScaled(nn.Module):
     scale: float
     fp8: bool
     backend: str | None
+    grad_scale: float
 
-    def _init_scale(self, fp8: bool, role: str, backend: str | None, density: float = 1.0) -> None:
+    def _init_scale(self, fp8: bool, role: str, backend: str | None, grad_scale: float, density: float = 1.0) -> None:
         self.scale = munit_scale(self.weight.shape[1:].numel() * density, role)
-        self.role, self.backend = role, check_backend(backend)
+        self.role, self.backend, self.grad_scale = role, check_backend(backend), check_grad_scale(grad_scale)
         self.fp8 = fp8 and role == "hidden" and getattr(self, "groups", 1) == 1
         if self.fp8 and not self.weight.numel():
             raise ValueError(
@@ -86,6 +88,7 @@ class MuSLinear(MunitScaled, nn.Linear):  # type: ignore[misc]
         fp8: multiply in FP8, if the layer is hidden.
         role: ``"input"``, ``"hidden"`` or ``"output"``.
         backend: ``"scaled_mm"``, ``"emulate"``, or None for the best on the device.
+        grad_scale: static factor around the quantisation of gradients, a power of two.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -105,16 +108,23 @@ class MuSLinear(MunitScaled, nn.Linear):  # type: ignore[misc]
         fp8: bool = False,
         role: str = "hidden",
         backend: str | None = None,
+        grad_scale: float = GRAD_SCALE,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._init_scale(fp8, role, backend)
+        self._init_scale(fp8, role, backend, grad_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x: ``(..., in_features)``. Returns: ``(..., out_features)``."""
         weight = self.unscaled_weight()
-        return mus_linear(x, weight, self.bias, scale=self.scale, fp8=self.fp8, backend=self.backend)
+        return mus_linear(
+            *(x, weight, self.bias),
+            scale=self.scale,
+            fp8=self.fp8,
+            backend=self.backend,
+            grad_scale=self.grad_scale,
+        )
 
 
 class MuSConv2d(MunitScaled, nn.Conv2d):  # type: ignore[misc]
@@ -128,6 +138,7 @@ class MuSConv2d(MunitScaled, nn.Conv2d):  # type: ignore[misc]
         fp8: multiply in FP8, if the layer is hidden and not grouped.
         role: ``"input"``, ``"hidden"`` or ``"output"``.
         backend: ``"scaled_mm"``, ``"emulate"``, or None for the best on the device.
+        grad_scale: static factor around the quantisation of gradients, a power of two.
         kwargs: those of ``nn.Conv2d``.
 
     Raises:
@@ -139,10 +150,16 @@ class MuSConv2d(MunitScaled, nn.Conv2d):  # type: ignore[misc]
     """
 
     def __init__(
-        self, *args: Any, fp8: bool = False, role: str = "hidden", backend: str | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        fp8: bool = False,
+        role: str = "hidden",
+        backend: str | None = None,
+        grad_scale: float = GRAD_SCALE,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._init_scale(fp8, role, backend)
+        self._init_scale(fp8, role, backend, grad_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x: ``(N, C_in, H, W)``. Returns: ``(N, C_out, H', W')``."""
@@ -158,6 +175,7 @@ class MuSConv2d(MunitScaled, nn.Conv2d):  # type: ignore[misc]
             scale=self.scale,
             fp8=True,
             backend=self.backend,
+            grad_scale=self.grad_scale,
         )
 
 
@@ -206,7 +224,7 @@ class SparseMuSLinear(_SparseMunitScaled, MuSLinear):  # type: ignore[misc]
     def __init__(self, *args: Any, sparsity: float, **kwargs: Any) -> None:
         check_sparsity(sparsity)
         super().__init__(*args, **kwargs)
-        self._init_scale(self.fp8, self.role, self.backend, 1 - sparsity)
+        self._init_scale(self.fp8, self.role, self.backend, self.grad_scale, 1 - sparsity)
         self._init_mask(sparsity, init_scale=False, count=None)
 
 
@@ -229,5 +247,5 @@ class SparseMuSConv2d(_SparseMunitScaled, MuSConv2d):  # type: ignore[misc]
     def __init__(self, *args: Any, sparsity: float, **kwargs: Any) -> None:
         check_sparsity(sparsity)
         super().__init__(*args, **kwargs)
-        self._init_scale(self.fp8, self.role, self.backend, 1 - sparsity)
+        self._init_scale(self.fp8, self.role, self.backend, self.grad_scale, 1 - sparsity)
         self._init_mask(sparsity, init_scale=False, count=None)

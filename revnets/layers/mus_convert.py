@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .fp8 import check_backend
+from .fp8 import check_backend, check_grad_scale
 from .geometry import arguments
 from .mus import MunitScaled, MuSConv2d, MuSLinear, SparseMuSConv2d, SparseMuSLinear
-from .mus_functional import ROLES
+from .mus_functional import GRAD_SCALE, ROLES
 from .registry import LayerConfig, register_layer
 from .sites import Site, Unsuitable
 from .sparse import MaskedWeight
@@ -47,16 +47,19 @@ class MuSFp8Config(MuSConfig):
 
     Args:
         backend: of the products: ``scaled_mm``, ``emulate``, or by default the best on the device.
+        grad_scale: static factor around the quantisation of gradients, a power of two.
 
     Raises:
-        ValueError: for an unknown backend.
+        ValueError: for an unknown backend, or a factor that is not positive.
     """
 
     backend: str | None = None
+    grad_scale: float = GRAD_SCALE
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_backend(self.backend)
+        check_grad_scale(self.grad_scale)
 
 
 @register_layer("mus", MuSConfig, network=True, everywhere=True)
@@ -68,7 +71,7 @@ def mus(job: Any, config: MuSConfig) -> nn.Module:
 @register_layer("mus_fp8", MuSFp8Config, network=True, everywhere=True)
 def mus_fp8(job: Any, config: MuSFp8Config) -> nn.Module:
     """Munit-scaled layers that multiply in FP8 in training, too; first layer, classifier, grouped ones do not."""
-    return _scaled(job, config, "mus_fp8", fp8=True, backend=config.backend)
+    return _scaled(job, config, "mus_fp8", fp8=True, backend=config.backend, grad_scale=config.grad_scale)
 
 
 def _scaled(job: Any, config: MuSConfig, kind: str, **options: Any) -> nn.Module:

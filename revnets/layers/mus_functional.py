@@ -5,7 +5,8 @@ With :math:`\alpha` the static scale and q(.) quantisation (to e4m3 for inputs a
 .. math:: y = \alpha \, q(x) q(W)^\top, \qquad
     \partial x = \alpha \, q(\partial y) q(W), \qquad \partial W = \alpha \, q(\partial y)^\top q(x)
 
-which is plain calculus of the scaled product, with quantisation passed straight through.
+which is plain calculus of the scaled product, with quantisation passed straight through. Gradients are quantised as
+:math:`q(\gamma \, \partial y) / \gamma` with a static :math:`\gamma` (ours, not the paper's), see ``GRAD_SCALE``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ from .fp8 import E4M3, E5M2, _count, check_floating, fp8_matmul, quantize, resol
 
 Ints = int | Sequence[int]
 ROLES = ("input", "hidden", "output")
+GRAD_SCALE = 2.0**10
+"""What gradients are multiplied by before they become e5m2, and divided by after the product.
+
+With a loss that is a mean over images and pixels, most gradients of vision networks lie below the smallest number of
+e5m2, 1.5e-5, and would become zero. With 2^10 the range is 1.5e-8 to 56, in which gradients of unit variance lie, too.
+"""
 
 
 def munit_scale(fan_in: float, role: str = "hidden") -> float:
@@ -56,6 +63,7 @@ def mus_linear(
     scale: float,
     fp8: bool = False,
     backend: str | None = None,
+    grad_scale: float = GRAD_SCALE,
 ) -> Tensor:
     r""":math:`y = \alpha x W^\top + b`, all three products of training in FP8 on request.
 
@@ -70,6 +78,7 @@ def mus_linear(
         scale: :math:`\alpha`, see ``munit_scale``.
         fp8: quantise the operands.
         backend: of FP8 products: ``"scaled_mm"``, ``"emulate"``, or None for the best on the device.
+        grad_scale: static factor around the quantisation of gradients, a power of two.
 
     Returns:
         ``(..., out_features)``.
@@ -93,7 +102,7 @@ def mus_linear(
             f"expected (..., {weight.shape[1]})"
         )
     dtype = _result_dtype(x)
-    y = _Linear.apply(x, weight, scale, resolve_backend(backend, x.device, dtype), dtype, False)
+    y = _Linear.apply(x, weight, scale, resolve_backend(backend, x.device, dtype), dtype, False, grad_scale)
     return y if bias is None else y + bias.to(dtype)
 
 
@@ -109,6 +118,7 @@ def mus_conv2d(
     scale: float,
     fp8: bool = False,
     backend: str | None = None,
+    grad_scale: float = GRAD_SCALE,
 ) -> Tensor:
     r""":math:`y = \alpha W * x + b`, all three products of training in FP8 on request.
 
@@ -127,6 +137,7 @@ def mus_conv2d(
         scale: :math:`\alpha`, see ``munit_scale``.
         fp8: quantise the operands, unless grouped.
         backend: as in ``mus_linear``.
+        grad_scale: as in ``mus_linear``.
 
     Returns:
         ``(N, C_out, H', W')``.
@@ -156,9 +167,9 @@ def mus_conv2d(
             x = x[:, :, ::down, ::right].contiguous(
                 memory_format=torch.channels_last if last else torch.contiguous_format
             )
-        y = _Linear.apply(x, weight.flatten(1), scale, backend, dtype, True)
+        y = _Linear.apply(x, weight.flatten(1), scale, backend, dtype, True, grad_scale)
     else:
-        y = _Conv2d.apply(x, weight, scale, dtype, geometry)
+        y = _Conv2d.apply(x, weight, scale, dtype, geometry, grad_scale)
     return y if bias is None else y + bias.to(dtype)[:, None, None]
 
 
@@ -177,27 +188,34 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, scale: float, backend: str, dtype: torch.dtype, maps: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scale: float,
+        backend: str,
+        dtype: torch.dtype,
+        maps: bool,
+        grad_scale: float,
     ) -> Tensor:
         # gathered after quantisation, at a byte a number
         rows, quantized = _rows(quantize(x, E4M3), maps), quantize(weight, E4M3)
         ctx.save_for_backward(rows, quantized)
         last = maps and x.stride(1) == 1
-        ctx.settings = (scale, backend, maps, last, x.shape, x.dtype, weight.dtype)
+        ctx.settings = (scale, grad_scale, backend, maps, last, x.shape, x.dtype, weight.dtype)
         return _unrowed(fp8_matmul(rows, quantized, scale, dtype, backend), x.shape, maps, last)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         rows, weight = ctx.saved_tensors
-        scale, backend, maps, last, shape, *dtypes = ctx.settings
-        grad = _rows(quantize(grad, E5M2), maps)
+        scale, grad_scale, backend, maps, last, shape, *dtypes = ctx.settings
+        grad, scale = _rows(quantize(grad, E5M2, grad_scale), maps), scale / grad_scale
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_x = _unrowed(fp8_matmul(grad, weight.t(), scale, dtypes[0], backend), shape, maps, last)
         if ctx.needs_input_grad[1]:
             grad_weight = fp8_matmul(grad.t(), rows.t(), scale, dtypes[1], backend)
-        return grad_x, grad_weight, None, None, None, None
+        return grad_x, grad_weight, None, None, None, None, None
 
 
 def _rows(x: Tensor, maps: bool) -> Tensor:
@@ -222,13 +240,19 @@ class _Conv2d(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, scale: float, dtype: torch.dtype, geometry: tuple[list[int], ...]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scale: float,
+        dtype: torch.dtype,
+        geometry: tuple[list[int], ...],
+        grad_scale: float,
     ) -> Tensor:
         _count("emulate, convolution")
         wide, (stride, padding, dilation) = torch.promote_types(dtype, torch.float32), geometry
         x8, weight8 = quantize(x, E4M3), quantize(weight, E4M3)
         ctx.save_for_backward(x8, weight8)
-        ctx.settings = (scale, wide, geometry, x.dtype, weight.dtype)
+        ctx.settings = (scale, grad_scale, wide, geometry, x.dtype, weight.dtype)
         with without_autocast(x.device):
             return F.conv2d(x8.to(wide), weight8.to(wide), None, stride, padding, dilation).mul_(scale).to(dtype)
 
@@ -236,12 +260,14 @@ class _Conv2d(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        scale, wide, geometry, *dtypes = ctx.settings
-        operands = (t.to(wide) for t in (quantize(grad, E5M2), x, weight))
+        scale, grad_scale, wide, geometry, *dtypes = ctx.settings
+        operands = (t.to(wide) for t in (quantize(grad, E5M2, grad_scale), x, weight))
         needed = [*ctx.needs_input_grad[:2], False]
         with without_autocast(grad.device):
             found = torch.ops.aten.convolution_backward(*operands, None, *geometry, False, [0, 0], 1, needed)
         for _ in range(sum(needed)):
             _count("emulate, convolution")
-        grads = (g if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(found[:2], dtypes, strict=True))
-        return *grads, None, None, None
+        grads = (
+            g if g is None else g.mul_(scale / grad_scale).to(dtype) for g, dtype in zip(found[:2], dtypes, strict=True)
+        )
+        return *grads, None, None, None, None

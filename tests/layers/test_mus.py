@@ -21,6 +21,7 @@ from revnets.layers import (
     quantize,
 )
 from revnets.layers.fp8 import E4M3, E5M2
+from revnets.layers.mus_functional import GRAD_SCALE
 from tests.helpers import assert_same_step, training_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated")
@@ -142,7 +143,7 @@ def of_quantized(
     """Value and gradients in float64 of the function of quantised operands, for the quantised gradient."""
     x, weight = (quantize(t.detach(), E4M3).double().requires_grad_() for t in (x, weight))
     y = function(x, weight) * scale
-    grads = torch.autograd.grad(y, (x, weight), quantize(grad, E5M2).double())
+    grads = torch.autograd.grad(y, (x, weight), quantize(grad, E5M2, GRAD_SCALE).double() / GRAD_SCALE)
     bias = bias.double() if y.dim() != 4 else bias.double()[:, None, None]
     return [y + bias, *grads]
 
@@ -208,6 +209,20 @@ def test_autocast(case: str, fp8: bool) -> None:
         exact = of_quantized(CASES[case][1], x, weight, bias, grad.bfloat16(), 0.21)
         assert (y.double() - exact[0]).norm() < 4e-3 * exact[0].norm()
         assert all((a.double() - b).norm() < 1e-6 * b.norm() for a, b in zip(grads, exact[1:], strict=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gradients_of_mean_losses_are_not_flushed(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight, grad = torch.randn(32, 64, dtype=dtype), torch.randn(48, 64), torch.randn(32, 48, dtype=dtype)
+    for shift, grad_scale, good in ((0, 1.0, True), (0, GRAD_SCALE, True), (-20, 1.0, False), (-20, GRAD_SCALE, True)):
+        small = (grad.float() * 2.0**shift).to(dtype)
+        leaf = weight.clone().requires_grad_()
+        mus_linear(x, leaf, scale=1.0, fp8=True, backend="emulate", grad_scale=grad_scale).backward(small)
+        exact = small.double().t() @ x.double()
+        assert leaf.grad is not None
+        error = (leaf.grad.double() - exact).norm() / exact.norm()
+        assert error < 0.1 if good else error > 0.9, (shift, grad_scale, error)
 
 
 @pytest.mark.parametrize("case", ["linear", "1x1", "3x3"])
@@ -278,6 +293,7 @@ def test_layers_say_what_is_active() -> None:
     ("make", "error", "message"),
     [
         (lambda: MuSLinear(4, 4, role="first"), ValueError, "role='first': expected one of input, hidden, output"),
+        (lambda: MuSLinear(4, 4, grad_scale=0), ValueError, "grad_scale=0: expected a number greater than 0, best a"),
         (lambda: MuSLinear(4, 4, backend="cuda"), ValueError, "backend='cuda': expected one of scaled_mm, emulate"),
         (lambda: MuSLinear(4, 4, fp8=True)(torch.ones(2, 5)), ValueError, r"input of shape \(2, 5\).*expected .*4"),
         (lambda: MuSConv2d(4, 4, 1, fp8=True)(torch.ones(4, 5, 5)), ValueError, r"shape \(4, 5, 5\).*expected \(N, 4,"),
