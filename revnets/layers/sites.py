@@ -196,8 +196,8 @@ class Surroundings:
             everywhere: whether the conversion takes the first layer, the classifier and sparse layers, too.
         """
         layer = self.modules[name]
-        kinds = (nn.Conv2d, nn.Linear, SparseConv2d, SparseLinear)[: 4 if everywhere else 2]
-        if type(layer) not in kinds:
+        masked = everywhere and type(layer) in (SparseConv2d, SparseLinear)
+        if not masked and type(layer) not in (nn.Conv2d, nn.Linear):
             return f"{type(layer).__name__} is neither nn.Conv2d nor nn.Linear itself"
         if filter is not None and not filter(layer, name):
             return "left out by the filter"
