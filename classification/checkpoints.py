@@ -189,7 +189,12 @@ def resume(
         load_weights(model_ema.module, ema, f"--resume: '{path}' (EMA)", name)
     if amp_scaler is not None and amp_scaler.state_dict_key in checkpoint:
         amp_scaler.load_state_dict(checkpoint[amp_scaler.state_dict_key])
-    if sparsity is not None and "sparsity" in checkpoint:
+    if sparsity is not None:
+        if "sparsity" not in checkpoint:
+            raise UserError(
+                f"--resume: '{path}' says nothing of the schedule of its masks; start from its weights with "
+                "--initial-checkpoint instead."
+            )
         try:
             sparsity.load_state_dict(checkpoint["sparsity"])
         except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -19,6 +20,8 @@ from classification.options import TrainOptions
 from classification.report import Steps
 from classification.runtime import Runtime, memory_words, peak_memory, reset_peak_memory
 from revnets.sparsity import SparsityController, apply_masks
+
+_logger = logging.getLogger("classification")
 
 
 @dataclasses.dataclass
@@ -167,12 +170,14 @@ def _without_exchange(model: nn.Module, due: bool) -> AbstractContextManager[Any
 
 def _after_update(run: Training, update: int) -> None:
     if run.sparsity is not None:
-        run.sparsity.step()
+        masks = run.sparsity.step()
+        if masks is not None:
+            _logger.info(masks)
     run.optimizer.zero_grad()
     if run.ema is not None:
         run.ema.update(run.model, step=update)
         if run.sparsity is not None:
-            apply_masks(run.ema.module)
+            apply_masks(run.ema.module, like=run.model)
     if run.scheduler is not None:
         run.scheduler.step_update(num_updates=update)
 

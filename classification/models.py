@@ -18,7 +18,7 @@ from torch import nn
 
 from classification.errors import UserError, did_you_mean, one_line
 from classification.options import TrainOptions, ValidateOptions
-from revnets.layers import convert
+from revnets.layers import convert, parse_layers
 
 _logger = logging.getLogger("classification")
 
@@ -40,10 +40,9 @@ def build_model(options: TrainOptions | ValidateOptions) -> nn.Module:
         "drop_path_rate": getattr(options, "drop_path", None),
         **options.model_kwargs,
     }
-    ours = timm.is_model(options.model) and timm.model_entrypoint(options.model).__module__.startswith("revnets.")
-    if ours and options.layers:
-        arguments["layers"] = options.layers
     path = getattr(options, "pretrained_path", "")
+    if options.layers and (options.pretrained or path):
+        _check_keeps_weights(options)
     if path:
         if not Path(path).is_file():
             raise UserError(f"--pretrained-path: there is no file '{path}'; give one with published weights.")
@@ -64,7 +63,19 @@ def build_model(options: TrainOptions | ValidateOptions) -> nn.Module:
         ) from error
     if options.small_stem is not None:
         _small_stem(model, options)
-    return model if ours or not options.layers else _converted(model, options)
+    return _converted(model, options) if options.layers else model
+
+
+def _check_keeps_weights(options: TrainOptions | ValidateOptions) -> None:
+    try:
+        anew = [part.entry.name for part in parse_layers(options.layers) if not part.entry.keeps_weights]
+    except ValueError as error:
+        raise UserError(f"--layers: {one_line(error)}.") from error
+    if anew:
+        raise UserError(
+            f"--pretrained: layers of {anew[0]} are newly initialised, which would throw the weights away; leave out "
+            "--pretrained and --pretrained-path, or give --layers sparse:0.75, say."
+        )
 
 
 def _small_stem(model: nn.Module, options: TrainOptions | ValidateOptions) -> None:
@@ -84,13 +95,13 @@ def _small_stem(model: nn.Module, options: TrainOptions | ValidateOptions) -> No
 
 
 def _converted(model: nn.Module, options: TrainOptions | ValidateOptions) -> nn.Module:
-    """A model of timm's own with other layers."""
+    """The model with other layers, whose FLOPs are met at the size of the run."""
     try:
         report = convert(model, options.layers, input_size=data_config(options, model)["input_size"])
     except ValueError as error:
         raise UserError(f"--layers: {one_line(error)}.") from error
     counts = f"{len(report.converted)} layers converted, {len(report.skipped)} left"
-    _logger.info(f"--layers {options.layers}: {counts}; {report.summary()}")
+    _logger.info(f"--layers {options.layers}: {counts}; {'; '.join([*report.notes, report.summary()])}")
     return report.model
 
 

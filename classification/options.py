@@ -126,7 +126,9 @@ class SparsityOptions:
     sparsity_end: float = option(0.75, "end of the changes, as a fraction of the training", low=0, high=1)
     sparsity_drop_fraction: float = option(0.3, "share of the weights exchanged at the start", low=0.001, high=1)
     sparsity_distribution: str = option(
-        "uniform", "how the sparsity is shared out among the layers", choices=("uniform", "er", "erk")
+        "uniform",
+        "how the sparsity is shared out among the layers; er and erk keep the number of weights, not the FLOPs",
+        choices=("uniform", "er", "erk"),
     )
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from classification.errors import UserError, one_line
+from classification.models import data_config
 from classification.options import TrainOptions
-from revnets.layers import count_costs
+from revnets.layers import ModelCost, count_costs
 from revnets.layers.trace import TraceError
 from revnets.sparsity import Schedule, SparsityController, run_flops, sparse_layers
 from revnets.sparsity.report import PICTURE, TABLE, draw_picture, write_table
@@ -40,8 +41,10 @@ def start_sparsity(
                 "layers; add --layers sparse_wide:0.75, say."
             )
         return None
+    even = options.sparsity_distribution == "uniform"
+    before = None if even else _costs(model, data_config(options, model)["input_size"])
     try:
-        return SparsityController(
+        controller = SparsityController(
             model,
             optimizer,
             options.sparsity_schedule,
@@ -55,10 +58,25 @@ def start_sparsity(
         )
     except ValueError as error:
         raise UserError(f"--sparsity-...: {one_line(error)}.") from error
+    if before is not None:
+        after = count_costs(model, before.input_size).sparse_flops
+        _logger.info(
+            f"--sparsity-distribution {options.sparsity_distribution}: MFLOPs per image: "
+            f"{before.sparse_flops / 1e6:.2f} before, {after / 1e6:.2f} after ({after / before.sparse_flops - 1:+.1%})"
+        )
+    return controller
+
+
+def _costs(model: nn.Module, input_size: tuple[int, ...]) -> ModelCost | None:
+    try:
+        return count_costs(model, input_size)
+    except TraceError as error:
+        _logger.info(f"no FLOPs: {one_line(error)}")
+        return None
 
 
 class TrainingFlops:
-    """FLOPs of the training, by the schedule of the masks; theoretical, and without recomputation.
+    """FLOPs of the training, by the schedule of the masks and with what is recomputed; theoretical.
 
     Args:
         model: Not wrapped.
@@ -71,17 +89,26 @@ class TrainingFlops:
         self, model: nn.Module, input_size: tuple[int, int, int], sparsity: SparsityController | None, images: float
     ) -> None:
         self._schedule = Schedule("static") if sparsity is None else sparsity.schedule
-        try:
-            costs = count_costs(model, input_size)
-        except TraceError as error:
-            _logger.info(f"no training FLOPs: {one_line(error)}")
-            self.dense = self.sparse = 0.0
-            return
-        self.dense, self.sparse = costs.flops * images, float(costs.sparse_flops * images)
+        costs = _costs(model, input_size)
+        self.dense = 0.0 if costs is None else costs.flops * images
+        self.sparse = 0.0 if costs is None else costs.sparse_flops * images
+        self.recomputed = 0.0 if costs is None else _recomputed(model, costs) * images
 
     def after(self, updates: int) -> dict[str, float]:
-        """The column of the summary after so many updates; none where they could not be counted."""
-        return {"train_flops": run_flops(self._schedule, self.dense, self.sparse, updates)} if self.dense else {}
+        """The columns of the summary after so many updates; none where they could not be counted."""
+        if not self.dense:
+            return {}
+        total = run_flops(self._schedule, self.dense, self.sparse, updates, self.recomputed)
+        return {"train_flops": total, "train_flops_recomputed": self.recomputed * updates}
+
+
+def _recomputed(model: nn.Module, costs: ModelCost) -> int:
+    """FLOPs of one image in parts that the backward pass evaluates anew."""
+    if any(vars(module).get("grad_checkpointing") is True for module in model.modules()):  # timm's switch
+        return costs.sparse_flops
+    modes = {name: vars(module).get("mode") for name, module in model.named_modules()}
+    parts = tuple(f"{name}." if name else "" for name, mode in modes.items() if mode in ("reversible", "checkpoint"))
+    return sum(layer.sparse_flops for layer in costs.layers if f"{layer.name}.".startswith(parts))
 
 
 def sparsity_words(sparsity: SparsityController) -> str:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import hashlib
+import json
 import logging
 import math
 import os
@@ -18,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,10 +29,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from classification.config import parse
+from classification.config import Parser, parse
 from classification.errors import UserError, guarded, whole_file
-from classification.options import TrainOptions
+from classification.options import TrainOptions, as_dict
 from classification.report import read_summary
+from revnets.sparsity.masks import check_sparsity
 
 _logger = logging.getLogger("classification")
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,17 +63,32 @@ def names(compared: str) -> list[str]:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="sparse_table", description="Seeds x members x schedules on one recipe.")
+    parser = Parser(prog="sparse_table", description="Seeds x members x schedules on one recipe.", allow_abbrev=False)
     parser.add_argument("--config", default=str(CONFIG), help="recipe of all runs")
     parser.add_argument("--output", default="output/sparse_table", help="folder of the runs and of the table")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--sparsity", type=float, default=0.75)
+    parser.add_argument("--sparsity", type=_sparsity, default=0.75)
     parser.add_argument("--compared", choices=MEMBERS, default="sparse_wide", help="member with every schedule")
     parser.add_argument("--runs", nargs="+", help="lines of the table; all where not given")
-    parser.add_argument("--images", type=int, default=10000, help="training images, equally many of each class")
-    parser.add_argument("--epochs", type=int, help="those of the recipe where not given")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--images", type=_positive, default=10000, help="training images, equally many of each class")
+    parser.add_argument("--epochs", type=_positive, help="those of the recipe where not given")
+    parser.add_argument("--jobs", type=_positive, default=1, help="runs at the same time")
     return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} was given where a whole number from 1 was expected")
+    return int(text)
+
+
+def _sparsity(text: str) -> float:
+    try:
+        return check_sparsity(float(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} was given where a number from 0 up to, not including, 1 was expected"
+        ) from None
 
 
 def run(args: argparse.Namespace) -> list[Outcome]:
@@ -86,18 +105,26 @@ def run(args: argparse.Namespace) -> list[Outcome]:
     options = parse(TrainOptions, ["--config", args.config], "")
     epochs = args.epochs or options.epochs
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    data = subset(Path(options.data_dir), options.train_split, options.val_split, args.images, output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise UserError(f"--output: '{output}' cannot be written ({error.strerror}); give another folder.") from error
+    described = {**as_dict(options), "data_dir": str(Path(options.data_dir).resolve())}
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:8]  # of recipe and data
+    made = output / f"data-{args.images}-{digest}"
+    data = subset(Path(options.data_dir), options.train_split, options.val_split, args.images, made)
     wanted = [(line, seed) for seed in args.seeds for line in lines]  # a whole comparison first, then the next seed
     with ThreadPoolExecutor(args.jobs) as pool:
-        done = list(pool.map(lambda pair: _train(args, data, epochs, *pair), wanted))
+        done = list(pool.map(lambda pair: _train(args, data, epochs, digest, *pair), wanted))
     write_table(done, output / "table.csv")
     draw_table(done, output / "table.png", f"{options.model}, {args.images} images, {epochs} epochs")
     Console().print(as_table(done))
     return done
 
 
-def subset(folder: Path, train: str, validation: str, images: int, output: Path) -> Path:
+def subset(folder: Path, train: str, validation: str, images: int, made: Path) -> Path:
     """A folder with the first images of every class of a .tar split, and the whole validation split.
 
     Args:
@@ -105,7 +132,7 @@ def subset(folder: Path, train: str, validation: str, images: int, output: Path)
         train: File name of the training images.
         validation: File name of the validation images.
         images: How many to take, equally many of each class.
-        output: Where to make it.
+        made: The folder; its parent exists.
 
     Raises:
         UserError: The splits are no .tar files, or hold too few images.
@@ -113,7 +140,6 @@ def subset(folder: Path, train: str, validation: str, images: int, output: Path)
     for split in (train, validation):
         if not (folder / split).is_file():
             raise UserError(f"--config: there is no .tar file '{folder / split}'; correct data_dir and the splits.")
-    made = output / f"data-{images}"
     made.mkdir(exist_ok=True)
     link = made / validation
     if not link.exists():
@@ -135,8 +161,8 @@ def subset(folder: Path, train: str, validation: str, images: int, output: Path)
     return made
 
 
-def _train(args: argparse.Namespace, data: Path, epochs: int, line: str, seed: int) -> Outcome:
-    name = f"{line}-{args.sparsity:g}-{args.images}x{epochs}-seed{seed}"
+def _train(args: argparse.Namespace, data: Path, epochs: int, digest: str, line: str, seed: int) -> Outcome:
+    name = f"{line}-{args.sparsity:g}-{args.images}x{epochs}-seed{seed}-{digest}"
     folder = Path(args.output) / name
     if (found := _outcome(folder, epochs, line, seed)) is not None:
         return found

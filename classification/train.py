@@ -370,7 +370,9 @@ def _finish(run: Training, folder: Path, saver: Saver | None, summary: Summary, 
     if run.sparsity is not None:
         draw_sparsity(run.sparsity, folder, f"{options.model} · {folder.name} · {options.sparsity_schedule}")
     if summary.rows and "train_flops" in summary.rows[-1]:
-        _logger.info(f"training FLOPs, by schedule and without recomputation: {summary.rows[-1]['train_flops']:.4g}")
+        last = summary.rows[-1]
+        recomputed = last.get("train_flops_recomputed", 0)
+        _logger.info(f"training FLOPs, by schedule: {last['train_flops']:.4g}, of which {recomputed:.4g} recomputed")
     picture = draw_curves(folder, summary.rows, f"{options.model} · {folder.name}") if summary.rows else None
     if saver.best_metric is not None:
         _logger.info(

@@ -7,6 +7,7 @@ python classification/validate.py --data-dir /data/imagenet --model resnet18 --p
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import logging
 import sys
@@ -57,7 +58,7 @@ def validate(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options.check()
     runtime = start_runtime(options)
     dataset = open_dataset(options, options.val_split, training=False)
-    model = build_model(options)
+    model = build_model(_as_trained(options, checkpoint))
     source = "published weights" if options.pretrained else "random weights"
     if checkpoint is not None:
         source = _load(model, checkpoint, options)
@@ -98,6 +99,13 @@ def _with_training_options(values: dict[str, Any], checkpoint: Mapping[str, Any]
     joined = {**trained, **values}
     joined["model_kwargs"] = {**(trained.get("model_kwargs") or {}), **values.get("model_kwargs", {})}
     return joined
+
+
+def _as_trained(options: ValidateOptions, checkpoint: Mapping[str, Any] | None) -> ValidateOptions:
+    """The options with the image size of the training, which its layers were converted for."""
+    trained = from_checkpoint_args(checkpoint.get("args")) if checkpoint is not None else {}
+    size = {name: trained[name] for name in ("img_size", "input_size") if name in trained}
+    return dataclasses.replace(options, **size)
 
 
 def _usable(value: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
+def forget(folder: Path, kept: str | None) -> None:
+    """Removes what a killed run would be resumed from, except a file that is still to be loaded."""
+    from revnets.mm.checkpoint import INTERIM
+
+    for name in (LAST, INTERIM):
+        if kept is None or Path(kept).resolve() != (folder / name).resolve():
+            (folder / name).unlink(missing_ok=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """Weights, and what else is known of them."""
@@ -37,7 +47,7 @@ class Checkpoint:
 
 
 def read(path: str | Path, option: str) -> Checkpoint:
-    """A checkpoint, mapped rather than read into memory.
+    """A checkpoint, mapped rather than read into memory where its format (torch's since 1.6) allows.
 
     Args:
         path: The file.
@@ -53,7 +63,7 @@ def read(path: str | Path, option: str) -> Checkpoint:
         raise UserError(f"{what} does not exist; give a checkpoint, such as epoch_12.pth in the folder of a run.")
     try:
         with torch.serialization.safe_globals(get_torch_safe_globals()):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{what} is damaged, or holds more than weights, which might run code ({one_line(error)[:120]}); give "
@@ -69,7 +79,7 @@ def read(path: str | Path, option: str) -> Checkpoint:
 
 
 def _trained_as(content: dict[str, Any]) -> str:
-    text = content.get("meta", {}).get("cfg")
+    text = (content.get("meta") or {}).get("cfg")
     if not isinstance(text, str):
         return ""
     from mmengine.config import Config

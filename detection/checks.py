@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +22,12 @@ from detection.checkpoints import Checkpoint
 
 _logger = logging.getLogger("detection")
 JPEG_END, PNG_END = b"\xff\xd9", b"IEND\xaeB`\x82"
+NEEDED = {  # keys of an entry, besides its id
+    "images": ("id", "file_name", "width", "height"),
+    "annotations": ("image_id", "category_id", "bbox", "area"),
+    "categories": ("id", "name"),
+}
+NUMBERS, IDS = ("width", "height", "area"), ("id", "image_id", "category_id")
 CELL = 32  # pixels of the coarsest map's cells, to which images are padded
 
 
@@ -34,6 +42,7 @@ class Split:
     min_size: int
     filter_empty: bool
     training: bool
+    masks: bool
 
 
 def check_data(cfg: Any, names: Sequence[str]) -> None:
@@ -156,6 +165,7 @@ def _splits(name: str, dataset: Any) -> Iterator[Split]:
         filters.get("min_size", 0) if training else 0,
         filters.get("filter_empty_gt", False) and training,
         training,
+        any(step.get("with_mask") for step in dataset.get("pipeline") or []),
     )
 
 
@@ -169,20 +179,38 @@ def _read(split: Split) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise UserError(f"{where} is no JSON ({one_line(error)}); it is damaged or another file.") from None
-    for key in ("images", "annotations", "categories"):
+    for key in NEEDED:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise UserError(f"{where} has no list '{key}', which COCO's format asks for; give a COCO file.")
-    for image in content["images"]:
-        lacking = [key for key in ("id", "file_name", "width", "height") if key not in image]
-        if lacking:
-            raise UserError(f"{where}: image {image.get('id', image)} has no '{lacking[0]}'; give a COCO file.")
+        for number, entry in enumerate(content[key]):
+            _require(where, key, number, entry)
     if not content["images"]:
         raise UserError(f"{where} lists no images; there is nothing to {'train on' if split.training else 'measure'}.")
     return content
 
 
+def _require(where: str, kind: str, number: int, entry: Any) -> None:
+    """An entry has what COCO's format asks for, of the right type."""
+    given = entry if isinstance(entry, dict) else {}
+    for key in NEEDED[kind]:
+        value = given.get(key)
+        if key in NUMBERS:
+            fits = _is_number(value)
+        else:
+            fits = isinstance(value, (int, str)) if key in IDS else value is not None
+        if not fits:
+            what = {"images": "image", "annotations": "annotation", "categories": "category"}[kind]
+            name = f"{what} {given.get('id', f'number {number}')}"
+            problem = f"has no '{key}'" if value is None else f"has {key} {value!r}, expected a number"
+            raise UserError(f"{where}: {name} {problem}; COCO's format asks for it, correct the file.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def _check_categories(split: Split, categories: Sequence[Mapping[str, Any]]) -> None:
-    names = [str(category.get("name")) for category in categories]
+    names = [str(category["name"]) for category in categories]
     missing = [name for name in split.classes if name not in names]
     where = f"{split.name} data: '{split.annotations}'"
     if missing:
@@ -202,24 +230,28 @@ def _check_categories(split: Split, categories: Sequence[Mapping[str, Any]]) -> 
 def _check_annotations(split: Split, content: Mapping[str, Any]) -> Counter[Any]:
     """Warns of what is skipped; returns how many usable annotations each image has."""
     wanted = {category["id"]: category["name"] in split.classes for category in content["categories"]}
-    images = {image.get("id"): image for image in content["images"]}
+    images = {image["id"]: image for image in content["images"]}
     where = f"{split.name} data: '{split.annotations}'"
     usable: Counter[Any] = Counter()
     skipped: dict[str, list[Any]] = {}
     for number, each in enumerate(content["annotations"]):
         name = each.get("id", f"number {number}")
-        image = images.get(each.get("image_id"))
-        box = each.get("bbox")
-        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, (int, float)) for value in box):
+        image, box = images.get(each["image_id"]), each["bbox"]
+        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
             raise UserError(f"{where}: annotation {name} has bbox {box!r}, expected [x, y, width, height]; correct it.")
         if image is None:
             reason = "of an image that the file does not list"
-        elif each.get("category_id") not in wanted:
+        elif each["category_id"] not in wanted:
             reason = "of a category that the file does not list"
         elif split.classes and not wanted[each["category_id"]]:
             reason = "of a category that the configuration does not ask for"
-        elif each.get("area", 1) <= 0 or box[2] < 1 or box[3] < 1 or _outside(box, image):
+        elif each["area"] <= 0 or box[2] < 1 or box[3] < 1 or _outside(box, image):
             reason = "with a box without area, or outside of its image"
+        elif split.masks and not each.get("segmentation"):
+            raise UserError(
+                f"{where}: annotation {name} has no 'segmentation', but the pipeline loads masks (with_mask=True); "
+                "give a file with masks, or train a detector of boxes."
+            )
         else:
             usable[each["image_id"]] += 1
             continue
@@ -288,7 +320,7 @@ def _evaluators(value: Any) -> list[Any]:
 def _num_classes(value: Any, where: str) -> Iterator[tuple[int, str]]:
     if isinstance(value, Mapping):
         for key, each in value.items():
-            if key == "num_classes" and where.endswith("head") and not where.endswith("rpn_head"):
+            if key == "num_classes" and re.search(r"(bbox|mask)_head(\[\d+\])?$", where):
                 yield each, where
             yield from _num_classes(each, f"{where}.{key}")
     elif isinstance(value, (list, tuple)):

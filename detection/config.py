@@ -155,10 +155,17 @@ def _processes(cfg: Any, args: argparse.Namespace) -> None:
     cfg.launcher = args.launcher or ("pytorch" if under_torchrun else "none")
     if args.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    number = {"slurm": "SLURM_PROCID", "mpi": "OMPI_COMM_WORLD_RANK"}.get(cfg.launcher)
+    if number is not None:
+        if number not in os.environ:
+            raise UserError(
+                f"--launcher {cfg.launcher}: started by hand ({number} is not set); start with srun or mpirun."
+            )
+        os.environ["RANK"] = os.environ[number]  # as MMEngine does later; `primary` looks at it
+    if cfg.launcher == "pytorch" and not under_torchrun:
+        raise UserError("--launcher pytorch: started by hand; start with torchrun --nproc_per_node=N detection/...")
     if cfg.launcher != "pytorch" or torch.cuda.is_available():
         return
-    if not under_torchrun:
-        raise UserError("--launcher pytorch: started by hand; start with torchrun --nproc_per_node=N detection/...")
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
     unused = cfg.get("find_unused_parameters", False)

@@ -81,7 +81,9 @@ class Progress(Hook):
         self.validations.append({key: float(value) for key, value in row.items()})
         runner.message_hub.update_info(VALIDATIONS, list(self.validations))
         if self.shown:
-            _logger.info(f"epoch {runner.epoch} of {runner.max_epochs}: {metric_words(metrics or {})}")
+            _logger.info(
+                f"epoch {runner.epoch} of {runner.max_epochs}: {metric_words(metrics or {}) or 'nothing found'}"
+            )
 
     def after_test_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
         """The bar goes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,18 @@ def show(title: str, metrics: Mapping[str, float], more: Mapping[str, object]) -
 
 
 def write_summary(folder: Path, values: Mapping[str, Any]) -> Path:
-    """Writes `summary.json`."""
+    """Writes `summary.json`; numbers that are none, such as a metric without data, are null."""
     with whole_file(folder / SUMMARY) as path:
-        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(_finite(values), indent=2) + "\n", encoding="utf-8")
     return folder / SUMMARY
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def draw(model: Any, dataset: Any, count: int, folder: Path) -> Path | None:

@@ -2,21 +2,82 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from mmdet.registry import OPTIMIZERS
+from mmengine.registry import OPTIMIZERS as TORCH_OPTIMIZERS
 from mmengine.runner import Runner
+from torch import nn
 
-from classification.errors import UserError, one_line
+from classification.errors import UserError, did_you_mean, one_line
 from classification.runtime import start_logging
 from detection.config import primary
 from detection.noise import noise_kept_out
+from detection.progress import Progress
+from revnets.mm import ResumableTrainLoop
 
 BUILDING = (KeyError, TypeError, ValueError, AttributeError, ImportError, OSError, AssertionError)
+LATE = (  # what MMEngine builds and reads only when it is about to train or test
+    "build_train_loop",
+    "build_val_loop",
+    "build_test_loop",
+    "build_optim_wrapper",
+    "build_param_scheduler",
+    "_init_model_weights",
+    "load_or_resume",
+)
 
 
-class QuietRunner(Runner):
+@contextmanager
+def _configuring(cfg: Any) -> Iterator[None]:
+    try:
+        yield
+    except BUILDING as error:
+        raise UserError(f"CONFIG: '{cfg.filename}' cannot be built ({one_line(error)}); correct it.") from error
+
+
+class CheckedRunner(Runner):
+    """Says as a user's mistake what fails before the first step."""
+
+    def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
+        """MMEngine's, which does not say which optimizer is unknown."""
+        kind = optim_wrapper.get("optimizer", {}).get("type") if isinstance(optim_wrapper, dict) else None
+        if isinstance(kind, str) and OPTIMIZERS.get(kind) is None:
+            hint = did_you_mean(kind, TORCH_OPTIMIZERS.module_dict)
+            raise UserError(f"CONFIG: '{self.cfg.filename}': there is no optimizer '{kind}'{hint}; correct its type.")
+        return super().build_optim_wrapper(optim_wrapper)
+
+    def load_or_resume(self) -> None:
+        """MMEngine's, and a look at whether the loop can go on from there."""
+        super().load_or_resume()
+        if self._resume and isinstance(self._train_loop, ResumableTrainLoop):
+            try:
+                self._train_loop.batches_done()
+            except ValueError as error:
+                raise UserError(f"--resume: {one_line(error)}.") from error
+
+
+def _checked(name: str) -> Callable[..., Any]:
+    plain = getattr(CheckedRunner, name)
+
+    @functools.wraps(plain)
+    def method(self: Runner, *args: Any, **kwargs: Any) -> Any:
+        with _configuring(self.cfg):
+            return plain(self, *args, **kwargs)
+
+    return method
+
+
+for _name in LATE:
+    setattr(CheckedRunner, _name, _checked(_name))
+
+
+class QuietRunner(CheckedRunner):
     """Writes its log to a file only; warnings go to the terminal, too."""
 
     def build_logger(self, *args: Any, **kwargs: Any) -> Any:
@@ -38,15 +99,35 @@ def build(cfg: Any, verbose: bool) -> Runner:
         verbose: MMEngine's whole log in the terminal.
 
     Raises:
-        UserError: The configuration asks for what is not there.
+        UserError: The configuration asks for what is not there, or for what CPUs cannot do.
     """
     start_logging(primary())
-    with noise_kept_out(verbose):
-        try:
-            return (Runner if verbose else QuietRunner).from_cfg(cfg)
-        except BUILDING as error:
-            words = one_line(error)
-            raise UserError(f"CONFIG: '{cfg.filename}' cannot be built ({words}); correct it.") from error
+    with noise_kept_out(verbose), _configuring(cfg):
+        runner = (CheckedRunner if verbose else QuietRunner).from_cfg(cfg)
+    check_norms(runner.model, runner.world_size)
+    return runner
+
+
+def check_norms(model: nn.Module, processes: int) -> None:
+    """Refuses synchronised batch norms in several processes on CPUs, as torch would in the first step.
+
+    Raises:
+        UserError: There are some.
+    """
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    if processes > 1 and on_cpu and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        raise UserError(
+            "CONFIG: torch's SyncBatchNorm needs GPUs, and these processes run on CPUs; set norm_cfg.type=BN and "
+            "leave sync_bn out."
+        )
+
+
+def progress(runner: Runner) -> Progress:
+    """Has the runner tell its progress, every so many iterations as its logger hook has it."""
+    logger = (runner.cfg.get("default_hooks") or {}).get("logger") or {}
+    hook = Progress(logger.get("interval", 50), runner.rank == 0)
+    runner.register_hook(hook)
+    return hook
 
 
 def _of_interest(record: logging.LogRecord) -> bool:

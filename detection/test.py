@@ -54,8 +54,7 @@ def run_test(argv: Sequence[str] | None = None) -> dict[str, float]:
     """
     args = parse(options(), argv)
     cfg = load(args)
-    from detection.progress import Progress
-    from detection.runner import build
+    from detection.runner import build, progress
 
     cfg.work_dir = str(Path(cfg.work_dir) / "test")
     if args.classwise:
@@ -68,7 +67,7 @@ def run_test(argv: Sequence[str] | None = None) -> dict[str, float]:
     runner = build(cfg, args.verbose)
     checks.check_neck(runner.model)
     checks.check_weights(runner.model, checkpoint, whole=True)
-    runner.register_hook(Progress(cfg.default_hooks.get("logger", {}).get("interval", 50), runner.rank == 0))
+    progress(runner)
     with noise_kept_out(args.verbose):
         metrics: dict[str, float] = {key: float(value) for key, value in runner.test().items()}
     if runner.rank == 0:

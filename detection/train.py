@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -87,8 +89,7 @@ def train(argv: Sequence[str] | None = None) -> Result:
     """
     args = parse(options(), argv)
     cfg = load(args)
-    from detection.progress import Progress
-    from detection.runner import build
+    from detection.runner import build, progress
     from revnets.mm import MemoryReportHook
 
     folder = Path(cfg.work_dir)
@@ -102,15 +103,15 @@ def train(argv: Sequence[str] | None = None) -> Result:
     checks.check_neck(runner.model)
     if checkpoint is not None:
         checks.check_weights(runner.model, checkpoint, whole=resumed)
-    progress = Progress(cfg.default_hooks.get("logger", {}).get("interval", 50), runner.rank == 0)
-    memory = MemoryReportHook()
-    runner.register_hook(progress)
+    told, memory = progress(runner), MemoryReportHook()
     runner.register_hook(memory)
     if runner.rank == 0:
+        if args.overwrite and not resumed:
+            checkpoints.forget(folder, cfg.get("load_from"))
         _announce(runner, cfg, resumed)
     with noise_kept_out(args.verbose):
         runner.train()
-    return _finish(runner, cfg, args, progress, memory.report)
+    return _finish(runner, cfg, args, told, memory.report)
 
 
 def _resume(cfg: Any, args: argparse.Namespace, folder: Path) -> bool:
@@ -147,15 +148,20 @@ def _adapt(cfg: Any, args: argparse.Namespace) -> None:
     if args.tensorboard:
         if importlib.util.find_spec("tensorboard") is None:
             raise UserError("--tensorboard: TensorBoard is not installed: pip install tensorboard")
-        cfg.visualizer.vis_backends.append({"type": "TensorboardVisBackend"})
+        visualizer = cfg.get("visualizer") or {"type": "Visualizer"}
+        backends = visualizer.get("vis_backends") or [{"type": "LocalVisBackend"}]
+        cfg.visualizer = {**visualizer, "vis_backends": [*backends, {"type": "TensorboardVisBackend"}]}
     if cfg.train_cfg.get("type") == "EpochBasedTrainLoop" or cfg.train_cfg.get("by_epoch"):
         kept = {key: value for key, value in cfg.train_cfg.items() if key != "by_epoch"}
         cfg.train_cfg = {**kept, "type": "ResumableTrainLoop"}
-    saving = cfg.default_hooks.checkpoint
-    if saving.get("type") == "CheckpointHook":
-        saving.type, saving.interim = "WholeCheckpointHook", args.save_every
+    hooks = cfg.get("default_hooks") or {}
+    saving = hooks.get("checkpoint", {"type": "CheckpointHook", "interval": 1})
+    elsewhere = saving and (saving.get("backend_args") or saving.get("file_client_args"))  # no local folder
+    if saving and saving.get("type") == "CheckpointHook" and not elsewhere:
+        saving = {**saving, "type": "WholeCheckpointHook", "interim": args.save_every}
         if not saving.get("save_best") and _measures_boxes(cfg):
-            saving.save_best = "coco/bbox_mAP"
+            saving["save_best"] = "coco/bbox_mAP"
+    cfg.default_hooks = {**hooks, "checkpoint": saving}
 
 
 def _measures_boxes(cfg: Any) -> bool:
@@ -188,7 +194,10 @@ def _announce(runner: Any, cfg: Any, resumed: bool) -> None:
     backbone = cfg.model.get("backbone", {})
     names = " ".join(str(backbone[key]) for key in ("type", "model_name", "arch", "depth") if key in backbone)
     device = torch.cuda.get_device_name() if get_device() == "cuda" else get_device()
-    start = f"goes on from '{cfg.load_from}'" if resumed else "starts"
+    loaded = cfg.get("load_from") or (backbone.get("init_cfg") or {}).get("checkpoint")
+    start = f"starts from '{loaded}'" if loaded else "starts from random weights"
+    if resumed:
+        start = f"goes on from '{cfg.load_from}'"
     _logger.info(
         f"{cfg.model.type} on {names} ({parameters:,} parameters) {start}; {runner.world_size} x {device}, "
         f"{cfg.train_cfg.get('max_epochs', '?')} epochs; results in '{runner.work_dir}'"
@@ -200,12 +209,8 @@ def _finish(runner: Any, cfg: Any, args: argparse.Namespace, progress: Any, memo
     folder = Path(runner.work_dir)
     if runner.rank != 0:
         return Result(folder, None, {}, memory)
-    known = runner.message_hub.runtime_info
-    found = known.get("best_ckpt") or known.get("last_ckpt")
-    checkpoint = Path(found) if found and Path(found).is_file() else None
-    key = "coco/bbox_mAP"
     rows = progress.validations
-    best = max(rows, key=lambda row: row.get(key, 0.0)) if rows else {}
+    best, checkpoint = _best(runner, rows)
     metrics = {name: value for name, value in best.items() if name not in ("epoch", "iter")}
     more: dict[str, Any] = {"epoch": best.get("epoch"), "training time": clock(progress.seconds), **_megabytes(memory)}
     model = getattr(runner.model, "module", runner.model)
@@ -219,6 +224,20 @@ def _finish(runner: Any, cfg: Any, args: argparse.Namespace, progress: Any, memo
     show(f"{Path(cfg.filename).stem}, validation", metrics, more)
     _logger.info(f"weights in '{checkpoint}'" + (f", predictions drawn in '{picture}'" if picture else ""))
     return Result(folder, checkpoint, metrics, memory)
+
+
+def _best(runner: Any, rows: Sequence[dict[str, float]]) -> tuple[dict[str, float], Path | None]:
+    """The validation that the checkpoint hook holds for the best, and its checkpoint; else the last ones."""
+    hook = next((each for each in runner.hooks if getattr(each, "save_best", None)), None)
+    key = hook.key_indicators[0] if hook is not None else ""
+    best = rows[-1] if rows else {}
+    scored = [row for row in rows if not math.isnan(row.get(key, math.nan))]
+    if hook is not None and scored:
+        better = hook.is_better_than[key]
+        best = functools.reduce(lambda old, new: new if better(new[key], old[key]) else old, scored)
+    known = runner.message_hub.runtime_info
+    found = [known.get(name) for name in ("best_ckpt", f"best_ckpt_{key}", "last_ckpt")]
+    return best, next((Path(each) for each in found if each and Path(each).is_file()), None)
 
 
 def _megabytes(memory: dict[str, Any]) -> dict[str, str]:

@@ -127,5 +127,5 @@ def _mask_counts(module: nn.Module) -> tuple[int, int]:
         return 0, 0
     mask: Any = module.mask
     if mask.device.type == "meta":
-        return mask.numel(), round((1 - float(module.sparsity)) * mask.numel())  # type: ignore[arg-type]
+        return mask.numel(), max(1, round((1 - float(module.sparsity)) * mask.numel()))  # type: ignore[arg-type]
     return mask.numel(), int(mask.sum())

@@ -48,6 +48,9 @@ def print_conversion(model: str, spec: str, img_size: int | None) -> None:
         )
     if not spec:
         raise ValueError(f"which layers? Give one of {', '.join(list_layers())}, such as {model} sparse_wide:0.75")
+    name, _, tag = model.partition(".")
+    if tag and model not in (tags := timm.list_pretrained(f"{name}.*")):
+        raise ValueError(f"unknown weights {model!r}: expected {name} alone or one of {', '.join(tags)}")
     kwargs = {}
     if img_size is not None and timm.get_pretrained_cfg(model).fixed_input_size:
         kwargs["img_size"] = img_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ def save_sparse(model: nn.Module, path: str | Path) -> Path:
             tensors[name + _PLACES] = pack_bits(mask)
         elif not (owner in masked and leaf == "mask"):
             tensors[name] = tensor.contiguous().clone()  # shared tensors are stored twice
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
         save_file(tensors, temporary, metadata={"format": FORMAT})
         temporary.rename(path)
@@ -111,6 +112,8 @@ def _expanded(model: nn.Module, stored: Mapping[str, Tensor], path: str) -> dict
             )
         elif name in stored and stored[name].shape == tensor.shape:
             state[name] = stored[name]
+        elif name + _VALUES in stored:
+            raise ValueError(f"{path}: {name!r} is sparse in the file but not in the model: convert the model first")
         else:
             shape = tuple(stored[name].shape) if name in stored else "missing"
             raise ValueError(f"{path}: {name} is {shape}, the model's has shape {tuple(tensor.shape)}")
@@ -118,9 +121,6 @@ def _expanded(model: nn.Module, stored: Mapping[str, Tensor], path: str) -> dict
     for name in stored:
         if name not in known:
             raise ValueError(f"{path}: the model has no {name.removesuffix(_VALUES).removesuffix(_PLACES)!r}")
-        base = name.removesuffix(_VALUES)
-        if base != name and base.rpartition(".")[0] not in masked:
-            raise ValueError(f"{path}: {base!r} is sparse in the file but not in the model: convert the model first")
     return state
 
 

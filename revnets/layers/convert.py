@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .accounting import ModelCost, count_costs
 from .registry import Part, Spec, parse_layers
@@ -135,13 +136,26 @@ def convert(
         recorded = trace(model, size)
     except TraceError as error:
         raise ValueError(f"convert: {error}") from None
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    channels_last = any(_is_channels_last(p) for p in model.parameters())
     before = count_costs(model, size, recorded)
     report = ConversionReport(model, [], [], before, before, [])
     for part in parts:
         _apply(part, report, filter, recorded)
         recorded = trace(report.model, size)
+    if report.converted and not all(part.entry.keeps_weights for part in parts):
+        report.notes.append("converted layers are newly initialised")
+    report.skipped = list(dict.fromkeys(report.skipped))
+    for name, parameter in report.model.named_parameters():
+        parameter.requires_grad_(trained.get(name, parameter.requires_grad))
+    if channels_last:
+        report.model.to(memory_format=torch.channels_last)
     report.after = count_costs(report.model, size, recorded)
     return report
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    return weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def _input_size(model: nn.Module, given: Sequence[int] | None) -> tuple[int, ...]:
@@ -190,6 +204,10 @@ def put_layer(report: ConversionReport, site: Site, made: nn.Module, kind: str) 
     made.train(site.layer.training)
     weight: Any = site.layer.weight
     made.to(device=weight.device, dtype=weight.dtype)
+    for layer in made.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            for leaf, parameter in layer.named_parameters(recurse=False):
+                parameter.requires_grad_(getattr(getattr(site.layer, leaf, None), "requires_grad", True))
     report.model = replace_module(report.model, site.name, made)
     for other, module in site.replaced.items():
         report.model = replace_module(report.model, other, module)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..sparsity.masks import check_sparsity
 from .conv import conv
-from .geometry import Compound, arguments, factors, factory_kwargs, fans, on_meta
+from .geometry import Compound, arguments, described, factors, factory_kwargs, fans, on_meta
 from .registry import SparseConfig, register_layer
 from .sites import Site, Unsuitable
 from .sparse import SparseConv2d, SparseLinear
@@ -38,16 +38,18 @@ class _Doped(Compound):
         if rank < 1:
             first, second = fans(layer)
             raise Unsuitable(
-                f"its low-rank path would have rank {sparsity:g} * {first} * {second} / ({first} + {second}) < 1: "
-                "use a larger sparsity, or leave the layer out"
+                f"the low-rank path of {described(layer)} would have rank "
+                f"{sparsity:g} * {first} * {second} / ({first} + {second}) < 1: use a larger sparsity, or leave it out"
             )
         self._stand_for(layer)
         self.sparsity = sparsity
         linear = isinstance(layer, nn.Linear)
+        numel = layer.weight.numel()
+        count = numel - rank * sum(fans(layer)) * getattr(layer, "groups", 1)
+        if count < 1:
+            raise Unsuitable(f"the low-rank path of {described(layer)} would leave no sparse weights: leave it out")
         low = [{**kwargs, "device": None, **factory, "bias": False} for kwargs in factors(layer, rank)]
         self.u, self.v = ((nn.Linear if linear else nn.Conv2d)(**kwargs) for kwargs in low)
-        numel = layer.weight.numel()
-        count = numel - self.u.weight.numel() - self.v.weight.numel()
         options = {"sparsity": 1 - count / numel, "count": count, "init_scale": init_scale}
         self.sparse = (SparseLinear if linear else SparseConv2d)(
             **{**arguments(layer), "device": None, **factory}, **options

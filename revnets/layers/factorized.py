@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..sparsity.masks import check_sparsity
 from .conv import conv
-from .geometry import ActLayer, Compound, NormLayer, arguments, factors, factory_kwargs, fans, on_meta
+from .geometry import ActLayer, Compound, NormLayer, arguments, described, factors, factory_kwargs, fans, on_meta
 from .norm_act_conv import norm_act_conv
 from .registry import SparseConfig, register_layer
 from .sites import Site, Unsuitable
@@ -52,7 +52,7 @@ class _Factorized(Compound):
         counts = (kept_first, layer.weight.numel() - kept_first)
         if min(counts) < 1:
             raise Unsuitable(
-                f"its {layer.weight.numel()} weights are too few to be shared by two factors: leave it out"
+                f"the {layer.weight.numel()} weights of {described(layer)} are too few for two factors: leave it out"
             )
         kind = SparseLinear if isinstance(layer, nn.Linear) else SparseConv2d
         self.u, self.v = (

@@ -61,6 +61,19 @@ def arguments(layer: Any, **changes: Any) -> dict[str, Any]:
     return {**own, **common, **changes}
 
 
+def described(layer: Any) -> str:
+    """Kind and sizes of a layer.
+
+    Example:
+        >>> described(nn.Conv2d(8, 16, 3, groups=2)), described(nn.Linear(8, 16))
+        ('Conv2d(8, 16, kernel_size=(3, 3), groups=2)', 'Linear(8, 16)')
+    """
+    if isinstance(layer, nn.Linear):
+        return f"Linear({layer.in_features}, {layer.out_features})"
+    groups = "" if layer.groups == 1 else f", groups={layer.groups}"
+    return f"Conv2d({layer.in_channels}, {layer.out_channels}, kernel_size={tuple(layer.kernel_size)}{groups})"
+
+
 def fans(layer: Any) -> tuple[int, int]:
     """Weights per inner channel of the two factors of a layer, within a group: ``(k*k*C_in, C_out)``.
 

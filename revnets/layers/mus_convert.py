@@ -62,13 +62,13 @@ class MuSFp8Config(MuSConfig):
         check_grad_scale(self.grad_scale)
 
 
-@register_layer("mus", MuSConfig, network=True, everywhere=True)
+@register_layer("mus", MuSConfig, network=True, everywhere=True, keeps_weights=True)
 def mus(job: Any, config: MuSConfig) -> nn.Module:
     """Munit-scaled layers in the usual precision: unit-variance weights, static scales (1/sqrt(fan-in) if hidden)."""
     return _scaled(job, config, "mus")
 
 
-@register_layer("mus_fp8", MuSFp8Config, network=True, everywhere=True)
+@register_layer("mus_fp8", MuSFp8Config, network=True, everywhere=True, keeps_weights=True)
 def mus_fp8(job: Any, config: MuSFp8Config) -> nn.Module:
     """Munit-scaled layers that multiply in FP8 in training, too; first layer, classifier, grouped ones do not."""
     return _scaled(job, config, "mus_fp8", fp8=True, backend=config.backend, grad_scale=config.grad_scale)
@@ -131,6 +131,4 @@ def munit_scaled(layer: Any, role: str = "hidden", init: bool = False, **options
         made.weight.copy_(layer.weight / made.scale)
         if layer.bias is not None:
             made.bias.copy_(layer.bias)
-    for name, parameter in layer.named_parameters():  # frozen layers stay frozen
-        getattr(made, name).requires_grad_(parameter.requires_grad)
     return made

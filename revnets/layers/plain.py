@@ -11,13 +11,13 @@ from .sites import Site
 from .sparse import SparseConv2d, SparseLinear
 
 
-@register_layer("dense")
+@register_layer("dense", keeps_weights=True)
 def dense_layer(site: Site, config: LayerConfig) -> nn.Module:
     """Torch's own layers, as they are."""
     return site.layer
 
 
-@register_layer("sparse", SparseConfig)
+@register_layer("sparse", SparseConfig, keeps_weights=True)
 def sparse_layer(site: Site, config: SparseConfig) -> nn.Module:
     """A random mask over the layer's own weights, which stay: (1-s) of the dense FLOPs."""
     layer = site.layer

@@ -61,6 +61,7 @@ class Entry:
         make: the registered function.
         network: whether ``make`` changes a whole network rather than one layer.
         everywhere: whether the first layer, the classifier and sparse layers are converted, too.
+        keeps_weights: whether converted layers keep the weights that they had.
         summary: first line of its docstring.
     """
 
@@ -69,6 +70,7 @@ class Entry:
     make: Callable[..., Any]
     network: bool
     everywhere: bool
+    keeps_weights: bool
     summary: str
 
 
@@ -88,7 +90,11 @@ _ENTRIES: dict[str, Entry] = {}
 
 
 def register_layer(
-    name: str, config: type[LayerConfig] = LayerConfig, network: bool = False, everywhere: bool = False
+    name: str,
+    config: type[LayerConfig] = LayerConfig,
+    network: bool = False,
+    everywhere: bool = False,
+    keeps_weights: bool = False,
 ) -> Callable[[Made], Made]:
     """Register a function under ``name``; its first docstring line is what ``revnets layers`` shows.
 
@@ -98,6 +104,7 @@ def register_layer(
         network: whether the function changes a whole network.
         everywhere: whether it takes the first layer, the classifier (``site.role`` tells them from the others) and
             sparse layers, too.
+        keeps_weights: whether converted layers keep the weights that they had; others are newly initialised.
 
     The function takes ``(site, config)`` and returns the module to put there, or raises ``Unsuitable`` with the reason
     why the layer stays as it is; see ``revnets.layers.sites.Site``. With ``network=True`` it takes ``(job, config)``
@@ -119,7 +126,7 @@ def register_layer(
 
     def register(make: Made) -> Made:
         summary = (make.__doc__ or "").strip().split("\n")[0]
-        _ENTRIES[name] = Entry(name, config, make, network, everywhere, summary)
+        _ENTRIES[name] = Entry(name, config, make, network, everywhere, keeps_weights, summary)
         return make
 
     return register
@@ -175,7 +182,7 @@ def parse_layers(spec: Spec) -> list[Part]:
 
 
 def _from_dict(spec: Mapping[str, Any]) -> Part:
-    if "type" not in spec:
+    if not isinstance(spec.get("type"), str):
         raise ValueError(f"layers={dict(spec)!r}: expected a key 'type' with one of {', '.join(list_layers())}")
     entry = layer_entry(spec["type"])
     return _part(entry, {name: value for name, value in spec.items() if name != "type"})
@@ -227,6 +234,8 @@ def _check_option(entry: Entry, option: str) -> None:
 def _part(entry: Entry, options: dict[str, Any]) -> Part:
     for option in options:
         _check_option(entry, option)
+        if get_type_hints(entry.config)[option] is bool and not isinstance(options[option], bool):
+            raise ValueError(f"{entry.name}: {option}={options[option]!r}: expected true or false")
     for field in dataclasses.fields(entry.config):
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and field.name not in options:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..sparsity.masks import check_sparsity, mask_with_count, random_mask
+from ..sparsity.masks import check_sparsity, kept, mask_with_count
 
 
 class _GatheredGrad(torch.autograd.Function):
@@ -61,10 +61,8 @@ class MaskedWeight(nn.Module):
         self.gather_dense_grad = False
         self.dense_grad = None
         if count is None:
-            mask = random_mask(self.weight.shape, self.sparsity)
-        else:
-            mask = mask_with_count(self.weight.shape, count)
-        self.register_buffer("mask", mask.to(self.weight.device))
+            count = max(1, kept(self.weight.numel(), self.sparsity))  # a layer without weights would never learn
+        self.register_buffer("mask", mask_with_count(self.weight.shape, count).to(self.weight.device))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -111,8 +109,8 @@ class MaskedWeight(nn.Module):
 
     def extra_repr(self) -> str:
         """Torch's own, with the sparsity and the count of the weights that stay."""
-        kept = "?" if self.mask.device.type == "meta" else int(self.mask.sum())
-        return f"{super().extra_repr()}, sparsity={self.sparsity:.4g}, weights={kept}/{self.mask.numel()}"
+        count = "?" if self.mask.device.type == "meta" else int(self.mask.sum())
+        return f"{super().extra_repr()}, sparsity={self.sparsity:.4g}, weights={count}/{self.mask.numel()}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "dense_grad": None}
@@ -125,7 +123,7 @@ class SparseConv2d(MaskedWeight, nn.Conv2d):  # type: ignore[misc]
         args: those of ``nn.Conv2d``, in its order.
         sparsity: share of zeros, in [0, 1).
         init_scale: start with a standard deviation larger by ``1 / sqrt(1 - sparsity)``.
-        count: exact number of weights that stay; by default ``round((1 - sparsity) * numel)``.
+        count: exact number of weights that stay; by default ``round((1 - sparsity) * numel)``, at least 1.
         kwargs: those of ``nn.Conv2d``.
 
     Raises:
@@ -155,7 +153,7 @@ class SparseLinear(MaskedWeight, nn.Linear):  # type: ignore[misc]
         args: those of ``nn.Linear``, in its order.
         sparsity: share of zeros, in [0, 1).
         init_scale: start with a standard deviation larger by ``1 / sqrt(1 - sparsity)``.
-        count: exact number of weights that stay; by default ``round((1 - sparsity) * numel)``.
+        count: exact number of weights that stay; by default ``round((1 - sparsity) * numel)``, at least 1.
         kwargs: those of ``nn.Linear``.
 
     Raises:

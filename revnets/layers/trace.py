@@ -133,7 +133,7 @@ def trace(model: nn.Module, input_size: Sequence[int], batch_size: int = 1) -> T
             with torch.no_grad(), recorder:
                 outputs = twin(x)
         except Exception as error:  # whatever a model may raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = (str(error).splitlines() or [type(error).__name__])[0] + recorder.place()
             raise TraceError(type(model).__name__, tuple(x.shape), reason) from error
     return Trace(recorder.ops, recorder.calls, [recorder.value(x)], recorder.values(outputs))
 
@@ -211,6 +211,11 @@ class _Recorder(TorchDispatchMode):
         module = self._stack[-1].module if self._stack else ""
         self.ops.append(Op(func, shown_args, shown_kwargs, self.values(out), module, flops))
         return out
+
+    def place(self) -> str:
+        """Where the pass is, in words."""
+        module = self._stack[-1].module if self._stack else ""
+        return f", in {module or 'the model'}" + (f" after op {self.ops[-1].name}" if self.ops else "")
 
     def _number(self, tensor: Tensor) -> None:
         """Name the tensor anew: its content changed, or it is new."""

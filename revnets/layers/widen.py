@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class Coupling:
         self.widths = Widths()
         self.parameters: dict[str, list[Form]] = {}
         self.attributes: dict[tuple[str, str], Form] = {}
+        self.scales: dict[tuple[str, str], Form] = {}
         self.values: dict[int, list[Form]] = {}
         for value in recorded.inputs:
             self.values[value.number] = [number(n) for n in value.shape]
@@ -126,6 +128,14 @@ class Coupling:
                     if type(value) is int and value == size and not name.startswith("_"):
                         self.attributes[op.module, name] = form
 
+    def note_scale(self, op: Op, form: Form) -> None:
+        """Floats of a module that are ``1 / sqrt(d)`` of a product's inner width d change with it (``scale``, ...)."""
+        size = self.widths.now(form)
+        if size > 1:
+            for name, value in vars(self.module(op)).items():
+                if type(value) is float and math.isclose(value, size**-0.5):
+                    self.scales[op.module, name] = form
+
     def tie_attention(self, op: Op, merged: Form) -> None:
         """Merged heads stay as wide as the attention's input, where they are now: programs rely on it."""
         call = next(
@@ -175,6 +185,9 @@ def widen(model: nn.Module, coupling: Coupling, factor: float, input_size: tuple
         _follow_shapes(module)
     for (name, attribute), form in coupling.attributes.items():
         setattr(modules[name], attribute, coupling.widths.size(form, sizes))
+    for (name, attribute), form in coupling.scales.items():
+        if coupling.widths.size(form, sizes) != coupling.widths.now(form):
+            setattr(modules[name], attribute, coupling.widths.size(form, sizes) ** -0.5)
     _rename_features(wide, coupling, sizes)
     return wide, _checked(wide, coupling, sizes, input_size)
 

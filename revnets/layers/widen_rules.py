@@ -119,6 +119,7 @@ def product(c: Coupling, op: Op) -> list[list[Form]]:
     *bias, a, b = op.inputs[:3]
     rows, columns = c.forms(a), c.forms(b)
     c.unify(rows[-1], columns[-2], op)
+    c.note_scale(op, rows[-1])
     if len(rows) == 3:
         c.unify(rows[0], columns[0], op)
     out = [*rows[:-1], columns[-1]]
@@ -132,6 +133,7 @@ def attention(c: Coupling, op: Op) -> list[list[Form]]:
     q, k, v = (c.forms(value) for value in op.args[:3])
     for left, right in ((q[1], k[1]), (q[1], v[1]), (q[3], k[3])):
         c.unify(left, right, op)
+    c.note_scale(op, q[3])
     for form in (q[0], q[2], k[2], v[2]):
         c.fix(form, "tokens", op)
     return [[*q[:3], v[3]], *c.numbers(op.outputs[1:])]

@@ -3,20 +3,28 @@
 Importing it registers them, and makes ``import mmcv.ops`` work where mmcv was installed without compiled operators.
 """
 
+import sys
+
 from .operators import install
 
-install()  # before anything imports mmdet.models
+try:
+    install()  # before anything imports mmdet.models
+except ImportError as error:
+    if sys.argv[:1] != ["-m"]:  # that is `python -m revnets.mm`, which imports this first
+        raise
+    sys.stderr.write(f"error: {error}\n")
+    sys.exit(2)
 
-from .amp import Bf16OptimWrapper  # noqa: E402
-from .backbone import RevBiFPN, TimmBackbone  # noqa: E402
-from .checkpoint import WholeCheckpointHook  # noqa: E402
-from .hooks import MemoryReportHook  # noqa: E402
-from .hrfpn import LeanHRFPN  # noqa: E402
-from .layers import register_conv_layers  # noqa: E402
-from .mus_optim import MuSOptimWrapperConstructor  # noqa: E402
-from .neck import RevBiFPNNeck  # noqa: E402
-from .resume import ResumableTrainLoop  # noqa: E402
-from .sparsity_hook import SparsityHook  # noqa: E402
+from .amp import Bf16OptimWrapper
+from .backbone import RevBiFPN, TimmBackbone
+from .checkpoint import WholeCheckpointHook
+from .hooks import MemoryReportHook
+from .hrfpn import LeanHRFPN
+from .layers import register_conv_layers
+from .mus_optim import MuSOptimWrapperConstructor
+from .neck import RevBiFPNNeck
+from .resume import ResumableTrainLoop
+from .sparsity_hook import SparsityHook
 
 register_conv_layers()
 

@@ -8,15 +8,12 @@ import runpy
 import sys
 from pathlib import Path
 
-from .operators import install
-
 
 def main() -> int:
     """``sys.argv``: a script, by its path or as MMDetection's ``tools/`` call it, and its arguments."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         sys.stderr.write(f"{__doc__}\n")
         return 0 if len(sys.argv) > 1 else 2
-    install()
     import mmdet
 
     tools = Path(mmdet.__file__).parent / ".mim" / "tools"

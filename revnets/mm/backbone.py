@@ -1,13 +1,14 @@
 """Backbones for MMDetection: RevBiFPN, and any network of timm, with the arguments that its users know."""
 
+import logging
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
 import torch
 from mmdet.registry import MODELS
+from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..layers import convert
 from ..reversible import MODES, set_mode
 from .norms import SYNCHRONISED, replace_norms
-from .pretrained import load_pretrained
+from .pretrained import inner, load_pretrained
 
 ARCHS = {**{f"s{n}": f"revbifpn_s{n}" for n in range(7)}, "test": "test_revbifpn"}
 """``arch`` of ``RevBiFPN`` to timm's name; ``test`` is tiny and has strides 2, 4, 8, 16."""
@@ -80,10 +81,11 @@ class TimmBackbone(BaseModule):
         if norm_cfg is not None:
             self.net = replace_norms(self.net, norm_cfg)
             if norm_eval and norm_cfg["type"] in SYNCHRONISED:
-                warnings.warn(
+                print_log(
                     "norm_cfg=dict(type='SyncBN') has no effect with norm_eval=True: running statistics are used and "
                     "never updated; set norm_eval=False to train them",
-                    stacklevel=2,
+                    "current",
+                    logging.WARNING,
                 )
         self._stages = _stages(self.net, model_name, model_args) if frozen_stages >= 0 else []
         if frozen_stages >= len(self._stages) > 0 or frozen_stages < -1:
@@ -195,12 +197,6 @@ def _features(
     return convert(net, layers, input_size=(model_args.get("in_chans", 3), 224, 224)).model
 
 
-def inner(net: nn.Module) -> Any:
-    """The network of timm inside of what ``features_only`` wraps around some."""
-    wrapped = getattr(net, "model", None)
-    return wrapped if isinstance(wrapped, nn.Module) else net
-
-
 def _choose_mode(net: nn.Module, name: str, mode: str | None, with_cp: bool) -> str:
     """Set the memory mode and return it."""
     reversible = any(vars(m).get("mode") in MODES for m in net.modules())
@@ -229,17 +225,24 @@ def _stages(net: nn.Module, name: str, model_args: dict[str, Any]) -> list[list[
     if not hasattr(whole, "group_matcher"):
         raise ValueError(f"frozen_stages: {name} does not say what its stages are (no group_matcher), use -1")
     matcher = whole.group_matcher(coarse=True)
-    names = [n.removeprefix("model.") for n, _ in net.named_parameters()]
-    # wrappers of timm turn dots of a module's name into underscores
-    original = {n.replace(".", "_"): n for n, _ in whole.named_parameters()}
-    ordered = [(original.get(n.replace(".", "_"), n), None) for n in names]
+    # wrappers of timm turn dots of a module's name into underscores, and converted layers have further modules inside
+    modules = {n.replace(".", "_"): n for n, _ in whole.named_modules() if n}
+    ordered = [(_original(n.removeprefix("model."), modules), None) for n, _ in net.named_parameters()]
     stage_of = group_with_matcher(iter(ordered), matcher, reverse=True)
-    has_stem = any(_is_stem(n, matcher) for n in original.values())
-    first = 0 if has_stem else 1
+    first = 0 if any(_is_stem(n, matcher) for n, _ in whole.named_parameters()) else 1
     stages: list[list[nn.Parameter]] = [[] for _ in range(max(stage_of.values()) + 1 + first)]
     for (known, _), parameter in zip(ordered, net.parameters(), strict=True):
         stages[stage_of[known] + first].append(parameter)
     return stages
+
+
+def _original(name: str, modules: Mapping[str, str]) -> str:
+    """The name of a parameter in the network without wrapper, from its longest prefix that is a module there."""
+    parts = name.split(".")
+    for k in range(len(parts) - 1, 0, -1):
+        if found := modules.get("_".join(parts[:k])):
+            return ".".join([found, *parts[k:]])
+    return name
 
 
 def _is_stem(name: str, matcher: Any) -> bool:

@@ -90,6 +90,8 @@ class WholeCheckpointHook(CheckpointHook):
                 Path(self.out_dir, self.filename_tmpl.format(old)).unlink(missing_ok=True)
 
     def _save_best_checkpoint(self, runner: Any, metrics: dict[str, Any]) -> None:
+        if not metrics:  # COCO's, where nothing was found
+            return
         with self.file_backend.removals_put_off() as surpassed:
             super()._save_best_checkpoint(runner, metrics)
         now = vars(self)

@@ -1,5 +1,6 @@
 """MMDetection configs for ``revnets profile``: backbone, backbone and neck, and the whole detector."""
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from ..profiling.fake import ProfileError
 from ..profiling.target import Job, Setting, Target, as_job, first_line, training_loss
-from ..reversible import MODES, set_mode
+from ..reversible import RevSequential, set_mode
 
 PARTS = ("backbone", "backbone + neck", "detector")
 DEFAULT_SIZE = (800, 1333)
@@ -74,7 +75,7 @@ class DetectorTarget(Target):
         if setting.channels_last:
             detector, x = detector.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
         measured = self.part == "detector" and torch.device(device).type != "meta"
-        step = RealStep(detector, self, device) if measured else FixedStep(detector, self.part)
+        step = RealStep(detector, _annotations(x, self)) if measured else FixedStep(detector, self.part)
         return as_job(step.train(), x, training_loss if not measured else _itself, setting)
 
     def deeper(self) -> Sequence[Target]:
@@ -112,8 +113,7 @@ def parse_config(text: str, setting: Setting, img_size: int | None = None, batch
     height = int(match[2] or img_size or DEFAULT_SIZE[0])
     aspect = int(match[3]) / height if match[3] else 1.0 if match[2] else DEFAULT_SIZE[1] / DEFAULT_SIZE[0]
     cfg = _read(match[1])
-    with torch.device("meta"):
-        modes = _modes(_build(cfg, None, setting), cfg)
+    modes = _modes(cfg, setting)
     parts = [part for part in PARTS if part != "backbone + neck" or cfg.model.get("neck")]
     size = (height, int(match[4] or batch_size))
     name = Path(match[1].rsplit("::", 1)[-1]).stem
@@ -131,9 +131,11 @@ def _read(path: str, changes: dict[str, Any] | None = None) -> Config:
     try:
         cfg = Config.fromfile(file)
         cfg.merge_from_dict(changes or {})
-        return cfg
     except Exception as error:  # a config is a program: it may fail in any way
         raise ProfileError(f"config {path!r} cannot be read: {first_line(error)}") from error
+    if not cfg.get("model"):
+        raise ProfileError(f"config {path!r} has no model: expected a detector's")
+    return cfg
 
 
 def _build(cfg: Config, mode: str | None, setting: Setting) -> Any:
@@ -141,7 +143,7 @@ def _build(cfg: Config, mode: str | None, setting: Setting) -> Any:
 
     init_default_scope("mmdet")
     model = cfg.model.copy()
-    if mode == "checkpoint" and model.backbone.type not in ("RevBiFPN", "TimmBackbone"):
+    if mode == "checkpoint" and model.backbone.type != "RevBiFPN":
         model.backbone = {**model.backbone, "with_cp": True}
     for part in ("backbone", "neck"):
         if model.get(part) and model[part].get("type") in ("RevBiFPN", "RevBiFPNNeck"):
@@ -150,29 +152,25 @@ def _build(cfg: Config, mode: str | None, setting: Setting) -> Any:
         detector = MODELS.build(model)
     except Exception as error:
         raise ProfileError(f"the model of {cfg.filename} cannot be built: {first_line(error)}") from error
-    if mode is not None and _has_modes(detector):
+    if mode is not None and _is_reversible(detector):
         set_mode(detector, mode)
-    elif mode == "checkpoint" and model.backbone.type == "TimmBackbone":
-        detector.backbone = MODELS.build({**model.backbone, "with_cp": True})
     return detector
 
 
-def _has_modes(detector: nn.Module) -> bool:
-    return any(vars(m).get("mode") in MODES and len(list(m.children())) for m in _reversible_parts(detector))
+def _is_reversible(detector: nn.Module) -> bool:
+    return any(isinstance(m, RevSequential) for m in detector.modules())
 
 
-def _reversible_parts(detector: nn.Module) -> list[nn.Module]:
-    from ..reversible import RevSequential
-
-    return [m for m in detector.modules() if isinstance(m, RevSequential)]
-
-
-def _modes(detector: Any, cfg: Config) -> Sequence[str]:
-    if _has_modes(detector):
-        return ("reversible", "store", "checkpoint")
-    backbone = detector.backbone
-    can_checkpoint = hasattr(backbone, "with_cp") or type(backbone).__name__ == "TimmBackbone"
-    return ("store", "checkpoint") if can_checkpoint else ("store",)
+def _modes(cfg: Config, setting: Setting) -> Sequence[str]:
+    modes = ["store"]
+    with torch.device("meta"):
+        if _is_reversible(_build(cfg, None, setting)):
+            modes.insert(0, "reversible")
+        try:
+            _build(cfg, "checkpoint", setting)
+        except ProfileError:  # its backbone takes no `with_cp`
+            return modes
+    return [*modes, "checkpoint"]
 
 
 class FixedStep(nn.Module):
@@ -184,6 +182,8 @@ class FixedStep(nn.Module):
         self.backbone = detector.backbone
         self.neck = detector.neck if part != "backbone" and detector.with_neck else None
         heads = part == "detector"
+        if heads:
+            _check_heads(detector)
         # of two-stage detectors `rpn_head` and `roi_head`, of one-stage ones `bbox_head`
         self.dense_head = (getattr(detector, "rpn_head", None) or detector.bbox_head) if heads else None
         self.roi_head = getattr(detector, "roi_head", None) if heads else None
@@ -207,6 +207,19 @@ class FixedStep(nn.Module):
             positive = int(count * self.sampler["pos_fraction"])
             outputs.append(self.roi_head.mask_head(_rois(self.roi_head.mask_roi_extractor, maps, positive)))
         return outputs
+
+
+def _check_heads(detector: Any) -> None:
+    from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
+    from mmdet.models.roi_heads import StandardRoIHead
+
+    dense = getattr(detector, "rpn_head", None) or getattr(detector, "bbox_head", None)
+    regions = getattr(detector, "roi_head", None)
+    if not isinstance(dense, BaseDenseHead) or type(regions) not in (type(None), StandardRoIHead):
+        raise ProfileError(
+            f"the heads of {type(detector).__name__} cannot be predicted, only a dense head and mmdet's "
+            "StandardRoIHead after it: use --part backbone,neck"
+        )
 
 
 def _rois(extractor: Any, maps: Sequence[Tensor], count: int) -> Tensor:
@@ -235,19 +248,17 @@ def _flat(outputs: Any) -> list[Tensor]:
 class RealStep(nn.Module):
     """The loss of a detector in a training step on images with random boxes (and masks)."""
 
-    def __init__(self, detector: Any, target: DetectorTarget, device: torch.device | str) -> None:
+    def __init__(self, detector: Any, samples: list[Any]) -> None:
         super().__init__()
         self.detector = detector
-        self.target = target
-        self.device = device
+        self.samples = samples
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x: images ``(N, 3, H, W)``. Returns: the sum of the detector's losses."""
-        losses = self.detector.loss(x, _annotations(x, self.detector, self.target))
-        return self.detector.parse_losses(losses)[0]
+        return self.detector.parse_losses(self.detector.loss(x, copy.deepcopy(self.samples)))[0]
 
 
-def _annotations(x: Tensor, detector: Any, target: DetectorTarget) -> list[Any]:
+def _annotations(x: Tensor, target: DetectorTarget) -> list[Any]:
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
     from mmengine.structures import InstanceData

@@ -41,6 +41,9 @@ class MemoryReportHook(Hook):
     def before_train(self, runner: Any) -> None:
         """Start counting."""
         self._steps = 0
+        if self._allocations is not None:  # of a run that was stopped in the step that was watched
+            self._allocations.__exit__(None, None, None)
+            self._allocations = None
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 

@@ -1,11 +1,13 @@
 """HRFPN without the concatenation of all levels at the finest resolution."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from mmdet.models.necks import HRFPN
 from mmdet.registry import MODELS
 from torch import Tensor, nn
+
+from ..reversible import recompute
 
 
 @MODELS.register_module()
@@ -32,9 +34,19 @@ class LeanHRFPN(HRFPN):
         conv = self.reduction_conv.conv
         if type(conv) is not nn.Conv2d:  # another `conv_cfg` need not be linear in its input
             return super().forward(inputs)
+        run = recompute if self.with_cp and self.training else _call
+        total = run(self._project, *inputs)
+        levels = [total, *(self.pooling(total, kernel_size=2**k, stride=2**k) for k in range(1, self.num_outs))]
+        return tuple(run(conv, level) for conv, level in zip(self.fpn_convs, levels, strict=True))
+
+    def _project(self, *inputs: Tensor) -> Tensor:
+        conv = self.reduction_conv.conv
         weights = conv.weight.split(self.in_channels, dim=1)
         total = F.conv2d(inputs[0], weights[0], conv.bias)
         for k, (x, weight) in enumerate(zip(inputs[1:], weights[1:], strict=True), start=1):
             total = total + F.interpolate(F.conv2d(x, weight), scale_factor=2**k, mode="bilinear")
-        levels = [total, *(self.pooling(total, kernel_size=2**k, stride=2**k) for k in range(1, self.num_outs))]
-        return tuple(conv(level) for conv, level in zip(self.fpn_convs, levels, strict=True))
+        return total
+
+
+def _call(module: Callable[..., Tensor], *xs: Tensor) -> Tensor:
+    return module(*xs)

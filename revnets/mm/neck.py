@@ -31,7 +31,8 @@ class RevBiFPNNeck(BaseModule):
         num_silos: N, depth of the stack.
         num_outs: levels; those beyond the backbone's are made from the coarsest.
         start_level: first level of the backbone that is used.
-        add_extra_convs: make further levels with strided 3x3 convolutions (RetinaNet), not by subsampling.
+        add_extra_convs: make further levels with strided 3x3 convolutions of the coarsest output (RetinaNet; what FPN
+            calls ``"on_output"``, with its ``relu_before_extra_convs``), not by subsampling.
         exp_ratio: expansion of the MBConvs.
         se_ratio: of their squeeze-and-excite; 0 for none.
         drop_path_rate: stochastic depth of the branches.
@@ -69,6 +70,9 @@ class RevBiFPNNeck(BaseModule):
         super().__init__(init_cfg)
         used = list(in_channels)[start_level:]
         _check(used, num_silos, num_outs, add_extra_convs, in_channels)
+        if init_cfg is not None:
+            raise ValueError(f"init_cfg={init_cfg}: RevBiFPNNeck initialises itself, expected None")
+        self.in_channels, self.out_channels = list(in_channels), out_channels
         self.start_level, self.num_levels = start_level, len(used)
         norm_layer = norm_factory(norm_cfg or {"type": "BN"})
         block = partial(

@@ -41,7 +41,7 @@ def load_pretrained(net: nn.Module, model_name: str, checkpoint: str, prefix: st
         if not state:
             raise ValueError(f"checkpoint {checkpoint} has no key that starts with {cut!r}: check init_cfg's prefix")
     state = {key.removeprefix("net."): value for key, value in state.items()}  # this project's backbones
-    whole = getattr(net, "model", net)
+    whole = inner(net)
     if isinstance(whole, RevBiFPN):
         whole.load_state_dict(_known(checkpoint_filter_fn(_unwrapped(state), whole), whole))
         return
@@ -52,10 +52,19 @@ def load_pretrained(net: nn.Module, model_name: str, checkpoint: str, prefix: st
     net.load_state_dict(own)
 
 
+def inner(net: nn.Module) -> Any:
+    """The network of timm inside of what ``features_only`` wraps around some."""
+    wrapped = getattr(net, "model", None)
+    return wrapped if isinstance(wrapped, nn.Module) else net
+
+
 def _from_timm(name: str) -> dict[str, Tensor]:
     if not timm.is_model(name):
         raise ValueError(f"{SCHEME}{name}: timm knows no model {name!r}")
-    return timm.create_model(name, pretrained=True).state_dict()
+    try:
+        return timm.create_model(name, pretrained=True).state_dict()
+    except (RuntimeError, OSError) as error:  # it has no weights, or they cannot be fetched
+        raise ValueError(f"{SCHEME}{name}: {first_line(error)}") from error
 
 
 def _from_file(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from mmengine.runner import EpochBasedTrainLoop
 from torch.utils.data import DataLoader
 
 MODEL, DATA = 0, 1  # two streams of random numbers
+VALIDATED, BATCHES = "validated_epoch", "batches_of_an_epoch"  # in the message hub, and so in checkpoints
 
 
 @LOOPS.register_module()
@@ -25,7 +26,7 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
 
     The order of the images is that of their sampler, of whose epoch the batches that are done are skipped, unread.
     Augmentations are seeded per epoch and image, by any number of worker processes alike; what the model draws
-    (proposals, dropout), per iteration and process.
+    (proposals, dropout), per iteration and process. A validation that an interruption prevented is made up for.
 
     Args:
         runner: MMEngine's.
@@ -50,17 +51,47 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         if getattr(sampler, "seed", None) is not None:
             sampler.seed = seed
         self._batches.seed = seed
-        return super().run()
+        done = self.batches_done()
+        self.runner.message_hub.update_info(BATCHES, len(self.dataloader))
+        self.runner.call_hook("before_train")
+        if self._epoch > 0 and done == 0:  # stopped between this epoch's end and its validation's
+            self._validate()
+        while self._epoch < self._max_epochs and not self.stop_training:
+            self.run_epoch()
+            self._validate()
+        self.runner.call_hook("after_train")
+        return self.runner.model
 
-    def run_epoch(self) -> None:
-        """One epoch, or what is left of it."""
+    def _validate(self) -> None:
+        """If it is time, and not done before; noted first, for the hooks that save the best weights at its end."""
+        self._decide_current_val_interval()
+        due = self._epoch % self.val_interval == 0 or self._epoch == self._max_epochs
+        hub = self.runner.message_hub
+        if self.runner.val_loop is None or self._epoch < self.val_begin or not due:
+            return
+        if hub.runtime_info.get(VALIDATED) != self._epoch:
+            hub.update_info(VALIDATED, self._epoch)
+            self.runner.val_loop.run()
+
+    def batches_done(self) -> int:
+        """How many batches of the present epoch are done.
+
+        Raises:
+            ValueError: when an epoch had another number of batches before the run was resumed.
+        """
         done = self._iter - self._epoch * len(self.dataloader)
-        if not 0 <= done <= len(self.dataloader):
+        before = self.runner.message_hub.runtime_info.get(BATCHES, len(self.dataloader))
+        if before != len(self.dataloader) or not 0 <= done <= before:
             raise ValueError(
                 f"cannot resume at iteration {self._iter} in epoch {self._epoch}: an epoch now has "
                 f"{len(self.dataloader)} batches, other than when the checkpoint was saved; use the same data, batch "
                 "size and number of processes"
             )
+        return done
+
+    def run_epoch(self) -> None:
+        """One epoch, or what is left of it."""
+        done = self.batches_done()
         self.runner.call_hook("before_train_epoch")
         self.runner.model.train()
         self._batches.epoch, self._batches.skip = self._epoch, done

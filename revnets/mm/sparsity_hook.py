@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 from torch import nn
 
 from ..sparsity import SparsityController, apply_masks
 from ..sparsity.report import draw_picture, write_table
 
-if TYPE_CHECKING:
-    Hook: Any = object
-else:
-    try:
-        from mmengine.hooks import Hook
-    except ImportError:  # the module can be looked at without MMEngine, not used
-        Hook = object
 
-
+@HOOKS.register_module()
 class SparsityHook(Hook):
     """Calls a ``SparsityController`` after every update of the weights, and keeps it in the checkpoints.
 
@@ -38,7 +33,7 @@ class SparsityHook(Hook):
         'rigl'
     """
 
-    priority = "ABOVE_NORMAL"  # before EMAHook, which then averages the masked weights and copies the newest masks
+    priority = "ABOVE_NORMAL"  # before EMAHook, which then averages the masked weights
 
     def __init__(self, schedule: str = "rigl", **options: Any) -> None:
         self.schedule, self.options = schedule, options
@@ -57,9 +52,18 @@ class SparsityHook(Hook):
         self.controller = SparsityController(runner.model, optimizer, self.schedule, total_steps=steps, **self.options)
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Keep the controller's state until the model has its own."""
-        if runner._resume:
-            self._state = checkpoint.get("sparsity")
+        """Keep the controller's state until the model has its own.
+
+        Raises:
+            ValueError: when a run is resumed from a checkpoint without one.
+        """
+        if runner._resume and self.controller is not None:
+            if "sparsity" not in checkpoint:
+                raise ValueError(
+                    "SparsityHook: the checkpoint says nothing of the schedule of its masks; start from its weights "
+                    "with load_from= and resume=False instead"
+                )
+            self._state = checkpoint["sparsity"]
 
     def before_train(self, runner: Any) -> None:
         """Mask what ``init_weights`` has drawn, or go on where the checkpoint was."""
@@ -76,7 +80,9 @@ class SparsityHook(Hook):
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Mask, and change the masks where it is time."""
         if self.controller is not None and runner.optim_wrapper.should_update():
-            self.controller.step()
+            update = self.controller.step()
+            if update is not None:
+                runner.logger.info(str(update))
 
     def before_val_epoch(self, runner: Any) -> None:
         """Mask the average before ``EMAHook`` swaps it in."""
@@ -104,16 +110,4 @@ class SparsityHook(Hook):
         for hook in runner.hooks:
             average = getattr(hook, "ema_model", None)
             if isinstance(average, nn.Module):
-                apply_masks(average)
-
-
-def register() -> None:
-    """Put the hook into MMEngine's registry; nothing happens where MMEngine is not installed."""
-    try:
-        from mmengine.registry import HOOKS
-    except ImportError:
-        return
-    HOOKS.register_module(module=SparsityHook, force=True)
-
-
-register()
+                apply_masks(average, like=hook.src_model)

@@ -2,6 +2,9 @@
 
 A space-to-depth stem, a reversible body that fuses four scales with RevSilos, a neck whose four maps are the features
 of detectors, and a classifier on top. Only the body's outputs are kept for the backward pass.
+
+``create_model(..., layers="sparse_wide:0.75")`` puts layers of the registry in; iso-FLOP ones meet the FLOPs of the
+variant's default input size. For another size, give ``revnets.convert`` the plain network and that ``input_size``.
 """
 
 from functools import partial
@@ -307,7 +310,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> RevBiFPN:
     if layers is not None and pretrained:
         raise ValueError(
             f"layers={layers!r} with pretrained=True: the published weights are those of torch's own layers; "
-            "load them into the plain network and convert that with revnets.convert"
+            "revnets.convert of the plain network keeps them under layers='sparse:0.75' only, other layers start anew"
         )
     if isinstance(kwargs.get("pretrained_cfg"), dict):  # as a model's own: timm's class knows no sha256
         kwargs["pretrained_cfg"] = HashedCfg(**kwargs["pretrained_cfg"])
@@ -327,6 +330,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> RevBiFPN:
 
 
 def _converted(layers: Any, input_size: tuple[int, int, int], **kwargs: Any) -> nn.Module:
+    """A network of other layers, whose FLOPs are met at the variant's default input size."""
     model = RevBiFPN(**kwargs)
     return convert(model, layers, input_size=(model.in_chans, *input_size[1:])).model
 

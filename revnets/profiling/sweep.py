@@ -44,7 +44,7 @@ def targets(kind: str, given: Sequence[Target], setting: Setting) -> list[Target
     """
     first = [t for t in given if t.title == given[0].title]
     if kind == "families":
-        if len({t.title for t in given}) > 1:
+        if len({t.name for t in given}) > 1:
             return list(given)
         batch, modes = given[0].batch_size, {t.mode for t in given}
         found = [t for name in FAMILIES for t in parse_targets(name, setting, batch_size=batch)]

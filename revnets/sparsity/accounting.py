@@ -9,7 +9,7 @@ def step_flops(schedule: str, dense: float, sparse: float, interval: int = 100) 
     .. math:: dense: 3f \qquad static, SET: 3 f_s \qquad RigL: (3 f_s \Delta T + 2 f_s + f) / (\Delta T + 1)
 
     Where forward FLOPs come from is up to the caller; ``revnets.layers.count_costs`` counts them from the masks.
-    Recomputation is not in it: a reversible network evaluates its forward pass once more, ``f_s``.
+    Recomputation is not in it: see ``run_flops``.
 
     Args:
         schedule: ``dense``, ``static``, ``set`` or ``rigl``.
@@ -33,7 +33,7 @@ def step_flops(schedule: str, dense: float, sparse: float, interval: int = 100) 
     return 3 * sparse
 
 
-def run_flops(schedule: Schedule, dense: float, sparse: float, steps: int) -> float:
+def run_flops(schedule: Schedule, dense: float, sparse: float, steps: int, recomputed: float = 0.0) -> float:
     """FLOPs of the first ``steps`` training steps, counted step by step rather than on average.
 
     A step that gathers dense gradients costs ``2 f_s + f``, every other one ``3 f_s``; after its end RigL costs what
@@ -44,10 +44,11 @@ def run_flops(schedule: Schedule, dense: float, sparse: float, steps: int) -> fl
         dense: ``f`` of a step, for the whole batch.
         sparse: ``f_s`` of a step.
         steps: done so far.
+        recomputed: FLOPs of a step that the backward pass evaluates anew, ``f_s`` of a reversible network.
 
     Example:
         >>> run_flops(Schedule("rigl", total_steps=100, interval=10, end=0.5), dense=100, sparse=25, steps=100)
         7800
     """
     gathered = schedule.updates(steps) if schedule.name == "rigl" else 0
-    return 3 * sparse * steps + (dense - sparse) * gathered
+    return (3 * sparse + recomputed) * steps + (dense - sparse) * gathered

@@ -35,6 +35,13 @@ class MaskUpdate:
     changed: list[int]
     active: list[int]
 
+    def __str__(self) -> str:
+        """One line for a log."""
+        new, active = sum(self.changed), sum(self.active)
+        return (
+            f"masks after step {self.step}: {new:,} of {active:,} active weights are new ({new / max(active, 1):.1%})"
+        )
+
 
 class SparsityController:
     """Keeps masked weights, their gradients and optimizer state at 0, and changes the masks by a schedule.
@@ -49,8 +56,8 @@ class SparsityController:
     before masks change; from the first number outside a mask on (Muon mixes rows, say), all is masked after every step.
 
     Call ``step()`` after every step of the optimizer, before the gradients are cleared. Steps that a loss scaler
-    skipped are noticed and do not count. An averaged copy of the model is masked by ``apply_masks(copy)`` after its
-    own update. Frozen weights, and weights that the optimizer does not hold, keep their masks.
+    skipped are noticed and do not count. An averaged copy of the model is masked by ``apply_masks(copy, like=model)``
+    after its own update. Frozen weights, and weights that the optimizer does not hold, keep their masks.
 
     Args:
         model: with sparse layers (a ``weight`` and a bool buffer ``mask``); wrapped or not.
@@ -114,6 +121,7 @@ class SparsityController:
         for layer in self.layers:
             layer.set_mask(ranks.from_first(layer.mask))
         self._generator.set_state(ranks.from_first(self._generator.get_state(), self.layers[0].mask.device))
+        self._counts = counts(self.layers)
         self._leaky = False
         self._mask_all()
         self._gather(self._gathers(1))
@@ -192,12 +200,17 @@ class SparsityController:
         if odd:
             where = "the model, not in the checkpoint" if odd[0] in ours else "the checkpoint, not in the model"
             raise ValueError(f"masks do not match: sparse layer '{odd[0]}' is in {where}; give the same layers=")
-        for name, active in zip(ours, counts(ours.values()), strict=True):
+        for name, made, active in zip(ours, self._counts, counts(self.layers), strict=True):
             *shape, count = theirs[name]
             if tuple(shape) != ours[name].mask.shape:
                 raise ValueError(
                     f"masks do not match: '{name}' has shape {tuple(shape)} in the checkpoint, "
                     f"{tuple(ours[name].mask.shape)} in the model; give the same layers="
+                )
+            if count != made:
+                raise ValueError(
+                    f"masks do not match: '{name}' has {count} active weights in the checkpoint, {made} were asked "
+                    "for; give the same layers= and distribution"
                 )
             if count != active:
                 raise ValueError(
@@ -233,14 +246,16 @@ class SparsityController:
 
     @torch.no_grad()
     def _draw(self, distribution: str, sparsity: float | None) -> None:
-        """New random masks; weights that were 0 take values of the layer, so that its scale stays."""
+        """New random masks where their counts change; weights that were 0 take values of the layer: its scale stays."""
         shapes = [layer.mask.shape for layer in self.layers]
         active, sizes = counts(self.layers), [layer.mask.numel() for layer in self.layers]
         wanted = 1 - sum(active) / sum(sizes) if sparsity is None else sparsity
-        for layer, size, n, share in zip(
-            self.layers, sizes, active, densities(shapes, wanted, distribution), strict=True
-        ):
-            mask = mask_with_count(layer.mask.shape, round(share * size), self._generator).to(layer.mask.device)
+        shares = densities(shapes, wanted, distribution)
+        kept = [round(share * size) for share, size in zip(shares, sizes, strict=True)]
+        if kept == active:
+            return
+        for layer, size, n, count in zip(self.layers, sizes, active, kept, strict=True):
+            mask = mask_with_count(layer.mask.shape, count, self._generator).to(layer.mask.device)
             picks = torch.randint(max(n, 1), (size,), generator=self._generator).to(layer.mask.device)
             values = layer.weight[layer.mask] if n else layer.weight.new_zeros(1)
             weight = torch.where(layer.mask, layer.weight, values[picks].view(layer.mask.shape))

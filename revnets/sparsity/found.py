@@ -80,17 +80,23 @@ def _plain(name: str) -> str:
 
 
 @torch.no_grad()
-def apply_masks(model: nn.Module) -> None:
+def apply_masks(model: nn.Module, like: nn.Module | None = None) -> None:
     """Set the weights that a network's masks leave out to 0.
 
-    For averaged copies: timm's ``ModelEmaV3`` and torch's ``AveragedModel`` copy the newest mask with the other
-    buffers, but average the weights, so that dropped ones would fade instead of being gone. Call it on the copy after
-    its update.
+    Call it on an averaged copy after its update, with the model as ``like``: averages make dropped weights fade instead
+    of being gone, and those of torch and MMEngine, told to average buffers, leave a mask that is none of the model's.
+
+    Args:
+        model: Such as the copy.
+        like: A network of the same layers whose masks it takes first; None keeps its own.
 
     Example:
         >>> apply_masks(nn.Linear(2, 2))  # nothing sparse in it, nothing to do
     """
-    for layer in sparse_layers(model):
+    layers = sparse_layers(model)
+    for layer, source in zip(layers, layers if like is None else sparse_layers(like), strict=True):
+        for module in layer.modules:
+            module.mask.copy_(source.mask)  # type: ignore[operator]
         layer.weight.mul_(layer.mask)
 
 

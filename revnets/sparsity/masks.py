@@ -201,4 +201,8 @@ def _share_out(shapes: Sequence[Shape], raw: Sequence[float], sparsity: float) -
     order = sorted(rest, key=lambda i: counts[i] - wanted[i])
     for i in [i for i in order if counts[i] < sizes[i]][: budget - sum(counts)]:
         counts[i] += 1
+    for i in [i for i, n in enumerate(counts) if n == 0 < sizes[i]]:  # a layer without weights would never learn
+        most = counts.index(max(counts))
+        if counts[most] > 1:
+            counts[most], counts[i] = counts[most] - 1, 1
     return [count / size if size else 1.0 for count, size in zip(counts, sizes, strict=True)]

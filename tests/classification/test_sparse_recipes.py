@@ -63,6 +63,24 @@ def test_crop_with_a_border(run_train: Trainer, tmp_path: Path, capsys: pytest.C
     assert "--crop-pad" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--jobs", "0"], "--jobs: '0'"),
+        (["--sparsity", "1.5"], "--sparsity: '1.5'"),
+        (["--epochs", "0"], "--epochs: '0'"),
+        (["--output", __file__], "--output: "),
+        (["--sparsty", "0.5"], "--sparsty"),
+    ],
+)
+def test_mistakes_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], words: str) -> None:
+    assert sparse_table.main(["--output", str(tmp_path / "out"), *more]) == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert len(message.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def tars(digits: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "tars"
@@ -92,7 +110,8 @@ def test_table_runs_what_is_missing(tars: Path, tmp_path: Path, capsys: pytest.C
     table = (tmp_path / "out" / "table.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in table] == ["name", "dense", "sparse_parallel-rigl"]
     assert (tmp_path / "out" / "table.png").read_bytes().startswith(b"\x89PNG")
-    with tarfile.open(tmp_path / "out" / "data-20" / "train.tar") as file:
+    (data,) = (tmp_path / "out").glob("data-20-*")
+    with tarfile.open(data / "train.tar") as file:
         assert len(file.getnames()) == 20
     assert sparse_table.main([*line, "--runs", "sparse_deep-rigl"]) == 2
     assert "sparse_deep-rigl" in capsys.readouterr().err

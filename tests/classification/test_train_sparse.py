@@ -11,7 +11,9 @@ import torch
 
 from classification import train, validate
 from classification.report import read_summary
+from classification.sparse import TrainingFlops, start_sparsity
 from revnets.layers import count_costs
+from revnets.sparsity import sparse_layers
 
 from .short_runs import Trainer
 from .test_train_run import differing, load
@@ -67,18 +69,7 @@ def test_summary_tells_the_flops_of_the_schedule(run_train: Trainer, tmp_path: P
         layers = [] if name == "dense" else [*SPARSE[:4], "--sparsity-schedule", name]
         assert run_train(*layers, "--batch-size", "8", "--epochs", "1", "--experiment", name) == 0
         found[name] = read_summary(tmp_path / name / "summary.csv")[-1]["train_flops"]
-    line = [
-        "--data-dir",
-        "x",
-        "--model",
-        "test_efficientnet",
-        "--num-classes",
-        "10",
-        "--layers",
-        "sparse_parallel:0.75",
-    ]
-    model = train.build_model(train.parse(train.TrainOptions, line, ""))
-    costs = count_costs(model, (3, 32, 32))
+    costs = count_costs(built("--model", "test_efficientnet", *SPARSE[:2]), (3, 32, 32))
     assert found["static"] == 3 * costs.sparse_flops * 64
     assert found["static"] == pytest.approx(found["dense"], rel=2e-3)
     assert found["rigl"] == found["static"] + (costs.flops - costs.sparse_flops) * 8 * 2  # updates 2 and 4 of 8
@@ -87,6 +78,53 @@ def test_summary_tells_the_flops_of_the_schedule(run_train: Trainer, tmp_path: P
     assert {row["step"] for row in rows} == {"0", "2", "4"}
     assert all(abs(float(row["density"]) - 0.25) * int(row["weights"]) <= 0.5 for row in rows)
     assert sum(int(row["changed"]) for row in rows) > 0
+
+
+def built(*line: str) -> torch.nn.Module:
+    return train.build_model(train.parse(train.TrainOptions, ["--data-dir", "x", "--num-classes", "10", *line], ""))
+
+
+def test_flops_are_met_at_the_size_of_the_run() -> None:
+    line = ["--model", "test_revbifpn", "--img-size", "32"]
+    dense = count_costs(built(*line), (3, 32, 32)).flops
+    sparse = count_costs(built(*line, "--layers", "sparse_wide:0.75"), (3, 32, 32)).sparse_flops
+    assert sparse == pytest.approx(dense, rel=2e-3)
+
+
+@pytest.mark.parametrize("mode", ["reversible", "checkpoint", "store"])
+def test_recomputation_is_counted(mode: str) -> None:
+    model = built("--model", "test_revbifpn", "--model-kwargs", f"mode={mode}", "--layers", "sparse_parallel:0.75")
+    costs, images, updates = count_costs(model, (3, 32, 32)), 8, 5
+    row = TrainingFlops(model, (3, 32, 32), None, images).after(updates)
+    forward = costs.sparse_flops * images * updates
+    assert row["train_flops"] == 3 * forward + row["train_flops_recomputed"]
+    expected = 0 if mode == "store" else forward  # all but the classifier
+    assert row["train_flops_recomputed"] == pytest.approx(expected, rel=0.02)
+
+
+def test_layers_that_would_throw_pretrained_weights_away(tmp_path: Path) -> None:
+    plain = built("--model", "test_efficientnet")
+    path = tmp_path / "net.pth"
+    torch.save(plain.state_dict(), path)
+    line = ["--model", "test_efficientnet", "--pretrained-path", str(path), "--layers"]
+    with pytest.raises(train.UserError, match="sparse_doped are newly initialised"):
+        built(*line, "sparse_doped:0.75")
+    sparse, weights = built(*line, "sparse:0.75"), plain.state_dict()
+    assert sparse_layers(sparse)
+    for layer in sparse_layers(sparse):
+        assert torch.equal(layer.weight, weights[layer.name + ".weight"] * layer.mask)
+
+
+def test_distribution_tells_the_flops(caplog: pytest.LogCaptureFixture) -> None:
+    line = ["--data-dir", "x", "--model", "test_efficientnet", "--img-size", "32", "--layers", "sparse_parallel:0.75"]
+    options = train.parse(train.TrainOptions, [*line, "--sparsity-distribution", "erk"], "")
+    model = train.build_model(options)
+    before = count_costs(model, (3, 32, 32)).sparse_flops
+    with caplog.at_level("INFO"):
+        start_sparsity(options, model, torch.optim.SGD(model.parameters()), 8)
+    after = count_costs(model, (3, 32, 32)).sparse_flops
+    assert after != before
+    assert f"{before / 1e6:.2f} before, {after / 1e6:.2f} after" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -117,6 +155,13 @@ def test_checkpoints_of_other_masks(run_train: Trainer, tmp_path: Path, capsys: 
         ([], "--layers"),
         (["--layers", "sparse_parallel:0.5"], "--layers"),
         ([*SPARSE, "--sparsity-schedule", "set"], "trained with 'rigl'"),
+        ([*SPARSE, "--sparsity-schedule", "rigl", "--sparsity-distribution", "erk"], "same layers= and distribution"),
     ):
         assert run_train(*more, *resumed) == 2
         assert words in capsys.readouterr().err
+    path = tmp_path / "run" / "last.pth.tar"
+    checkpoint = load(path)
+    del checkpoint["sparsity"]
+    torch.save(checkpoint, path)
+    assert run_train(*SPARSE, "--sparsity-schedule", "rigl", *resumed) == 2
+    assert "says nothing of the schedule of its masks" in capsys.readouterr().err

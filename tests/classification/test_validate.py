@@ -11,6 +11,7 @@ import timm
 import torch
 
 from classification import train, validate
+from classification.options import as_dict
 from classification.report import read_summary
 
 from .short_runs import ROOT, TINY
@@ -44,6 +45,14 @@ def test_training_configuration_can_be_given(trained: Path, digits: Path) -> Non
 
 def test_model_without_checkpoint(digits: Path) -> None:
     assert validate.main([*TINY, "--model", "test_resnet", "--num-classes", "10", "--data-dir", str(digits)]) == 0
+
+
+def test_other_size_than_that_of_the_conversion(digits: Path, tmp_path: Path) -> None:
+    line = [*TINY, "--model", "test_resnet", "--num-classes", "10", "--layers", "sparse_wide:0.75"]
+    options = train.parse(train.TrainOptions, [*line, "--data-dir", str(digits)], "")
+    torch.save({"state_dict": train.build_model(options).state_dict(), "args": as_dict(options)}, tmp_path / "net.pth")
+    line = ["--checkpoint", str(tmp_path / "net.pth"), "--data-dir", str(digits), "--img-size", "160"]
+    assert validate.validate(line)["img_size"] == 160
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,14 @@ import torch
 
 from detection.config import CONFIGS, read
 
+from . import families
+
 FILES = sorted(CONFIGS.glob("[!_]*/*.py"))
 BASES = sorted(CONFIGS.glob("_base_/*/*.py"))
 SIZES = [f"s{n}" for n in range(7)]
 QUICK = [f for f in FILES if "coco" not in f.stem or "-s0_" in f.stem]  # reading all of them takes a while
-EACH = [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in FILES]
+SIZED = [f for f in FILES if "_revbifpn-s" in f.stem]
+EACH = [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in SIZED]
 
 
 @functools.cache
@@ -50,7 +53,7 @@ def test_is_short_and_opens_with_a_comment(path: Path) -> None:
 @pytest.mark.parametrize("path", EACH, ids=relative)
 def test_says_what_its_name_says(path: Path) -> None:
     cfg = load(path)
-    kind, size, what = path.stem.split("_", 1)[0], path.stem.split("-s")[1][0], path.stem.split("_")[-1]
+    kind, size, what = path.stem.split("_", 1)[0], path.stem.split("_revbifpn-s")[1][0], path.stem.split("_")[-1]
     assert cfg.custom_imports == {"imports": ["revnets.mm"], "allow_failed_imports": False}
     assert cfg.model.type == {"faster-rcnn": "FasterRCNN", "mask-rcnn": "MaskRCNN", "retinanet": "RetinaNet"}[kind]
     assert cfg.model.backbone.type == "RevBiFPN"
@@ -81,13 +84,43 @@ def channels(arch: str) -> list[int]:
 @pytest.mark.parametrize("path", EACH, ids=relative)
 def test_neck_takes_what_the_backbone_gives(path: Path) -> None:
     model = load(path).model
-    assert list(model.neck.in_channels) == channels(model.backbone.arch)
+    gives = channels(model.backbone.arch)
+    assert list(model.neck.in_channels) == [gives[index] for index in model.backbone.get("out_indices", range(4))]
 
 
 @pytest.mark.parametrize("path", BUILT, ids=relative)
 def test_builds_by_its_strings(path: Path) -> None:
     model = build(load(path).model)
     assert model.backbone.out_channels == list(model.neck.in_channels)
+
+
+@pytest.mark.parametrize("name", ["digits/faster-rcnn", "digits/mask-rcnn", "digits/retinanet", "coco/retinanet"])
+def test_every_parameter_learns(name: str) -> None:
+    """Data-parallel training waits for every gradient."""
+    data, kind = name.split("/")
+    model = families.build(f"{kind}_revbifpn-s0_{'1x_coco' if data == 'coco' else 'digits'}")
+    families.losses(model).backward()
+    assert [name for name, each in model.named_parameters() if each.requires_grad and each.grad is None] == []
+
+
+def test_revsilos_as_the_neck_of_a_resnet() -> None:
+    model = build(load(CONFIGS / "coco" / "faster-rcnn_r50-revbifpn-neck_1x_coco.py").model)
+    assert len(model.neck.silos.ops) == 3
+    outs = model.eval().extract_feat(torch.zeros(1, 3, 64, 64, device="meta"))
+    assert [tuple(y.shape[1:]) for y in outs] == [(256, s, s) for s in (16, 8, 4, 2, 1)]
+
+
+def test_sparse_layers_everywhere() -> None:
+    cfg = load(CONFIGS / "digits" / "retinanet_revbifpn-s0_doped_digits.py").copy()
+    cfg.model.backbone.arch = "test"
+    cfg.model.neck.in_channels = [16, 16, 32, 96]
+    from mmdet.registry import MODELS
+    from mmengine.registry import DefaultScope
+
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        model = MODELS.build(cfg.model)
+    for part in (model.backbone, model.neck, model.bbox_head):
+        assert any(isinstance(getattr(m, "mask", None), torch.Tensor) for m in part.modules()), type(part)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from classification.errors import UserError
+from detection import checkpoints
 from detection import test as testing
 from detection import train as training
 
@@ -85,6 +87,13 @@ def all_too_small(content: dict[str, Any], data: Path) -> None:
         image["width"] = 8
 
 
+def without(kind: str, key: str, value: Any = None) -> Change:
+    def change(content: dict[str, Any], data: Path) -> None:
+        content[kind][0][key] = value
+
+    return change
+
+
 STOPS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "unknown categories": (rename, ("train.json", "'3'", "three", "metainfo.classes")),
     "categories in another order": (swap, ("train.json", "order")),
@@ -93,6 +102,13 @@ STOPS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "no annotations": (no_list, ("train.json", "'annotations'")),
     "a box of three numbers": (bad_box, ("annotation 1", "[1, 2, 3]", "[x, y, width, height]")),
     "an image without width": (no_width, ("image 1", "'width'")),
+    "an image of a width that is null": (without("images", "width"), ("image 1", "'width'")),
+    "an object without area": (without("annotations", "area"), ("train.json", "annotation 1", "'area'")),
+    "an object without category": (without("annotations", "category_id"), ("annotation 1", "'category_id'")),
+    "an object without image": (without("annotations", "image_id"), ("annotation 1", "'image_id'")),
+    "a box that is no number": (without("annotations", "bbox", [0, 0, float("nan"), 1]), ("annotation 1", "nan")),
+    "an object without mask": (without("annotations", "segmentation"), ("annotation 1", "'segmentation'", "masks")),
+    "a category without name": (without("categories", "name"), ("train.json", "category", "'name'")),
     "missing image": (missing_image, ("00002.png", "No such file")),
     "truncated image": (truncated_image, ("00002.png", "truncated or damaged")),
     "truncated JPEG": (truncated_jpeg, ("00002.jpg", "truncated or damaged")),
@@ -118,6 +134,18 @@ def test_bad_data_stop_before_training(
     code = training.main([str(tiny_config(tmp_path, own)), "--work-dir", str(folder)])
     refused(capsys, code, *words)
     assert not list(folder.rglob("*.pth"))
+
+
+def test_only_heads_of_our_classes_are_compared(tiny: Path, tmp_path: Path) -> None:
+    from detection.checks import check_classes
+    from detection.config import read
+
+    cfg = read(str(tiny))
+    cfg.model.roi_head.semantic_head = {"num_classes": 183}  # of HTC
+    check_classes(cfg)
+    cfg.model.roi_head.bbox_head = [{"num_classes": 10}, {"num_classes": 80}]  # of Cascade R-CNN
+    with pytest.raises(UserError, match=r"bbox_head\[1\].num_classes=80"):
+        check_classes(cfg)
 
 
 def test_what_mmdetection_skips_is_counted(own: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -154,6 +182,7 @@ def test_small_images_that_are_kept_are_named(own: Path, tmp_path: Path, caplog:
     assert "1 images are smaller than one cell of the coarsest map (32 pixels)" in caplog.text
 
 
+PRETRAINED = ["--cfg-options", "model.backbone.init_cfg.type=Pretrained"]
 OPTIONS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "unknown option": (["--ampp"], ("--ampp", "--help")),
     "no KEY=VALUE": (["--cfg-options", "data_root"], ("--cfg-options", "KEY=VALUE")),
@@ -164,12 +193,19 @@ OPTIONS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "classes": (["--cfg-options", "model.roi_head.bbox_head.num_classes=3"], ("num_classes=3", "10 classes")),
     "no data": (["--cfg-options", "data_root=/nowhere"], ("/nowhere/train.json", "data_root")),
     "no checkpoint": (["--resume", "/nowhere.pth"], ("--resume", "'/nowhere.pth' does not exist")),
+    "unknown optimizer": (["--cfg-options", "optim_wrapper.optimizer.type=AdamX"], ("'AdamX'", "did you mean")),
+    "unknown transform": (["--cfg-options", "train_dataloader.dataset.pipeline.2.type=Rezise"], ("tiny.py", "Rezise")),
+    "no pretrained weights": ([*PRETRAINED, "model.backbone.init_cfg.checkpoint=/nowhere.pth"], ("/nowhere.pth",)),
+    "slurm": (["--launcher", "slurm"], ("slurm", "SLURM_PROCID", "srun")),
     "torchrun": (["--launcher", "pytorch"], ("torchrun",)),
 }
 
 
 @pytest.mark.parametrize("what", OPTIONS)
-def test_bad_options(what: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options(
+    what: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_PROCID", raising=False)
     more, words = OPTIONS[what]
     refused(capsys, training.main([str(tiny), "--work-dir", str(tmp_path / "run"), *more]), *words)
 
@@ -231,6 +267,14 @@ def test_bad_checkpoints(
     )
 
 
+def test_pretrained_weights_of_another_network(
+    weights: dict[str, Path], tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = f"model.backbone.init_cfg.checkpoint={weights['other']}"
+    line = [str(tiny), "--work-dir", str(tmp_path), *PRETRAINED, own, "model.backbone.init_cfg.prefix=backbone."]
+    refused(capsys, training.main(line), "tiny.py", "checkpoint", "not of")
+
+
 def test_weights_alone_cannot_be_resumed(
     weights: dict[str, Path], tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,3 +290,29 @@ def test_a_run_is_not_overwritten(
     (tmp_path / "last_checkpoint").write_text(str(saved))
     refused(capsys, training.main([str(tiny), "--work-dir", str(tmp_path)]), "already holds a run", "--resume")
     assert saved.read_bytes() == weights["right"].read_bytes()
+
+
+def test_what_was_overwritten_is_not_resumed(tmp_path: Path) -> None:
+    for name in (checkpoints.LAST, "interim.pth", "epoch_1.pth"):
+        (tmp_path / name).write_text(str(tmp_path / "interim.pth"))
+    checkpoints.forget(tmp_path, str(tmp_path / "interim.pth"))  # which is to be loaded
+    assert {path.name for path in tmp_path.iterdir()} == {"interim.pth", "epoch_1.pth"}
+    checkpoints.forget(tmp_path, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch_1.pth"]
+
+
+def test_checkpoints_in_torchs_old_format(tmp_path: Path) -> None:
+    content = {"state_dict": {"x": torch.arange(3.0)}, "meta": None}
+    torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    read = checkpoints.read(tmp_path / "old.pth", "CHECKPOINT")
+    assert read.state["x"].tolist() == [0, 1, 2]
+    assert not read.resumable
+
+
+def test_synchronised_norms_need_gpus() -> None:
+    from detection.runner import check_norms
+
+    check_norms(torch.nn.SyncBatchNorm(2), 1)
+    check_norms(torch.nn.BatchNorm2d(2), 2)
+    with pytest.raises(UserError, match="SyncBatchNorm needs GPUs"):
+        check_norms(torch.nn.SyncBatchNorm(2), 2)

@@ -4,7 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from revnets.cli import app
-from revnets.layers import list_layers
+from revnets.layers import command, list_layers
 
 
 def run(*arguments: str) -> tuple[int, str]:
@@ -38,3 +38,8 @@ def test_mistakes_are_one_sentence(arguments: list[str], message: str) -> None:
     assert code == 2
     assert message in output.replace("\n", " ")
     assert "Traceback" not in output
+
+
+def test_unknown_weights_and_options() -> None:
+    with pytest.raises(ValueError, match=r"unknown weights 'resnet18\.nonsense': expected resnet18 alone or one of"):
+        command.print_conversion("resnet18.nonsense", "sparse:0.5", None)

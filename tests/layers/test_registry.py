@@ -77,3 +77,15 @@ def test_a_new_layer_is_one_function() -> None:
 def test_options_are_validated_when_made() -> None:
     with pytest.raises(ValueError, match="sparsity=2"):
         SparseConfig(2)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"type": ["sparse"]}, "expected a key 'type'"),
+        ({"type": "sparse", "sparsity": 0.5, "depthwise": "no"}, "depthwise='no': expected true or false"),
+    ],
+)
+def test_dictionaries_are_validated(spec: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_layers(spec)

@@ -85,8 +85,9 @@ def test_frozen_stages(frozen_stages: int) -> None:
     outputs = backbone(images())
     everything = frozen_stages == STAGES + 1
     assert all(y.requires_grad is not everything for y in outputs)
-    grads = gradients(backbone, images()) if not everything else {n: None for n, _ in backbone.named_parameters()}
-    for name, grad in grads.items():
+    for name, parameter in backbone.named_parameters():
+        assert parameter.requires_grad == (_stage(name) > frozen_stages), name
+    for name, grad in ({} if everything else gradients(backbone, images())).items():
         assert (grad is None) == (_stage(name) <= frozen_stages), name
     for name, value in backbone.state_dict().items():
         if name.endswith("running_mean"):
@@ -118,6 +119,14 @@ def test_frozen_stages_of_a_network_of_timm() -> None:
     assert backbone.net.layer2[0].bn1.training
 
 
+def test_frozen_stages_freeze_converted_layers() -> None:
+    backbone = build(
+        type="TimmBackbone", model_name="convnext_atto", frozen_stages=2, layers="sparse_doped:0.75", out_indices=(1, 3)
+    )
+    trained = {name.split(".")[1] for name, p in backbone.named_parameters() if p.requires_grad}
+    assert trained == {"stages_2", "stages_3"}
+
+
 def test_norm_eval_keeps_statistics() -> None:
     backbone = build(**TINY, norm_eval=True).train()
     before = {name: value.clone() for name, value in backbone.named_buffers()}
@@ -137,8 +146,13 @@ def test_norm_cfg() -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
     fixed = build(type="TimmBackbone", model_name="efficientnet_b0", norm_cfg={"type": "BN", "requires_grad": False})
     assert {p.requires_grad for n, p in fixed.named_parameters() if ".bn" in n} == {False}
-    with pytest.warns(UserWarning, match="norm_eval"):
-        build(**TINY, norm_cfg={"type": "SyncBN"}, norm_eval=True)
+
+
+def test_synchronised_norms_in_eval_mode_are_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[Any, ...]] = []
+    monkeypatch.setattr("revnets.mm.backbone.print_log", lambda *words: said.append(words))
+    build(**TINY, norm_cfg={"type": "SyncBN"}, norm_eval=True)
+    assert "norm_eval=True" in said[0][0]
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -94,10 +94,19 @@ def test_on_the_command_line(config: str, tmp_path: Path) -> None:
         ("a.py@0", "expected CONFIG.py@HEIGHTxWIDTH:BATCH"),
         ("{folder}/syntax.py", "cannot be read"),
         ("{folder}/type.py", "cannot be built: .*Backwards"),
+        ("{folder}/empty.py", "has no model"),
     ],
 )
 def test_mistakes(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "syntax.py").write_text("model = dict(")
     (tmp_path / "type.py").write_text("model = dict(type='Backwards')\n")
+    (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(ProfileError, match=words):
         parse_config(text.format(folder=tmp_path), SETTING)
+
+
+def test_heads_that_cannot_be_predicted() -> None:
+    targets = parse_config("mmdet::cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py@64", SETTING)
+    (detector,) = [t for t in targets if t.part == "detector" and t.mode == "store"]
+    with pytest.raises(ProfileError, match=r"heads of CascadeRCNN cannot be predicted.*--part backbone,neck"):
+        predict(detector, SETTING)

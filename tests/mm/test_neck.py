@@ -68,6 +68,7 @@ def test_memory_does_not_grow_with_depth() -> None:
         ({"num_silos": 0}, "num_silos=0"),
         ({"num_outs": 3}, "num_outs=3: expected at least the 4"),
         ({"start_level": 3}, "leave 1 levels"),
+        ({"init_cfg": {"type": "Pretrained"}}, "initialises itself"),
         ({"add_extra_convs": "on_input"}, "add_extra_convs='on_input'"),
     ],
 )
@@ -86,12 +87,13 @@ def test_maps_that_do_not_halve() -> None:
 # --- HRFPN -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("with_cp", [False, True])
 @pytest.mark.parametrize("pooling_type", ["AVG", "MAX"])
-def test_lean_hrfpn_is_hrfpn(pooling_type: str) -> None:
+def test_lean_hrfpn_is_hrfpn(pooling_type: str, with_cp: bool) -> None:
     from mmdet.models.necks import HRFPN
 
     torch.manual_seed(0)
-    lean = LeanHRFPN(list(CHANNELS), 12, pooling_type=pooling_type).double()
+    lean = LeanHRFPN(list(CHANNELS), 12, pooling_type=pooling_type, with_cp=with_cp).double()
     stock = HRFPN(list(CHANNELS), 12, pooling_type=pooling_type).double()
     stock.load_state_dict(lean.state_dict())
     found = []

@@ -130,6 +130,26 @@ def test_same_losses_as_without_interruption(tmp_path: Path, stops: tuple[int, .
     assert expected.optim_wrapper.get_lr() == found.optim_wrapper.get_lr()
 
 
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_a_validation_that_was_prevented_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epoch: int
+) -> None:
+    begun: list[int] = []
+
+    def begin(self: Watch, runner: Any) -> None:
+        begun.append(runner.epoch)
+        if begun == list(range(1, epoch + 1)):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Watch, "before_val_epoch", begin)
+    losses: list[tuple[int, float]] = []
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, losses)
+    run(tmp_path, losses)
+    assert begun == [*range(1, epoch + 1), *range(epoch, 4)]
+    assert [index for index, _ in losses] == list(range(12))
+
+
 @pytest.mark.slow
 def test_number_of_workers_does_not_matter(tmp_path: Path) -> None:
     none: list[tuple[int, float]] = []
@@ -142,8 +162,9 @@ def test_number_of_workers_does_not_matter(tmp_path: Path) -> None:
 
 def test_other_batches_than_when_saved_are_an_error(tmp_path: Path) -> None:
     run(tmp_path, [], stop=7)
-    with pytest.raises(ValueError, match="cannot resume at iteration 7 in epoch 1"):
-        run(tmp_path, [], batch=5)
+    for batch in (2, 5):  # of whose epochs the second holds iteration 7, and not
+        with pytest.raises(ValueError, match="cannot resume at iteration 7 in epoch 1"):
+            run(tmp_path, [], batch=batch)
 
 
 def test_only_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ class Classifier(mmengine.model.BaseModel):
         return {"loss": torch.nn.functional.cross_entropy(self.net(x), y)}
 
 
-def run(folder: Path, epochs: int, resume: bool = False, accumulate: int = 1, **more: Any) -> Runner:
+def run(folder: Path, epochs: int, resume: bool = False, accumulate: int = 1, ema: Any = None, **more: Any) -> Runner:
     model = Classifier()
     x, y = batch(0, size=48)
     loader = torch.utils.data.DataLoader(list(zip(x, y, strict=True)), batch_size=8)
@@ -45,7 +45,7 @@ def run(folder: Path, epochs: int, resume: bool = False, accumulate: int = 1, **
         train_cfg={"by_epoch": True, "max_epochs": 4},
         custom_hooks=[
             {"type": "SparsityHook", "schedule": "rigl", "interval": 3, **more},
-            {"type": "EMAHook", "momentum": 0.1},
+            {"type": "EMAHook", "momentum": 0.1, **(ema or {})},
         ],
         resume=resume,
         default_scope="mmengine",
@@ -79,6 +79,19 @@ def test_resumed_run_equals_uninterrupted_run_to_the_bit(tmp_path: Path) -> None
     assert (Path(whole.log_dir) / "sparsity.png").exists()
 
 
+@pytest.mark.parametrize("buffers", [False, True])
+def test_average_has_the_newest_masks(tmp_path: Path, buffers: bool) -> None:
+    runner = run(tmp_path, 1, ema={"update_buffers": buffers})
+    saved = torch.load(tmp_path / "epoch_1.pth", weights_only=False)
+    hook, _ = parts(runner)
+    assert sum(hook.controller.history[0].changed)
+    masks = {name: value for name, value in saved["state_dict"].items() if name.endswith(".mask")}
+    assert masks
+    for name, mask in masks.items():
+        assert torch.equal(mask, runner.model.state_dict()[name])  # the average is saved in the model's place
+        assert not saved["state_dict"][name.removesuffix("mask") + "weight"][~mask].any()
+
+
 def test_accumulated_iterations_count_as_one(tmp_path: Path) -> None:
     hook, _ = parts(run(tmp_path, 4, accumulate=2))
     assert hook.controller.schedule.total_steps == 12
@@ -89,3 +102,12 @@ def test_accumulated_iterations_count_as_one(tmp_path: Path) -> None:
 def test_schedule_that_ends_before_it_starts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="before they start"):
         run(tmp_path, 1, start=0.9)
+
+
+def test_resumed_checkpoint_without_masks_schedule(tmp_path: Path) -> None:
+    run(tmp_path, 1)
+    saved = torch.load(tmp_path / "epoch_1.pth", weights_only=False)
+    del saved["sparsity"]
+    torch.save(saved, tmp_path / "epoch_1.pth")
+    with pytest.raises(ValueError, match="says nothing of the schedule"):
+        run(tmp_path, 2, resume=True)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.optim import swa_utils
 
-from revnets.sparsity import SCHEDULES, SparsityController, apply_masks, sparse_layers
+from revnets.sparsity import SCHEDULES, MaskUpdate, SparsityController, apply_masks, sparse_layers
 from revnets.sparsity.report import draw_picture, rows, write_table
 
 from .double import MaskedLinear, batch, network, train_step
@@ -89,6 +90,11 @@ def test_density_and_counts_at_every_step(
             kept = old & new & (layer.weight != 0)
             assert torch.equal(layer.weight[kept], w[kept])
     assert len(controller.history) == updates
+
+
+def test_an_update_in_words() -> None:
+    words = str(MaskUpdate(100, 0.3, [3, 5], [2, 4], [10, 20]))
+    assert words == "masks after step 100: 6 of 30 active weights are new (20.0%)"
 
 
 def test_rigl_grows_the_largest_dense_gradients_of_the_last_step() -> None:
@@ -175,10 +181,15 @@ def test_steps_that_the_loss_scaler_skips_do_not_count() -> None:
     assert all(map(torch.equal, masks(plain[0]), masks(scaled[0])))
 
 
+@pytest.mark.parametrize("buffers", [False, True])
 @pytest.mark.parametrize("kind", ["timm", "torch"])
-def test_averaged_model_keeps_the_mask(kind: str) -> None:
+def test_averaged_model_has_the_newest_mask(kind: str, buffers: bool) -> None:
     model, optimizer, controller = parts(interval=2)
-    ema: Any = ModelEmaV3(model, decay=0.9) if kind == "timm" else torch.optim.swa_utils.AveragedModel(model)
+    ema: Any = (
+        ModelEmaV3(model, decay=0.9, exclude_buffers=not buffers)
+        if kind == "timm"
+        else swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9), use_buffers=buffers)
+    )
     for step in range(1, 12):
         train_step(model, optimizer, step)
         controller.step()
@@ -186,7 +197,7 @@ def test_averaged_model_keeps_the_mask(kind: str) -> None:
             ema.update(model, step=step)
         else:
             ema.update_parameters(model)
-        apply_masks(ema.module)
+        apply_masks(ema.module, like=model)
         for ours, theirs in zip(sparse_layers(model), sparse_layers(ema.module), strict=True):
             assert torch.equal(ours.mask, theirs.mask)
             assert not theirs.weight[~theirs.mask].any()
@@ -225,8 +236,16 @@ def test_checkpoints_that_do_not_match() -> None:
     other = SparsityController(nn.Sequential(layer), torch.optim.SGD(layer.parameters()), "rigl", total_steps=40)
     with pytest.raises(ValueError, match=r"sparse layer '2' is in the checkpoint, not in the model"):
         other.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"'0' has 30 active weights in the checkpoint, 60 in the model"):
-        parts(sparsity=0.5)[2].load_state_dict(state)
+    for loaded in (False, True):  # the model's own masks, or those of the checkpoint
+        model, _, controller_of_more = parts(sparsity=0.5)
+        if loaded:
+            model.load_state_dict(parts()[0].state_dict())
+        with pytest.raises(ValueError, match=r"'0' has 30 active weights in the checkpoint, 60 were asked for"):
+            controller_of_more.load_state_dict(state)
+    model, _, same = parts()
+    model.load_state_dict(parts(sparsity=0.5)[0].state_dict())
+    with pytest.raises(ValueError, match=r"'0' has 30 active weights in the checkpoint, 60 in the model; load"):
+        same.load_state_dict(state)
     state["layers"]["0"] = [7, 7, 30]
     with pytest.raises(ValueError, match=r"'0' has shape \(7, 7\) in the checkpoint, \(20, 6\) in the model"):
         controller.load_state_dict(state)
@@ -290,6 +309,14 @@ def test_new_distribution_keeps_the_scale_of_the_weights() -> None:
         active = layer.weight.detach()[layer.mask]
         assert int((active == 0).sum()) == 0
         assert float(active.std()) == pytest.approx(float(std), rel=0.1)
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "erk"])
+def test_masks_that_fit_already_stay(distribution: str) -> None:
+    model, optimizer, _ = parts(distribution=distribution)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    SparsityController(model, optimizer, "static", distribution=distribution, sparsity=0.75)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_mistakes(caplog: pytest.LogCaptureFixture) -> None:

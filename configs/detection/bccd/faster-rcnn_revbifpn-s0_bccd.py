@@ -2,7 +2,7 @@
 _base_ = [
     "../_base_/models/faster-rcnn_revbifpn_small.py",
     "../_base_/datasets/bccd.py",
-    "../_base_/schedules/scratch.py",
+    "../_base_/schedules/scratch_30e.py",
     "mmdet::_base_/default_runtime.py",
 ]
 model = dict(roi_head=dict(bbox_head=dict(num_classes=3)))

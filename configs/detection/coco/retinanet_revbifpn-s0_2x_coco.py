@@ -5,5 +5,5 @@ _base_ = [
     "mmdet::_base_/schedules/schedule_2x.py",
     "mmdet::_base_/default_runtime.py",
 ]
-model = dict(backbone=dict(arch="s0"), neck=dict(in_channels=[48, 64, 128, 320]))
+model = dict(backbone=dict(arch="s0"), neck=dict(in_channels=[64, 128, 320]))
 optim_wrapper = dict(optimizer=dict(lr=0.01))

@@ -5,5 +5,5 @@ _base_ = [
     "mmdet::_base_/schedules/schedule_2x.py",
     "mmdet::_base_/default_runtime.py",
 ]
-model = dict(backbone=dict(arch="s1"), neck=dict(in_channels=[64, 80, 160, 416]))
+model = dict(backbone=dict(arch="s1"), neck=dict(in_channels=[80, 160, 416]))
 optim_wrapper = dict(optimizer=dict(lr=0.01))

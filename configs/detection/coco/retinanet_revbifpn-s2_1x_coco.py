@@ -5,5 +5,5 @@ _base_ = [
     "mmdet::_base_/schedules/schedule_1x.py",
     "mmdet::_base_/default_runtime.py",
 ]
-model = dict(backbone=dict(arch="s2"), neck=dict(in_channels=[96, 128, 256, 640]))
+model = dict(backbone=dict(arch="s2"), neck=dict(in_channels=[128, 256, 640]))
 optim_wrapper = dict(optimizer=dict(lr=0.01))

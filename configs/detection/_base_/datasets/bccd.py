@@ -16,7 +16,7 @@ train = dict(
 )
 val = dict(**dataset, ann_file="val.json", test_mode=True, pipeline=read + resize + pack)
 test = dict(**dataset, ann_file="test.json", test_mode=True, pipeline=read + resize + pack)
-loader = dict(batch_size=8, num_workers=2, persistent_workers=True)
+loader = dict(batch_size=4, num_workers=2, persistent_workers=True)
 train_dataloader = dict(**loader, sampler=dict(type="DefaultSampler", shuffle=True), dataset=train)
 val_dataloader = dict(**loader, sampler=dict(type="DefaultSampler", shuffle=False), dataset=val)
 test_dataloader = dict(**loader, sampler=dict(type="DefaultSampler", shuffle=False), dataset=test)

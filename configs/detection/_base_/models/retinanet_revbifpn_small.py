@@ -2,7 +2,8 @@
 _base_ = "./retinanet_revbifpn.py"
 norm_cfg = dict(type="BN", requires_grad=True)
 model = dict(
-    neck=dict(out_channels=64, start_level=0, num_outs=4, norm_cfg=norm_cfg),
+    backbone=dict(out_indices=(0, 1, 2, 3)),
+    neck=dict(in_channels=[48, 64, 128, 320], out_channels=64, num_outs=4, norm_cfg=norm_cfg),
     bbox_head=dict(
         in_channels=64,
         feat_channels=64,
