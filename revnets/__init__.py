@@ -4,8 +4,16 @@ Importing this package registers the networks with timm, and nothing heavier: no
 """
 
 from . import models
-from .layers import convert
+from .layers import convert, mus_param_groups
 from .reversible import check_reversibility, compile_branches, set_mode
 from .version import __version__
 
-__all__ = ["__version__", "check_reversibility", "compile_branches", "convert", "models", "set_mode"]
+__all__ = [
+    "__version__",
+    "check_reversibility",
+    "compile_branches",
+    "convert",
+    "models",
+    "mus_param_groups",
+    "set_mode",
+]

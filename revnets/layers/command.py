@@ -25,6 +25,8 @@ def print_layers() -> None:
         options = []
         for field in dataclasses.fields(entry.config):
             default: Any = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
             options.append(field.name if default is dataclasses.MISSING else f"{field.name}={default}")
         table.add_row(name, ", ".join(options), entry.summary)
     Console(width=140).print(table)

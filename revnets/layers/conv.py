@@ -31,10 +31,12 @@ def conv(x: Tensor, module: nn.Module) -> Tensor:
 def is_plain_conv(module: nn.Module) -> bool:
     """Whether calling the module is the same as the bare convolution with ``weight_of(module)``.
 
-    So it is for ``nn.Conv2d``, and for subclasses that say so by having an ``effective_weight()``.
+    So it is for ``nn.Conv2d``, and for subclasses that say so by having an ``effective_weight()``, unless they say
+    that they quantise by a true ``fp8``.
     """
     return (
         (type(module) is nn.Conv2d or (isinstance(module, nn.Conv2d) and hasattr(module, "effective_weight")))
+        and not getattr(module, "fp8", False)
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
         and not has_hooks(module)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .accounting import ModelCost, count_costs
 from .registry import Part, Spec, parse_layers
-from .sites import Filter, Surroundings, Unsuitable
+from .sites import Filter, Site, Surroundings, Unsuitable
 from .trace import Trace, TraceError, trace
 
 
@@ -104,7 +104,8 @@ def convert(
 ) -> ConversionReport:
     """Put layers of the registry into a model, in place where possible.
 
-    The first layer (if it takes the image's channels) and the classifier stay as they are.
+    The first layer (if it takes the image's channels) and the classifier stay as they are, but for munit scaling,
+    where they have factors of their own.
 
     Args:
         model: any, timm's included; on any device.
@@ -175,7 +176,8 @@ def _apply(part: Part, report: ConversionReport, filter: Filter | None, recorded
     for name, module in report.model.named_modules():
         if not isinstance(module, (nn.Conv2d, nn.Linear)):
             continue
-        reason = surroundings.reason_to_keep(name, filter) or surroundings.reason_by_config(name, part.config)
+        reason = surroundings.reason_to_keep(name, filter, part.entry.everywhere)
+        reason = reason or surroundings.reason_by_config(name, part.config)
         if reason is None:
             names.append(name)
         else:
@@ -194,6 +196,11 @@ def _convert_site(part: Part, report: ConversionReport, surroundings: Surroundin
     except Unsuitable as error:
         report.skipped.append(Skipped(name, str(error)))
         return
+    put_layer(report, site, made, part.entry.name)
+
+
+def put_layer(report: ConversionReport, site: Site, made: nn.Module, kind: str) -> None:
+    """Put a layer where the site's is, with device, dtype and training mode of that one, and note it."""
     made.train(site.layer.training)
     weight: Any = site.layer.weight
     made.to(device=weight.device, dtype=weight.dtype)
@@ -201,11 +208,10 @@ def _convert_site(part: Part, report: ConversionReport, surroundings: Surroundin
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             for leaf, parameter in layer.named_parameters(recurse=False):
                 parameter.requires_grad_(getattr(getattr(site.layer, leaf, None), "requires_grad", True))
-    report.model = replace_module(report.model, name, made)
+    report.model = replace_module(report.model, site.name, made)
     for other, module in site.replaced.items():
         report.model = replace_module(report.model, other, module)
-    note = getattr(made, "note", "")
-    report.converted.append(Converted(name, part.entry.name, note))
+    report.converted.append(Converted(site.name, kind, getattr(made, "note", "")))
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:

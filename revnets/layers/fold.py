@@ -13,6 +13,7 @@ from .convert import replace_module
 from .doped import SparseDopedConv2d, SparseDopedLinear
 from .factorized import SparseFactorizedConv2d, SparseFactorizedLinear
 from .geometry import arguments
+from .mus import MuSConv2d, MuSLinear
 from .parallel import Branch, SparseParallelConv2d, SparseParallelLinear
 from .sparse import SparseConv2d, SparseLinear
 
@@ -20,10 +21,11 @@ from .sparse import SparseConv2d, SparseLinear
 def fold(model: nn.Module) -> nn.Module:
     """A copy of the model, in eval mode, that consists of torch's own layers and computes the same.
 
-    Masks are multiplied into the weights. A doped layer becomes one dense layer (of the dense network's FLOPs: its
-    low-rank path is part of the weight). Parallel branches without activation become one layer, batch norms included;
-    with activations they stay branches, the only modules of this library that are left. A factorised layer becomes an
-    ``nn.Sequential`` of two, with norm and activation between.
+    Masks and munit scales are multiplied into the weights; FP8 ends there, the plain layers do not quantise. A doped
+    layer becomes one dense layer (of the dense network's FLOPs: its low-rank path is part of the weight). Parallel
+    branches without activation become one layer, batch norms included; with activations they stay branches, the only
+    modules of this library that are left. A factorised layer becomes an ``nn.Sequential`` of two, with norm and
+    activation between.
 
     Args:
         model: converted by ``revnets.convert``, or with sparse layers of its own.
@@ -49,6 +51,8 @@ def _folded(module: Any) -> nn.Module | None:
     """Torch's own layer for a converted one; None where there is none."""
     if isinstance(module, (SparseConv2d, SparseLinear)):
         return plain_layer(module, module.weight * module.mask, module.bias)
+    if isinstance(module, (MuSConv2d, MuSLinear)):
+        return plain_layer(module, module.effective_weight(), module.bias)
     if isinstance(module, (SparseDopedConv2d, SparseDopedLinear)):
         full: Any = module.sparse  # plain by now
         return plain_layer(full, full.weight + low_rank_weight(module.u, module.v), full.bias)

@@ -49,7 +49,7 @@ def norm_act_conv(x: Tensor, norm: nn.Module, act: nn.Module, se: SEModule | Non
 
 
 def _is_plain_se(se: SEModule) -> bool:
-    if not isinstance(se.bn, nn.Identity) or any(type(fc) is not nn.Conv2d for fc in (se.fc1, se.fc2)):
+    if not isinstance(se.bn, nn.Identity) or not (is_plain_conv(se.fc1) and is_plain_conv(se.fc2)):
         return False
     hooked = any(map(has_hooks, tree(se))) or any(p._backward_hooks for p in parameters_of(se))
     return not (se.add_maxpool or hooked)
@@ -75,7 +75,7 @@ class _Settings:
 
 def _pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """A 1x1 convolution of single pixels ``(N, C)``: as a product of matrices it costs a tenth."""
-    return F.linear(x, conv.weight.flatten(1), conv.bias)
+    return F.linear(x, weight_of(conv).flatten(1), conv.bias)
 
 
 def _same(tensor: Tensor) -> Tensor:

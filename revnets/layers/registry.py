@@ -60,6 +60,7 @@ class Entry:
         config: class of its options.
         make: the registered function.
         network: whether ``make`` changes a whole network rather than one layer.
+        everywhere: whether the first layer, the classifier and sparse layers are converted, too.
         keeps_weights: whether converted layers keep the weights that they had.
         summary: first line of its docstring.
     """
@@ -68,6 +69,7 @@ class Entry:
     config: type[LayerConfig]
     make: Callable[..., Any]
     network: bool
+    everywhere: bool
     keeps_weights: bool
     summary: str
 
@@ -88,7 +90,11 @@ _ENTRIES: dict[str, Entry] = {}
 
 
 def register_layer(
-    name: str, config: type[LayerConfig] = LayerConfig, network: bool = False, keeps_weights: bool = False
+    name: str,
+    config: type[LayerConfig] = LayerConfig,
+    network: bool = False,
+    everywhere: bool = False,
+    keeps_weights: bool = False,
 ) -> Callable[[Made], Made]:
     """Register a function under ``name``; its first docstring line is what ``revnets layers`` shows.
 
@@ -96,6 +102,8 @@ def register_layer(
         name: for specs.
         config: frozen dataclass of the options.
         network: whether the function changes a whole network.
+        everywhere: whether it takes the first layer, the classifier (``site.role`` tells them from the others) and
+            sparse layers, too.
         keeps_weights: whether converted layers keep the weights that they had; others are newly initialised.
 
     The function takes ``(site, config)`` and returns the module to put there, or raises ``Unsuitable`` with the reason
@@ -118,7 +126,7 @@ def register_layer(
 
     def register(make: Made) -> Made:
         summary = (make.__doc__ or "").strip().split("\n")[0]
-        _ENTRIES[name] = Entry(name, config, make, network, keeps_weights, summary)
+        _ENTRIES[name] = Entry(name, config, make, network, everywhere, keeps_weights, summary)
         return make
 
     return register

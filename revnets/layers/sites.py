@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .registry import SparseConfig
+from .sparse import SparseConv2d, SparseLinear
 from .trace import Call, Trace
 
 Filter = Callable[[nn.Module, str], bool]
@@ -32,6 +33,7 @@ class Site:
         norm: norm that directly follows and alone reads the layer's output, or None. It may include its activation, as
             timm's ``BatchNormAct2d`` does.
         act: activation that directly follows the norm (or the layer) and alone reads its output, or None.
+        role: ``"input"`` for the first layer, ``"output"`` for the classifier, ``"hidden"`` for all others.
         usual_norm: the norm that is most frequent in the network, or None.
         usual_act: the activation that is most frequent in the network, or None.
         replaced: modules that conversion puts elsewhere in the network, by name; see ``take_norm``.
@@ -41,6 +43,7 @@ class Site:
     layer: nn.Module
     norm: nn.Module | None = None
     act: nn.Module | None = None
+    role: str = "hidden"
     usual_norm: nn.Module | None = None
     usual_act: nn.Module | None = None
     norm_name: str = ""
@@ -154,6 +157,7 @@ class Surroundings:
     def site(self, name: str) -> Site:
         """The layer called ``name`` with what follows it."""
         site = Site(name, self.modules[name], usual_norm=self.usual_norm, usual_act=self.usual_act)
+        site.role = self.role(name)
         calls = self._calls.get(name, [])
         if len(calls) != 1:
             return site
@@ -183,10 +187,17 @@ class Surroundings:
 
     # --- layers that stay ---------------------------------------------------------------------------------------
 
-    def reason_to_keep(self, name: str, filter: Filter | None) -> str | None:
-        """Why the layer called ``name`` stays as it is, whatever the conversion; None where it may be converted."""
+    def reason_to_keep(self, name: str, filter: Filter | None, everywhere: bool = False) -> str | None:
+        """Why the layer called ``name`` stays as it is; None where it may be converted.
+
+        Args:
+            name: of the layer.
+            filter: the user's.
+            everywhere: whether the conversion takes the first layer, the classifier and sparse layers, too.
+        """
         layer = self.modules[name]
-        if type(layer) not in (nn.Conv2d, nn.Linear):
+        masked = everywhere and type(layer) in (SparseConv2d, SparseLinear)
+        if not masked and type(layer) not in (nn.Conv2d, nn.Linear):
             return f"{type(layer).__name__} is neither nn.Conv2d nor nn.Linear itself"
         if filter is not None and not filter(layer, name):
             return "left out by the filter"
@@ -195,11 +206,15 @@ class Surroundings:
             return "it is not called in the forward pass"
         if self._owners[id(layer.weight)] > 1:
             return "it shares its weight with another layer"
+        if everywhere:
+            return None
+        return {"output": "the classifier stays dense", "input": "the first layer stays dense"}.get(self.role(name))
+
+    def role(self, name: str) -> str:
+        """``"input"`` for a first layer that takes the image, ``"output"`` for the classifier, else ``"hidden"``."""
         if name in self._classifiers:
-            return "the classifier stays dense"
-        if self._reads_image(name):
-            return "the first layer stays dense"
-        return None
+            return "output"
+        return "input" if self._reads_image(name) else "hidden"
 
     def reason_by_config(self, name: str, config: Any) -> str | None:
         """Why sparse members leave a layer that may be converted: options of ``SparseConfig``."""

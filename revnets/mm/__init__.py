@@ -21,6 +21,7 @@ from .checkpoint import WholeCheckpointHook
 from .hooks import MemoryReportHook
 from .hrfpn import LeanHRFPN
 from .layers import register_conv_layers
+from .mus_optim import MuSOptimWrapperConstructor
 from .neck import RevBiFPNNeck
 from .resume import ResumableTrainLoop
 from .sparsity_hook import SparsityHook
@@ -31,6 +32,7 @@ __all__ = [
     "Bf16OptimWrapper",
     "LeanHRFPN",
     "MemoryReportHook",
+    "MuSOptimWrapperConstructor",
     "ResumableTrainLoop",
     "RevBiFPN",
     "RevBiFPNNeck",
