@@ -68,7 +68,7 @@ def build_model(options: TrainOptions | ValidateOptions) -> nn.Module:
 
 def _check_keeps_weights(options: TrainOptions | ValidateOptions) -> None:
     try:
-        anew = [part.entry.name for part in parse_layers(options.layers) if not part.entry.keeps_weights]
+        anew = [part.entry.name for part in parse_layers(options.layers) if not part.keeps_weights]
     except ValueError as error:
         raise UserError(f"--layers: {one_line(error)}.") from error
     if anew:

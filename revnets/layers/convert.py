@@ -143,7 +143,7 @@ def convert(
     for part in parts:
         _apply(part, report, filter, recorded)
         recorded = trace(report.model, size)
-    if report.converted and not all(part.entry.keeps_weights for part in parts):
+    if report.converted and not all(part.keeps_weights for part in parts):
         report.notes.append("converted layers are newly initialised")
     report.skipped = list(dict.fromkeys(report.skipped))
     for name, parameter in report.model.named_parameters():

@@ -85,6 +85,11 @@ class Part:
         options = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(self.config)}
         return self.entry.name + "".join(f", {name}={value}" for name, value in options.items())
 
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether converted layers keep the weights that they had: not with the option ``init``."""
+        return self.entry.keeps_weights and not getattr(self.config, "init", False)
+
 
 _ENTRIES: dict[str, Entry] = {}
 
