@@ -101,7 +101,8 @@ def _of_parts(targets: Sequence[Target], parts: Sequence[str]) -> list[Target]:
     known = sorted({t.part.split()[-1] for t in targets if t.part})
     unknown = [part for part in parts if part not in known]
     if unknown:
-        raise ProfileError(f"unknown --part {unknown[0]!r}: expected some of {', '.join(known) or 'none, no detector'}")
+        hint = f"expected some of {', '.join(known)}" if known else "there is no detector among the networks"
+        raise ProfileError(f"unknown --part {unknown[0]!r}: {hint}")
     return [t for t in targets if not parts or not t.part or t.part.split()[-1] in parts]
 
 
