@@ -36,7 +36,8 @@ def test_two_processes_train_and_resume(digits: Path, tmp_path: Path) -> None:
 
 
 WATCHED = """
-import sys
+import os, sys
+sys.path.insert(0, os.getcwd())
 import torch
 from classification import train
 from revnets.sparsity import sparse_layers
@@ -68,7 +69,9 @@ def test_masks_in_two_processes(digits: Path, tmp_path: Path) -> None:
     def run(folder: Path, stop: int) -> int:
         folder.mkdir(exist_ok=True)
         more = ["--experiment", folder.name, "--resume", "auto"]
-        return torchrun(str(script), str(folder), str(stop), *line, *more).returncode
+        done = torchrun(str(script), str(folder), str(stop), *line, *more)
+        assert done.returncode == 0 or stop < 3, done.stderr
+        return done.returncode
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(whole, 9) == 0
