@@ -13,11 +13,13 @@ from classification.models import data_config
 from classification.options import TrainOptions
 from revnets.layers import ModelCost, count_costs
 from revnets.layers.trace import TraceError
-from revnets.sparsity import Schedule, SparsityController, run_flops, sparse_layers
+from revnets.layers.training_flops import FILES as FLOPS_FILES
+from revnets.layers.training_flops import FlopsReport, by_schedule, training_flops
+from revnets.sparsity import Schedule, SparsityController, sparse_layers
 from revnets.sparsity.report import PICTURE, TABLE, draw_picture, write_table
 
 _logger = logging.getLogger("classification")
-FILES = (TABLE, PICTURE)
+FILES = (TABLE, PICTURE, *FLOPS_FILES)
 
 
 def start_sparsity(
@@ -75,7 +77,7 @@ def _costs(model: nn.Module, input_size: tuple[int, ...]) -> ModelCost | None:
         return None
 
 
-class TrainingFlops:
+class RunFlops:
     """FLOPs of the training, by the schedule of the masks and with what is recomputed; theoretical.
 
     Args:
@@ -89,26 +91,23 @@ class TrainingFlops:
         self, model: nn.Module, input_size: tuple[int, int, int], sparsity: SparsityController | None, images: float
     ) -> None:
         self._schedule = Schedule("static") if sparsity is None else sparsity.schedule
-        costs = _costs(model, input_size)
-        self.dense = 0.0 if costs is None else costs.flops * images
-        self.sparse = 0.0 if costs is None else costs.sparse_flops * images
-        self.recomputed = 0.0 if costs is None else _recomputed(model, costs) * images
+        self._images = images
+        self.costs = _costs(model, input_size)
+        self._step = None if self.costs is None else training_flops(model, self.costs, images)
 
     def after(self, updates: int) -> dict[str, float]:
         """The columns of the summary after so many updates; none where they could not be counted."""
-        if not self.dense:
+        if self._step is None:
             return {}
-        total = run_flops(self._schedule, self.dense, self.sparse, updates, self.recomputed)
-        return {"train_flops": total, "train_flops_recomputed": self.recomputed * updates}
+        total = self._step.run(self._schedule, updates)
+        return {"train_flops": total, "train_flops_recomputed": self._step.recomputed * updates}
 
-
-def _recomputed(model: nn.Module, costs: ModelCost) -> int:
-    """FLOPs of one image in parts that the backward pass evaluates anew."""
-    if any(vars(module).get("grad_checkpointing") is True for module in model.modules()):  # timm's switch
-        return costs.sparse_flops
-    modes = {name: vars(module).get("mode") for name, module in model.named_modules()}
-    parts = tuple(f"{name}." if name else "" for name, mode in modes.items() if mode in ("reversible", "checkpoint"))
-    return sum(layer.sparse_flops for layer in costs.layers if f"{layer.name}.".startswith(parts))
+    def report(self, updates: int) -> FlopsReport | None:
+        """By layer, and by schedule after so many updates; None where they could not be counted."""
+        if self.costs is None or self._step is None:
+            return None
+        unit = f"run of {updates} steps of {self._images:.4g} images"
+        return FlopsReport(self.costs, by_schedule(self._step, self._schedule, updates), unit)
 
 
 def sparsity_words(sparsity: SparsityController) -> str:
@@ -118,10 +117,14 @@ def sparsity_words(sparsity: SparsityController) -> str:
     return f"{len(sizes)} sparse layers of density {active / sum(sizes):.4f}, {sparsity.schedule.name} masks"
 
 
-def draw_sparsity(sparsity: SparsityController, folder: Path, title: str) -> None:
-    """Writes `sparsity.csv` and `sparsity.png`; says so where matplotlib is not installed."""
+def draw_sparsity(sparsity: SparsityController, flops: FlopsReport | None, folder: Path, title: str) -> None:
+    """Writes the tables and pictures of masks and of FLOPs; says so where matplotlib is not installed."""
     write_table(sparsity, folder)
+    if flops is not None:
+        flops.write(folder)
     try:
         draw_picture(sparsity, folder, title)
+        if flops is not None:
+            flops.draw(folder, title)
     except ImportError:
-        _logger.info(f"no {PICTURE}: matplotlib is not installed (pip install matplotlib); the figures are in {TABLE}")
+        _logger.info(f"no pictures of masks: matplotlib is not installed (pip install matplotlib); see {TABLE}")

@@ -44,7 +44,7 @@ from classification.options import TrainOptions, as_dict
 from classification.report import SUMMARY, Row, Summary, clock, draw_curves, write_args
 from classification.runtime import Runtime, memory_words, start_runtime
 from classification.sparse import FILES as SPARSITY_FILES
-from classification.sparse import TrainingFlops, draw_sparsity, sparsity_words, start_sparsity
+from classification.sparse import RunFlops, draw_sparsity, sparsity_words, start_sparsity
 from revnets.sparsity.report import write_table
 
 _logger = logging.getLogger("classification")
@@ -120,9 +120,9 @@ def train(options: TrainOptions) -> Result:
         _announce(run, model, folder, len(train_set), len(val_set), start_epoch, epochs)
     summary = Summary(folder, start_epoch)
     images = options.batch_size * runtime.world_size * len(data.loader) / run.updates_per_epoch
-    flops = TrainingFlops(model, config["input_size"], run.sparsity, images)
+    flops = RunFlops(model, config["input_size"], run.sparsity, images)
     _epochs(run, val_loader, saver, summary, range(start_epoch, epochs), flops)
-    return _finish(run, folder, saver, summary, done=start_epoch >= epochs)
+    return _finish(run, folder, saver, summary, flops, done=start_epoch >= epochs)
 
 
 def _model(options: TrainOptions, runtime: Runtime) -> tuple[nn.Module, dict[str, Any]]:
@@ -309,7 +309,7 @@ def _announce(
 
 
 def _epochs(
-    run: Training, val_loader: Any, saver: Saver | None, summary: Summary, epochs: range, flops: TrainingFlops
+    run: Training, val_loader: Any, saver: Saver | None, summary: Summary, epochs: range, flops: RunFlops
 ) -> None:
     """All epochs: train, validate, change the learning rate, write summary and checkpoint."""
     options, runtime, start = run.options, run.runtime, time.perf_counter()
@@ -361,14 +361,15 @@ def _validated(run: Training, loader: Any, epoch: int) -> dict[str, float]:
     return metrics
 
 
-def _finish(run: Training, folder: Path, saver: Saver | None, summary: Summary, done: bool) -> Result:
+def _finish(run: Training, folder: Path, saver: Saver | None, summary: Summary, flops: RunFlops, done: bool) -> Result:
     options = run.options
     if saver is None:
         return Result(folder, None, None, [])
     if done:
         _logger.info(f"'{folder}' is already trained for its {options.epochs} epochs; raise --epochs to go on")
     if run.sparsity is not None:
-        draw_sparsity(run.sparsity, folder, f"{options.model} · {folder.name} · {options.sparsity_schedule}")
+        title = f"{options.model} · {folder.name} · {options.sparsity_schedule}"
+        draw_sparsity(run.sparsity, flops.report(run.sparsity.steps), folder, title)
     if summary.rows and "train_flops" in summary.rows[-1]:
         last = summary.rows[-1]
         recomputed = last.get("train_flops_recomputed", 0)

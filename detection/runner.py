@@ -52,6 +52,16 @@ class CheckedRunner(Runner):
             raise UserError(f"CONFIG: '{self.cfg.filename}': there is no optimizer '{kind}'{hint}; correct its type.")
         return super().build_optim_wrapper(optim_wrapper)
 
+    def call_hook(self, fn_name: str, **kwargs: Any) -> None:
+        """MMEngine's; what hooks refuse before the first step is a mistake in their arguments or in the checkpoint."""
+        if fn_name not in ("before_run", "after_load_checkpoint", "before_train"):
+            super().call_hook(fn_name, **kwargs)
+            return
+        try:
+            super().call_hook(fn_name, **kwargs)
+        except ValueError as error:
+            raise UserError(f"CONFIG: '{self.cfg.filename}': a hook refuses to start ({one_line(error)}).") from error
+
     def load_or_resume(self) -> None:
         """MMEngine's, and a look at whether the loop can go on from there."""
         super().load_or_resume()

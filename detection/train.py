@@ -213,6 +213,9 @@ def _finish(runner: Any, cfg: Any, args: argparse.Namespace, progress: Any, memo
     best, checkpoint = _best(runner, rows)
     metrics = {name: value for name, value in best.items() if name not in ("epoch", "iter")}
     more: dict[str, Any] = {"epoch": best.get("epoch"), "training time": clock(progress.seconds), **_megabytes(memory)}
+    known = runner.message_hub.runtime_info
+    flops = {name: known[name] for name in ("train_flops", "train_flops_recomputed") if name in known}  # SparsityHook's
+    more |= {f"{name.replace('_', ' ')}, T": f"{value / 1e12:.3f}" for name, value in flops.items()}
     model = getattr(runner.model, "module", runner.model)
     if checkpoint is not None:
         model.load_state_dict(checkpoints.read(checkpoint, "the best checkpoint").state)
@@ -220,7 +223,7 @@ def _finish(runner: Any, cfg: Any, args: argparse.Namespace, progress: Any, memo
     if runner.val_loop is not None:
         picture = draw(model, runner.val_dataloader.dataset, args.draw, folder)
     values = {"config": cfg.filename, "checkpoint": str(checkpoint), "best_epoch": best.get("epoch"), **metrics}
-    write_summary(folder, {**values, "seconds": progress.seconds, "memory": memory, "validations": rows})
+    write_summary(folder, {**values, **flops, "seconds": progress.seconds, "memory": memory, "validations": rows})
     show(f"{Path(cfg.filename).stem}, validation", metrics, more)
     _logger.info(f"weights in '{checkpoint}'" + (f", predictions drawn in '{picture}'" if picture else ""))
     return Result(folder, checkpoint, metrics, memory)

@@ -93,6 +93,7 @@ def layers(
     model: Annotated[str | None, typer.Argument(help="convert this one, any timm model", metavar="[MODEL")] = None,
     spec: Annotated[str, typer.Argument(help="such as sparse_wide:0.75", metavar="SPEC]")] = "",
     img_size: Annotated[int | None, typer.Option(help="to count FLOPs at (default: the published one)", min=1)] = None,
+    output: Annotated[Path | None, typer.Option(help="folder for FLOPs as CSV, JSON and a picture")] = None,
 ) -> None:
     """The layers that specs can name, or what one of them makes of a network: layer by layer, with FLOPs."""
     import revnets  # noqa: F401 - registers the models
@@ -103,7 +104,7 @@ def layers(
         if model is None:
             command.print_layers()
         else:
-            command.print_conversion(model, spec, img_size)
+            command.print_conversion(model, spec, img_size, output)
     except ValueError as error:
         _fail(error)
 

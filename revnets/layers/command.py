@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from .convert import convert
+from ..sparsity.schedules import SCHEDULES
+from .convert import ConversionReport, convert
 from .registry import layer_entry, list_layers
+from .training_flops import FlopsReport, training_flops
 
 
 def print_layers() -> None:
@@ -32,14 +35,16 @@ def print_layers() -> None:
     Console(width=140).print(table)
 
 
-def print_conversion(model: str, spec: str, img_size: int | None) -> None:
-    """The report of converting a model, on the meta device: sizes and counts only.
+def print_conversion(model: str, spec: str, img_size: int | None, output: Path | None = None) -> None:
+    """The report of converting a model, on the meta device: sizes and counts only; its FLOPs, in files, too.
 
     Raises:
-        ValueError: for an unknown model or layer, or a conversion that is refused.
+        ValueError: for an unknown model or layer, a conversion that is refused, or a folder that cannot be written to.
     """
     import timm
     from rich.console import Console
+
+    from ..profiling.report import open_folder
 
     if not timm.is_model(model):
         near = ", ".join(difflib.get_close_matches(model, timm.list_models(), 3, 0.5))
@@ -51,6 +56,7 @@ def print_conversion(model: str, spec: str, img_size: int | None) -> None:
     name, _, tag = model.partition(".")
     if tag and model not in (tags := timm.list_pretrained(f"{name}.*")):
         raise ValueError(f"unknown weights {model!r}: expected {name} alone or one of {', '.join(tags)}")
+    folder = None if output is None else open_folder(output)
     kwargs = {}
     if img_size is not None and timm.get_pretrained_cfg(model).fixed_input_size:
         kwargs["img_size"] = img_size
@@ -58,4 +64,28 @@ def print_conversion(model: str, spec: str, img_size: int | None) -> None:
         network = timm.create_model(model, **kwargs)
     channels = timm.get_pretrained_cfg(model).input_size[0]
     report = convert(network, spec, input_size=None if img_size is None else (channels, img_size, img_size))
-    Console(width=140).print(report.table())
+    flops = _flops(report)
+    console = Console(width=140)
+    console.print(report.table())
+    console.print(flops.table())
+    if folder is not None:
+        console.print("\n".join(f"wrote {path}" for path in _save(flops, folder, f"{model} · {spec}")), soft_wrap=True)
+
+
+def _save(flops: FlopsReport, folder: Path, title: str) -> list[Path]:
+    try:
+        return [*flops.write(folder), flops.draw(folder, title)]
+    except ImportError as error:
+        raise ValueError("pictures need matplotlib: pip install matplotlib, or leave --output out") from error
+
+
+def _flops(report: ConversionReport) -> FlopsReport:
+    """Of the forward pass by layer, of training one image by schedule."""
+    before = training_flops(report.model, report.before)
+    after = training_flops(report.model, report.after)
+    training = {"dense": (before.average("dense"), before.recomputed)}
+    if report.after.sparse_flops != report.after.flops:
+        training |= {name: (after.average(name), after.recomputed) for name in SCHEDULES}
+    else:
+        training["converted"] = (after.average("dense"), after.recomputed)
+    return FlopsReport(report.after, training, "image", report.before)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ..sparsity.masks import check_sparsity
 from .conv import conv
-from .geometry import Compound, arguments, described, factors, factory_kwargs, fans, on_meta
+from .geometry import Compound, arguments, described, factors, fans
 from .registry import SparseConfig, register_layer
 from .sites import Site, Unsuitable
-from .sparse import SparseConv2d, SparseLinear
+from .sparse import sparse_kind
 
 
 def low_rank(layer: nn.Module, sparsity: float) -> int:
@@ -32,8 +32,9 @@ class _Doped(Compound):
     v: nn.Module
     sparse: nn.Module
 
-    def _init_paths(self, layer: Any, sparsity: float, init_scale: bool, factory: dict[str, Any]) -> None:
-        """What the low-rank path leaves of the dense layer's weights, about 1-s, goes to the sparse layer."""
+    def __init__(self, *args: Any, sparsity: float, init_scale: bool = False, **kwargs: Any) -> None:
+        super().__init__()
+        layer, factory = self._stand_for(args, kwargs, sparsity)
         rank = low_rank(layer, sparsity)
         if rank < 1:
             first, second = fans(layer)
@@ -41,19 +42,14 @@ class _Doped(Compound):
                 f"the low-rank path of {described(layer)} would have rank "
                 f"{sparsity:g} * {first} * {second} / ({first} + {second}) < 1: use a larger sparsity, or leave it out"
             )
-        self._stand_for(layer)
-        self.sparsity = sparsity
-        linear = isinstance(layer, nn.Linear)
-        numel = layer.weight.numel()
+        numel = layer.weight.numel()  # what the low-rank path leaves of them, about 1-s, goes to the sparse layer
         count = numel - rank * sum(fans(layer)) * getattr(layer, "groups", 1)
         if count < 1:
             raise Unsuitable(f"the low-rank path of {described(layer)} would leave no sparse weights: leave it out")
         low = [{**kwargs, "device": None, **factory, "bias": False} for kwargs in factors(layer, rank)]
-        self.u, self.v = ((nn.Linear if linear else nn.Conv2d)(**kwargs) for kwargs in low)
+        self.u, self.v = (self.kind(**kwargs) for kwargs in low)
         options = {"sparsity": 1 - count / numel, "count": count, "init_scale": init_scale}
-        self.sparse = (SparseLinear if linear else SparseConv2d)(
-            **{**arguments(layer), "device": None, **factory}, **options
-        )
+        self.sparse = sparse_kind(layer)(**{**arguments(layer), "device": None, **factory}, **options)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -90,10 +86,7 @@ class SparseDopedConv2d(_Doped):
         torch.Size([2, 16, 6, 6])
     """
 
-    def __init__(self, *args: Any, sparsity: float, init_scale: bool = False, **kwargs: Any) -> None:
-        super().__init__()
-        layer, factory = on_meta(nn.Conv2d, args, kwargs), factory_kwargs(nn.Conv2d, args, kwargs)
-        self._init_paths(layer, sparsity, init_scale, factory)
+    kind = nn.Conv2d
 
 
 class SparseDopedLinear(_Doped):
@@ -113,10 +106,7 @@ class SparseDopedLinear(_Doped):
         torch.Size([2, 5, 16])
     """
 
-    def __init__(self, *args: Any, sparsity: float, init_scale: bool = False, **kwargs: Any) -> None:
-        super().__init__()
-        layer, factory = on_meta(nn.Linear, args, kwargs), factory_kwargs(nn.Linear, args, kwargs)
-        self._init_paths(layer, sparsity, init_scale, factory)
+    kind = nn.Linear
 
 
 @register_layer("sparse_doped", SparseConfig)

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from ..sparsity.masks import check_sparsity
 from .conv import conv
-from .geometry import ActLayer, Compound, NormLayer, arguments, described, factors, factory_kwargs, fans, on_meta
+from .geometry import ActLayer, NormLayer, Usual, WithNorms, arguments, described, factors, fans
 from .norm_act_conv import norm_act_conv
 from .registry import SparseConfig, register_layer
 from .sites import Site, Unsuitable
-from .sparse import SparseConv2d, SparseLinear
+from .sparse import sparse_kind
 
 
 def inner_width(layer: nn.Module, sparsity: float) -> int:
@@ -27,36 +27,35 @@ def inner_width(layer: nn.Module, sparsity: float) -> int:
     return math.ceil(first * second / ((1 - check_sparsity(sparsity)) * (first + second)) - 1e-9)
 
 
-class _Factorized(Compound):
+class _Factorized(WithNorms):
     u: nn.Module
     norm: nn.Module | None
     act: nn.Module | None
     v: nn.Module
 
-    def _init_factors(
+    def __init__(
         self,
-        layer: Any,
+        *args: Any,
         sparsity: float,
-        norm_layer: NormLayer | None,
-        act_layer: ActLayer | None,
-        init_scale: bool,
-        factory: dict[str, Any],
+        norm_layer: NormLayer | Usual | None = "usual",
+        act_layer: ActLayer | Usual | None = "usual",
+        init_scale: bool = False,
+        **kwargs: Any,
     ) -> None:
-        """Both at one density, with as many weights together as the dense layer has: the FLOPs are the same."""
-        self._stand_for(layer)
-        self.sparsity = sparsity
+        super().__init__()
+        layer, factory = self._stand_for(args, kwargs, sparsity)
         inner = inner_width(layer, sparsity)
         groups, (first, second) = getattr(layer, "groups", 1), fans(layer)
         sizes = (inner * first * groups, inner * second * groups)
+        # both at one density, with as many weights together as the dense layer has: the FLOPs are the same
         kept_first = round(layer.weight.numel() * sizes[0] / sum(sizes))
         counts = (kept_first, layer.weight.numel() - kept_first)
         if min(counts) < 1:
             raise Unsuitable(
                 f"the {layer.weight.numel()} weights of {described(layer)} are too few for two factors: leave it out"
             )
-        kind = SparseLinear if isinstance(layer, nn.Linear) else SparseConv2d
         self.u, self.v = (
-            kind(
+            sparse_kind(layer)(
                 **{**kwargs, "device": None, **factory},
                 sparsity=1 - count / size,
                 count=count,
@@ -64,8 +63,7 @@ class _Factorized(Compound):
             )
             for kwargs, size, count in zip(factors(layer, inner), sizes, counts, strict=True)
         )
-        self.norm = None if norm_layer is None else norm_layer(inner * groups).to(**factory)
-        self.act = None if act_layer is None else act_layer()
+        self.norm, self.act = self._norm(norm_layer, inner * groups, factory), self._act(act_layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x: ``(N, C_in, H, W)`` or ``(..., in_features)``. Returns: the dense layer's shape."""
@@ -87,8 +85,8 @@ class SparseFactorizedConv2d(_Factorized):
     Args:
         args: those of ``nn.Conv2d``, in its order.
         sparsity: share s of zeros, in [0, 1).
-        norm_layer: makes the norm in between, given its channels; None for none.
-        act_layer: makes the activation in between; None for none.
+        norm_layer: makes the norm in between, given its channels; None for none; by default batch norm.
+        act_layer: makes the activation in between; None for none; by default ReLU.
         init_scale: start with weights larger by ``1 / sqrt(1 - s)``.
         kwargs: those of ``nn.Conv2d``.
 
@@ -100,18 +98,7 @@ class SparseFactorizedConv2d(_Factorized):
         torch.Size([2, 16, 3, 3])
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        sparsity: float,
-        norm_layer: NormLayer | None = nn.BatchNorm2d,
-        act_layer: ActLayer | None = nn.ReLU,
-        init_scale: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__()
-        layer, factory = on_meta(nn.Conv2d, args, kwargs), factory_kwargs(nn.Conv2d, args, kwargs)
-        self._init_factors(layer, sparsity, norm_layer, act_layer, init_scale, factory)
+    kind, usual_norm, usual_act = nn.Conv2d, nn.BatchNorm2d, nn.ReLU
 
 
 class SparseFactorizedLinear(_Factorized):
@@ -120,8 +107,8 @@ class SparseFactorizedLinear(_Factorized):
     Args:
         args: those of ``nn.Linear``, in its order.
         sparsity: share s of zeros, in [0, 1).
-        norm_layer: makes the norm in between, given its features; None for none.
-        act_layer: makes the activation in between; None for none.
+        norm_layer: makes the norm in between, given its features; None for none; by default layer norm.
+        act_layer: makes the activation in between; None for none; by default GELU.
         init_scale: start with weights larger by ``1 / sqrt(1 - s)``.
         kwargs: those of ``nn.Linear``.
 
@@ -133,18 +120,7 @@ class SparseFactorizedLinear(_Factorized):
         torch.Size([2, 5, 16])
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        sparsity: float,
-        norm_layer: NormLayer | None = nn.LayerNorm,
-        act_layer: ActLayer | None = nn.GELU,
-        init_scale: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__()
-        layer, factory = on_meta(nn.Linear, args, kwargs), factory_kwargs(nn.Linear, args, kwargs)
-        self._init_factors(layer, sparsity, norm_layer, act_layer, init_scale, factory)
+    kind, usual_norm, usual_act = nn.Linear, nn.LayerNorm, nn.GELU
 
 
 @register_layer("sparse_factorized", SparseConfig)

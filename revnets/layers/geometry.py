@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
 NormLayer = Callable[[int], nn.Module]
 ActLayer = Callable[[], nn.Module]
+Usual = Literal["usual"]
 
 _ATTRIBUTES = {
     nn.Conv2d: (
@@ -23,13 +23,22 @@ _ATTRIBUTES = {
 class Compound(nn.Module):
     """A layer made of several, with the attributes that code around convolutions and linear layers reads."""
 
+    kind: ClassVar[type[nn.Module]]
+    """Torch's layer that it stands for."""
     note = ""
+    sparsity: float
 
-    def _stand_for(self, layer: nn.Module) -> None:
-        """Take over the attributes of a torch layer (made on the meta device, to check and complete its arguments)."""
-        kind = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
-        for name in _ATTRIBUTES[kind]:
+    def _stand_for(self, args: tuple[Any, ...], kwargs: dict[str, Any], sparsity: float) -> tuple[Any, dict[str, Any]]:
+        """Take over the attributes of torch's layer with these arguments.
+
+        Returns:
+            That layer, without memory, and the device and dtype that were asked for.
+        """
+        layer = self.kind(*args, **{**kwargs, "device": "meta"})
+        for name in _ATTRIBUTES[self.kind]:
             setattr(self, name, getattr(layer, name))
+        self.sparsity = sparsity
+        return layer, {name: kwargs[name] for name in ("device", "dtype") if kwargs.get(name) is not None}
 
     def extra_repr(self) -> str:
         """Channels, and the sparsity asked for."""
@@ -37,18 +46,20 @@ class Compound(nn.Module):
             return f"{self.in_features}, {self.out_features}, sparsity={self.sparsity:g}"
         return f"{self.in_channels}, {self.out_channels}, sparsity={self.sparsity:g}"
 
-    sparsity: float
 
+class WithNorms(Compound):
+    """A compound with norms and activations, those usual for its kind where none are given."""
 
-def on_meta(kind: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The torch layer with these arguments, without memory."""
-    return kind(*args, **{**kwargs, "device": "meta"})
+    usual_norm: ClassVar[NormLayer]
+    usual_act: ClassVar[ActLayer]
 
+    def _norm(self, norm_layer: NormLayer | Usual | None, width: int, factory: dict[str, Any]) -> nn.Module | None:
+        made = type(self).usual_norm if norm_layer == "usual" else norm_layer
+        return None if made is None else made(width).to(**factory)
 
-def factory_kwargs(kind: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Device and dtype among the arguments of a torch layer."""
-    bound = inspect.signature(kind.__init__).bind(None, *args, **kwargs).arguments
-    return {name: bound[name] for name in ("device", "dtype") if bound.get(name) is not None}
+    def _act(self, act_layer: ActLayer | Usual | None) -> nn.Module | None:
+        made = type(self).usual_act if act_layer == "usual" else act_layer
+        return None if made is None else made()
 
 
 def arguments(layer: Any, **changes: Any) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..sparsity.masks import check_sparsity
 from .fp8 import check_backend, check_floating, check_grad_scale
 from .mus_functional import GRAD_SCALE, munit_scale, mus_conv2d, mus_linear
 from .sparse import MaskedWeight
@@ -187,6 +186,11 @@ class _SparseMunitScaled(MaskedWeight):
 
     scale: float
 
+    def __init__(self, *args: Any, sparsity: float, **kwargs: Any) -> None:
+        super().__init__(*args, sparsity=sparsity, **kwargs)
+        layer: Any = self  # the munit-scaled one, which comes after the mask
+        layer._init_scale(layer.fp8, layer.role, layer.backend, layer.grad_scale, 1 - sparsity)
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Weights of variance 1 where the mask leaves them; biases 0."""
@@ -221,12 +225,6 @@ class SparseMuSLinear(_SparseMunitScaled, MuSLinear):  # type: ignore[misc]
         0.25
     """
 
-    def __init__(self, *args: Any, sparsity: float, **kwargs: Any) -> None:
-        check_sparsity(sparsity)
-        super().__init__(*args, **kwargs)
-        self._init_scale(self.fp8, self.role, self.backend, self.grad_scale, 1 - sparsity)
-        self._init_mask(sparsity, init_scale=False, count=None)
-
 
 class SparseMuSConv2d(_SparseMunitScaled, MuSConv2d):  # type: ignore[misc]
     r"""``MuSConv2d`` of which a share s of the weights is masked out; see ``SparseMuSLinear``.
@@ -243,9 +241,3 @@ class SparseMuSConv2d(_SparseMunitScaled, MuSConv2d):  # type: ignore[misc]
         >>> SparseMuSConv2d(16, 8, 2, sparsity=0.75, fp8=True).scale
         0.25
     """
-
-    def __init__(self, *args: Any, sparsity: float, **kwargs: Any) -> None:
-        check_sparsity(sparsity)
-        super().__init__(*args, **kwargs)
-        self._init_scale(self.fp8, self.role, self.backend, self.grad_scale, 1 - sparsity)
-        self._init_mask(sparsity, init_scale=False, count=None)

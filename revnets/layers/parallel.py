@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +10,11 @@ from torch import Tensor, nn
 
 from ..sparsity.masks import check_sparsity
 from .conv import conv
-from .geometry import ActLayer, Compound, NormLayer, arguments, factory_kwargs, on_meta
+from .geometry import ActLayer, NormLayer, Usual, WithNorms, arguments
 from .norm_act import norm_act
 from .registry import SparseConfig, register_layer
 from .sites import Site
-from .sparse import SparseConv2d, SparseLinear
+from .sparse import sparse_kind
 
 
 def num_branches(sparsity: float) -> int:
@@ -43,31 +42,28 @@ class Branch(nn.Module):
         return x if self.act is None else self.act(x)
 
 
-class _Parallel(Compound):
+class _Parallel(WithNorms):
     branches: nn.ModuleList
 
-    def _init_branches(
+    def __init__(
         self,
-        layer: Any,
-        sparse: Callable[..., nn.Module],
+        *args: Any,
         sparsity: float,
-        norm_layer: NormLayer | None,
-        act_layer: ActLayer | None,
-        init_scale: bool,
-        factory: dict[str, Any],
+        norm_layer: NormLayer | Usual | None = "usual",
+        act_layer: ActLayer | Usual | None = "usual",
+        init_scale: bool = False,
+        **kwargs: Any,
     ) -> None:
-        """As many weights as the dense ``layer`` has, shared out evenly: the FLOPs are the same to the last one."""
-        self._stand_for(layer)
-        numel, width = layer.weight.numel(), layer.weight.shape[0]
+        super().__init__()
+        layer, factory = self._stand_for(args, kwargs, sparsity)
+        numel, width = layer.weight.numel(), layer.weight.shape[0]  # shared out evenly: as many FLOPs to the last one
         count = min(num_branches(sparsity), numel)
-        self.sparsity = sparsity
         self.branches = nn.ModuleList()
         for index in range(count):
             kept = numel // count + (index < numel % count)
             options = {"sparsity": 1 - kept / numel, "count": kept, "init_scale": init_scale}
-            made = sparse(**{**arguments(layer), "device": None, **factory, **options})
-            norm = None if norm_layer is None else norm_layer(width).to(**factory)
-            self.branches.append(Branch(made, norm, None if act_layer is None else act_layer()))
+            made = sparse_kind(layer)(**{**arguments(layer), "device": None, **factory, **options})
+            self.branches.append(Branch(made, self._norm(norm_layer, width, factory), self._act(act_layer)))
         if norm_layer is None and act_layer is None:
             self.note = "neither norm nor activation follows: the sum of its branches is linear"
 
@@ -90,8 +86,8 @@ class SparseParallelConv2d(_Parallel):
     Args:
         args: those of ``nn.Conv2d``, in its order.
         sparsity: share s of zeros in each branch, in [0, 1).
-        norm_layer: makes the norm of a branch, given its channels; None for none.
-        act_layer: makes the activation of a branch; None for none.
+        norm_layer: makes the norm of a branch, given its channels; None for none; by default batch norm.
+        act_layer: makes the activation of a branch; None for none; by default ReLU.
         init_scale: start with weights larger by ``1 / sqrt(1 - s)``.
         kwargs: those of ``nn.Conv2d``.
 
@@ -104,18 +100,7 @@ class SparseParallelConv2d(_Parallel):
         (4, torch.Size([2, 16, 6, 6]))
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        sparsity: float,
-        norm_layer: NormLayer | None = nn.BatchNorm2d,
-        act_layer: ActLayer | None = nn.ReLU,
-        init_scale: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__()
-        layer, factory = on_meta(nn.Conv2d, args, kwargs), factory_kwargs(nn.Conv2d, args, kwargs)
-        self._init_branches(layer, SparseConv2d, sparsity, norm_layer, act_layer, init_scale, factory)
+    kind, usual_norm, usual_act = nn.Conv2d, nn.BatchNorm2d, nn.ReLU
 
 
 class SparseParallelLinear(_Parallel):
@@ -124,8 +109,8 @@ class SparseParallelLinear(_Parallel):
     Args:
         args: those of ``nn.Linear``, in its order.
         sparsity: share s of zeros in each branch, in [0, 1).
-        norm_layer: makes the norm of a branch, given its features; None for none.
-        act_layer: makes the activation of a branch; None for none.
+        norm_layer: makes the norm of a branch, given its features; None for none; by default layer norm.
+        act_layer: makes the activation of a branch; None for none; by default GELU.
         init_scale: start with weights larger by ``1 / sqrt(1 - s)``.
         kwargs: those of ``nn.Linear``.
 
@@ -137,18 +122,7 @@ class SparseParallelLinear(_Parallel):
         torch.Size([2, 5, 16])
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        sparsity: float,
-        norm_layer: NormLayer | None = nn.LayerNorm,
-        act_layer: ActLayer | None = nn.GELU,
-        init_scale: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__()
-        layer, factory = on_meta(nn.Linear, args, kwargs), factory_kwargs(nn.Linear, args, kwargs)
-        self._init_branches(layer, SparseLinear, sparsity, norm_layer, act_layer, init_scale, factory)
+    kind, usual_norm, usual_act = nn.Linear, nn.LayerNorm, nn.GELU
 
 
 @dataclass(frozen=True)

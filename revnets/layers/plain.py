@@ -8,7 +8,7 @@ from torch import nn
 from .geometry import arguments
 from .registry import LayerConfig, SparseConfig, register_layer
 from .sites import Site
-from .sparse import SparseConv2d, SparseLinear
+from .sparse import sparse_kind
 
 
 @register_layer("dense", keeps_weights=True)
@@ -21,8 +21,7 @@ def dense_layer(site: Site, config: LayerConfig) -> nn.Module:
 def sparse_layer(site: Site, config: SparseConfig) -> nn.Module:
     """A random mask over the layer's own weights, which stay: (1-s) of the dense FLOPs."""
     layer = site.layer
-    kind = SparseConv2d if isinstance(layer, nn.Conv2d) else SparseLinear
-    made = kind(**arguments(layer), sparsity=config.sparsity, init_scale=config.init_scale)
+    made = sparse_kind(layer)(**arguments(layer), sparsity=config.sparsity, init_scale=config.init_scale)
     with torch.no_grad():
         for name, own in layer.named_parameters():
             getattr(made, name).copy_(own)

@@ -55,8 +55,12 @@ class MaskedWeight(nn.Module):
     gather_dense_grad: bool
     dense_grad: Tensor | None
 
-    def _init_mask(self, sparsity: float, init_scale: bool, count: int | None) -> None:
-        self.sparsity = check_sparsity(sparsity)
+    def __init__(
+        self, *args: Any, sparsity: float, init_scale: bool = False, count: int | None = None, **kwargs: Any
+    ) -> None:
+        check_sparsity(sparsity)
+        super().__init__(*args, **kwargs)
+        self.sparsity = sparsity
         self.init_scale = init_scale
         self.gather_dense_grad = False
         self.dense_grad = None
@@ -134,13 +138,6 @@ class SparseConv2d(MaskedWeight, nn.Conv2d):  # type: ignore[misc]
         SparseConv2d(8, 16, kernel_size=(3, 3), stride=(1, 1), sparsity=0.75, weights=288/1152)
     """
 
-    def __init__(
-        self, *args: Any, sparsity: float, init_scale: bool = False, count: int | None = None, **kwargs: Any
-    ) -> None:
-        check_sparsity(sparsity)
-        super().__init__(*args, **kwargs)
-        self._init_mask(sparsity, init_scale, count)
-
     def forward(self, x: Tensor) -> Tensor:
         """Args: x: ``(N, C_in, H, W)``. Returns: ``(N, C_out, H', W')``."""
         return self._conv_forward(x, self.effective_weight(), self.bias)
@@ -164,13 +161,11 @@ class SparseLinear(MaskedWeight, nn.Linear):  # type: ignore[misc]
         SparseLinear(in_features=32, out_features=8, bias=True, sparsity=0.5, weights=128/256)
     """
 
-    def __init__(
-        self, *args: Any, sparsity: float, init_scale: bool = False, count: int | None = None, **kwargs: Any
-    ) -> None:
-        check_sparsity(sparsity)
-        super().__init__(*args, **kwargs)
-        self._init_mask(sparsity, init_scale, count)
-
     def forward(self, x: Tensor) -> Tensor:
         """Args: x: ``(..., in_features)``. Returns: ``(..., out_features)``."""
         return nn.functional.linear(x, self.effective_weight(), self.bias)
+
+
+def sparse_kind(layer: nn.Module) -> type[SparseConv2d] | type[SparseLinear]:
+    """The masked class for a layer of torch's."""
+    return SparseConv2d if isinstance(layer, nn.Conv2d) else SparseLinear

@@ -12,7 +12,7 @@ from .accounting import count_costs
 from .geometry import arguments
 from .registry import SparseConfig, register_layer
 from .sites import Unsuitable
-from .sparse import SparseConv2d, SparseLinear
+from .sparse import sparse_kind
 from .trace import Trace, trace
 from .widen import Coupling, WidenError, widen
 
@@ -53,8 +53,7 @@ def sparse_wide(job: Any, config: SparseConfig) -> nn.Module:
     same = [name for name in counts if len(set(changed[name].split(" -> "))) == 1]
     for name, count in counts.items():
         layer: Any = model.get_submodule(name)
-        kind = SparseConv2d if isinstance(layer, nn.Conv2d) else SparseLinear
-        made = kind(
+        made = sparse_kind(layer)(
             **arguments(layer),
             sparsity=1 - count / layer.weight.numel(),
             count=count,

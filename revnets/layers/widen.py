@@ -118,7 +118,7 @@ class Coupling:
         return out
 
     def note_attributes(self, op: Op, forms: list[Form]) -> None:
-        """Integers of a module that say the sizes of a reshape change with them (``num_heads``, ``attn_dim``, ...)."""
+        """Integers of a module that say the sizes of a reshape or split change with them: ``num_heads``, ``width``."""
         if isinstance(self.module(op), (nn.Conv2d, nn.Linear, *NORMS)):
             return  # `_follow_shapes` knows them
         for form in forms:
@@ -126,7 +126,8 @@ class Coupling:
             if not is_number(self.widths.resolved(form)):
                 for name, value in vars(self.module(op)).items():
                     if type(value) is int and value == size and not name.startswith("_"):
-                        self.attributes[op.module, name] = form
+                        # whichever size the program means by it, all that could be meant stay equal
+                        self.unify(self.attributes.setdefault((op.module, name), form), form, op)
 
     def note_scale(self, op: Op, form: Form) -> None:
         """Floats of a module that are ``1 / sqrt(d)`` of a product's inner width d change with it (``scale``, ...)."""

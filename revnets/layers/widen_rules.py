@@ -245,6 +245,7 @@ def split(c: Coupling, op: Op) -> list[list[Form]]:
         c.fix(xs[dim], "channels are cut at fixed places", op)
         return [[*xs[:dim], number(out.shape[dim]), *xs[dim + 1 :]] for out in op.outputs]
     part = c.widths.divided(xs[dim], len(op.outputs), c.place(op))
+    c.note_attributes(op, [part, xs[dim]])
     return [[*xs[:dim], part, *xs[dim + 1 :]] for _ in op.outputs]
 
 

@@ -188,7 +188,8 @@ class FixedStep(nn.Module):
         self.dense_head = (getattr(detector, "rpn_head", None) or detector.bbox_head) if heads else None
         self.roi_head = getattr(detector, "roi_head", None) if heads else None
         if self.dense_head is not None:
-            self.dense_head.prior_generator = None  # anchors: tensors that a fake twin of the head cannot have
+            self.dense_head = copy.copy(self.dense_head)  # the detector's own keeps its anchors,
+            self.dense_head.prior_generator = None  # tensors that a fake twin of the head cannot have
         self.sampler = detector.train_cfg["rcnn"]["sampler"] if self.roi_head is not None else None
 
     def forward(self, x: Tensor) -> list[Tensor]:

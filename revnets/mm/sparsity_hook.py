@@ -11,6 +11,7 @@ from torch import nn
 
 from ..sparsity import SparsityController, apply_masks
 from ..sparsity.report import draw_picture, write_table
+from .training_flops import RunFlops
 
 
 @HOOKS.register_module()
@@ -18,7 +19,9 @@ class SparsityHook(Hook):
     """Calls a ``SparsityController`` after every update of the weights, and keeps it in the checkpoints.
 
     Accumulated iterations count as one; those that a loss scaler skips do not. The average of an ``EMAHook`` keeps the
-    masks. ``sparsity.csv`` and ``sparsity.png`` are written into the folder of the run.
+    masks. ``sparsity.csv`` and ``sparsity.png`` are written into the folder of the run, and ``flops.csv``,
+    ``flops.json`` and ``flops.png`` where the network can be traced: FLOPs by layer, and of training by schedule, for
+    images of the first batch's size. The scalar ``train_tflops`` in the log is that of the run so far.
 
     Args:
         schedule: ``static``, ``set`` or ``rigl``.
@@ -39,6 +42,7 @@ class SparsityHook(Hook):
         self.schedule, self.options = schedule, options
         self.controller: SparsityController | None = None
         self._state: dict[str, Any] | None = None
+        self._flops: RunFlops | None = None
 
     def before_run(self, runner: Any) -> None:
         """Make the controller, unless the run only validates or tests."""
@@ -72,6 +76,8 @@ class SparsityHook(Hook):
             self.controller.load_state_dict(self._state)
         self._state = None
         self._mask_averages(runner)
+        if self.controller is not None and runner.rank == 0:
+            self._flops = RunFlops(runner, self.controller)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Mask the average that ``EMAHook`` updated after the last iteration."""
@@ -83,6 +89,8 @@ class SparsityHook(Hook):
             update = self.controller.step()
             if update is not None:
                 runner.logger.info(str(update))
+        if self._flops is not None:
+            self._flops.tell(runner)
 
     def before_val_epoch(self, runner: Any) -> None:
         """Mask the average before ``EMAHook`` swaps it in."""
@@ -101,10 +109,15 @@ class SparsityHook(Hook):
             return
         folder = Path(runner.log_dir)
         write_table(self.controller, folder)
+        flops = None if self._flops is None else self._flops.finish(runner)
+        if flops is not None:
+            flops.write(folder)
         try:
             draw_picture(self.controller, folder, self.schedule)
+            if flops is not None:
+                flops.draw(folder, self.schedule)
         except ImportError:
-            runner.logger.info("no sparsity.png: matplotlib is not installed (pip install matplotlib)")
+            runner.logger.info("no pictures of masks: matplotlib is not installed (pip install matplotlib)")
 
     def _mask_averages(self, runner: Any) -> None:
         for hook in runner.hooks:

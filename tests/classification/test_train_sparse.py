@@ -11,7 +11,7 @@ import torch
 
 from classification import train, validate
 from classification.report import read_summary
-from classification.sparse import TrainingFlops, start_sparsity
+from classification.sparse import RunFlops, start_sparsity
 from revnets.layers import count_costs
 from revnets.sparsity import sparse_layers
 
@@ -46,7 +46,7 @@ def test_resumed_run_equals_uninterrupted_run_to_the_bit(
     whole, parts = (load(tmp_path / name / "last.pth.tar") for name in ("whole", "parts"))
     for key in ("state_dict", "state_dict_ema", "optimizer", "sparsity", "metric"):
         assert not differing(whole[key], parts[key]), key
-    for name in ("sparsity.csv", "sparsity.png", "summary.csv"):
+    for name in ("sparsity.csv", "sparsity.png", "flops.csv", "flops.json", "flops.png", "summary.csv"):
         assert (tmp_path / "parts" / name).exists()
     assert (tmp_path / "whole" / "sparsity.csv").read_bytes() == (tmp_path / "parts" / "sparsity.csv").read_bytes()
 
@@ -95,7 +95,7 @@ def test_flops_are_met_at_the_size_of_the_run() -> None:
 def test_recomputation_is_counted(mode: str) -> None:
     model = built("--model", "test_revbifpn", "--model-kwargs", f"mode={mode}", "--layers", "sparse_parallel:0.75")
     costs, images, updates = count_costs(model, (3, 32, 32)), 8, 5
-    row = TrainingFlops(model, (3, 32, 32), None, images).after(updates)
+    row = RunFlops(model, (3, 32, 32), None, images).after(updates)
     forward = costs.sparse_flops * images * updates
     assert row["train_flops"] == 3 * forward + row["train_flops_recomputed"]
     expected = 0 if mode == "store" else forward  # all but the classifier

@@ -76,6 +76,7 @@ LARGE += [
     "deit3_small_patch16_224",
 ]
 LARGE += ["densenet121", "swin_tiny_patch4_window7_224", "regnety_002", "hrnet_w18"]
+LARGE += ["res2net50_14w_8s", "skresnet18", "resnest14d", "mobilenetv4_hybrid_medium"]
 
 
 @pytest.mark.parametrize("factor", [2.0, 1.41])
@@ -89,7 +90,8 @@ def test_families_widen(name: str, factor: float) -> None:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     inner = [n for n, m in layers.items() if m.weight.shape[0] > 8 and n not in (_ends(model))]
     grown = [n for n in inner if wide.get_submodule(n).weight.shape[0] > layers[n].weight.shape[0]]
-    assert len(grown) >= 0.9 * len(inner)
+    stay = 0.25 if "hybrid" in name else 0.1  # attention whose heads share their keys keeps its width
+    assert len(grown) >= (1 - stay) * len(inner)
     assert again.outputs[0].shape == recorded.outputs[0].shape
     ratio = again.flops / recorded.flops
     assert factor**2 * 0.6 < ratio < factor**2 * 1.2

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from revnets.layers import SparseConv2d
 from revnets.sparsity import sparse_layers
 from tests.sparsity.double import batch, network
 
@@ -28,6 +30,18 @@ class Classifier(mmengine.model.BaseModel):
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, mode: str) -> Any:
         return {"loss": torch.nn.functional.cross_entropy(self.net(x), y)}
+
+
+class Pictures(mmengine.model.BaseModel):
+    """A network that takes images as MMEngine's models usually do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), SparseConv2d(4, 8, 3, sparsity=0.5))
+
+    def forward(self, inputs: torch.Tensor, mode: str = "tensor") -> Any:
+        out = self.net(inputs)
+        return {"loss": out.square().mean()} if mode == "loss" else out
 
 
 def run(folder: Path, epochs: int, resume: bool = False, accumulate: int = 1, ema: Any = None, **more: Any) -> Runner:
@@ -97,6 +111,29 @@ def test_accumulated_iterations_count_as_one(tmp_path: Path) -> None:
     assert hook.controller.schedule.total_steps == 12
     assert hook.controller.steps == 12
     assert [update.step for update in hook.controller.history] == [3, 6]
+
+
+def test_flops_of_the_training(tmp_path: Path) -> None:
+    runner = Runner(
+        model=Pictures(),
+        work_dir=str(tmp_path),
+        train_dataloader=torch.utils.data.DataLoader(
+            [{"inputs": torch.randn(3, 8, 8)} for _ in range(12)], batch_size=2
+        ),
+        optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.1}, "accumulative_counts": 2},
+        train_cfg={"by_epoch": True, "max_epochs": 4},
+        custom_hooks=[{"type": "SparsityHook", "schedule": "rigl", "interval": 4}],
+        default_scope="mmengine",
+        experiment_name=tmp_path.name,
+    )
+    runner.train()
+    first, masked = 2 * 27 * 4 * 36, 2 * 36 * 8 * 16  # 6 x 6 and 4 x 4 pixels
+    expected = 4 * (3 * 12 * (first + masked // 2) + 2 * masked // 2)  # 4 images, 12 steps, dense gradients in 2
+    assert runner.message_hub.get_info("train_flops") == expected
+    assert runner.message_hub.get_scalar("train/train_tflops").current() == pytest.approx(expected / 1e12)
+    written = json.loads((Path(runner.log_dir) / "flops.json").read_text())
+    assert written["training"]["rigl"]["flops"] == expected
+    assert {path.name for path in Path(runner.log_dir).glob("flops.*")} == {"flops.csv", "flops.json", "flops.png"}
 
 
 def test_schedule_that_ends_before_it_starts(tmp_path: Path) -> None:

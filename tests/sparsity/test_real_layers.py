@@ -16,7 +16,9 @@ from revnets.sparsity import SparsityController, sparse_layers
 SCHEDULES = ("rigl", pytest.param("set", marks=pytest.mark.slow))
 
 
-def train(model: nn.Module, schedule: str, steps: int = 2, wrapped: nn.Module | None = None) -> dict[str, Tensor]:
+def train(
+    model: nn.Module, schedule: str, steps: int = 2, wrapped: nn.Module | None = None, amp: bool = False
+) -> dict[str, Tensor]:
     """A few steps; masks, weights and statistics after them."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
     controller = SparsityController(model, optimizer, schedule, total_steps=4, interval=1)
@@ -24,7 +26,9 @@ def train(model: nn.Module, schedule: str, steps: int = 2, wrapped: nn.Module | 
     for _ in range(steps):
         optimizer.zero_grad()
         x = torch.randn(4, 3, 32, 32, generator=generator)
-        nn.functional.cross_entropy((wrapped or model)(x), torch.arange(4)).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            loss = nn.functional.cross_entropy((wrapped or model)(x), torch.arange(4))
+        loss.backward()
         optimizer.step()
         controller.step()
         for layer in controller.layers:
@@ -47,7 +51,8 @@ def test_modes_of_a_reversible_network_agree_to_the_bit(schedule: str) -> None:
         assert not [name for name in found[0] if not torch.equal(found[0][name], other[name])]
 
 
-def test_compiled_network_has_the_masks_of_the_plain_one() -> None:
+@pytest.mark.parametrize("amp", [False, True])
+def test_compiled_network_has_the_masks_of_the_plain_one(amp: bool) -> None:
     found = []
     for compiled in (False, True):
         torch.manual_seed(0)
@@ -55,7 +60,7 @@ def test_compiled_network_has_the_masks_of_the_plain_one() -> None:
         net = nn.Sequential(net, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
         model = convert(net, "sparse_parallel:0.5", input_size=(3, 32, 32)).model
         wrapped = torch.compile(model, backend="aot_eager") if compiled else None
-        found.append(train(model, "rigl", wrapped=wrapped))  # type: ignore[arg-type]
+        found.append(train(model, "rigl", wrapped=wrapped, amp=amp))  # type: ignore[arg-type]
     masks = [name for name in found[0] if name.endswith("mask")]
     assert masks
     assert all(torch.equal(found[0][name], found[1][name]) for name in masks)
