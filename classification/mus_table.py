@@ -94,7 +94,7 @@ def lines() -> list[str]:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     description = "Standard, munit-scaled and FP8 layers on the same network, over seeds."
-    parser = series_parser("mus_table", description, "output/mus_table", images=5000)
+    parser = series_parser("mus_table", description, "output/mus_table", images=2500)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--runs", nargs="+", choices=lines(), default=lines(), help="lines of the table")
     parser.add_argument("--doubled-seeds", type=positive, default=1, help="seeds of the lines with twice the rate")
