@@ -76,7 +76,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", default="output/lr_transfer", help="folder of the results")
     parser.add_argument("--widths", type=positive, nargs="+", default=[64, 128, 256, 512])
     parser.add_argument("--head-width", type=positive, default=32, help="of attention; wider networks have more heads")
-    parser.add_argument("--highest", type=int, default=-3, help="binary logarithm of the highest learning rate")
+    parser.add_argument("--highest", type=int, default=-4, help="binary logarithm of the highest learning rate")
     parser.add_argument("--lowest", type=int, default=-10, help="binary logarithm of the lowest learning rate")
     parser.add_argument("--steps", type=positive, default=150)
     parser.add_argument("--average", type=positive, default=20, help="last steps whose mean loss counts")
