@@ -98,6 +98,12 @@ class OptimizerOptions:
     opt_kwargs: dict[str, Any] = option({}, "further arguments of the optimizer")
     momentum: float = option(0.9, "momentum", low=0, high=1)
     weight_decay: float = option(2e-5, "weight decay; not on biases and norms", low=0)
+    mus_base_width: float | None = option(
+        None,
+        "munit-scaled models: width at which --lr was found; hidden layers get lr * sqrt(it / their width), and "
+        "--weight-decay is the share of a weight that a step at the peak rate takes off",
+        low=1e-9,
+    )
     layer_decay: float | None = option(None, "factor of the learning rate per layer, from the last to the first", low=0)
     clip_grad: float | None = option(None, "gradient clipping", low=0)
     clip_mode: str = option("norm", "what to clip", choices=("norm", "value", "agc"))
@@ -241,6 +247,8 @@ class TrainOptions(
                 f"--warmup-epochs: {self.warmup_epochs} is more than --epochs {self.epochs}; "
                 "lower it or add --warmup-prefix."
             )
+        if self.mus_base_width is not None and self.layer_decay is not None:
+            raise UserError("--mus-base-width and --layer-decay both set the rates of layers; leave one of them out.")
         if self.resume == "auto" and self.overwrite:
             raise UserError("--resume auto and --overwrite contradict each other; leave one of them out.")
         for name, pair in (("scale", self.scale), ("ratio", self.ratio), ("cutmix-minmax", self.cutmix_minmax)):

@@ -26,7 +26,7 @@ from timm.utils import ModelEmaV3, distribute_bn, random_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import revnets  # noqa: F401  (registers its models with timm)
+import revnets
 from classification.checkpoints import PATTERN, Saver, newest, resume
 from classification.config import parse
 from classification.data import (
@@ -161,7 +161,12 @@ def _training(options: TrainOptions, runtime: Runtime, model: nn.Module, data: A
     more = {**{name: value for name, value in more.items() if value is not None}, **options.opt_kwargs}
     try:
         optimizer = create_optimizer_v2(
-            model, opt=options.opt, lr=lr, weight_decay=options.weight_decay, momentum=options.momentum, **more
+            _trained(model, options, lr),
+            opt=options.opt,
+            lr=lr,
+            weight_decay=options.weight_decay,
+            momentum=options.momentum,
+            **more,
         )
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(
@@ -199,6 +204,17 @@ def _training(options: TrainOptions, runtime: Runtime, model: nn.Module, data: A
         device = torch.device("cpu") if options.model_ema_force_cpu else None
         run.ema = ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=options.model_ema_warmup, device=device)
     return run, int(epochs)
+
+
+def _trained(model: nn.Module, options: TrainOptions, lr: float) -> Any:
+    """What the optimizer gets: the model, or groups by the transfer rules of munit scaling."""
+    if options.mus_base_width is None:
+        return model
+    width = getattr(model, "embed_dim", None)  # a transformer has one; other networks go by the layer
+    try:
+        return revnets.mus_param_groups(model, lr, options.weight_decay, options.mus_base_width, width)
+    except ValueError as error:
+        raise UserError(f"--mus-base-width: {one_line(error)}.") from error
 
 
 def _learning_rate(options: TrainOptions, runtime: Runtime) -> float:

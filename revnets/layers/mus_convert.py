@@ -13,7 +13,7 @@ from .fp8 import check_backend, check_grad_scale
 from .geometry import arguments
 from .mus import MunitScaled, MuSConv2d, MuSLinear, SparseMuSConv2d, SparseMuSLinear
 from .mus_functional import GRAD_SCALE, ROLES
-from .registry import LayerConfig, register_layer
+from .registry import LayerConfig, Spec, parse_layers, register_layer
 from .sites import Site, Unsuitable
 from .sparse import MaskedWeight
 
@@ -103,6 +103,34 @@ def _check_network(job: Any, config: MuSConfig, kind: str) -> None:
             f"{kind}: roles names {unknown[0]!r}, which is no layer to be converted: expected one of "
             f"{', '.join(job.names[:5])}{', ...' if len(job.names) > 5 else ''}"
         )
+
+
+def munit_options(spec: Spec) -> tuple[dict[str, Any], Mapping[str, str]]:
+    """What ``munit_scaled`` needs to know, for networks that are made of munit-scaled layers from the start.
+
+    Args:
+        spec: ``"mus"`` or ``"mus_fp8"``, with their options.
+
+    Returns:
+        options of the layers, and roles by name.
+
+    Raises:
+        ValueError: for other layers.
+
+    Example:
+        >>> munit_options("mus_fp8:backend:emulate")
+        ({'fp8': True, 'backend': 'emulate', 'grad_scale': 1024.0}, {})
+    """
+    parts = parse_layers(spec)
+    config = parts[0].config
+    if len(parts) != 1 or not isinstance(config, MuSConfig):
+        raise ValueError(
+            f"layers={spec!r}: expected 'mus' or 'mus_fp8' alone, this network is made of munit-scaled layers; "
+            "revnets.convert takes a plain one and puts others in, such as 'sparse:0.75+mus_fp8:init'"
+        )
+    if not isinstance(config, MuSFp8Config):
+        return {}, config.roles
+    return {"fp8": True, "backend": config.backend, "grad_scale": config.grad_scale}, config.roles
 
 
 @torch.no_grad()

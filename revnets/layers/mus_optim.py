@@ -25,7 +25,8 @@ def mus_param_groups(
     Weight decay is fully decoupled: every step takes the share ``weight_decay`` off a weight, times the schedule's
     present share of the peak learning rate, whatever the learning rate of its group. AdamW and Lion in torch and timm
     take off ``lr * weight_decay`` instead, so a group's number there is ``weight_decay / lr`` with its own lr. An
-    AdamW run with lr 1e-3 and weight decay 0.05 has 5e-5 here. Biases, norms and other 1-d tensors have none.
+    AdamW run with lr 1e-3 and weight decay 0.05 has 5e-5 here. Biases, norms and other 1-d tensors have none, nor have
+    those that the model names in ``no_weight_decay()``, as timm's do.
 
     Weights of size 1 need larger steps than weights of size 1/sqrt(fan-in): look for :math:`\eta` from 0.01 up.
 
@@ -56,13 +57,15 @@ def mus_param_groups(
         )
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     seen: set[int] = set()
-    for module in model.modules():
+    spared: Any = getattr(model, "no_weight_decay", set)()
+    for prefix, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is None or not parameter.requires_grad or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             own = lr * _factor(module, base_width, width) if name == "weight" else lr
-            decay = 0.0 if parameter.dim() <= 1 else weight_decay / own
+            decays = parameter.dim() > 1 and (f"{prefix}.{name}" if prefix else name) not in spared
+            decay = weight_decay / own if decays else 0.0
             groups.setdefault((own, decay), []).append(parameter)
     return [{"params": found, "lr": own, "weight_decay": decay} for (own, decay), found in groups.items()]
 

@@ -3,6 +3,6 @@
 Importing a module here registers its models; checkpoint conversion lives beside the network it serves.
 """
 
-from . import revbifpn
+from . import mus_vit, revbifpn
 
-__all__ = ["revbifpn"]
+__all__ = ["mus_vit", "revbifpn"]

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 import revnets  # noqa: F401 - registers the models
 
 NAMES = tuple(name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("revnets."))
+REVBIFPN = tuple(name for name in NAMES if "revbifpn" in name)
+TRANSFORMERS = tuple(name for name in NAMES if "mus_vit" in name)
 TINY = "test_revbifpn"
+TINY_TRANSFORMERS = ("test_mus_vit", "test_rev_mus_vit")
 MAX_QUICK_PARAMETERS = 4_000_000
 
 
@@ -52,6 +55,19 @@ def make(name: str, **kwargs: Any) -> Any:
 
 def images(number: int = 2, size: int = 64, in_chans: int = 3) -> Tensor:
     return torch.randn(number, in_chans, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def own_images(name: str) -> Tensor:
+    """Images of the model's own size where it takes no other."""
+    cfg = meta_model(name).pretrained_cfg
+    return images(size=cfg["input_size"][-1]) if cfg["fixed_input_size"] else images()
+
+
+def unpooled_shape(model: Any) -> tuple[int, ...]:
+    """Of the final features of one image of the model's own size: a map, or tokens."""
+    if model.pretrained_cfg["pool_size"] is not None:
+        return (1, model.num_features, *model.pretrained_cfg["pool_size"])
+    return (1, model.patch_embed.num_patches + model.num_prefix_tokens, model.num_features)
 
 
 def with_statistics(model: Any) -> Any:

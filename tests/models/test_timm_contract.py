@@ -20,13 +20,18 @@ from torch import Tensor, nn
 import revnets
 from tests.models.registry import (
     NAMES,
+    REVBIFPN,
     TINY,
+    TINY_TRANSFORMERS,
+    TRANSFORMERS,
     images,
     make,
     meta_model,
     meta_outputs,
+    own_images,
     parametrize_by_cost,
     relative,
+    unpooled_shape,
     with_statistics,
 )
 
@@ -48,7 +53,11 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 def test_published_variants_are_registered() -> None:
-    assert set(NAMES) >= {TINY, *(f"revbifpn_s{n}" for n in range(7))}
+    assert set(NAMES) == {*REVBIFPN, *TRANSFORMERS}
+    assert set(REVBIFPN) == {TINY, *(f"revbifpn_s{n}" for n in range(7))}
+    sizes = ("tiny", "small", "base")
+    transformers = {f"{prefix}mus_vit_{size}_patch16_224" for prefix in ("", "rev_") for size in sizes}
+    assert set(TRANSFORMERS) == {*TINY_TRANSFORMERS, *transformers}
     assert timm.list_models("revbifpn*") == [f"revbifpn_s{n}" for n in range(7)]
     assert timm.list_models("revbifpn*", pretrained=True) == [f"revbifpn_s{n}.imagenet1k" for n in range(7)]
     assert timm.is_model_pretrained("revbifpn_s0")
@@ -63,12 +72,15 @@ def test_pretrained_cfg(name: str) -> None:
     assert cfg["architecture"] == name
     state = model.state_dict().keys()
     assert f"{cfg['classifier']}.weight" in state
-    assert cfg["first_conv"] is None  # the stem has no weights
+    if name in REVBIFPN:
+        assert cfg["first_conv"] is None  # the stem has no weights
+        assert all(side % least == 0 for side, least in zip(cfg["input_size"], cfg["min_input_size"], strict=True))
+    else:
+        assert f"{cfg['first_conv']}.weight" in state
     assert cfg["num_classes"] == model.num_classes == 1000
     assert len(cfg["input_size"]) == 3
     assert cfg["input_size"][0] == model.in_chans == 3
-    assert cfg["fixed_input_size"] is False
-    assert all(side % least == 0 for side, least in zip(cfg["input_size"], cfg["min_input_size"], strict=True))
+    assert cfg["fixed_input_size"] is (name in TRANSFORMERS)
     assert 0 < cfg["crop_pct"] <= 1
     assert cfg["interpolation"] in ("bicubic", "bilinear")
     assert cfg["mean"] == (0.485, 0.456, 0.406)
@@ -102,7 +114,7 @@ def test_tag_selects_the_same_model() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_output_shapes(name: str) -> None:
     model, features = meta_model(name), meta_outputs(name)[0]
-    assert tuple(features.shape) == (1, model.num_features, *model.pretrained_cfg["pool_size"])
+    assert tuple(features.shape) == unpooled_shape(model)
     assert tuple(model.forward_head(features, pre_logits=True).shape) == (1, model.head_hidden_size)
     assert tuple(model.forward_head(features).shape) == (1, 1000)
 
@@ -110,7 +122,9 @@ def test_output_shapes(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_reset_classifier(name: str) -> None:
     model, features = copy.deepcopy(meta_model(name)), meta_outputs(name)[0]
-    pool_size = model.pretrained_cfg["pool_size"]
+
+    def pooling() -> str:
+        return getattr(model.global_pool, "pool_type", model.global_pool)
 
     def shape_after(*arguments: Any) -> tuple[int, ...]:
         model.reset_classifier(*arguments)
@@ -118,14 +132,14 @@ def test_reset_classifier(name: str) -> None:
         return tuple(model.forward_head(features).shape)
 
     assert isinstance(model.get_classifier(), nn.Linear)
-    assert model.get_classifier() is model.classifier
+    assert model.get_classifier() is getattr(model, model.pretrained_cfg["classifier"])
     assert shape_after(0) == (1, model.head_hidden_size)
     assert isinstance(model.get_classifier(), nn.Identity)
-    assert shape_after(0, "") == (1, model.num_features, *pool_size)
+    assert shape_after(0, "") == unpooled_shape(model)
     assert shape_after(7, "max") == (1, 7)
-    assert model.global_pool.pool_type == "max"
+    assert pooling() == "max"
     assert shape_after(5) == (1, 5), "the pooling stays"
-    assert model.global_pool.pool_type == "max"
+    assert pooling() == "max"
     assert model.get_classifier().out_features == 5
 
 
@@ -194,7 +208,7 @@ def test_no_global_pool() -> None:
 def test_forward_is_finite(name: str) -> None:
     model = make(name).eval()
     with torch.no_grad():
-        logits = model(images())
+        logits = model(own_images(name))
     assert logits.shape == (2, model.num_classes)
     assert logits.isfinite().all()
 
@@ -202,7 +216,7 @@ def test_forward_is_finite(name: str) -> None:
 @parametrize_by_cost()
 def test_every_parameter_gets_a_gradient(name: str) -> None:
     model = make(name, num_classes=42).train()
-    grads = gradients(model, images())
+    grads = gradients(model, own_images(name))
     assert set(grads) == {name for name, _ in model.named_parameters()}
     for parameter, grad in grads.items():
         assert grad.isfinite().all(), parameter
@@ -210,20 +224,23 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
 
 @parametrize_by_cost()
 def test_grad_checkpointing_keeps_the_step(name: str) -> None:
-    model = make(name, mode="store", num_classes=10, drop_rate=0.0, drop_path_rate=0.0).train()
+    reversible = hasattr(meta_model(name), "set_mode")
+    mode = {"mode": "store"} if reversible else {}
+    model, x = make(name, num_classes=10, drop_rate=0.0, drop_path_rate=0.0, **mode).train(), own_images(name)
     checkpointed = copy.deepcopy(model)
     checkpointed.set_grad_checkpointing()
-    assert checkpointed.mode == "checkpoint"
-    expected, grads = gradients(model, images()), gradients(checkpointed, images())
+    assert checkpointed.mode == "checkpoint" if reversible else checkpointed.grad_checkpointing
+    expected, grads = gradients(model, x), gradients(checkpointed, x)
     for parameter, grad in expected.items():
         torch.testing.assert_close(grads[parameter], grad, msg=lambda text, name=parameter: f"{name}: {text}")
     torch.testing.assert_close(checkpointed.state_dict(), model.state_dict())
     checkpointed.set_grad_checkpointing(False)
-    assert checkpointed.mode == "store"
+    assert checkpointed.mode == "store" if reversible else not checkpointed.grad_checkpointing
 
 
-def test_grad_checkpointing_leaves_reversible_mode_alone() -> None:
-    model = make(TINY)
+@pytest.mark.parametrize("name", [TINY, "test_rev_mus_vit"])
+def test_grad_checkpointing_leaves_reversible_mode_alone(name: str) -> None:
+    model = make(name)
     for enable in (True, False):
         model.set_grad_checkpointing(enable)
         assert model.mode == "reversible"
@@ -270,10 +287,11 @@ def test_drop_path_changes_training_only() -> None:
 @parametrize_by_cost()
 def test_channels_last(name: str) -> None:
     model = with_statistics(make(name, num_classes=10))
+    x = own_images(name)
     with torch.no_grad():
-        expected = model(images())
+        expected = model(x)
         model = model.to(memory_format=torch.channels_last)
-        assert relative(model(images().to(memory_format=torch.channels_last)), expected) < 1e-5
+        assert relative(model(x.to(memory_format=torch.channels_last)), expected) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -311,6 +329,27 @@ def test_features_only(name: str, out_indices: int | tuple[int, ...]) -> None:
     assert backbone.feature_info.channels() == [m.shape[1] for m in maps]
     assert backbone.feature_info.reduction() == [x.shape[-1] // m.shape[-1] for m in maps]
     assert backbone.feature_info.module_name() == [f"neck.blocks.{k}" for k in take]
+
+
+@pytest.mark.parametrize("out_indices", [2, (0,), (-1,), (2, 0), (0, 1, 2, 3)], ids=str)
+@pytest.mark.parametrize("name", TINY_TRANSFORMERS)
+def test_features_only_of_transformers(name: str, out_indices: int | tuple[int, ...]) -> None:
+    model = make(name).eval()
+    backbone = make(name, features_only=True, out_indices=out_indices)
+    assert not backbone.model.load_state_dict(model.state_dict(), strict=False).missing_keys
+    x, take = images(), sorted(absolute(out_indices))
+    with torch.no_grad():
+        maps = backbone.eval()(x)
+        final, same = model.forward_intermediates(x, indices=out_indices)
+        normed = model.forward_intermediates(x, output_fmt="NLC", norm=True, return_prefix_tokens=True)[1]
+    assert torch.equal(final, model.forward_features(x))
+    assert all(torch.equal(a, b) for a, b in zip(maps, same, strict=True))
+    assert [m.shape for m in maps] == [(2, 64, 4, 4)] * len(take)
+    last = torch.cat(normed[-1][::-1], 1)
+    assert torch.equal(last, final), "the last block, normed, with its class token"
+    backbone.train()
+    sum(m.square().mean() for m in backbone(x)).backward()
+    assert all(p.grad is not None for p in backbone.parameters())
 
 
 def test_features_only_defaults_to_all_maps() -> None:
@@ -398,7 +437,10 @@ def test_group_matcher_covers_every_parameter_in_order(name: str, coarse: bool) 
     groups = group_parameters(model, model.group_matcher(coarse=coarse))
     order = [parameter for index in sorted(groups) for parameter in groups[index]]
     assert order == [name for name, _ in model.named_parameters()]
-    assert groups[max(groups)] == ["classifier.weight", "classifier.bias"]
+    assert groups[max(groups)] == [f"{model.pretrained_cfg['classifier']}.{leaf}" for leaf in ("weight", "bias")]
+    if name in TRANSFORMERS:
+        assert len(groups) == len(model.feature_info) + 3  # embeddings, norm, classifier
+        return
     stages = [op for op in model.body.ops if next(op.parameters(), None) is not None]
     assert len(groups) == (len(stages) // 3 if coarse else len(stages)) + 2  # neck with head, classifier
 
@@ -423,8 +465,9 @@ def test_weight_decay_spares_norms_and_biases_only(name: str) -> None:
     model = meta_model(name)
     assert set(model.no_weight_decay()) <= {name for name, _ in model.named_parameters()}
     optimizer = create_optimizer_v2(model, opt="sgd", lr=0.1, weight_decay=0.05)
+    spared = {id(p) for name, p in model.named_parameters() if p.ndim <= 1 or name in model.no_weight_decay()}
     for group in optimizer.param_groups:
-        assert all((p.ndim > 1) == (group["weight_decay"] > 0) for p in group["params"])
+        assert all((id(p) not in spared) == (group["weight_decay"] > 0) for p in group["params"])
 
 
 # --- copies and files ------------------------------------------------------------------------------------------------
@@ -447,8 +490,9 @@ def through_torch_save(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
 @pytest.mark.parametrize("copied", [through_deepcopy, through_pickle, through_torch_save])
-def test_copies_give_the_same_outputs(copied: Any, trained: bool) -> None:
-    model = make(TINY)
+@pytest.mark.parametrize("name", [TINY, *TINY_TRANSFORMERS])
+def test_copies_give_the_same_outputs(name: str, copied: Any, trained: bool) -> None:
+    model = make(name)
     if trained:
         gradients(model.train(), images())
     other = copied(model).eval()
