@@ -45,6 +45,7 @@ from classification.report import SUMMARY, Row, Summary, clock, draw_curves, wri
 from classification.runtime import Runtime, memory_words, start_runtime
 from classification.sparse import FILES as SPARSITY_FILES
 from classification.sparse import TrainingFlops, draw_sparsity, sparsity_words, start_sparsity
+from revnets.numerics import NumericsMonitor
 from revnets.sparsity.report import write_table
 
 _logger = logging.getLogger("classification")
@@ -118,6 +119,8 @@ def train(options: TrainOptions) -> Result:
         if checkpoint:
             saver.restore_history(checkpoint)
         _announce(run, model, folder, len(train_set), len(val_set), start_epoch, epochs)
+        if options.numerics_interval:
+            run.numerics = NumericsMonitor(model, options.numerics_interval)
     summary = Summary(folder, start_epoch)
     images = options.batch_size * runtime.world_size * len(data.loader) / run.updates_per_epoch
     flops = TrainingFlops(model, config["input_size"], run.sparsity, images)
@@ -331,6 +334,8 @@ def _epochs(
             saver.save_checkpoint(epoch, metric=metric)
             if run.sparsity is not None:
                 write_table(run.sparsity, Path(saver.checkpoint_dir))
+            if run.numerics is not None and run.numerics.records:
+                run.numerics.save(Path(saver.checkpoint_dir), options.model)
             done = epoch - epochs[0] + 1
             rest = (time.perf_counter() - start) / done * (len(epochs) - done)
             _logger.info(_epoch_words(row, lr, epoch, 100 * (epoch + 1) / epochs.stop, rest))

@@ -108,6 +108,41 @@ def layers(
         _fail(error)
 
 
+@app.command()
+def numerics(
+    model: Annotated[str, typer.Argument(help="NAME@SIZE:BATCH, any timm model", metavar="MODEL")],
+    data: Annotated[
+        Path | None, typer.Option(help="folder or .tar file of class folders of images (default: random numbers)")
+    ] = None,
+    split: Annotated[str, typer.Option(help="folder or .tar file inside --data")] = "train",
+    layers: Annotated[str, typer.Option(help="convert first, such as mus_fp8")] = "",
+    batches: Annotated[int, typer.Option(help="batches to watch", min=1)] = 4,
+    img_size: Annotated[int | None, typer.Option(help="where MODEL has none", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="where MODEL has none", min=1)] = 32,
+    mode: Annotated[str, typer.Option(help="memory mode (default: reversible where there is one)")] = "",
+    amp_dtype: Annotated[str | None, typer.Option(help="autocast to bfloat16 or float16")] = None,
+    grad_scale: Annotated[float, typer.Option(help="before the cast of gradients, for layers that have none")] = 1.0,
+    channels_last: Annotated[bool, typer.Option(help="memory layout of weights and images")] = True,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    exact: Annotated[bool, typer.Option(help="exact mode of reversible networks")] = True,
+    output: Annotated[Path | None, typer.Option(help="folder for JSON, CSV and a picture")] = None,
+) -> None:
+    """Sizes of activations, weights and gradients layer by layer, and what a cast to FP8 flushes and clips of them."""
+    import revnets  # noqa: F401 - registers the models
+
+    from .numerics import command
+    from .profiling.command import Setting
+
+    try:
+        setting = Setting(device, channels_last, amp_dtype, exact, optimizer=None)
+        request = command.Request(
+            model, data, split, layers, mode, img_size, batch_size, batches, grad_scale, output
+        )
+        command.run(request, setting)
+    except ValueError as error:
+        _fail(error)
+
+
 def _fail(error: Exception) -> Any:
     typer.echo(f"revnets: {error}", err=True)
     raise typer.Exit(2)
