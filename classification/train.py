@@ -46,9 +46,11 @@ from classification.runtime import Runtime, memory_words, start_runtime
 from classification.sparse import FILES as SPARSITY_FILES
 from classification.sparse import TrainingFlops, draw_sparsity, sparsity_words, start_sparsity
 from revnets.numerics import NumericsMonitor
+from revnets.numerics.report import FILES as NUMERICS_FILES
 from revnets.sparsity.report import write_table
 
 _logger = logging.getLogger("classification")
+FILES = (SUMMARY, "curves.png", *SPARSITY_FILES, *NUMERICS_FILES)
 DESCRIPTION = "Train a timm model on images. Options keep the names of timm's own train.py."
 
 
@@ -121,6 +123,7 @@ def train(options: TrainOptions) -> Result:
         _announce(run, model, folder, len(train_set), len(val_set), start_epoch, epochs)
         if options.numerics_interval:
             run.numerics = NumericsMonitor(model, options.numerics_interval)
+            run.numerics.resume(folder, start_epoch * run.updates_per_epoch)
     summary = Summary(folder, start_epoch)
     images = options.batch_size * runtime.world_size * len(data.loader) / run.updates_per_epoch
     flops = TrainingFlops(model, config["input_size"], run.sparsity, images)
@@ -259,7 +262,7 @@ def _start(run: Training, model: nn.Module) -> tuple[Path, dict[str, Any] | None
                 f"--output: '{folder}' cannot be made ({error.strerror}); give a writable folder."
             ) from error
         if checkpoint is None and options.overwrite:
-            for old in [*folder.glob(PATTERN), *(folder / name for name in (SUMMARY, "curves.png", *SPARSITY_FILES))]:
+            for old in [*folder.glob(PATTERN), *(folder / name for name in FILES)]:
                 old.unlink(missing_ok=True)
     return folder, checkpoint
 

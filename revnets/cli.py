@@ -135,9 +135,7 @@ def numerics(
 
     try:
         setting = Setting(device, channels_last, amp_dtype, exact, optimizer=None)
-        request = command.Request(
-            model, data, split, layers, mode, img_size, batch_size, batches, grad_scale, output
-        )
+        request = command.Request(model, data, split, layers, mode, img_size, batch_size, batches, grad_scale, output)
         command.run(request, setting)
     except ValueError as error:
         _fail(error)

@@ -41,6 +41,7 @@ class NumericsHook(Hook):
         if runner.rank == 0:
             model = runner.model.module if is_model_wrapper(runner.model) else runner.model
             self.monitor = NumericsMonitor(model, self.interval, self.grad_scale)
+            self.monitor.resume(Path(runner.work_dir), runner.iter)
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Count the iteration, and write where it was watched."""

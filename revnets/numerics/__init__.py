@@ -1,4 +1,4 @@
-"""Sizes of activations, weights and gradients, layer by layer, and what FP8 would lose of them: for any model, any loop.
+"""Sizes of activations, weights and gradients, layer by layer, and what FP8 would lose of them, in any training loop.
 
 Watches, and never changes what is computed; formats and static scales are those of ``revnets.layers``.
 """

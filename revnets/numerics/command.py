@@ -49,7 +49,9 @@ def run(request: Request, setting: Setting) -> None:
     """
     target = choose_targets([request.model], request.mode, setting, request.img_size, request.batch_size)[0]
     if target.part:
-        raise ProfileError(f"{request.model} is a detector: in its config, add custom_hooks=[dict(type='NumericsHook')]")
+        raise ProfileError(
+            f"{request.model} is a detector: in its config, add custom_hooks=[dict(type='NumericsHook')]"
+        )
     folder = None if request.output is None else open_folder(request.output)
     dataset = None if request.data is None else _open(request.data, request.split)
     network, words = _network(target, setting, request.layers, _classes(dataset))

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..layers.fp8 import E4M3, E5M2
 from ..layers.mus import MunitScaled
-from .report import Record, draw_picture, write_table
+from .report import Record, draw_picture, read_table, write_table
 from .stats import StatsSum
 
 FORMATS = {"input": E4M3, "weight": E4M3, "output": None, "output_grad": E5M2, "weight_grad": None}
@@ -90,6 +90,19 @@ class NumericsMonitor:
         if self._step % self.every == 0:
             self._attach()
         return watched
+
+    def resume(self, folder: Path, step: int) -> None:
+        """Go on where an interrupted run stopped: with the records that it wrote, and its count of steps.
+
+        Args:
+            folder: where ``save`` wrote.
+            step: number of the next step; later records are dropped.
+        """
+        self.close()
+        self.records = [r for r in read_table(folder) if r["step"] < step]
+        self._step = step
+        if step % self.every == 0:
+            self._attach()
 
     def close(self) -> None:
         """Take everything off the model; what was not yet noted by ``step`` is dropped."""

@@ -10,7 +10,7 @@ from typing import Any
 from ..profiling.report import write
 
 Record = dict[str, Any]
-TABLE, PICTURE = "numerics.csv", "numerics.png"
+FILES = TABLE, PICTURE = "numerics.csv", "numerics.png"
 _COLORS = {"input": "C0", "weight": "C1", "output": "C2", "output_grad": "C3", "weight_grad": "C4"}
 
 
@@ -78,6 +78,23 @@ def write_table(records: Sequence[Record], folder: Path) -> Path:
             writer.writerows(records)
 
     return write(folder / TABLE, save)
+
+
+def read_table(folder: Path) -> list[Record]:
+    """The records of ``numerics.csv``; none where there is no such file."""
+    path = folder / TABLE
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [{key: _value(key, text) for key, text in row.items()} for row in csv.DictReader(file)]
+
+
+def _value(key: str, text: str) -> Any:
+    if key in ("layer", "kind"):
+        return text
+    if key == "fp8":
+        return text == "True"
+    return None if not text else int(text) if key == "step" else float(text)
 
 
 def draw_picture(records: Sequence[Record], folder: Path, title: str) -> Path:

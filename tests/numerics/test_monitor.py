@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,10 +72,10 @@ def test_the_same_in_every_mode(layers: str, autocast: bool) -> None:
     found = {mode: records(twin, mode, autocast) for mode, twin in twins.items()}
     assert len(found["store"]) == sum(isinstance(m, (nn.Linear, nn.Conv2d)) for m in model.modules())
     for mode in ("checkpoint", "reversible"):
-        for mine, stored in zip(found[mode], found["store"], strict=True):
-            assert mine == pytest.approx(stored, rel=1e-6, nan_ok=True), mode
+        assert found[mode] == found["store"], mode  # exact mode: the same bits
     assert any(r["fp8"] for r in found["store"]) == ("mus" in layers)
-    assert all(r["output_grad_rms"] > 0 and r["weight_grad_rms"] > 0 for r in found["reversible"])
+    assert all(r["output_grad_rms"] is not None and r["weight_grad_rms"] is not None for r in found["reversible"])
+    assert sum(r["output_grad_rms"] > 0 for r in found["reversible"]) > 100  # a dropped path has none
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -91,7 +92,7 @@ def test_under_torchs_checkpoint(reentrant: bool) -> None:
             run(x).square().sum().backward()  # type: ignore[operator]
             monitor.step()
         found.append(monitor.records)
-    assert found[0] == pytest.approx(found[1]) or found[0] == found[1]
+    assert found[0] == found[1]
 
 
 def test_figures_of_a_layer_by_hand() -> None:
@@ -129,7 +130,7 @@ def test_only_some_steps_and_only_training() -> None:
     assert watched == [True, False, False, True, False, False, True]
     first = [r for r in monitor.records if r["layer"] == "0"]
     assert [r["step"] for r in first] == [0, 3, 6]
-    assert [r["input_rms"] for r in first] == [0.0, 3.0, 6.0]
+    assert [r["input_rms"] for r in first] == pytest.approx([0.0, 3.0, 6.0])
     modules = [m for m in net.modules() if m._forward_hooks]
     assert not modules
     assert not any(getattr(p, "_post_accumulate_grad_hooks", None) for p in net.parameters())
@@ -160,6 +161,25 @@ def test_nothing_is_changed() -> None:
         if monitor is not None:
             monitor.close()
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).train()
+
+    def run(monitor: NumericsMonitor, steps: range) -> None:
+        for index in steps:
+            step(net, torch.full((2, 4), float(index)))
+            monitor.step()
+        monitor.save(tmp_path)
+        monitor.close()
+
+    whole = NumericsMonitor(net, every=2)
+    run(whole, range(6))
+    again = NumericsMonitor(net, every=2)
+    again.resume(tmp_path, 3)
+    run(again, range(3, 6))
+    assert again.records == whole.records
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["numerics.csv", "numerics.png"]
 
 
 def test_mistakes() -> None:
