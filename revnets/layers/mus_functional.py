@@ -19,7 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .fp8 import E4M3, E5M2, _count, check_floating, fp8_matmul, quantize, resolve_backend, without_autocast
+from .fp8 import (
+    E4M3,
+    E5M2,
+    _count,
+    check_floating,
+    fp8_matmul,
+    quantize,
+    quantize_both,
+    resolve_backend,
+    without_autocast,
+)
 
 Ints = int | Sequence[int]
 ROLES = ("input", "hidden", "output")
@@ -102,7 +112,8 @@ def mus_linear(
             f"expected (..., {weight.shape[1]})"
         )
     dtype = _result_dtype(x)
-    y = _Linear.apply(x, weight, scale, resolve_backend(backend, x.device, dtype), dtype, False, grad_scale)
+    backend = resolve_backend(backend, x.device, dtype)
+    y = _Linear.apply(x, weight, scale, backend, dtype, False, grad_scale, torch.is_grad_enabled())
     return y if bias is None else y + bias.to(dtype)
 
 
@@ -167,7 +178,7 @@ def mus_conv2d(
             x = x[:, :, ::down, ::right].contiguous(
                 memory_format=torch.channels_last if last else torch.contiguous_format
             )
-        y = _Linear.apply(x, weight.flatten(1), scale, backend, dtype, True, grad_scale)
+        y = _Linear.apply(x, weight.flatten(1), scale, backend, dtype, True, grad_scale, torch.is_grad_enabled())
     else:
         y = _Conv2d.apply(x, weight, scale, dtype, geometry, grad_scale)
     return y if bias is None else y + bias.to(dtype)[:, None, None]
@@ -184,7 +195,9 @@ def _pair(value: Ints) -> list[int]:
 
 
 class _Linear(torch.autograd.Function):
-    """Over the last dimension, or over the channels of maps; keeps the quantised operands."""
+    """Over the last dimension, or over the channels of maps; keeps the quantised operands, as the backward pass needs
+    them: transposed.
+    """
 
     @staticmethod
     def forward(
@@ -196,10 +209,14 @@ class _Linear(torch.autograd.Function):
         dtype: torch.dtype,
         maps: bool,
         grad_scale: float,
+        trains: bool,
     ) -> Tensor:
-        # gathered after quantisation, at a byte a number
-        rows, quantized = _rows(quantize(x, E4M3), maps), quantize(weight, E4M3)
-        ctx.save_for_backward(rows, quantized)
+        if trains:
+            rows, columns = _quantized_rows(x, maps, E4M3, 1.0, backend)
+            quantized, transposed = quantize_both(weight, E4M3, 1.0, backend)
+            ctx.save_for_backward(columns, transposed)
+        else:
+            rows, quantized = _rows(quantize(x, E4M3), maps), quantize(weight, E4M3)
         last = maps and x.stride(1) == 1
         ctx.settings = (scale, grad_scale, backend, maps, last, x.shape, x.dtype, weight.dtype)
         return _unrowed(fp8_matmul(rows, quantized, scale, dtype, backend), x.shape, maps, last)
@@ -207,15 +224,24 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        rows, weight = ctx.saved_tensors
+        columns, weight = ctx.saved_tensors
         scale, grad_scale, backend, maps, last, shape, *dtypes = ctx.settings
-        grad, scale = _rows(quantize(grad, E5M2, grad_scale), maps), scale / grad_scale
+        scale = scale / grad_scale
+        grad, grad_columns = _quantized_rows(grad, maps, E5M2, grad_scale, backend)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = _unrowed(fp8_matmul(grad, weight.t(), scale, dtypes[0], backend), shape, maps, last)
+            grad_x = _unrowed(fp8_matmul(grad, weight, scale, dtypes[0], backend), shape, maps, last)
         if ctx.needs_input_grad[1]:
-            grad_weight = fp8_matmul(grad.t(), rows.t(), scale, dtypes[1], backend)
-        return grad_x, grad_weight, None, None, None, None, None
+            grad_weight = fp8_matmul(grad_columns, columns, scale, dtypes[1], backend)
+        return grad_x, grad_weight, None, None, None, None, None, None
+
+
+def _quantized_rows(x: Tensor, maps: bool, dtype: torch.dtype, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+    """``(rows, C)`` quantised, and its transpose; see ``quantize_both``."""
+    if not maps or x.is_contiguous(memory_format=torch.channels_last):
+        return quantize_both(_rows(x, maps), dtype, scale, backend)
+    rows = _rows(quantize(x, dtype, scale), maps)  # gathered after quantisation, at a byte a number
+    return rows, rows.t()
 
 
 def _rows(x: Tensor, maps: bool) -> Tensor:

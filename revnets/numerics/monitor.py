@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +123,8 @@ class NumericsMonitor:
             The files written.
         """
         written = [write_table(self.records, folder)]
-        try:
+        with suppress(ImportError):  # the table holds all figures
             written.append(draw_picture(self.records, folder, title or type(self.model).__name__))
-        except ImportError:
-            pass  # the table holds all figures
         return written
 
     # --- watching ---------------------------------------------------------------------------------------------------

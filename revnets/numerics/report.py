@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def _value(key: str, text: str) -> Any:
 
 
 def draw_picture(records: Sequence[Record], folder: Path, title: str) -> Path:
-    """``numerics.png``: sizes, shares flushed and shares clipped over the layers; the first watched step dashed.
+    """``numerics.png``: sizes, shares flushed and shares clipped over the layers; crosses are the first watched step.
 
     Raises:
         ImportError: without matplotlib.
@@ -110,18 +111,17 @@ def draw_picture(records: Sequence[Record], folder: Path, title: str) -> Path:
     figure = Figure(figsize=(12, 10), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(3, 1, sharex=True)
-    for step, style in ((steps[0], ":"), (steps[-1], "-")):
-        if style == ":" and len(steps) == 1:
-            continue
+    for step, marker in dict([(steps[0], "x"), (steps[-1], ".")]).items():
         chosen = [r for r in records if r["step"] == step]
         for what, color in _COLORS.items():
-            look = {"color": color, "linestyle": style, "linewidth": 1, "marker": "." if style == "-" else ""}
+            look = {"color": color, "linestyle": "", "marker": marker, "markersize": 4}
             label = f"{what.replace('_', ' ')}, step {step}"
             axes[0].plot(_column(chosen, f"{what}_rms"), label=label, **look)
             for panel, loss in ((axes[1], "flushed"), (axes[2], "clipped")):
                 if f"{what}_{loss}" in chosen[0]:
                     panel.plot([100 * v for v in _column(chosen, f"{what}_{loss}")], label=label, **look)
-    axes[0].set(title=title, ylabel="RMS", yscale="log")
+    axes[0].set_title(textwrap.fill(title, 120), fontsize="medium")
+    axes[0].set(ylabel="RMS", yscale="log")
     axes[0].axhspan(0.5, 2, color="gray", alpha=0.15, linewidth=0)
     axes[1].set(ylabel="flushed to zero, %")
     axes[2].set(ylabel="clipped, %", xlabel="layer, in the order of the model")
