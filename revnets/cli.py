@@ -141,6 +141,36 @@ def numerics(
         _fail(error)
 
 
+@app.command()
+def bench_fp8(
+    device: Annotated[str, typer.Option(help="cpu, cuda, ... (default: cuda where there is one)")] = "",
+    widths: Annotated[str, typer.Option(help="inputs and outputs of the layers (default: by device)")] = "",
+    rows: Annotated[str, typer.Option(help="of the products: images times pixels, or tokens")] = "",
+    kinds: Annotated[str, typer.Option(help="of layers: linear, 1x1 conv")] = "linear,1x1 conv",
+    modes: Annotated[str, typer.Option(help="eager, compiled")] = "eager,compiled",
+    repeats: Annotated[int, typer.Option(help="timed rounds; their median counts", min=1)] = 7,
+    backend: Annotated[str | None, typer.Option(help="scaled_mm or emulate (default: the best)")] = None,
+    output: Annotated[Path | None, typer.Option(help="also write JSON, which mus_fp8:auto reads")] = None,
+) -> None:
+    """From which sizes on FP8 layers are faster than bfloat16 here: linear layers and 1x1 convolutions, interleaved."""
+    from .profiling import fp8_bench
+    from .profiling.command import track
+
+    try:
+        if output is not None and not output.parent.is_dir():
+            raise ValueError(f"the folder {str(output.parent)!r} for the output does not exist: create it first")
+        request = fp8_bench.parse(device, widths, rows, kinds, modes, repeats, backend)
+        typer.echo(f"measuring on {fp8_bench.describe(request)}", err=True)
+        found = fp8_bench.run(
+            request, lambda work: track(list(work), "measuring"), lambda sentence: typer.echo(sentence, err=True)
+        )
+    except (ValueError, RuntimeError) as error:
+        _fail(error)
+    fp8_bench.print_rows(found, request)
+    if output is not None:
+        fp8_bench.save(found, request, output)
+
+
 def _fail(error: Exception) -> Any:
     typer.echo(f"revnets: {error}", err=True)
     raise typer.Exit(2)

@@ -69,8 +69,8 @@ def _cast_transpose(  # type: ignore[no-untyped-def]
 def cast_transpose(x: Tensor, dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """``fp8.quantize`` of a matrix, and its transpose, reading the matrix once.
 
-    The bits are those of ``quantize`` where ``scale`` is a power of two, 1 or more: arithmetic is in float32 here, there
-    in the precision of ``x``.
+    The bits are those of ``quantize`` where ``scale`` is a power of two, 1 or more; arithmetic is in float32 here, and
+    there in the precision of ``x``.
 
     Args:
         x: ``(M, K)`` in float32, bfloat16 or float16, any strides; on a GPU, or anywhere in Triton's interpreter.

@@ -111,7 +111,7 @@ def draw_picture(records: Sequence[Record], folder: Path, title: str) -> Path:
     figure = Figure(figsize=(12, 10), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(3, 1, sharex=True)
-    for step, marker in dict([(steps[0], "x"), (steps[-1], ".")]).items():
+    for step, marker in {steps[0]: "x", steps[-1]: "."}.items():
         chosen = [r for r in records if r["step"] == step]
         for what, color in _COLORS.items():
             look = {"color": color, "linestyle": "", "marker": marker, "markersize": 4}
