@@ -184,13 +184,13 @@ def check_backend(backend: str | None) -> str | None:
     return backend
 
 
-def check_grad_scale(scale: float) -> float:
-    """The scale of gradients, if it is one.
+def check_grad_scale(scale: float | None) -> float | None:
+    """The scale of gradients, if it is one; None stands for what suits their precision.
 
     Raises:
         ValueError: for what is no positive number.
     """
-    if not 0 < scale < float("inf"):
+    if scale is not None and not 0 < scale < float("inf"):
         raise ValueError(f"grad_scale={scale!r}: expected a number greater than 0, best a power of two, such as 1024")
     return scale
 

@@ -14,7 +14,7 @@ from .fp8 import check_backend, check_grad_scale
 from .fp8_break_even import break_even
 from .geometry import arguments
 from .mus import MunitScaled, MuSConv2d, MuSLinear, SparseMuSConv2d, SparseMuSLinear
-from .mus_functional import GRAD_SCALE, ROLES
+from .mus_functional import ROLES
 from .registry import LayerConfig, register_layer
 from .sites import Site, Unsuitable
 from .sparse import MaskedWeight
@@ -49,7 +49,8 @@ class MuSFp8Config(MuSConfig):
 
     Args:
         backend: of the products: ``scaled_mm``, ``emulate``, or by default the best on the device.
-        grad_scale: static factor around the quantisation of gradients, a power of two.
+        grad_scale: static factor around the quantisation of gradients, a power of two; by default 2^10, or 1 for
+            float16.
         auto: only layers that are faster in FP8, see ``fp8_break_even``. The others stay as they are; with ``init``,
             which takes the whole network, they are munit-scaled but not quantised.
         batch_size: for ``auto``: images per step and device.
@@ -62,7 +63,7 @@ class MuSFp8Config(MuSConfig):
     """
 
     backend: str | None = None
-    grad_scale: float = GRAD_SCALE
+    grad_scale: float | None = None
     auto: bool = False
     batch_size: int = 32
     device: str | None = None

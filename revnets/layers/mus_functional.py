@@ -41,6 +41,22 @@ e5m2, 1.5e-5, and would become zero. With 2^10 the range is 1.5e-8 to 56, in whi
 """
 
 
+def gradient_scale(grad_scale: float | None, dtype: torch.dtype) -> float:
+    """The static factor around the quantisation of gradients: the one asked for, or what suits their precision.
+
+    float16 gradients are under a loss scaler, which keeps them within the range of float16: that of e5m2, too. A second
+    factor would clip the largest, and the scaler would not notice. A loss scaler over other gradients is the user's
+    choice, and wants ``grad_scale=1``.
+
+    Example:
+        >>> gradient_scale(None, torch.bfloat16), gradient_scale(None, torch.float16), gradient_scale(2.0, torch.float16)
+        (1024.0, 1.0, 2.0)
+    """
+    if grad_scale is not None:
+        return grad_scale
+    return 1.0 if dtype == torch.float16 else GRAD_SCALE
+
+
 def munit_scale(fan_in: float, role: str = "hidden") -> float:
     r"""The static factor :math:`\alpha` of a layer whose weights have variance 1.
 
@@ -73,7 +89,7 @@ def mus_linear(
     scale: float,
     fp8: bool = False,
     backend: str | None = None,
-    grad_scale: float = GRAD_SCALE,
+    grad_scale: float | None = None,
 ) -> Tensor:
     r""":math:`y = \alpha x W^\top + b`, all three products of training in FP8 on request.
 
@@ -88,7 +104,7 @@ def mus_linear(
         scale: :math:`\alpha`, see ``munit_scale``.
         fp8: quantise the operands.
         backend: of FP8 products: ``"scaled_mm"``, ``"emulate"``, or None for the best on the device.
-        grad_scale: static factor around the quantisation of gradients, a power of two.
+        grad_scale: static factor around the quantisation of gradients, a power of two; None: see ``gradient_scale``.
 
     Returns:
         ``(..., out_features)``.
@@ -112,8 +128,8 @@ def mus_linear(
             f"expected (..., {weight.shape[1]})"
         )
     dtype = _result_dtype(x)
-    backend = resolve_backend(backend, x.device, dtype)
-    y = _Linear.apply(x, weight, scale, backend, dtype, False, grad_scale, torch.is_grad_enabled())
+    backend, gamma = resolve_backend(backend, x.device, dtype), gradient_scale(grad_scale, dtype)
+    y = _Linear.apply(x, weight, scale, backend, dtype, False, gamma, torch.is_grad_enabled())
     return y if bias is None else y + bias.to(dtype)
 
 
@@ -129,7 +145,7 @@ def mus_conv2d(
     scale: float,
     fp8: bool = False,
     backend: str | None = None,
-    grad_scale: float = GRAD_SCALE,
+    grad_scale: float | None = None,
 ) -> Tensor:
     r""":math:`y = \alpha W * x + b`, all three products of training in FP8 on request.
 
@@ -171,16 +187,16 @@ def mus_conv2d(
             f"expected (N, {weight.shape[1]}, H, W)"
         )
     dtype, geometry = _result_dtype(x), (_pair(stride), _pair(padding), _pair(dilation))
-    backend = resolve_backend(backend, x.device, dtype)
+    backend, gamma = resolve_backend(backend, x.device, dtype), gradient_scale(grad_scale, dtype)
     if backend == "scaled_mm" and weight.shape[2:] == (1, 1) and not any(geometry[1]):
         (down, right), last = geometry[0], x.stride(1) == 1
         if (down, right) != (1, 1):
             x = x[:, :, ::down, ::right].contiguous(
                 memory_format=torch.channels_last if last else torch.contiguous_format
             )
-        y = _Linear.apply(x, weight.flatten(1), scale, backend, dtype, True, grad_scale, torch.is_grad_enabled())
+        y = _Linear.apply(x, weight.flatten(1), scale, backend, dtype, True, gamma, torch.is_grad_enabled())
     else:
-        y = _Conv2d.apply(x, weight, scale, dtype, geometry, grad_scale)
+        y = _Conv2d.apply(x, weight, scale, dtype, geometry, gamma)
     return y if bias is None else y + bias.to(dtype)[:, None, None]
 
 

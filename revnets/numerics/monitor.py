@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..layers.fp8 import E4M3, E5M2
 from ..layers.mus import MunitScaled
+from ..layers.mus_functional import gradient_scale
 from .report import Record, draw_picture, read_table, write_table
 from .stats import StatsSum
 
@@ -68,6 +69,7 @@ class NumericsMonitor:
             raise ValueError(f"{type(model).__name__} has no linear layer and no convolution to be watched")
         self._step = 0
         self._sums: dict[tuple[nn.Module, str], StatsSum] = {}
+        self._scales: dict[nn.Module, float] = {}
         self._handles: list[RemovableHandle] = []
         self._attach()
 
@@ -162,17 +164,19 @@ class NumericsMonitor:
     def _add(self, layer: nn.Module, what: str, x: Tensor) -> None:
         if not self._handles or not x.is_floating_point():
             return
-        scale = self._scale(layer) if what == "output_grad" else 1.0
+        scale = self._scale(layer, x.dtype) if what == "output_grad" else 1.0
         self._sums.setdefault((layer, what), StatsSum()).add(x, FORMATS[what], scale)
 
-    def _scale(self, layer: nn.Module) -> float:
-        return layer.grad_scale if isinstance(layer, MunitScaled) else self.grad_scale
+    def _scale(self, layer: nn.Module, dtype: torch.dtype) -> float:
+        found = gradient_scale(layer.grad_scale, dtype) if isinstance(layer, MunitScaled) else self.grad_scale
+        self._scales[layer] = found
+        return found
 
     def _note(self) -> None:
         for layer, name in self._layers.items():
             fp8 = isinstance(layer, MunitScaled) and layer.fp8
             record: Record = {"step": self._step, "layer": name, "kind": type(layer).__name__, "fp8": fp8}
-            record["grad_scale"] = self._scale(layer)
+            record["grad_scale"] = self._scales.get(layer)
             for what, dtype in FORMATS.items():
                 found = self._sums[layer, what].result() if (layer, what) in self._sums else None
                 record[f"{what}_rms"] = None if found is None else found.rms
