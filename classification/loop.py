@@ -19,6 +19,7 @@ from classification.errors import UserError
 from classification.options import TrainOptions
 from classification.report import Steps
 from classification.runtime import Runtime, memory_words, peak_memory, reset_peak_memory
+from revnets.numerics import NumericsMonitor
 from revnets.sparsity import SparsityController, apply_masks
 
 _logger = logging.getLogger("classification")
@@ -38,6 +39,7 @@ class Training:
     scaler: NativeScaler | None
     ema: ModelEmaV3 | None
     sparsity: SparsityController | None = None  # where there are sparse layers
+    numerics: NumericsMonitor | None = None  # where --numerics-interval asks for it
 
     @property
     def updates_per_epoch(self) -> int:
@@ -169,6 +171,8 @@ def _without_exchange(model: nn.Module, due: bool) -> AbstractContextManager[Any
 
 
 def _after_update(run: Training, update: int) -> None:
+    if run.numerics is not None:
+        run.numerics.step()
     if run.sparsity is not None:
         masks = run.sparsity.step()
         if masks is not None:

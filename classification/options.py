@@ -84,6 +84,9 @@ class StartOptions:
     checkpoint_hist: int = option(3, "checkpoints of the best epochs to keep", low=1)
     eval_metric: str = option("top1", "what makes an epoch the best", choices=("top1", "top5", "loss"))
     val_interval: int = option(1, "epochs between two validations", low=1)
+    numerics_interval: int = option(
+        0, "updates between two at which sizes and FP8 losses of all layers are noted in numerics.csv; 0: none", low=0
+    )
     seed: int = option(42, "all randomness follows from it, the epoch and the process", low=0)
     worker_seeding: str = option("all", "seeding of loader processes", choices=("all", "part"))
 

@@ -45,9 +45,12 @@ from classification.report import SUMMARY, Row, Summary, clock, draw_curves, wri
 from classification.runtime import Runtime, memory_words, start_runtime
 from classification.sparse import FILES as SPARSITY_FILES
 from classification.sparse import RunFlops, draw_sparsity, sparsity_words, start_sparsity
+from revnets.numerics import NumericsMonitor
+from revnets.numerics.report import FILES as NUMERICS_FILES
 from revnets.sparsity.report import write_table
 
 _logger = logging.getLogger("classification")
+FILES = (SUMMARY, "curves.png", *SPARSITY_FILES, *NUMERICS_FILES)
 DESCRIPTION = "Train a timm model on images. Options keep the names of timm's own train.py."
 
 
@@ -118,6 +121,9 @@ def train(options: TrainOptions) -> Result:
         if checkpoint:
             saver.restore_history(checkpoint)
         _announce(run, model, folder, len(train_set), len(val_set), start_epoch, epochs)
+        if options.numerics_interval:
+            run.numerics = NumericsMonitor(model, options.numerics_interval)
+            run.numerics.resume(folder, start_epoch * run.updates_per_epoch)
     summary = Summary(folder, start_epoch)
     images = options.batch_size * runtime.world_size * len(data.loader) / run.updates_per_epoch
     flops = RunFlops(model, config["input_size"], run.sparsity, images)
@@ -272,7 +278,7 @@ def _start(run: Training, model: nn.Module) -> tuple[Path, dict[str, Any] | None
                 f"--output: '{folder}' cannot be made ({error.strerror}); give a writable folder."
             ) from error
         if checkpoint is None and options.overwrite:
-            for old in [*folder.glob(PATTERN), *(folder / name for name in (SUMMARY, "curves.png", *SPARSITY_FILES))]:
+            for old in [*folder.glob(PATTERN), *(folder / name for name in FILES)]:
                 old.unlink(missing_ok=True)
     return folder, checkpoint
 
@@ -347,6 +353,8 @@ def _epochs(
             saver.save_checkpoint(epoch, metric=metric)
             if run.sparsity is not None:
                 write_table(run.sparsity, Path(saver.checkpoint_dir))
+            if run.numerics is not None and run.numerics.records:
+                run.numerics.save(Path(saver.checkpoint_dir), options.model)
             done = epoch - epochs[0] + 1
             rest = (time.perf_counter() - start) / done * (len(epochs) - done)
             _logger.info(_epoch_words(row, lr, epoch, 100 * (epoch + 1) / epochs.stop, rest))

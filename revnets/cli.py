@@ -109,6 +109,69 @@ def layers(
         _fail(error)
 
 
+@app.command()
+def numerics(
+    model: Annotated[str, typer.Argument(help="NAME@SIZE:BATCH, any timm model", metavar="MODEL")],
+    data: Annotated[
+        Path | None, typer.Option(help="folder or .tar file of class folders of images (default: random numbers)")
+    ] = None,
+    split: Annotated[str, typer.Option(help="folder or .tar file inside --data")] = "train",
+    layers: Annotated[str, typer.Option(help="convert first, such as mus_fp8")] = "",
+    batches: Annotated[int, typer.Option(help="batches to watch", min=1)] = 4,
+    img_size: Annotated[int | None, typer.Option(help="where MODEL has none", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="where MODEL has none", min=1)] = 32,
+    mode: Annotated[str, typer.Option(help="memory mode (default: reversible where there is one)")] = "",
+    amp_dtype: Annotated[str | None, typer.Option(help="autocast to bfloat16 or float16")] = None,
+    grad_scale: Annotated[float, typer.Option(help="before the cast of gradients, for layers that have none")] = 1.0,
+    channels_last: Annotated[bool, typer.Option(help="memory layout of weights and images")] = True,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    exact: Annotated[bool, typer.Option(help="exact mode of reversible networks")] = True,
+    output: Annotated[Path | None, typer.Option(help="folder for JSON, CSV and a picture")] = None,
+) -> None:
+    """Sizes of activations, weights and gradients layer by layer, and what a cast to FP8 flushes and clips of them."""
+    import revnets  # noqa: F401 - registers the models
+
+    from .numerics import command
+    from .profiling.command import Setting
+
+    try:
+        setting = Setting(device, channels_last, amp_dtype, exact, optimizer=None)
+        request = command.Request(model, data, split, layers, mode, img_size, batch_size, batches, grad_scale, output)
+        command.run(request, setting)
+    except ValueError as error:
+        _fail(error)
+
+
+@app.command()
+def bench_fp8(
+    device: Annotated[str, typer.Option(help="cpu, cuda, ... (default: cuda where there is one)")] = "",
+    widths: Annotated[str, typer.Option(help="inputs and outputs of the layers (default: by device)")] = "",
+    rows: Annotated[str, typer.Option(help="of the products: images times pixels, or tokens")] = "",
+    kinds: Annotated[str, typer.Option(help="of layers: linear, 1x1 conv")] = "linear,1x1 conv",
+    modes: Annotated[str, typer.Option(help="eager, compiled")] = "eager,compiled",
+    repeats: Annotated[int, typer.Option(help="timed rounds; their median counts", min=1)] = 7,
+    backend: Annotated[str | None, typer.Option(help="scaled_mm or emulate (default: the best)")] = None,
+    output: Annotated[Path | None, typer.Option(help="also write JSON, which mus_fp8:auto reads")] = None,
+) -> None:
+    """From which sizes on FP8 layers are faster than bfloat16 here: linear layers and 1x1 convolutions, interleaved."""
+    from .profiling import fp8_bench
+    from .profiling.command import track
+
+    try:
+        if output is not None and not output.parent.is_dir():
+            raise ValueError(f"the folder {str(output.parent)!r} for the output does not exist: create it first")
+        request = fp8_bench.parse(device, widths, rows, kinds, modes, repeats, backend)
+        typer.echo(f"measuring on {fp8_bench.describe(request)}", err=True)
+        found = fp8_bench.run(
+            request, lambda work: track(list(work), "measuring"), lambda sentence: typer.echo(sentence, err=True)
+        )
+    except (ValueError, RuntimeError) as error:
+        _fail(error)
+    fp8_bench.print_rows(found, request)
+    if output is not None:
+        fp8_bench.save(found, request, output)
+
+
 def _fail(error: Exception) -> Any:
     typer.echo(f"revnets: {error}", err=True)
     raise typer.Exit(2)

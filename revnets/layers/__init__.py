@@ -14,7 +14,7 @@ from .fold import fold
 from .fp8 import fp8_products, quantize
 from .mbconv import MBConv
 from .mus import MuSConv2d, MuSLinear, SparseMuSConv2d, SparseMuSLinear
-from .mus_functional import munit_scale, mus_conv2d, mus_linear
+from .mus_functional import gradient_scale, munit_scale, mus_conv2d, mus_linear
 from .mus_optim import mus_param_groups
 from .norm_act import lean_layers, norm_act
 from .norm_act_conv import norm_act_conv
@@ -49,6 +49,7 @@ __all__ = [
     "count_costs",
     "fold",
     "fp8_products",
+    "gradient_scale",
     "lean_layers",
     "list_layers",
     "load_sparse",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -46,6 +47,55 @@ def quantize(x: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     top = torch.finfo(dtype).max / scale
     x = x.clamp(-top, top)
     return (x if scale == 1 else x * scale).to(dtype)
+
+
+def quantize_both(x: Tensor, dtype: torch.dtype, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+    """A matrix quantised, and its transpose; on GPUs by one kernel, which writes both contiguous.
+
+    Products on GPUs want both operands with the summed dimension contiguous, and training needs a matrix both ways.
+    Elsewhere, in compiled code (where inductor fuses what is around it) and without Triton the transpose is a view,
+    which a product copies at need. The numbers are those of ``quantize`` either way.
+
+    Args:
+        x: ``(M, K)``, any strides.
+        dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
+        scale: a static factor, a power of two.
+        backend: of the products: the kernel serves ``"scaled_mm"``.
+
+    Returns:
+        ``(M, K)`` and ``(K, M)``.
+    """
+    fuses = backend == "scaled_mm" and x.device.type == "cuda" and not torch.compiler.is_compiling()
+    if fuses and x.dtype != torch.float64 and (kernel := _kernel(x.device.type, x.device.index)) is not None:
+        check_floating(x, "quantize_both")
+        return kernel(x, dtype, scale)
+    quantized = quantize(x, dtype, scale)
+    return quantized, quantized.t()
+
+
+@cache
+def _kernel(kind: str, index: int | None) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The fused kernel, if it works on this device and gives the numbers of the composition; else None, and it says so.
+
+    Tried on all codes, the ties between them, and what is beyond.
+    """
+    try:
+        from .fp8_triton import cast_transpose
+
+        for dtype in (E4M3, E5M2):
+            codes = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+            values = codes[codes.isfinite()].sort().values
+            values = torch.cat([values, (values[1:] + values[:-1]) / 2, torch.tensor([torch.inf, -torch.inf])])
+            x = values[: len(values) // 6 * 6].view(6, -1).to(device=kind if index is None else f"{kind}:{index}")
+            expected = quantize(x, dtype)
+            for got, wanted in zip(cast_transpose(x, dtype), (expected, expected.t()), strict=True):
+                if not torch.equal(got.view(torch.uint8), wanted.contiguous().view(torch.uint8)):
+                    raise RuntimeError(f"its casts to {dtype} differ from torch's")
+    except Exception as error:  # whatever a compiler on a user's machine may raise
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        warnings.warn(f"FP8 without its fused Triton kernel, so more slowly: {reason}", stacklevel=2)
+        return None
+    return cast_transpose
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -134,13 +184,13 @@ def check_backend(backend: str | None) -> str | None:
     return backend
 
 
-def check_grad_scale(scale: float) -> float:
-    """The scale of gradients, if it is one.
+def check_grad_scale(scale: float | None) -> float | None:
+    """The scale of gradients, if it is one; None stands for what suits their precision.
 
     Raises:
         ValueError: for what is no positive number.
     """
-    if not 0 < scale < float("inf"):
+    if scale is not None and not 0 < scale < float("inf"):
         raise ValueError(f"grad_scale={scale!r}: expected a number greater than 0, best a power of two, such as 1024")
     return scale
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .fp8 import check_backend, check_floating, check_grad_scale
-from .mus_functional import GRAD_SCALE, munit_scale, mus_conv2d, mus_linear
+from .mus_functional import munit_scale, mus_conv2d, mus_linear
 from .sparse import MaskedWeight
 
 
@@ -21,7 +21,7 @@ class MunitScaled(nn.Module):
         scale: :math:`\alpha`, see ``munit_scale``.
         fp8: whether products are in FP8: asked for, and the layer is hidden and not grouped.
         backend: of FP8 products.
-        grad_scale: static factor around the quantisation of gradients, see ``mus_functional.GRAD_SCALE``.
+        grad_scale: static factor around the quantisation of gradients; None: see ``mus_functional.gradient_scale``.
     """
 
     weight: nn.Parameter
@@ -30,9 +30,11 @@ class MunitScaled(nn.Module):
     scale: float
     fp8: bool
     backend: str | None
-    grad_scale: float
+    grad_scale: float | None
 
-    def _init_scale(self, fp8: bool, role: str, backend: str | None, grad_scale: float, density: float = 1.0) -> None:
+    def _init_scale(
+        self, fp8: bool, role: str, backend: str | None, grad_scale: float | None, density: float = 1.0
+    ) -> None:
         self.scale = munit_scale(self.weight.shape[1:].numel() * density, role)
         self.role, self.backend, self.grad_scale = role, check_backend(backend), check_grad_scale(grad_scale)
         self.fp8 = fp8 and role == "hidden" and getattr(self, "groups", 1) == 1
@@ -87,7 +89,7 @@ class MuSLinear(MunitScaled, nn.Linear):  # type: ignore[misc]
         fp8: multiply in FP8, if the layer is hidden.
         role: ``"input"``, ``"hidden"`` or ``"output"``.
         backend: ``"scaled_mm"``, ``"emulate"``, or None for the best on the device.
-        grad_scale: static factor around the quantisation of gradients, a power of two.
+        grad_scale: static factor around the quantisation of gradients, a power of two; None: see ``gradient_scale``.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -107,7 +109,7 @@ class MuSLinear(MunitScaled, nn.Linear):  # type: ignore[misc]
         fp8: bool = False,
         role: str = "hidden",
         backend: str | None = None,
-        grad_scale: float = GRAD_SCALE,
+        grad_scale: float | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -137,7 +139,7 @@ class MuSConv2d(MunitScaled, nn.Conv2d):  # type: ignore[misc]
         fp8: multiply in FP8, if the layer is hidden and not grouped.
         role: ``"input"``, ``"hidden"`` or ``"output"``.
         backend: ``"scaled_mm"``, ``"emulate"``, or None for the best on the device.
-        grad_scale: static factor around the quantisation of gradients, a power of two.
+        grad_scale: static factor around the quantisation of gradients, a power of two; None: see ``gradient_scale``.
         kwargs: those of ``nn.Conv2d``.
 
     Raises:
@@ -154,7 +156,7 @@ class MuSConv2d(MunitScaled, nn.Conv2d):  # type: ignore[misc]
         fp8: bool = False,
         role: str = "hidden",
         backend: str | None = None,
-        grad_scale: float = GRAD_SCALE,
+        grad_scale: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from .fp8 import check_backend, check_grad_scale
+from .fp8_break_even import break_even
 from .geometry import arguments
 from .mus import MunitScaled, MuSConv2d, MuSLinear, SparseMuSConv2d, SparseMuSLinear
-from .mus_functional import GRAD_SCALE, ROLES
+from .mus_functional import ROLES
 from .registry import LayerConfig, Spec, parse_layers, register_layer
 from .sites import Site, Unsuitable
 from .sparse import MaskedWeight
@@ -47,19 +49,32 @@ class MuSFp8Config(MuSConfig):
 
     Args:
         backend: of the products: ``scaled_mm``, ``emulate``, or by default the best on the device.
-        grad_scale: static factor around the quantisation of gradients, a power of two.
+        grad_scale: static factor around the quantisation of gradients, a power of two; by default 2^10, or 1 for
+            float16.
+        auto: only layers that are faster in FP8, see ``fp8_break_even``. The others stay as they are; with ``init``,
+            which takes the whole network, they are munit-scaled but not quantised.
+        batch_size: for ``auto``: images per step and device.
+        device: for ``auto``: where the network will be trained, or its kind, such as ``cuda sm90``; by default where
+            the weights are, or on CUDA if they are on the CPU and there is such a device.
+        table: for ``auto``: measured by ``revnets bench-fp8``; by default that of ``REVNETS_FP8_TABLE``, if it is set.
 
     Raises:
-        ValueError: for an unknown backend, or a factor that is not positive.
+        ValueError: for an unknown backend, or numbers that are not positive.
     """
 
     backend: str | None = None
-    grad_scale: float = GRAD_SCALE
+    grad_scale: float | None = None
+    auto: bool = False
+    batch_size: int = 32
+    device: str | None = None
+    table: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_backend(self.backend)
         check_grad_scale(self.grad_scale)
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size!r}: expected a number of images, 1 at least")
 
 
 @register_layer("mus", MuSConfig, network=True, everywhere=True, keeps_weights=True)
@@ -71,18 +86,56 @@ def mus(job: Any, config: MuSConfig) -> nn.Module:
 @register_layer("mus_fp8", MuSFp8Config, network=True, everywhere=True, keeps_weights=True)
 def mus_fp8(job: Any, config: MuSFp8Config) -> nn.Module:
     """Munit-scaled layers that multiply in FP8 in training, too; first layer, classifier, grouped ones do not."""
-    return _scaled(job, config, "mus_fp8", fp8=True, backend=config.backend, grad_scale=config.grad_scale)
+    slow = _slower_in_fp8(job, config) if config.auto else {}
+    options: dict[str, Any] = {"backend": config.backend, "grad_scale": config.grad_scale}
+    return _scaled(job, config, "mus_fp8", slow, fp8=True, **options)
 
 
-def _scaled(job: Any, config: MuSConfig, kind: str, **options: Any) -> nn.Module:
-    from .convert import put_layer
+def _scaled(
+    job: Any, config: MuSConfig, kind: str, slow: Mapping[str, str] | None = None, fp8: bool = False, **options: Any
+) -> nn.Module:
+    """Convert all layers but those in ``slow``, which gives reasons by name; see ``MuSFp8Config.auto``."""
+    from .convert import Skipped, put_layer
 
     _check_network(job, config, kind)
     for name in job.names:
+        reason = (slow or {}).get(name)
+        if reason is not None and not config.init:
+            job.report.skipped.append(Skipped(name, reason))
+            continue
         site: Site = job.surroundings.site(name)
         role = config.roles.get(name, site.role)
-        put_layer(job.report, site, munit_scaled(site.layer, role, config.init, **options), kind)
+        made = munit_scaled(site.layer, role, config.init, fp8=fp8 and reason is None, **options)
+        put_layer(job.report, site, made, kind)
+        if reason is not None:
+            done = job.report.converted
+            done[-1] = replace(done[-1], kind="mus", note=f"{done[-1].note}: {reason}")
     return job.report.model
+
+
+def _slower_in_fp8(job: Any, config: MuSFp8Config) -> dict[str, str]:
+    """Reasons, by name, why layers are left out by ``auto``; remarks go to the report."""
+    weight: Any = next(job.model.parameters(), torch.empty(0))
+    device: Any = "cpu" if weight.device.type == "meta" else weight.device
+    if weight.device.type in ("cpu", "meta") and torch.cuda.is_available():
+        device = "cuda"
+    known = break_even(config.device or device, config.table)
+    numbers = {c.module: math.prod(c.outputs[0].shape) for c in job.surroundings.trace.calls if c.outputs}
+    found: dict[str, str] = {}
+    for name in job.names:
+        site: Site = job.surroundings.site(name)
+        layer: Any = site.layer
+        role = config.roles.get(name, site.role)
+        reason = f"role {role}, which is never quantised" if role != "hidden" else None
+        rows = numbers.get(name, 0) // max(layer.weight.shape[0], 1) * config.batch_size
+        reason = reason or known.reason_to_keep(layer, rows)
+        if reason is not None:
+            found[name] = reason
+    job.report.notes.append(
+        f"auto: {len(job.names) - len(found)} of {len(job.names)} layers are faster in FP8 on {known.device} at batch "
+        f"size {config.batch_size}, by {known.source}"
+    )
+    return found
 
 
 def _check_network(job: Any, config: MuSConfig, kind: str) -> None:
@@ -119,7 +172,7 @@ def munit_options(spec: Spec) -> tuple[dict[str, Any], Mapping[str, str]]:
 
     Example:
         >>> munit_options("mus_fp8:backend:emulate")
-        ({'fp8': True, 'backend': 'emulate', 'grad_scale': 1024.0}, {})
+        ({'fp8': True, 'backend': 'emulate', 'grad_scale': None}, {})
     """
     parts = parse_layers(spec)
     config = parts[0].config
@@ -130,6 +183,11 @@ def munit_options(spec: Spec) -> tuple[dict[str, Any], Mapping[str, str]]:
         )
     if not isinstance(config, MuSFp8Config):
         return {}, config.roles
+    if config.auto:
+        raise ValueError(
+            f"layers={spec!r}: 'auto' chooses among the layers of a plain network, expected 'mus_fp8' or 'mus' here: "
+            "this network is made of munit-scaled layers from the start"
+        )
     return {"fp8": True, "backend": config.backend, "grad_scale": config.grad_scale}, config.roles
 
 

@@ -19,7 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .fp8 import E4M3, E5M2, _count, check_floating, fp8_matmul, quantize, resolve_backend, without_autocast
+from .fp8 import (
+    E4M3,
+    E5M2,
+    _count,
+    check_floating,
+    fp8_matmul,
+    quantize,
+    quantize_both,
+    resolve_backend,
+    without_autocast,
+)
 
 Ints = int | Sequence[int]
 ROLES = ("input", "hidden", "output")
@@ -29,6 +39,22 @@ GRAD_SCALE = 2.0**10
 With a loss that is a mean over images and pixels, most gradients of vision networks lie below the smallest number of
 e5m2, 1.5e-5, and would become zero. With 2^10 the range is 1.5e-8 to 56, in which gradients of unit variance lie, too.
 """
+
+
+def gradient_scale(grad_scale: float | None, dtype: torch.dtype) -> float:
+    """The static factor around the quantisation of gradients: the one asked for, or what suits their precision.
+
+    float16 gradients are under a loss scaler, which keeps them within the range of float16: that of e5m2, too. A second
+    factor would clip the largest, and the scaler would not notice. A loss scaler over other gradients is the user's
+    choice, and wants ``grad_scale=1``.
+
+    Example:
+        >>> gradient_scale(None, torch.bfloat16), gradient_scale(None, torch.float16), gradient_scale(2.0, torch.float16)
+        (1024.0, 1.0, 2.0)
+    """
+    if grad_scale is not None:
+        return grad_scale
+    return 1.0 if dtype == torch.float16 else GRAD_SCALE
 
 
 def munit_scale(fan_in: float, role: str = "hidden") -> float:
@@ -63,7 +89,7 @@ def mus_linear(
     scale: float,
     fp8: bool = False,
     backend: str | None = None,
-    grad_scale: float = GRAD_SCALE,
+    grad_scale: float | None = None,
 ) -> Tensor:
     r""":math:`y = \alpha x W^\top + b`, all three products of training in FP8 on request.
 
@@ -78,7 +104,7 @@ def mus_linear(
         scale: :math:`\alpha`, see ``munit_scale``.
         fp8: quantise the operands.
         backend: of FP8 products: ``"scaled_mm"``, ``"emulate"``, or None for the best on the device.
-        grad_scale: static factor around the quantisation of gradients, a power of two.
+        grad_scale: static factor around the quantisation of gradients, a power of two; None: see ``gradient_scale``.
 
     Returns:
         ``(..., out_features)``.
@@ -102,7 +128,8 @@ def mus_linear(
             f"expected (..., {weight.shape[1]})"
         )
     dtype = _result_dtype(x)
-    y = _Linear.apply(x, weight, scale, resolve_backend(backend, x.device, dtype), dtype, False, grad_scale)
+    backend, gamma = resolve_backend(backend, x.device, dtype), gradient_scale(grad_scale, dtype)
+    y = _Linear.apply(x, weight, scale, backend, dtype, False, gamma, torch.is_grad_enabled())
     return y if bias is None else y + bias.to(dtype)
 
 
@@ -118,7 +145,7 @@ def mus_conv2d(
     scale: float,
     fp8: bool = False,
     backend: str | None = None,
-    grad_scale: float = GRAD_SCALE,
+    grad_scale: float | None = None,
 ) -> Tensor:
     r""":math:`y = \alpha W * x + b`, all three products of training in FP8 on request.
 
@@ -160,16 +187,16 @@ def mus_conv2d(
             f"expected (N, {weight.shape[1]}, H, W)"
         )
     dtype, geometry = _result_dtype(x), (_pair(stride), _pair(padding), _pair(dilation))
-    backend = resolve_backend(backend, x.device, dtype)
+    backend, gamma = resolve_backend(backend, x.device, dtype), gradient_scale(grad_scale, dtype)
     if backend == "scaled_mm" and weight.shape[2:] == (1, 1) and not any(geometry[1]):
         (down, right), last = geometry[0], x.stride(1) == 1
         if (down, right) != (1, 1):
             x = x[:, :, ::down, ::right].contiguous(
                 memory_format=torch.channels_last if last else torch.contiguous_format
             )
-        y = _Linear.apply(x, weight.flatten(1), scale, backend, dtype, True, grad_scale)
+        y = _Linear.apply(x, weight.flatten(1), scale, backend, dtype, True, gamma, torch.is_grad_enabled())
     else:
-        y = _Conv2d.apply(x, weight, scale, dtype, geometry, grad_scale)
+        y = _Conv2d.apply(x, weight, scale, dtype, geometry, gamma)
     return y if bias is None else y + bias.to(dtype)[:, None, None]
 
 
@@ -184,7 +211,9 @@ def _pair(value: Ints) -> list[int]:
 
 
 class _Linear(torch.autograd.Function):
-    """Over the last dimension, or over the channels of maps; keeps the quantised operands."""
+    """Over the last dimension, or over the channels of maps; keeps the quantised operands, as the backward pass needs
+    them: transposed.
+    """
 
     @staticmethod
     def forward(
@@ -196,10 +225,14 @@ class _Linear(torch.autograd.Function):
         dtype: torch.dtype,
         maps: bool,
         grad_scale: float,
+        trains: bool,
     ) -> Tensor:
-        # gathered after quantisation, at a byte a number
-        rows, quantized = _rows(quantize(x, E4M3), maps), quantize(weight, E4M3)
-        ctx.save_for_backward(rows, quantized)
+        if trains:
+            rows, columns = _quantized_rows(x, maps, E4M3, 1.0, backend)
+            quantized, transposed = quantize_both(weight, E4M3, 1.0, backend)
+            ctx.save_for_backward(columns, transposed)
+        else:
+            rows, quantized = _rows(quantize(x, E4M3), maps), quantize(weight, E4M3)
         last = maps and x.stride(1) == 1
         ctx.settings = (scale, grad_scale, backend, maps, last, x.shape, x.dtype, weight.dtype)
         return _unrowed(fp8_matmul(rows, quantized, scale, dtype, backend), x.shape, maps, last)
@@ -207,15 +240,24 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        rows, weight = ctx.saved_tensors
+        columns, weight = ctx.saved_tensors
         scale, grad_scale, backend, maps, last, shape, *dtypes = ctx.settings
-        grad, scale = _rows(quantize(grad, E5M2, grad_scale), maps), scale / grad_scale
+        scale = scale / grad_scale
+        grad, grad_columns = _quantized_rows(grad, maps, E5M2, grad_scale, backend)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = _unrowed(fp8_matmul(grad, weight.t(), scale, dtypes[0], backend), shape, maps, last)
+            grad_x = _unrowed(fp8_matmul(grad, weight, scale, dtypes[0], backend), shape, maps, last)
         if ctx.needs_input_grad[1]:
-            grad_weight = fp8_matmul(grad.t(), rows.t(), scale, dtypes[1], backend)
-        return grad_x, grad_weight, None, None, None, None, None
+            grad_weight = fp8_matmul(grad_columns, columns, scale, dtypes[1], backend)
+        return grad_x, grad_weight, None, None, None, None, None, None
+
+
+def _quantized_rows(x: Tensor, maps: bool, dtype: torch.dtype, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+    """``(rows, C)`` quantised, and its transpose; see ``quantize_both``."""
+    if not maps or x.is_contiguous(memory_format=torch.channels_last):
+        return quantize_both(_rows(x, maps), dtype, scale, backend)
+    rows = _rows(quantize(x, dtype, scale), maps)  # gathered after quantisation, at a byte a number
+    return rows, rows.t()
 
 
 def _rows(x: Tensor, maps: bool) -> Tensor:

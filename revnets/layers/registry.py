@@ -15,7 +15,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from ..sparsity.masks import check_sparsity
 
@@ -217,7 +217,8 @@ _BOOLS = {"true": True, "false": False}
 
 
 def _value(entry: Entry, option: str, kind: Any, word: str) -> Any:
-    """The word as the option's type."""
+    """The word as the option's type, or as what is optional in it."""
+    kind = next((one for one in get_args(kind) if one is not type(None)), kind)
     if kind is bool and word.lower() in _BOOLS:
         return _BOOLS[word.lower()]
     try:

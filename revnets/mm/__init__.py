@@ -23,6 +23,7 @@ from .hrfpn import LeanHRFPN
 from .layers import register_conv_layers
 from .mus_optim import MuSOptimWrapperConstructor
 from .neck import RevBiFPNNeck
+from .numerics_hook import NumericsHook
 from .resume import ResumableTrainLoop
 from .sparsity_hook import SparsityHook
 
@@ -33,6 +34,7 @@ __all__ = [
     "LeanHRFPN",
     "MemoryReportHook",
     "MuSOptimWrapperConstructor",
+    "NumericsHook",
     "ResumableTrainLoop",
     "RevBiFPN",
     "RevBiFPNNeck",

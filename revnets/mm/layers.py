@@ -1,14 +1,38 @@
-"""Sparse layers for ``conv_cfg=dict(type="SparseDopedConv2d", sparsity=0.75)`` in any MMDetection model."""
+"""Sparse and munit-scaled convolutions by name in any MMDetection model.
+
+``conv_cfg=dict(type="SparseDopedConv2d", sparsity=0.75)``, ``conv_cfg=dict(type="MuSConv2d", fp8=True)``.
+"""
 
 from __future__ import annotations
 
 from .. import layers
+
+
+class MuSConv2d(layers.MuSConv2d):
+    """``revnets.layers.MuSConv2d`` that keeps its weights of variance 1.
+
+    MMEngine's initialisers, meant for plain convolutions, take every class whose direct base is called ``Conv2d``; and
+    ``ConvModule`` those without an ``init_weights`` of their own.
+    """
+
+    def init_weights(self) -> None:
+        """Nothing: the constructor has drawn them."""
+
+
+class SparseMuSConv2d(layers.SparseMuSConv2d):
+    """``revnets.layers.SparseMuSConv2d`` that keeps its weights of variance 1; see ``MuSConv2d``."""
+
+    def init_weights(self) -> None:
+        """Nothing: the constructor has drawn them."""
+
 
 CONV_LAYERS = {
     "SparseParallelConv2d": layers.SparseParallelConv2d,
     "SparseFactorizedConv2d": layers.SparseFactorizedConv2d,
     "SparseDopedConv2d": layers.SparseDopedConv2d,
     "SparseMaskedConv2d": layers.SparseConv2d,  # mmcv.ops has a SparseConv2d, for point clouds
+    "SparseMuSConv2d": SparseMuSConv2d,
+    "MuSConv2d": MuSConv2d,
 }
 
 

@@ -13,6 +13,7 @@ import yaml
 
 from classification import train
 from classification.report import read_summary
+from revnets.numerics.report import read_table
 
 from .short_runs import SHORT, Trainer
 
@@ -180,3 +181,9 @@ def test_initial_checkpoint(run_train: Trainer, trained: Path, tmp_path: Path) -
     weights = load(tmp_path / "run" / "last.pth.tar")["state_dict"]
     ema = load(trained / "last.pth.tar")["state_dict_ema"]
     assert torch.equal(weights["conv_stem.weight"], ema["conv_stem.weight"])
+
+
+def test_numerics_of_a_run(run_train: Trainer, tmp_path: Path) -> None:
+    assert run_train("--epochs", "1", "--numerics-interval", "3", "--grad-checkpointing") == 0
+    assert {r["step"] for r in read_table(tmp_path / "run")} == {0, 3}
+    assert (tmp_path / "run" / "numerics.png").exists()

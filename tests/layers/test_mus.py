@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import revnets
 from revnets.layers import (
     MuSConv2d,
     MuSLinear,
+    SparseMuSConv2d,
     SparseMuSLinear,
     fp8_products,
     mus_conv2d,
@@ -102,10 +104,12 @@ def test_variance_of_other_shapes(fan_in: int, fan_out: int, rows: int) -> None:
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.9])
-def test_unit_variance_under_masks(sparsity: float) -> None:
+@pytest.mark.parametrize("conv", [False, True], ids=["linear", "1x1"])
+def test_unit_variance_under_masks(sparsity: float, conv: bool) -> None:
     torch.manual_seed(1)
-    layer = SparseMuSLinear(512, 512, False, sparsity=sparsity, fp8=True)
-    found = sizes(layer, (512, 512))
+    kind: Any = partial(SparseMuSConv2d, kernel_size=1) if conv else SparseMuSLinear
+    layer = kind(512, 512, bias=False, sparsity=sparsity, fp8=True)
+    found = sizes(layer, (2, 512, 16, 16) if conv else (512, 512))
     assert_unit_scaled(found)
     assert rms(layer.weight[layer.mask]) == pytest.approx(1, abs=0.05)
 
@@ -226,12 +230,37 @@ def test_gradients_of_mean_losses_are_not_flushed(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("case", ["linear", "1x1", "3x3"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_under_a_loss_scaler_gradients_are_scaled_once(case: str, dtype: torch.dtype) -> None:
+    x, weight, _, grad = made(case)
+    x, large = x.detach().to(dtype), (grad.clamp(-4, 4) * 2.0**13).to(dtype)  # within the range of float16
+    found = {}
+    for name, options in {"default": {}, "once": {"grad_scale": 1.0}, "twice": {"grad_scale": GRAD_SCALE}}.items():
+        y = CASES[case][0](x, weight, None, scale=1.0, fp8=True, backend="emulate", **options)
+        (found[name],) = torch.autograd.grad(y, weight, large)
+    same = {torch.float16: "once", torch.bfloat16: "twice"}[dtype]
+    assert torch.equal(found["default"], found[same])
+    assert found["twice"].norm() < 0.05 * found["once"].norm()  # clipped
+
+
+@pytest.mark.parametrize("case", ["linear", "1x1", "3x3"])
 def test_a_byte_per_number_is_kept(case: str) -> None:
     x, weight, *_ = made(case)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         CASES[case][0](x, weight, None, scale=1.0, fp8=True, backend="emulate")
     assert sum(t.numel() * t.element_size() for t in kept) == x.numel() + weight.numel()
+
+
+@pytest.mark.parametrize("case", ["linear", "1x1"])
+def test_nothing_is_kept_without_gradients(case: str) -> None:
+    x, weight, bias, _ = made(case)
+    options: dict[str, Any] = {"scale": 0.21, "fp8": True, "backend": "scaled_mm"}
+    kept: list[Tensor] = []
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = CASES[case][0](x, weight, bias, **options)
+    assert not kept
+    assert torch.equal(y, CASES[case][0](x, weight, bias, **options))
 
 
 def test_only_what_is_needed_and_second_derivatives() -> None:

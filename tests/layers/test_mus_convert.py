@@ -143,3 +143,20 @@ def test_reversible_gradients_are_the_same_bits(layers: str, autocast: bool) -> 
     assert_same_step(rebuilt, stored, 0)
     if "fp8" in layers:
         assert sum(fp8_products().values()) > products > 100  # it did recompute
+
+
+@pytest.mark.parametrize("backend", ["emulate", "scaled_mm"])
+def test_recomputed_branches_are_the_same_bits(backend: str) -> None:
+    torch.manual_seed(0)
+    model: Any = timm.create_model("test_revbifpn", layers=f"mus_fp8:backend:{backend}", num_classes=10).train()
+    model.set_mode("reversible")
+    seen: dict[str, list[torch.Tensor]] = {}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, MunitScaled) and m.fp8}
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda m, args, y, name=name: seen.setdefault(name, []).append(y.detach().clone()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(torch.randn(2, 3, 32, 32))
+    y.float().square().mean().backward()
+    again = [name for name, outputs in seen.items() if len(outputs) == 2]
+    assert len(again) > 0.9 * len(layers)
+    assert all(torch.equal(*seen[name]) for name in again)

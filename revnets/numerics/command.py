@@ -1,0 +1,196 @@
+"""What ``revnets numerics`` does: a few training steps of a network, watched layer by layer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers import convert, fp8_products
+from ..profiling.command import choose_targets, track
+from ..profiling.fake import ProfileError
+from ..profiling.profile import describe
+from ..profiling.report import open_folder, write
+from ..profiling.target import Setting, Target, as_job, first_line, training_loss
+from .monitor import NumericsMonitor
+from .report import print_table
+
+Batch = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for; see ``revnets numerics --help``."""
+
+    model: str
+    data: Path | None = None
+    split: str = "train"
+    layers: str = ""
+    mode: str = ""
+    img_size: int | None = None
+    batch_size: int = 32
+    batches: int = 4
+    grad_scale: float = 1.0
+    output: Path | None = None
+
+
+def run(request: Request, setting: Setting) -> None:
+    """Watch, print and save.
+
+    Raises:
+        ProfileError: for what does not exist or cannot run.
+        ValueError: for layers that cannot be.
+    """
+    target = choose_targets([request.model], request.mode, setting, request.img_size, request.batch_size)[0]
+    if target.part:
+        raise ProfileError(
+            f"{request.model} is a detector: in its config, add custom_hooks=[dict(type='NumericsHook')]"
+        )
+    folder = None if request.output is None else open_folder(request.output)
+    dataset = None if request.data is None else _open(request.data, request.split)
+    network, words = _network(target, setting, request.layers, _classes(dataset))
+    channels = _channels(target)
+    if dataset is None:
+        source = f"{request.batches} batches of RANDOM numbers as images (give --data for real ones)"
+        batches: Any = list(_random_batches(target, channels, request.batches))
+    else:
+        chosen = _sample(dataset, target, channels, request.batches)
+        source = f"{len(chosen)} batches of {request.data} ({request.split})"
+        batches = chosen
+    fp8_products(reset=True)
+    records = _watch(network, batches, target, setting, request.grad_scale)
+    title = f"{target}, {target.mode_name}{words}: {source} ({describe(setting)})"
+    print_table(records.records, title)
+    products = ", ".join(f"{n} {kind}" for kind, n in sorted(fp8_products().items()))
+    _say(f"FP8 products: {products or 'none'}")
+    if folder is not None:
+        for path in [*records.save(folder, title), _write_json(records.records, title, folder)]:
+            _say(f"wrote {path}")
+
+
+def _network(target: Target, setting: Setting, layers: str, classes: int | None) -> tuple[nn.Module, str]:
+    """The network in training mode on its device, converted, and in words what was converted."""
+    if classes is not None:
+        target = replace(target, options=(*target.options, ("num_classes", classes)))
+    try:
+        network = target.build(setting, setting.device).network
+    except (RuntimeError, AssertionError) as error:
+        raise ProfileError(f"{target} cannot be built on {setting.device}: {first_line(error)}") from error
+    if not layers:
+        return network, ""
+    report = convert(network, layers, input_size=(_channels(target), target.img_size, target.img_size))
+    return report.model, f", {layers} ({len(report.converted)} layers converted, {len(report.skipped)} not)"
+
+
+def _channels(target: Target) -> int:
+    import timm
+
+    cfg = timm.get_pretrained_cfg(target.name)
+    return int(cfg.input_size[0]) if cfg is not None else 3
+
+
+def _watch(network: nn.Module, batches: Any, target: Target, setting: Setting, grad_scale: float) -> NumericsMonitor:
+    """One record of all batches: forward and backward pass of each, weights unchanged."""
+    monitor = NumericsMonitor(network, every=1, grad_scale=grad_scale)
+    layout = torch.channels_last if setting.channels_last else torch.contiguous_format
+    with monitor:
+        for x, labels in track(batches, "watching") if isinstance(batches, list) else batches:
+            x = x.to(setting.device).contiguous(memory_format=layout)
+            job = as_job(network, x, training_loss, setting)
+            network.zero_grad(set_to_none=True)
+            try:
+                y = job.model.train()(x)
+                _loss(y, labels).backward()
+            except (RuntimeError, ValueError, AssertionError) as error:
+                raise ProfileError(f"{target} cannot run: {first_line(error)}") from error
+        monitor.step()
+        monitor.close()
+    network.zero_grad(set_to_none=True)
+    return monitor
+
+
+def _loss(y: Any, labels: Tensor | None) -> Tensor:
+    """Cross entropy with the labels of the data where there are some."""
+    if labels is not None and isinstance(y, Tensor) and y.ndim == 2:
+        return F.cross_entropy(y.float(), labels.to(y.device))
+    return training_loss(y)
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def _random_batches(target: Target, channels: int, count: int) -> Iterator[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (target.batch_size, channels, target.img_size, target.img_size)
+    for _ in range(count):
+        yield torch.randn(shape, generator=generator), None
+
+
+def _open(path: Path, split: str) -> Any:
+    """Images in class folders, in a folder or a .tar file; ``path`` itself or its ``split``.
+
+    Raises:
+        ProfileError: where there are none.
+    """
+    from timm.data import create_dataset
+
+    if not path.exists():
+        raise ProfileError(f"--data: there is no folder or .tar file {str(path)!r}: give the one that holds the images")
+    for candidate in (path / f"{split}.tar", path / split):
+        if path.is_dir() and candidate.exists():
+            path = candidate
+            break
+    try:
+        return create_dataset("", root=str(path), split=split, is_training=True)
+    except (RuntimeError, OSError, ValueError, AssertionError) as error:
+        raise ProfileError(
+            f"--data: cannot open images in {str(path)!r} ({first_line(error)}): expected one folder per class"
+        ) from error
+
+
+def _classes(dataset: Any) -> int | None:
+    index = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+    return len(index) if index else None
+
+
+def _sample(dataset: Any, target: Target, channels: int, count: int) -> Any:
+    """Batches of images drawn without replacement, as the network sees them in validation.
+
+    Raises:
+        ProfileError: for fewer images than one batch.
+    """
+    import timm
+    from timm.data import create_transform, resolve_data_config
+
+    if len(dataset) < target.batch_size:
+        raise ProfileError(f"--data: {len(dataset)} images do not fill one batch of {target.batch_size}: lower it")
+    cfg = timm.get_pretrained_cfg(target.name)
+    size = (channels, target.img_size, target.img_size)
+    config = resolve_data_config(
+        {"input_size": size}, pretrained_cfg=cfg.to_dict() if cfg is not None else {}, verbose=False
+    )
+    keep = {key: config[key] for key in ("interpolation", "mean", "std", "crop_pct")}
+    dataset.transform = create_transform(size, **keep)
+    if channels == 1:
+        dataset.input_img_mode = "L"
+    count = min(count, len(dataset) // target.batch_size)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    chosen = torch.utils.data.Subset(dataset, order[: count * target.batch_size].tolist())
+    return torch.utils.data.DataLoader(chosen, batch_size=target.batch_size)
+
+
+def _write_json(records: list[dict[str, Any]], title: str, folder: Path) -> Path:
+    text = json.dumps({"title": title, "rows": records}, indent=2) + "\n"
+    return write(folder / "numerics.json", lambda path: path.write_text(text))
+
+
+def _say(line: str) -> None:
+    from rich.console import Console
+
+    Console(soft_wrap=True, highlight=False).print(line, markup=False)
