@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -96,10 +96,8 @@ class Passes:
         try:
             for done, batch in enumerate(self._batches(), start=1):
                 missing.update({name: self.calls[name] - missing[name] for name in moments})
-                try:
+                with suppress(_Enough):
                     self.model(batch)
-                except _Enough:
-                    pass
                 progress(done / len(self.images))
         finally:
             for handle in handles:
@@ -124,7 +122,7 @@ class Passes:
                     self.model(batch)
             except ValueError as error:
                 raise ValueError(
-                    f"batch norms cannot be estimated anew ({error}): give larger batches or images, or recalibrate=False"
+                    f"batch norms cannot be estimated anew ({error}): give larger batches, or recalibrate=False"
                 ) from error
         return len(norms)
 

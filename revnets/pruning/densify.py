@@ -1,4 +1,4 @@
-"""Sparse networks and their checkpoints as dense ones: the masks go, the zeros stay where they are and may be trained."""
+"""Sparse networks and their checkpoints as dense ones: the masks go, the zeros stay and may be trained."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ class PruningReport:
         )
 
     def table(self) -> Any:
-        """A rich table of the layers."""
+        """A rich table of the pruned layers."""
         from rich.table import Table
 
         table = Table(title="Pruned layers", caption=self.summary())
@@ -130,11 +130,7 @@ class PruningReport:
         table.add_column("remark")
         for layer in self.layers:
             counts = (f"{layer.zeros} / {layer.weights}", f"{layer.sparsity:.4f}", f"{layer.error:.3g}")
-            table.add_row(
-                layer.name, layer.kind, *counts, f"{layer.damping:g}", f"{layer.seconds:.2f}", layer.note
-            )
-        for other in self.skipped:
-            table.add_row(other.name, "", "-", "-", "-", "-", "-", other.reason)
+            table.add_row(layer.name, layer.kind, *counts, f"{layer.damping:g}", f"{layer.seconds:.2f}", layer.note)
         return table
 
     def records(self) -> list[dict[str, Any]]:
