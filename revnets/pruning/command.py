@@ -158,8 +158,7 @@ def calibration_batches(
     Raises:
         ValueError: where there are none.
     """
-    from timm.data import create_dataset, create_transform, resolve_data_config
-    from torch.utils.data import DataLoader, Subset
+    from timm.data import create_dataset, resolve_data_config
 
     config = resolve_data_config({name: trained.get(name) for name in _DATA}, model=model)
     if not source.data.exists():
@@ -169,8 +168,25 @@ def calibration_batches(
         dataset: Any = create_dataset("", root=str(source.data), split=source.split, input_img_mode=mode)
     except (RuntimeError, OSError, ValueError, AssertionError) as error:
         raise ValueError(f"no images of split {source.split!r} in {str(source.data)!r} ({error})") from error
-    dataset.transform = create_transform(
-        **{name: config[name] for name in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")}
-    )
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(source.seed))[:images].tolist()
-    return iter(DataLoader(Subset(dataset, order), batch_size=source.batch_size))
+    return draw_batches(dataset, config, images, source.batch_size, source.seed)
+
+
+def draw_batches(
+    dataset: Any, config: Mapping[str, Any], images: int, batch_size: int = 64, seed: int = 0
+) -> Iterator[tuple[Tensor, ...]]:
+    """Images of a data set of timm, drawn by a seed, as a network sees them in validation.
+
+    Args:
+        dataset: with a ``transform``, which is replaced.
+        config: of ``timm.data.resolve_data_config``.
+        images: how many; fewer where there are not as many.
+        batch_size: of the batches.
+        seed: which ones.
+    """
+    from timm.data import create_transform
+    from torch.utils.data import DataLoader, Subset
+
+    names = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    dataset.transform = create_transform(**{name: config[name] for name in names})
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:images].tolist()
+    return iter(DataLoader(Subset(dataset, order), batch_size=batch_size))
