@@ -72,7 +72,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--recover", nargs="*", type=_target, default=["0.7"], help="targets to train further")
     parser.add_argument("--images", type=positive, default=20000, help="training images, equally many of each class")
     parser.add_argument("--val-images", type=positive, help="validation images; all where not given")
-    parser.add_argument("--calibration", type=positive, default=512, help="images to prune on")
+    parser.add_argument("--calibration", type=positive, default=256, help="images to prune on")
     parser.add_argument("--epochs", type=positive, help="of the dense networks; those of the recipes where not given")
     parser.add_argument("--recover-epochs", type=positive, help="of each stage; a third of the dense where not given")
     parser.add_argument("--recover-lr", type=float, default=0.3, help="of the dense network's learning rate")
@@ -212,8 +212,13 @@ class Network:
         start = self.pruned_file(pruned.method, pruned.target)
         teacher = ("--teacher-checkpoint", str(dense))
         for word, more in ((RETRAINED, ()), (DISTILLED, teacher)):
-            name = f"{start.stem}-{word}"
-            stage = self._stage(name, start, self.recover_epochs, "--keep-zeros", *more)
+            stage = self._stage(
+                f"{self.pruned_file(pruned.method, pruned.target).stem}-{word}",
+                start,
+                self.recover_epochs,
+                "--keep-zeros",
+                *more,
+            )
             row = stage.run()
             flops = row.get("train_flops", 0.0)
             yield dataclasses.replace(pruned, stage=word, top1=row["eval_top1"], train_flops=flops)

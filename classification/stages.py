@@ -1,4 +1,4 @@
-"""What tables of several trainings need: parts of data sets, and trainings as processes that go on where they stopped."""
+"""What tables of several trainings need: parts of data sets, and trainings that go on where they stopped."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def part_of(source: Path, made: Path, images: int | None, classes: Callable[[lis
         taken = {name: found[name] for name in classes(sorted(found))}
         fewest = min(map(len, taken.values()))
         each = max(map(len, taken.values())) if images is None else images // len(taken)
-        if not 0 < each or (images is not None and each > fewest):
+        if each < 1 or (images is not None and each > fewest):
             allowed = f"{len(taken)} to {len(taken) * fewest}"
             raise UserError(f"--images: {images} was given where {allowed} were expected, equally many of each class.")
         with tarfile.open(path, "w") as target:
