@@ -232,7 +232,7 @@ class Network:
     @torch.no_grad()
     def accuracy(self, model: nn.Module) -> float:
         """Top-1 on the validation images."""
-        model.to(memory_format=self.runtime.memory_format)  # type: ignore[call-overload]
+        model.to(memory_format=self.runtime.memory_format)
         return validate(model, self.loader, self.runtime, "validate", 1 << 30)["top1"]
 
 

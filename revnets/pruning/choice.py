@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -101,7 +100,7 @@ def targets(layers: Layers, goal: float | Pattern, distribution: str) -> dict[st
         _check_fits(layers, goal)
         return dict.fromkeys(layers, goal)
     if distribution == "global":
-        return global_zeros(weights, goal)
+        return {**global_zeros(weights, goal)}
     if distribution not in DISTRIBUTIONS:
         raise ValueError(
             f"distribution={distribution!r}: expected one of {', '.join(DISTRIBUTIONS)}, global (one for all weights)"
@@ -196,13 +195,3 @@ def _cached_block_name(modules: Mapping[str, nn.Module]) -> Callable[[str], str]
         return layer.partition(".")[0] if "." in layer else layer
 
     return block_name
-
-
-def zeros_of(layers: Layers) -> int:
-    """How many weights are 0."""
-    return sum(int((layer.weight == 0).sum()) for layer in layers.values())  # type: ignore
-
-
-def numel(layers: Layers) -> int:
-    """How many weights there are."""
-    return sum(math.prod(layer.weight.shape) for layer in layers.values())  # type: ignore

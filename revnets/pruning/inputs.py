@@ -52,7 +52,7 @@ class Moments:
         self.kernel_first = kernel_first
         self.rows = 0
         groups, columns = shape(layer)
-        device = self.layer.weight.device
+        device: Any = self.layer.weight.device
         where = "cpu" if device.type == "mps" else device  # which has no float64
         self._sum = torch.zeros(groups, columns, columns, dtype=torch.float64, device=where)
 

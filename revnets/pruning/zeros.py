@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..layers.convert import replace_module
@@ -66,11 +65,3 @@ def _masked(layer: Any) -> nn.Module:
     made.register_buffer("mask", mask, persistent=False)
     made.weight, made.bias = layer.weight, layer.bias
     return made.train(layer.training)
-
-
-@torch.no_grad()
-def zero_share(model: nn.Module) -> float:
-    """Share of zeros among the weights of all convolutions and linear layers that hold some."""
-    weights: list[Any] = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    some = [w for w in weights if bool((w == 0).any())]
-    return sum(int((w == 0).sum()) for w in some) / max(sum(w.numel() for w in some), 1)
