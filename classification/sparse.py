@@ -85,11 +85,18 @@ class RunFlops:
         input_size: Channels, height and width.
         sparsity: What changes the masks, or None.
         images: Per update of the weights, in all processes.
+        before: FLOPs of earlier trainings that the weights come from.
     """
 
     def __init__(
-        self, model: nn.Module, input_size: tuple[int, int, int], sparsity: SparsityController | None, images: float
+        self,
+        model: nn.Module,
+        input_size: tuple[int, int, int],
+        sparsity: SparsityController | None,
+        images: float,
+        before: float = 0.0,
     ) -> None:
+        self.before = before
         self._schedule = Schedule("static") if sparsity is None else sparsity.schedule
         self._images = images
         self.costs = _costs(model, input_size)
@@ -100,7 +107,8 @@ class RunFlops:
         if self._step is None:
             return {}
         total = self._step.run(self._schedule, updates)
-        return {"train_flops": total, "train_flops_recomputed": self._step.recomputed * updates}
+        columns = {"train_flops": total, "train_flops_recomputed": self._step.recomputed * updates}
+        return {**columns, "train_flops_all_phases": self.before + total} if self.before else columns
 
     def report(self, updates: int) -> FlopsReport | None:
         """By layer, and by schedule after so many updates; None where they could not be counted."""
