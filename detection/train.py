@@ -116,8 +116,8 @@ def train(argv: Sequence[str] | None = None) -> Result:
 
 def _resume(cfg: Any, args: argparse.Namespace, folder: Path) -> bool:
     """Sets what is to be loaded; says whether the run goes on from it."""
-    last = checkpoints.newest(folder)
     if args.resume == "auto":
+        last = checkpoints.newest_whole(folder)
         if last is None:
             _logger.info(f"--resume auto: no checkpoint in '{folder}', starting from the beginning")
         else:
@@ -126,7 +126,7 @@ def _resume(cfg: Any, args: argparse.Namespace, folder: Path) -> bool:
     if args.resume:
         cfg.load_from, cfg.resume = args.resume, True
         return True
-    if last is not None and not args.overwrite:
+    if checkpoints.newest(folder) is not None and not args.overwrite:
         raise UserError(
             f"--work-dir: '{folder}' already holds a run; add --resume to go on with it, --overwrite to start anew, "
             "or give another folder."
