@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,9 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 from classification.data import TrainData
 from classification.errors import UserError
 from classification.options import TrainOptions
+from classification.recovery import Position, Recovery
 from classification.report import Steps
 from classification.runtime import Runtime, memory_words, peak_memory, reset_peak_memory
 from revnets.sparsity import SparsityController, apply_masks
+from revnets.training.resumable import MODEL, seed_all
 
 _logger = logging.getLogger("classification")
 
@@ -37,6 +41,7 @@ class Training:
     scheduler: Any
     scaler: NativeScaler | None
     ema: ModelEmaV3 | None
+    recovery: Recovery
     sparsity: SparsityController | None = None  # where there are sparse layers
 
     @property
@@ -44,13 +49,20 @@ class Training:
         """Updates of the weights in an epoch."""
         return -(-len(self.data.loader) // self.options.grad_accum_steps)
 
+    def updates_before(self, position: Position) -> int:
+        """Updates of the weights from the start of the run."""
+        return position.epoch * self.updates_per_epoch + -(-position.step // self.options.grad_accum_steps)
+
 
 class _Losses:
     """Collects the losses of steps; on a GPU they are only looked at when a line of the log is due."""
 
-    def __init__(self, epoch: int) -> None:
+    def __init__(self, start: Position, primary: bool) -> None:
         self.meter = AverageMeter()
-        self.epoch = epoch
+        self.epoch = start.epoch
+        if primary and start.loss_count:  # of all processes, so only once
+            self.meter.sum, self.meter.count = start.loss_sum, start.loss_count
+            self.meter.avg = start.loss_sum / start.loss_count
         self._waiting: list[tuple[int, Tensor, int]] = []
 
     def add(self, step: int, loss: Tensor, count: int) -> None:
@@ -75,29 +87,37 @@ class _Losses:
         self._waiting.clear()
         return float(self.meter.avg)
 
+    def position(self, step: int) -> Position:
+        """Where the run is after so many batches of the epoch."""
+        self.look()
+        return Position(self.epoch, step, float(self.meter.sum), float(self.meter.count))
 
-def train_epoch(run: Training, epoch: int) -> dict[str, float]:
-    """Trains for one epoch.
+
+def train_epoch(run: Training, begin: Position) -> tuple[dict[str, float], Position]:
+    """Trains for one epoch, or what is left of it.
 
     Args:
         run: What to train.
-        epoch: Its number from 0.
+        begin: Where.
 
     Returns:
-        Mean loss over all processes, images per second, seconds, and peak memory.
+        Mean loss over all processes, images per second, seconds, and peak memory; and the epoch's end.
 
     Raises:
         UserError: The loss stopped being finite.
+        Terminated: After SIGTERM; the run is saved.
     """
-    options, runtime = run.options, run.runtime
-    run.data.set_epoch(epoch, options.mixup_off_epoch)
+    options, runtime, epoch = run.options, run.runtime, begin.epoch
+    run.data.start(epoch, begin.step, options.mixup_off_epoch, runtime.rank)
     run.model.train()
     run.optimizer.zero_grad()
     reset_peak_memory(runtime.device)
-    losses, total, images_seen, update = _Losses(epoch), len(run.data.loader), 0, epoch * run.updates_per_epoch
+    losses, total, images_seen = _Losses(begin, runtime.primary), len(run.data.loader), 0
+    update = run.updates_before(begin)
     start = time.perf_counter()
     with Steps(f"train {epoch}", total, options.log_interval, runtime.primary) as steps:
-        for step, (images, target) in enumerate(run.data.loader, start=1):
+        for step, (images, target) in enumerate(run.data.loader if begin.step < total else (), start=begin.step + 1):
+            seed_all(options.seed, MODEL, runtime.rank, epoch * total + step)
             images, target = runtime.place(images, target)
             if run.data.mixup is not None:
                 images, target = run.data.mixup(images, target)
@@ -107,19 +127,23 @@ def train_epoch(run: Training, epoch: int) -> dict[str, float]:
             if _updates(run, step, total):
                 update += 1
                 _after_update(run, update)
+                if step < total:
+                    position = functools.partial(losses.position, step)
+                    run.recovery.check(position, total, options.grad_accum_steps)
             if steps.due(step):
                 rate = images_seen / (time.perf_counter() - start)
                 steps.show(step, _note(losses.look(), run, rate))
     runtime.synchronize()
     seconds = time.perf_counter() - start
-    losses.look()
-    loss_sum, count = runtime.sum(float(losses.meter.sum), float(losses.meter.count))
-    return {
+    end = losses.position(total)
+    loss_sum, count = runtime.sum(end.loss_sum, end.loss_count)
+    figures = {
         "loss": loss_sum / count,
         "images_per_s": images_seen / seconds,
         "seconds": seconds,
         **peak_memory(runtime.device),
     }
+    return figures, end
 
 
 def _note(loss: float, run: Training, rate: float) -> str:
@@ -183,7 +207,14 @@ def _after_update(run: Training, update: int) -> None:
 
 
 @torch.no_grad()
-def validate(model: nn.Module, loader: Any, runtime: Runtime, title: str, log_interval: int) -> dict[str, float]:
+def validate(
+    model: nn.Module,
+    loader: Any,
+    runtime: Runtime,
+    title: str,
+    log_interval: int,
+    after_batch: Callable[[], None] | None = None,
+) -> dict[str, float]:
     """Loss and accuracy over all images, each counted once however many processes share them.
 
     Args:
@@ -192,6 +223,7 @@ def validate(model: nn.Module, loader: Any, runtime: Runtime, title: str, log_in
         runtime: Device and processes.
         title: For the progress line.
         log_interval: Steps between two lines of the log.
+        after_batch: Called after each; it may end the run.
 
     Returns:
         `loss`, `top1`, `top5` (percent), `images` and `images_per_s`.
@@ -217,6 +249,8 @@ def validate(model: nn.Module, loader: Any, runtime: Runtime, title: str, log_in
                 sums += torch.stack([loss.double() * take, *correct, correct.new_tensor(take)])
             if steps.due(step):
                 steps.show(step, "")
+            if after_batch is not None:
+                after_batch()
     loss_sum, top1_sum, top5_sum, count = runtime.sum(*sums.tolist())
     count = max(count, 1.0)
     seconds = time.perf_counter() - start

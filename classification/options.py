@@ -82,6 +82,9 @@ class StartOptions:
     experiment: str = option("", "name of the run's folder; <model>-<size> where not given")
     overwrite: bool = option(False, "start anew in a folder that already holds a run")
     checkpoint_hist: int = option(3, "checkpoints of the best epochs to keep", low=1)
+    recovery_interval: int = option(
+        0, "batches between two checkpoints in the middle of an epoch; 0: only at its end, and after SIGTERM", low=0
+    )
     eval_metric: str = option("top1", "what makes an epoch the best", choices=("top1", "top5", "loss"))
     val_interval: int = option(1, "epochs between two validations", low=1)
     seed: int = option(42, "all randomness follows from it, the epoch and the process", low=0)

@@ -60,8 +60,8 @@ class WholeCheckpointHook(CheckpointHook):
     """MMEngine's ``CheckpointHook`` for local folders, safe against being killed at any moment.
 
     Files appear complete or not at all; ``last_checkpoint`` names a complete one; old ones (``max_keep_ckpts``, a best
-    one that was surpassed) go after the new one is there. In a ``ResumableTrainLoop`` it also saves before a validation,
-    which takes long and changes nothing, and after SIGTERM.
+    one that was surpassed) go after the new one is there. In a ``ResumableTrainLoop`` it also saves after SIGTERM and
+    before a validation, which takes long and changes nothing.
 
     Args:
         interim: also save every so many iterations, to ``interim.pth``, of which there is only the latest; 0: never.
@@ -76,6 +76,13 @@ class WholeCheckpointHook(CheckpointHook):
         super().__init__(**{"backend_args": {"backend": BACKEND}, **options})
         self.interim = interim
         self._due, self._saved_at = False, -1
+
+    def before_train(self, runner: Any) -> None:
+        """Find the folder; remove what a kill left half-written in it."""
+        super().before_train(runner)
+        if is_main_process():
+            for file in Path(self.out_dir).glob(".*.pth.tmp"):
+                file.unlink(missing_ok=True)
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Save, if it is time; between two updates of the weights, as accumulated gradients are in no file."""

@@ -47,7 +47,8 @@ class Batches:
 
     def __init__(self, batches: Any) -> None:
         self.batches = batches
-        self.seed, self.epoch, self.skip = 0, 0, 0
+        self.seed, self.epoch, self.skip, self.rank = 0, 0, 0, 0
+        self.repeated = False  # an image may come several times in an epoch, each time with another augmentation
 
     @property
     def sampler(self) -> Any:
@@ -66,7 +67,17 @@ class Batches:
     def __iter__(self) -> Iterator[list[tuple[int, tuple[int, ...]]]]:
         for number, batch in enumerate(self.batches):
             if number >= self.skip:
-                yield [(index, (self.seed, DATA, self.epoch, index)) for index in batch]
+                yield [(index, self._seed(index, number, place)) for place, index in enumerate(batch)]
+
+    def _seed(self, index: int, batch: int, place: int) -> tuple[int, ...]:
+        more = (self.rank, batch, place) if self.repeated else ()
+        return (self.seed, DATA, self.epoch, index, *more)
+
+
+class Items(list[Any]):
+    """The items of a batch, and the seed of what is drawn for all of them."""
+
+    seed: tuple[int, ...] = ()
 
 
 class SeededDataset:
@@ -84,8 +95,10 @@ class SeededDataset:
             seed_all(*index[1])
             return self._dataset[index[0]]
 
-    def __getitems__(self, indices: Sequence[tuple[int, tuple[int, ...]]]) -> list[Any]:
-        return [self[index] for index in indices]
+    def __getitems__(self, indices: Sequence[tuple[int, tuple[int, ...]]]) -> Items:
+        items = Items(self[index] for index in indices)
+        items.seed = indices[0][1]
+        return items
 
     def __len__(self) -> int:
         return len(self._dataset)

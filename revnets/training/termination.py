@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-TERMINATED = 75  # sysexits' EX_TEMPFAIL: try again later; 143 would be what a shell says of any process that SIGTERM ended
+TERMINATED = 75  # sysexits' EX_TEMPFAIL, try again later; a shell says 143 of any process that dies of SIGTERM
 TOGETHER = 8  # steps between two times that several processes ask each other
 
 
