@@ -328,9 +328,9 @@ def _epochs(
     options, runtime, start, epochs = run.options, run.runtime, time.perf_counter(), range(begin.epoch, stop)
     for epoch in epochs:
         random_seed(options.seed + 1000003 * (epoch + 1), runtime.rank)  # so that a resumed run draws the same numbers
-        lr = max(group["lr"] for group in run.optimizer.param_groups)
         row: Row = {"epoch": float(epoch)}
         figures, end = train_epoch(run, begin if epoch == begin.epoch else Position(epoch))
+        lr = max(group["lr"] for group in run.optimizer.param_groups)
         row.update({f"train_{name}": value for name, value in figures.items()})
         row.update(flops.after((epoch + 1) * run.updates_per_epoch))
         metrics: dict[str, float] = {}
