@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -107,6 +108,8 @@ class Saver(CheckpointSaver):
             epoch: The finished one.
             metric: Its rank among the best: as in timm, ties keep the earlier epoch, and epochs without one come last.
         """
+        if metric is not None and not math.isfinite(metric):
+            metric = None
         mine = (self._checkpoint_path(epoch), metric)
         files = [file for file in self.checkpoint_files if file[0] != mine[0]]
         ranked = [file for file in [*files, mine] if file[1] is not None]

@@ -104,6 +104,12 @@ class OptimizerOptions:
     layer_decay: float | None = option(None, "factor of the learning rate per layer, from the last to the first", low=0)
     clip_grad: float | None = option(None, "gradient clipping", low=0)
     clip_mode: str = option("norm", "what to clip", choices=("norm", "value", "agc"))
+    nonfinite_limit: int = option(
+        10, "updates in a row that are skipped for a loss or gradients that are not finite; 0 does not look", low=0
+    )
+    drift_interval: int = option(
+        500, "steps between two looks at how well a reversible model rebuilds its activations; 0 does not look", low=0
+    )
     grad_accum_steps: int = option(1, "batches per update of the weights", low=1)
     grad_checkpointing: bool = option(False, "checkpoint activations, in models that have timm's switch for it")
     sync_bn: bool = option(False, "batch statistics over all processes (GPU)")

@@ -48,6 +48,8 @@ from classification.runtime import Runtime, memory_words, start_runtime
 from classification.sparse import FILES as SPARSITY_FILES
 from classification.sparse import TrainingFlops, draw_sparsity, sparsity_words, start_sparsity
 from revnets.sparsity.report import write_table
+from revnets.training.drift import DriftMonitor
+from revnets.training.finite import FiniteGuard
 
 _logger = logging.getLogger("classification")
 DESCRIPTION = "Train a timm model on images. Options keep the names of timm's own train.py."
@@ -124,6 +126,7 @@ def train(options: TrainOptions) -> Result:
     summary = Summary(folder, begin.epoch)
     images = options.batch_size * runtime.world_size * len(data.loader) / run.updates_per_epoch
     flops = TrainingFlops(model, config["input_size"], run.sparsity, images)
+    run.guard.start()
     with run.recovery.termination:
         _epochs(run, val_loader, saver, summary, begin, epochs, flops)
     return _finish(run, folder, saver, summary, done=begin.epoch >= epochs)
@@ -172,7 +175,9 @@ def _training(options: TrainOptions, runtime: Runtime, model: nn.Module, data: A
             f"--opt: {options.opt} refuses its arguments ({one_line(error)}); correct --opt-kwargs."
         ) from error
     recovery = Recovery(runtime, options.recovery_interval, data.batches is not None)
-    run = Training(options, runtime, model, optimizer, _loss(options), data, None, runtime.scaler(), None, recovery)
+    guard, drift = FiniteGuard(model, options.nonfinite_limit), DriftMonitor(model, options.drift_interval)
+    loss, scaler = _loss(options), runtime.scaler()
+    run = Training(options, runtime, model, optimizer, loss, data, None, scaler, None, recovery, guard, drift)
     try:
         run.scheduler, epochs = create_scheduler_v2(
             optimizer,
@@ -355,6 +360,8 @@ def _epoch_words(row: Row, lr: float, epoch: int, share: float, rest: float) -> 
     words = f"epoch {epoch} ({share:.0f}% of the run, ETA {clock(rest)}): train loss {row['train_loss']:.4f}"
     if "eval_loss" in row:
         words += f", val loss {row['eval_loss']:.4f}, top-1 {row['eval_top1']:.2f}%"
+    if row.get("train_skipped"):
+        words += f", {row['train_skipped']:.0f} updates skipped since the start"
     return f"{words}, lr {lr:.2e}, {row['train_images_per_s']:,.0f} images/s, {memory}"
 
 

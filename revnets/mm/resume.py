@@ -4,6 +4,7 @@ What is drawn at random depends on the seed and on where in the run it is drawn,
 run that starts there draws the same.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from mmengine.registry import LOOPS
 from mmengine.runner import EpochBasedTrainLoop
 from torch.utils.data import DataLoader
 
+from ..reversible import RangeError
 from ..training.resumable import MODEL, resumable, seed_all
 from ..training.termination import Terminated, Termination
 
@@ -123,8 +125,25 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         self._batches.epoch, self._batches.skip = self._epoch, done
         for index, batch in enumerate(self.dataloader, start=done):
             seed_all(self.runner.seed, MODEL, get_rank(), self._iter)
-            self.run_iter(index, batch)
+            try:
+                self.run_iter(index, batch)
+            except RangeError as error:  # exact mode's guard, before any update
+                self._failed(index, batch, error)
             if index + 1 < len(self.dataloader) and self.runner.optim_wrapper.should_update():
                 self._stop_if_terminated()
         self.runner.call_hook("after_train_epoch")
         self._epoch += 1
+
+    def _failed(self, index: int, batch: Any, error: RangeError) -> None:
+        """An iteration without an update, if a hook takes it on (``FiniteHook``).
+
+        Raises:
+            RangeError: none does.
+        """
+        if not any(hasattr(hook, "after_failed_iter") for hook in self.runner.hooks):
+            raise error
+        self.runner.call_hook("after_failed_iter", error=error)
+        self.runner.optim_wrapper._inner_count += 1
+        outputs = {"loss": torch.tensor(math.nan)}
+        self.runner.call_hook("after_train_iter", batch_idx=index, data_batch=batch, outputs=outputs)
+        self._iter += 1
