@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_dataset, create_loader
+from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, Mixup, create_dataset, create_loader
 from timm.data.loader import PrefetchLoader
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, RandomSampler
 from torchvision.transforms import RandomCrop
 
 from classification.errors import UserError, one_line
+from classification.images import Images
 from classification.options import DataOptions, TrainOptions, ValidateOptions
 from classification.runtime import Runtime
 from revnets.training.resumable import BATCH, Batches, Items, apart, resumable, seed_all
@@ -140,8 +141,9 @@ def open_dataset(options: DataOptions, split: str, training: bool, **more: Any) 
             )
         if split.endswith(".tar") and not (root / split).exists():
             raise UserError(f"{flag}: there is no file '{root / split}'; correct --data-dir or {flag}.")
+    mode = "L" if options.in_chans == 1 else "RGB"
     try:
-        return create_dataset(
+        dataset = create_dataset(
             options.dataset,
             root=options.data_dir or None,
             split=split,
@@ -149,9 +151,10 @@ def open_dataset(options: DataOptions, split: str, training: bool, **more: Any) 
             class_map=options.class_map or None,
             download=options.dataset_download,
             batch_size=options.batch_size,
-            input_img_mode="L" if options.in_chans == 1 else "RGB",
+            input_img_mode=mode,
             **more,
         )
+        return Images(dataset, mode) if isinstance(dataset, ImageDataset) else dataset
     except (RuntimeError, OSError, ValueError, AssertionError, ImportError) as error:
         where = f"{options.dataset or 'images'} in '{root}', split '{split}'"
         raise UserError(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from classification.images import UnreadableImages
 from revnets.training.integrity import NotWritten
 from revnets.training.termination import TERMINATED, Terminated
 
@@ -38,7 +39,7 @@ def guarded(run: Callable[[], object]) -> int:
     """
     try:
         run()
-    except (UserError, NotWritten) as error:
+    except (UserError, UnreadableImages, NotWritten) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return USER_ERROR
     except Terminated as ended:

@@ -52,6 +52,14 @@ class CheckedRunner(Runner):
             raise UserError(f"CONFIG: '{self.cfg.filename}': there is no optimizer '{kind}'{hint}; correct its type.")
         return super().build_optim_wrapper(optim_wrapper)
 
+    def call_hook(self, fn_name: str, **kwargs: Any) -> None:
+        """MMEngine's; what a hook refuses before the first step is a mistake of the configuration."""
+        if fn_name in ("before_run", "before_train", "after_load_checkpoint"):
+            with _configuring(self.cfg):
+                super().call_hook(fn_name, **kwargs)
+        else:
+            super().call_hook(fn_name, **kwargs)
+
     def load_or_resume(self) -> None:
         """MMEngine's, and a look at whether the loop can go on from there."""
         super().load_or_resume()

@@ -91,12 +91,14 @@ def train(argv: Sequence[str] | None = None) -> Result:
     cfg = load(args)
     from detection.runner import build, progress
     from revnets.mm import DriftHook, FiniteHook, MemoryReportHook
+    from revnets.mm.checkpoint import UnknownMetric
     from revnets.training.finite import NonFinite
 
     folder = Path(cfg.work_dir)
     resumed = _resume(cfg, args, folder)
     _adapt(cfg, args)
     checks.check_classes(cfg)
+    checks.check_save_best(cfg)
     if not args.no_check and primary():
         checks.check_data(cfg, ["train", "val"])
     checkpoint = _read_checkpoint(cfg, resumed)
@@ -115,7 +117,7 @@ def train(argv: Sequence[str] | None = None) -> Result:
     with noise_kept_out(args.verbose):
         try:
             runner.train()
-        except NonFinite as error:
+        except (NonFinite, UnknownMetric) as error:
             raise UserError(f"iteration {runner.iter}: {one_line(error)}.") from error
     return _finish(runner, cfg, args, told, memory.report)
 

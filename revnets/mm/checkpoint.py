@@ -55,6 +55,10 @@ class WholeFilesBackend(LocalBackend):
 register_backend(BACKEND, WholeFilesBackend, force=True)
 
 
+class UnknownMetric(ValueError):
+    """The best checkpoint is to be chosen by a metric that no evaluator gives."""
+
+
 @HOOKS.register_module()
 class WholeCheckpointHook(CheckpointHook):
     """MMEngine's ``CheckpointHook`` for local folders, safe against being killed at any moment.
@@ -124,6 +128,12 @@ class WholeCheckpointHook(CheckpointHook):
     def _save_best_checkpoint(self, runner: Any, metrics: dict[str, Any]) -> None:
         if not metrics:  # COCO's, where nothing was found
             return
+        unknown = [key for key in self.key_indicators if key not in metrics and key != "auto"] if self.save_best else []
+        if unknown:
+            raise UnknownMetric(
+                f"save_best={unknown[0]!r} is none of the validation's metrics: expected one of {', '.join(metrics)}; "
+                "correct default_hooks.checkpoint.save_best and go on with --resume"
+            )
         with self.file_backend.removals_put_off() as surpassed:
             super()._save_best_checkpoint(runner, metrics)
         now = vars(self)
