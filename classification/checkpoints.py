@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from torch import nn
 from classification.errors import UserError, one_line, whole_file
 from classification.models import load_weights, read_checkpoint
 from revnets.sparsity import SparsityController
+from revnets.training.integrity import damage, writing
 
 _logger = logging.getLogger("classification")
-PATTERN = "*.pth.tar"
+PATTERN, LAST, RECOVERY = "*.pth.tar", "last.pth.tar", "recovery.pth.tar"
 
 
 class Saver(CheckpointSaver):
@@ -69,8 +70,65 @@ class Saver(CheckpointSaver):
         self.scheduler = scheduler
         self.sparsity = sparsity
         self.extra: dict[str, float] = {}  # further numbers to store
+        self.folder = folder
 
-    def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
+    def save_checkpoint(self, epoch: int, metric: float | None = None) -> tuple[float | None, int | None]:
+        """Saves after an epoch.
+
+        Args:
+            epoch: The finished one.
+            metric: Ranks it; None: only the last.
+
+        Returns:
+            The best metric and its epoch.
+
+        Raises:
+            NotWritten: There is no space, say.
+        """
+        self._save(str(self.folder / LAST), epoch, metric)
+        self.place(self.folder / LAST, epoch, metric)
+        (self.folder / RECOVERY).unlink(missing_ok=True)
+        return self.best_metric, self.best_epoch
+
+    def save_position(self, position: Mapping[str, Any]) -> None:
+        """Saves in the middle of an epoch; there is only the latest such file.
+
+        Args:
+            position: Of which epoch how much is done, as plain values.
+
+        Raises:
+            NotWritten: There is no space, say.
+        """
+        self._save(str(self.folder / RECOVERY), position["epoch"] - 1, position=position)
+
+    def place(self, path: Path, epoch: int, metric: float | None) -> None:
+        """Gives a file of a finished epoch the other names that it deserves; a run that was killed in it can repeat it.
+
+        Args:
+            path: The file.
+            epoch: The finished one.
+            metric: Its rank among the best: as in timm, ties keep the earlier epoch, and epochs without one come last.
+        """
+        if metric is not None and not math.isfinite(metric):
+            metric = None
+        mine = (self._checkpoint_path(epoch), metric)
+        files = [file for file in self.checkpoint_files if file[0] != mine[0]]
+        ranked = [file for file in [*files, mine] if file[1] is not None]
+        ranked.sort(key=lambda file: file[1], reverse=not self.decreasing)
+        files = [*ranked, *(file for file in [mine, *files] if file[1] is None)]
+        self.checkpoint_files = files[: self.max_history]
+        if metric is not None and (self.best_metric is None or self.cmp(metric, self.best_metric)):
+            self.best_epoch, self.best_metric = epoch, metric
+        names = [LAST, *(["model_best.pth.tar"] if epoch == self.best_epoch else [])]
+        names += [os.path.basename(mine[0])] if mine in self.checkpoint_files else []
+        for name in names:
+            self._duplicate(str(path), str(self.folder / name))
+        for file, _ in files[self.max_history :]:
+            Path(file).unlink(missing_ok=True)
+
+    def _save(
+        self, save_path: str, epoch: int, metric: float | None = None, position: Mapping[str, Any] | None = None
+    ) -> None:
         state: dict[str, Any] = {
             "epoch": epoch,
             "arch": self.args["model"],
@@ -86,6 +144,8 @@ class Saver(CheckpointSaver):
                 "best_metric": self.best_metric,
             },
         }
+        if position is not None:
+            state["position"] = dict(position)
         if self.scheduler is not None:
             state["scheduler"] = _plain(self.scheduler.state_dict())
         if self.model_ema is not None:
@@ -94,35 +154,43 @@ class Saver(CheckpointSaver):
             state[self.amp_scaler.state_dict_key] = self.amp_scaler.state_dict()
         if self.sparsity is not None:
             state["sparsity"] = self.sparsity.state_dict()
-        try:
-            with whole_file(Path(save_path)) as path:
-                torch.save(state, path)
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"--output: '{save_path}' cannot be written ({one_line(error)}); free space there."
-            ) from error
-
-    def _replace(self, src: str, dst: str) -> None:
-        os.replace(src, dst)  # timm removes the old file first, and a kill in between would leave none
+        with writing(save_path), whole_file(Path(save_path)) as path, path.open("wb") as file:
+            torch.save(state, file)
 
     def _duplicate(self, src: str, dst: str) -> None:
-        with suppress(FileNotFoundError):
-            os.unlink(dst)
-        try:
-            os.link(src, dst)
-        except OSError:
-            shutil.copy2(src, dst)
+        if os.path.exists(dst) and os.path.samefile(src, dst):
+            return
+        temporary = Path(dst).with_name(f".tmp-{os.path.basename(dst)}")
+        temporary.unlink(missing_ok=True)
+        with writing(dst):
+            try:
+                os.link(src, temporary)
+            except OSError:
+                shutil.copy2(src, temporary)
+            os.replace(temporary, dst)
 
-    def restore_history(self, checkpoint: Mapping[str, Any]) -> None:
-        """Takes the list of the best epochs from a checkpoint of the same folder, without files that are gone."""
+    def restore_history(self, checkpoint: Mapping[str, Any], path: Path, newest: bool) -> None:
+        """Takes the list of the best epochs from a checkpoint, without files that are gone.
+
+        Args:
+            checkpoint: As read.
+            path: Of its file.
+            newest: It is what the run of this folder did last: what a kill prevented afterwards is made up for.
+        """
         history = checkpoint.get("history") or {}
-        entries = [(name, value) for name, value in history.get("files", [])]
-        epoch, metric = checkpoint.get("epoch"), checkpoint.get("metric")
-        entries.append((f"{self.save_prefix}-{epoch}{self.extension}", metric))
-        paths = [(os.path.join(self.checkpoint_dir, name), value) for name, value in entries if value is not None]
-        kept = {path: (path, value) for path, value in paths if os.path.exists(path)}
-        self.checkpoint_files = sorted(kept.values(), key=lambda c: c[1], reverse=not self.decreasing)
+        entries = [(os.path.join(self.checkpoint_dir, name), value) for name, value in history.get("files", [])]
+        self.checkpoint_files = [entry for entry in entries if os.path.exists(entry[0])]
         self.best_epoch, self.best_metric = history.get("best_epoch"), history.get("best_metric")
+        if checkpoint.get("position") is not None:
+            return  # of after the epoch
+        epoch, metric = checkpoint["epoch"], checkpoint.get("metric")
+        if newest:
+            self.place(path, epoch, metric)
+            return
+        own = self._checkpoint_path(epoch)
+        if metric is not None and os.path.exists(own) and own not in dict(self.checkpoint_files):
+            self.checkpoint_files.append((own, metric))
+            self.checkpoint_files.sort(key=lambda c: (c[1] is not None, c[1] or 0), reverse=not self.decreasing)
         if metric is not None and (self.best_metric is None or self.cmp(metric, self.best_metric)):
             self.best_epoch, self.best_metric = epoch, metric
 
@@ -138,10 +206,33 @@ def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def newest(folder: Path) -> Path | None:
-    """The checkpoint of a run's folder that was written last, or None."""
+def by_age(folder: Path) -> list[Path]:
+    """The checkpoints of a run's folder, the one that was written last first."""
     files = [file for file in folder.glob(PATTERN) if not file.name.startswith((".tmp-", "tmp"))]
-    return max(files, key=lambda file: (file.stat().st_mtime_ns, file.name == "last.pth.tar"), default=None)
+    return sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name == LAST), reverse=True)
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The checkpoint to go on from: the newest whose checksums are right; damaged ones are warned of.
+
+    Raises:
+        UserError: There are checkpoints, and all are damaged.
+    """
+    files = by_age(folder)
+    for file in files:
+        problem = damage(file)
+        if not problem:
+            return file
+        _logger.warning(f"--resume: '{file}' is damaged ({problem}); trying the one before it")
+    if files:
+        raise UserError(f"--resume: all checkpoints in '{folder}' are damaged; start anew with --overwrite.")
+    return None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes files that a kill left half-written."""
+    for file in folder.glob(".tmp-*"):
+        file.unlink(missing_ok=True)
 
 
 def resume(
@@ -154,10 +245,10 @@ def resume(
     amp_scaler: NativeScaler | None,
     sparsity: SparsityController | None,
 ) -> dict[str, Any]:
-    """Brings everything back to the end of the epoch that a checkpoint was written after.
+    """Brings everything back to where a checkpoint was written.
 
-    Randomness is not in the file: each epoch's follows from the seed, the epoch and the process. Schedules other than
-    `plateau` follow from the epoch too, so more `--epochs` or another `--lr` take effect.
+    Randomness is not in the file: it follows from the seed, the epoch, the batch or image, and the process. Schedules
+    other than `plateau` follow from the epoch too, so more `--epochs` or another `--lr` take effect.
 
     Args:
         path: The checkpoint.
@@ -203,7 +294,8 @@ def resume(
             raise UserError(f"--resume: '{path}': {one_line(error)}.") from error
     if scheduler is not None and "best" in checkpoint.get("scheduler", {}):
         scheduler.load_state_dict(checkpoint["scheduler"])
-    _logger.info(f"resumed from '{path}', {checkpoint['epoch'] + 1} epochs done")
+    within = f" and {checkpoint['position']['step']} batches" if "position" in checkpoint else ""
+    _logger.info(f"resumed from '{path}', {checkpoint['epoch'] + 1} epochs{within} done")
     return checkpoint
 
 

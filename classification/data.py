@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_dataset, create_loader
-from torch.utils.data import Dataset
+from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, Mixup, create_dataset, create_loader
+from timm.data.loader import PrefetchLoader
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, RandomSampler
 from torchvision.transforms import RandomCrop
 
 from classification.errors import UserError, one_line
+from classification.images import Images
 from classification.options import DataOptions, TrainOptions, ValidateOptions
 from classification.runtime import Runtime
+from revnets.training.resumable import BATCH, Batches, Items, apart, resumable, seed_all
 
 _logger = logging.getLogger("classification")
 
@@ -47,21 +51,68 @@ class RepeatedDataset(Dataset[Any]):
         return self.dataset[index % len(self.dataset)]
 
 
+class SeededMixup(FastCollateMixup):
+    """timm's, which the loader calls; what it draws follows from the batch."""
+
+    def __call__(self, batch: Any, _: Any = None) -> Any:
+        """Mixes and stacks a batch."""
+        if not isinstance(batch, Items):
+            return super().__call__(batch, _)
+        with apart():
+            seed_all(BATCH, *batch.seed)
+            return super().__call__(batch, _)
+
+
+class SeededErasing:
+    """timm's random erasing, which its loader does one batch ahead; what it draws follows from the batch.
+
+    Args:
+        inner: timm's.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.seed: tuple[int, ...] = ()
+        self.number = 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Erases in a batch."""
+        seed_all(*self.seed, self.number)
+        self.number += 1
+        erased: Tensor = self.inner(images)
+        return erased
+
+
 @dataclasses.dataclass
 class TrainData:
     """The loader of the training images and what mixes them."""
 
     loader: Any
     mixup: Mixup | None  # mixes on the device; None where the loader does it, or nobody
+    batches: Batches | None = None  # None: a stream, which can only be read from its start
 
-    def set_epoch(self, epoch: int, off_epoch: int) -> None:
-        """Reshuffles several processes' shares, and stops mixing from `off_epoch` on."""
-        sampler: Any = getattr(self.loader, "sampler", None)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
+    def start(self, epoch: int, done: int, off_epoch: int, rank: int) -> None:
+        """Sets order and randomness of an epoch, and stops mixing from `off_epoch` on.
+
+        Args:
+            epoch: From 0.
+            done: Batches to skip.
+            off_epoch: 0 never stops mixing.
+            rank: Of this process.
+        """
         dataset: Any = self.loader.dataset
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(epoch)
+        if self.batches is not None:
+            self.batches.epoch, self.batches.skip, self.batches.rank = epoch, done, rank
+            sampler = self.batches.sampler
+            if hasattr(sampler, "set_epoch"):  # of several processes
+                sampler.set_epoch(epoch)
+            elif isinstance(sampler, RandomSampler):
+                sampler.generator = torch.Generator().manual_seed(self.batches.seed + 1000003 * (epoch + 1))
+            erasing = getattr(self.loader, "random_erasing", None)
+            if isinstance(erasing, SeededErasing):
+                erasing.seed, erasing.number = (self.batches.seed, BATCH, epoch, rank), done
         if off_epoch and epoch >= off_epoch:
             if self.mixup is not None:
                 self.mixup.mixup_enabled = False
@@ -90,8 +141,9 @@ def open_dataset(options: DataOptions, split: str, training: bool, **more: Any) 
             )
         if split.endswith(".tar") and not (root / split).exists():
             raise UserError(f"{flag}: there is no file '{root / split}'; correct --data-dir or {flag}.")
+    mode = "L" if options.in_chans == 1 else "RGB"
     try:
-        return create_dataset(
+        dataset = create_dataset(
             options.dataset,
             root=options.data_dir or None,
             split=split,
@@ -99,9 +151,10 @@ def open_dataset(options: DataOptions, split: str, training: bool, **more: Any) 
             class_map=options.class_map or None,
             download=options.dataset_download,
             batch_size=options.batch_size,
-            input_img_mode="L" if options.in_chans == 1 else "RGB",
+            input_img_mode=mode,
             **more,
         )
+        return Images(dataset, mode) if isinstance(dataset, ImageDataset) else dataset
     except (RuntimeError, OSError, ValueError, AssertionError, ImportError) as error:
         where = f"{options.dataset or 'images'} in '{root}', split '{split}'"
         raise UserError(
@@ -169,7 +222,7 @@ def train_data(
         dataset = AugMixDataset(dataset, num_splits=options.aug_splits)
     mixing = _mixup_arguments(options, num_classes) if options.mixes else None
     prefetch = not options.no_prefetcher
-    collate = FastCollateMixup(**mixing) if mixing and prefetch else None
+    collate = SeededMixup(**mixing) if mixing and prefetch else None
     augmentation = {
         "no_aug": options.no_aug,
         "train_crop_mode": options.train_crop_mode,
@@ -197,7 +250,23 @@ def train_data(
         ) from error
     if options.crop_pad is not None:
         _crop_with_border(dataset, config["input_size"][-2:], options.crop_pad)
-    return TrainData(loader, Mixup(**mixing) if mixing and not prefetch else None)
+    loader, batches = _resumable(loader, options)
+    return TrainData(loader, Mixup(**mixing) if mixing and not prefetch else None, batches)
+
+
+def _resumable(loader: Any, options: TrainOptions) -> tuple[Any, Batches | None]:
+    """timm's loader, on batches that can be skipped and items that are seeded, unless it reads a stream."""
+    inner = loader.loader if isinstance(loader, PrefetchLoader) else loader
+    if isinstance(inner.dataset, IterableDataset):
+        return loader, None
+    made, batches = resumable(inner)
+    batches.seed, batches.repeated = options.seed, options.aug_repeats > 0
+    if not isinstance(loader, PrefetchLoader):
+        return made, batches
+    loader.loader = made
+    if loader.random_erasing is not None:
+        loader.random_erasing = SeededErasing(loader.random_erasing)
+    return loader, batches
 
 
 def _crop_with_border(dataset: Any, size: tuple[int, int], pad: int) -> None:

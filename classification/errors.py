@@ -10,6 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from classification.images import UnreadableImages
+from revnets.training.integrity import NotWritten
+from revnets.training.termination import TERMINATED, Terminated
+
 USER_ERROR = 2
 INTERRUPTED = 130
 
@@ -30,13 +34,17 @@ def guarded(run: Callable[[], object]) -> int:
         run: The body; what it returns is ignored.
 
     Returns:
-        0, or 2 after a user mistake (printed as one line), or 130 after Ctrl-C. Other exceptions are bugs and pass.
+        0, or 2 after a user mistake or a full disk (printed as one line), or 130 after Ctrl-C, or 75 after SIGTERM.
+        Other exceptions are bugs and pass.
     """
     try:
         run()
-    except UserError as error:
+    except (UserError, UnreadableImages, NotWritten) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return USER_ERROR
+    except Terminated as ended:
+        print(ended.message, file=sys.stderr)
+        return TERMINATED
     except KeyboardInterrupt:
         print("stopped by the keyboard: `--resume auto` goes on from the last checkpoint", file=sys.stderr)
         return INTERRUPTED
@@ -77,6 +85,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; a log folder is for everyone the umask lets in
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # else a machine that loses power may keep the name and not the content
         os.replace(temporary, path)
     finally:
         with suppress(FileNotFoundError):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+import math
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,12 +18,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from classification.data import TrainData
-from classification.errors import UserError
+from classification.errors import UserError, one_line
 from classification.options import TrainOptions
+from classification.recovery import Position, Recovery
 from classification.report import Steps
 from classification.runtime import Runtime, memory_words, peak_memory, reset_peak_memory
 from revnets.numerics import NumericsMonitor
+from revnets.reversible import RangeError
 from revnets.sparsity import SparsityController, apply_masks
+from revnets.training.drift import DriftMonitor
+from revnets.training.finite import FiniteGuard
+from revnets.training.resumable import MODEL, seed_all
 
 _logger = logging.getLogger("classification")
 
@@ -38,6 +46,9 @@ class Training:
     scheduler: Any
     scaler: NativeScaler | None
     ema: ModelEmaV3 | None
+    recovery: Recovery
+    guard: FiniteGuard
+    drift: DriftMonitor
     sparsity: SparsityController | None = None  # where there are sparse layers
     numerics: NumericsMonitor | None = None  # where --numerics-interval asks for it
     task: Any = None  # timm's training task around the model, where a teacher takes part
@@ -47,82 +58,107 @@ class Training:
         """Updates of the weights in an epoch."""
         return -(-len(self.data.loader) // self.options.grad_accum_steps)
 
+    def updates_before(self, position: Position) -> int:
+        """Updates of the weights from the start of the run."""
+        return position.epoch * self.updates_per_epoch + -(-position.step // self.options.grad_accum_steps)
+
 
 class _Losses:
-    """Collects the losses of steps; on a GPU they are only looked at when a line of the log is due."""
+    """Collects the losses of steps; on a GPU they are only looked at when a line of the log is due.
 
-    def __init__(self, epoch: int) -> None:
+    Those that are not finite are left out of the mean: their updates are skipped.
+    """
+
+    def __init__(self, start: Position, primary: bool) -> None:
         self.meter = AverageMeter()
-        self.epoch = epoch
-        self._waiting: list[tuple[int, Tensor, int]] = []
+        self.epoch = start.epoch
+        if primary and start.loss_count:  # of all processes, so only once
+            self.meter.sum, self.meter.count = start.loss_sum, start.loss_count
+            self.meter.avg = start.loss_sum / start.loss_count
+        self._waiting: list[tuple[Tensor, int]] = []
 
-    def add(self, step: int, loss: Tensor, count: int) -> None:
-        self._waiting.append((step, loss.detach().float(), count))
+    def add(self, loss: Tensor, count: int) -> None:
+        self._waiting.append((loss.detach().float(), count))
         if loss.device.type == "cpu":
             self.look()
 
     def look(self) -> float:
-        """Adds what is waiting to the mean.
-
-        Raises:
-            UserError: A loss is not finite.
-        """
-        values = torch.stack([loss for _, loss, _ in self._waiting]).tolist() if self._waiting else []
-        for (step, _, count), value in zip(self._waiting, values, strict=True):
-            if value != value or abs(value) == float("inf"):
-                raise UserError(
-                    f"the loss is {value} at step {step} of epoch {self.epoch}, a finite number was expected; "
-                    "lower --lr, add --clip-grad 1, or use --amp-dtype bfloat16, and go on with --resume auto."
-                )
-            self.meter.update(value, count)
+        """Adds what is waiting to the mean."""
+        values = torch.stack([loss for loss, _ in self._waiting]).tolist() if self._waiting else []
+        for (_, count), value in zip(self._waiting, values, strict=True):
+            if math.isfinite(value):
+                self.meter.update(value, count)
         self._waiting.clear()
         return float(self.meter.avg)
 
+    def position(self, step: int) -> Position:
+        """Where the run is after so many batches of the epoch."""
+        self.look()
+        return Position(self.epoch, step, float(self.meter.sum), float(self.meter.count))
 
-def train_epoch(run: Training, epoch: int) -> dict[str, float]:
-    """Trains for one epoch.
+
+def train_epoch(run: Training, begin: Position) -> tuple[dict[str, float], Position]:
+    """Trains for one epoch, or what is left of it.
 
     Args:
         run: What to train.
-        epoch: Its number from 0.
+        begin: Where.
 
     Returns:
-        Mean loss over all processes, images per second, seconds, and peak memory.
+        Mean loss over all processes, images per second, seconds, and peak memory; and the epoch's end.
 
     Raises:
-        UserError: The loss stopped being finite.
+        UserError: Loss or gradients were not finite too often.
+        Terminated: After SIGTERM; the run is saved.
     """
-    options, runtime = run.options, run.runtime
-    run.data.set_epoch(epoch, options.mixup_off_epoch)
+    options, runtime, epoch = run.options, run.runtime, begin.epoch
+    run.data.start(epoch, begin.step, options.mixup_off_epoch, runtime.rank)
     run.model.train()
     run.optimizer.zero_grad()
     reset_peak_memory(runtime.device)
-    losses, total, images_seen, update = _Losses(epoch), len(run.data.loader), 0, epoch * run.updates_per_epoch
+    losses, total, images_seen = _Losses(begin, runtime.primary), len(run.data.loader), 0
+    update = run.updates_before(begin)
     start = time.perf_counter()
     with Steps(f"train {epoch}", total, options.log_interval, runtime.primary) as steps:
-        for step, (images, target) in enumerate(run.data.loader, start=1):
+        for step, (images, target) in enumerate(run.data.loader if begin.step < total else (), start=begin.step + 1):
+            seed_all(options.seed, MODEL, runtime.rank, epoch * total + step)
             images, target = runtime.place(images, target)
             if run.data.mixup is not None:
                 images, target = run.data.mixup(images, target)
-            loss = _step(run, images, target, step, total)
-            losses.add(step, loss, len(images))
+            _look_at_drift(run, images, epoch * total + step - 1)
+            loss, updated = _step(run, images, target, step, total)
+            losses.add(loss, len(images))
             images_seen += len(images) * runtime.world_size
             if _updates(run, step, total):
                 update += 1
-                _after_update(run, update)
+                _after_update(run, update, updated)
+                if step < total:
+                    position = functools.partial(losses.position, step)
+                    run.recovery.check(position, total, options.grad_accum_steps)
             if steps.due(step):
                 rate = images_seen / (time.perf_counter() - start)
                 steps.show(step, _note(losses.look(), run, rate))
     runtime.synchronize()
     seconds = time.perf_counter() - start
-    losses.look()
-    loss_sum, count = runtime.sum(float(losses.meter.sum), float(losses.meter.count))
-    return {
-        "loss": loss_sum / count,
+    end = losses.position(total)
+    loss_sum, count = runtime.sum(end.loss_sum, end.loss_count)
+    figures = {
+        "loss": loss_sum / count if count else math.nan,
         "images_per_s": images_seen / seconds,
         "seconds": seconds,
+        **({"skipped": float(run.guard.skipped)} if run.guard.skipped else {}),
+        **({"drift": run.drift.worst} if run.drift.worst else {}),
         **peak_memory(runtime.device),
     }
+    return figures, end
+
+
+def _look_at_drift(run: Training, images: Tensor, step: int) -> None:
+    if run.drift.due(step) and run.runtime.primary:
+        with run.runtime.autocast():
+            warning = run.drift.check(images)
+        if warning:
+            _logger.warning(f"step {step}: {warning}, here --model-kwargs exact=true")
 
 
 def _note(loss: float, run: Training, rate: float) -> str:
@@ -134,34 +170,58 @@ def _updates(run: Training, step: int, total: int) -> bool:
     return step % run.options.grad_accum_steps == 0 or step == total
 
 
-def _step(run: Training, images: Tensor, target: Tensor, step: int, total: int) -> Tensor:
-    """Forward, backward, and the update of the weights where it is due; returns the batch's loss."""
-    options = run.options
-    every = options.grad_accum_steps
+def _step(run: Training, images: Tensor, target: Tensor, step: int, total: int) -> tuple[Tensor, bool]:
+    """Forward, backward, and the update of the weights where it is due; returns the batch's loss, and if it updated.
+
+    Raises:
+        UserError: Loss or gradients were not finite too often.
+    """
+    every, due = run.options.grad_accum_steps, _updates(run, step, total)
     last_group = total % every or every
     group = every if step <= total - last_group else last_group
-    due = _updates(run, step, total)
-    with _without_exchange(run.model, due):
-        with run.runtime.autocast():
-            loss: Tensor = run.task(images, target)["loss"] if run.task else run.loss(run.model(images), target)
-        scaled = loss / group
-        parameters = model_parameters(run.model, exclude_head="agc" in options.clip_mode) if options.clip_grad else None
-        if run.scaler is not None:
-            run.scaler(
-                scaled,
-                run.optimizer,
-                clip_grad=options.clip_grad,
-                clip_mode=options.clip_mode,
-                parameters=parameters,
-                need_update=due,
-            )
-        else:
-            scaled.backward()
-            if due:
-                if parameters is not None:
-                    dispatch_clip_grad(parameters, value=options.clip_grad, mode=options.clip_mode)
-                run.optimizer.step()
-    return loss
+    try:
+        with _without_exchange(run.model, due):
+            with run.runtime.autocast():
+                loss: Tensor = run.task(images, target)["loss"] if run.task else run.loss(run.model(images), target)
+            run.guard.note(loss)
+            updated = _backward(run, loss / group, due)
+    except RangeError as error:  # exact mode's guard
+        if run.runtime.distributed:  # the others wait for gradients that will not come
+            raise UserError(f"step {step}: {one_line(error)}.") from error
+        _logger.warning(f"step {step}: {one_line(error)}")
+        run.guard.failed()
+        run.optimizer.zero_grad()
+        loss, updated = images.new_full((), math.nan), False
+    if due and not updated:
+        _logger.warning(
+            f"step {step}: loss ({float(loss.detach()):.3g}) or gradients are not finite, the update is skipped "
+            f"({run.guard.skipped} so far)"
+        )
+    if run.guard.exhausted:
+        raise UserError(one_line(run.guard.give_up(lambda: run.loss(_unwrapped(run.model)(images), target))) + ".")
+    return loss, updated
+
+
+def _backward(run: Training, loss: Tensor, due: bool) -> bool:
+    """Gradients and, where it is due and all is finite, the update."""
+    options, clip = run.options, run.options.clip_grad
+    parameters = model_parameters(run.model, exclude_head="agc" in options.clip_mode) if clip else None
+    if run.scaler is not None:
+        run.scaler(
+            loss, run.optimizer, clip_grad=clip, clip_mode=options.clip_mode, parameters=parameters, need_update=due
+        )
+        return due and run.guard.good(gradients=False)  # the scaler looks at gradients, skips, and adapts
+    loss.backward()
+    if not due or not run.guard.good():
+        return False
+    if parameters is not None:
+        dispatch_clip_grad(parameters, value=clip, mode=options.clip_mode)
+    run.optimizer.step()
+    return True
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _without_exchange(model: nn.Module, due: bool) -> AbstractContextManager[Any]:
@@ -171,7 +231,7 @@ def _without_exchange(model: nn.Module, due: bool) -> AbstractContextManager[Any
     return nullcontext()
 
 
-def _after_update(run: Training, update: int) -> None:
+def _after_update(run: Training, update: int, updated: bool) -> None:
     if run.numerics is not None:
         run.numerics.step()
     if run.sparsity is not None:
@@ -179,7 +239,7 @@ def _after_update(run: Training, update: int) -> None:
         if masks is not None:
             _logger.info(masks)
     run.optimizer.zero_grad()
-    if run.ema is not None:
+    if run.ema is not None and updated:
         run.ema.update(run.model, step=update)
         if run.sparsity is not None:
             apply_masks(run.ema.module, like=run.model)
@@ -188,7 +248,14 @@ def _after_update(run: Training, update: int) -> None:
 
 
 @torch.no_grad()
-def validate(model: nn.Module, loader: Any, runtime: Runtime, title: str, log_interval: int) -> dict[str, float]:
+def validate(
+    model: nn.Module,
+    loader: Any,
+    runtime: Runtime,
+    title: str,
+    log_interval: int,
+    after_batch: Callable[[], None] | None = None,
+) -> dict[str, float]:
     """Loss and accuracy over all images, each counted once however many processes share them.
 
     Args:
@@ -197,6 +264,7 @@ def validate(model: nn.Module, loader: Any, runtime: Runtime, title: str, log_in
         runtime: Device and processes.
         title: For the progress line.
         log_interval: Steps between two lines of the log.
+        after_batch: Called after each; it may end the run.
 
     Returns:
         `loss`, `top1`, `top5` (percent), `images` and `images_per_s`.
@@ -222,6 +290,8 @@ def validate(model: nn.Module, loader: Any, runtime: Runtime, title: str, log_in
                 sums += torch.stack([loss.double() * take, *correct, correct.new_tensor(take)])
             if steps.due(step):
                 steps.show(step, "")
+            if after_batch is not None:
+                after_batch()
     loss_sum, top1_sum, top5_sum, count = runtime.sum(*sums.tolist())
     count = max(count, 1.0)
     seconds = time.perf_counter() - start

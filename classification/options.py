@@ -85,6 +85,9 @@ class StartOptions:
     experiment: str = option("", "name of the run's folder; <model>-<size> where not given")
     overwrite: bool = option(False, "start anew in a folder that already holds a run")
     checkpoint_hist: int = option(3, "checkpoints of the best epochs to keep", low=1)
+    recovery_interval: int = option(
+        0, "batches between two checkpoints in the middle of an epoch; 0: only at its end, and after SIGTERM", low=0
+    )
     eval_metric: str = option("top1", "what makes an epoch the best", choices=("top1", "top5", "loss"))
     val_interval: int = option(1, "epochs between two validations", low=1)
     numerics_interval: int = option(
@@ -113,6 +116,12 @@ class OptimizerOptions:
     layer_decay: float | None = option(None, "factor of the learning rate per layer, from the last to the first", low=0)
     clip_grad: float | None = option(None, "gradient clipping", low=0)
     clip_mode: str = option("norm", "what to clip", choices=("norm", "value", "agc"))
+    nonfinite_limit: int = option(
+        10, "updates in a row that are skipped for a loss or gradients that are not finite; 0 does not look", low=0
+    )
+    drift_interval: int = option(
+        500, "steps between two looks at how well a reversible model rebuilds its activations; 0 does not look", low=0
+    )
     grad_accum_steps: int = option(1, "batches per update of the weights", low=1)
     grad_checkpointing: bool = option(False, "checkpoint activations, in models that have timm's switch for it")
     sync_bn: bool = option(False, "batch statistics over all processes (GPU)")

@@ -7,6 +7,7 @@ torchrun --nproc_per_node=2 classification/train.py --data-dir /data/imagenet --
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import sys
 import time
@@ -27,7 +28,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import revnets
-from classification.checkpoints import PATTERN, Saver, newest, resume
+from classification.checkpoints import LAST, PATTERN, Saver, by_age, newest_whole, remove_leftovers, resume
 from classification.config import parse
 from classification.data import (
     check_labels,
@@ -42,6 +43,7 @@ from classification.errors import UserError, did_you_mean, guarded, one_line
 from classification.loop import Training, train_epoch, validate
 from classification.models import build_model, check_model_fits, data_config
 from classification.options import TrainOptions, as_dict
+from classification.recovery import Position, Recovery
 from classification.report import SUMMARY, Row, Summary, clock, draw_curves, write_args
 from classification.runtime import Runtime, memory_words, start_runtime
 from classification.sparse import FILES as SPARSITY_FILES
@@ -50,6 +52,8 @@ from classification.start import FLOPS, load_start
 from revnets.numerics import NumericsMonitor
 from revnets.numerics.report import FILES as NUMERICS_FILES
 from revnets.sparsity.report import write_table
+from revnets.training.drift import DriftMonitor
+from revnets.training.finite import FiniteGuard
 
 _logger = logging.getLogger("classification")
 FILES = (SUMMARY, "curves.png", *SPARSITY_FILES, *NUMERICS_FILES)
@@ -100,8 +104,7 @@ def train(options: TrainOptions) -> Result:
     data = train_data(options, runtime, train_set, config, num_classes)
     val_loader = validation_loader(options, runtime, val_set, config)
     run, epochs = _training(options, runtime, model, data)
-    folder, checkpoint = _start(run, model)
-    start_epoch = checkpoint["epoch"] + 1 if checkpoint else 0
+    folder, path, checkpoint, begin = _start(run, model)
     if runtime.distributed:
         run.model = _distributed(run.model, runtime, options)
         if run.task is not None:
@@ -122,17 +125,21 @@ def train(options: TrainOptions) -> Result:
             decreasing,
             options.checkpoint_hist,
         )
-        if checkpoint:
-            saver.restore_history(checkpoint)
-        _announce(run, model, folder, len(train_set), len(val_set), start_epoch, epochs)
+        if checkpoint is not None and path is not None:
+            in_place = path.parent.resolve() == folder.resolve()
+            saver.restore_history(checkpoint, path, in_place and (options.resume == "auto" or path.name == LAST))
+        run.recovery.saver = saver
+        _announce(run, model, folder, len(train_set), len(val_set), begin.epoch, epochs)
         if options.numerics_interval:
             run.numerics = NumericsMonitor(model, options.numerics_interval)
-            run.numerics.resume(folder, start_epoch * run.updates_per_epoch)
-    summary = Summary(folder, start_epoch)
+            run.numerics.resume(folder, run.updates_before(begin))
+    summary = Summary(folder, begin.epoch)
     images = options.batch_size * runtime.world_size * len(data.loader) / run.updates_per_epoch
     flops = RunFlops(model, config["input_size"], run.sparsity, images, flops_before)
-    _epochs(run, val_loader, saver, summary, range(start_epoch, epochs), flops)
-    return _finish(run, folder, saver, summary, flops, done=start_epoch >= epochs)
+    run.guard.start()
+    with run.recovery.termination:
+        _epochs(run, val_loader, saver, summary, begin, epochs, flops)
+    return _finish(run, folder, saver, summary, flops, done=begin.epoch >= epochs)
 
 
 def _model(options: TrainOptions, runtime: Runtime) -> tuple[nn.Module, dict[str, Any], float]:
@@ -179,7 +186,10 @@ def _training(options: TrainOptions, runtime: Runtime, model: nn.Module, data: A
         raise UserError(
             f"--opt: {options.opt} refuses its arguments ({one_line(error)}); correct --opt-kwargs."
         ) from error
-    run = Training(options, runtime, model, optimizer, _loss(options), data, None, runtime.scaler(), None)
+    recovery = Recovery(runtime, options.recovery_interval, data.batches is not None)
+    guard, drift = FiniteGuard(model, options.nonfinite_limit), DriftMonitor(model, options.drift_interval)
+    loss, scaler = _loss(options), runtime.scaler()
+    run = Training(options, runtime, model, optimizer, loss, data, None, scaler, None, recovery, guard, drift)
     try:
         run.scheduler, epochs = create_scheduler_v2(
             optimizer,
@@ -259,20 +269,21 @@ def _distributed(model: nn.Module, runtime: Runtime, options: TrainOptions) -> n
     return DistributedDataParallel(model, device_ids=devices, **more)
 
 
-def _start(run: Training, model: nn.Module) -> tuple[Path, dict[str, Any] | None]:
-    """Finds the run's folder and, when resuming, brings the run back; returns the checkpoint."""
+def _start(run: Training, model: nn.Module) -> tuple[Path, Path | None, dict[str, Any] | None, Position]:
+    """Finds the run's folder and, when resuming, brings the run back; returns the checkpoint and where it was."""
     options = run.options
     folder, path = _folder_and_checkpoint(options, model)
     if run.runtime.distributed:
         torch.distributed.barrier()  # all have looked before one of them writes
-    checkpoint = None
+    checkpoint, begin = None, Position(0)
     if path is not None:
         optimizer = None if options.no_resume_opt else run.optimizer
         checkpoint = resume(path, options.model, model, optimizer, run.scheduler, run.ema, run.scaler, run.sparsity)
-    epoch = checkpoint["epoch"] + 1 if checkpoint else 0
-    if run.scheduler is not None and epoch:
-        run.scheduler.step(epoch)
-        run.scheduler.step_update(epoch * run.updates_per_epoch)
+        begin = Position.of(checkpoint, len(run.data.loader))
+    if run.scheduler is not None and (begin.epoch or begin.step):
+        if begin.epoch:
+            run.scheduler.step(begin.epoch)
+        run.scheduler.step_update(run.updates_before(begin))
     if run.runtime.primary:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -283,7 +294,8 @@ def _start(run: Training, model: nn.Module) -> tuple[Path, dict[str, Any] | None
         if checkpoint is None and options.overwrite:
             for old in [*folder.glob(PATTERN), *(folder / name for name in FILES)]:
                 old.unlink(missing_ok=True)
-    return folder, checkpoint
+        remove_leftovers(folder)
+    return folder, path, checkpoint, begin
 
 
 def _folder_and_checkpoint(options: TrainOptions, model: nn.Module) -> tuple[Path, Path | None]:
@@ -293,7 +305,7 @@ def _folder_and_checkpoint(options: TrainOptions, model: nn.Module) -> tuple[Pat
     folder = output / name
     if options.resume == "auto":
         candidates = [folder] if options.experiment else [folder, *output.glob(f"{name}-[0-9]*")]
-        found = {path: each for each in candidates if (path := newest(each)) is not None}
+        found = {path: each for each in candidates if (path := newest_whole(each)) is not None}
         if not found:
             _logger.info(f"--resume auto: no checkpoint in '{folder}', starting from the beginning")
             return folder, None
@@ -315,7 +327,7 @@ def _folder_and_checkpoint(options: TrainOptions, model: nn.Module) -> tuple[Pat
 
 
 def _holds_run(folder: Path) -> bool:
-    return (folder / SUMMARY).exists() or newest(folder) is not None
+    return (folder / SUMMARY).exists() or bool(by_age(folder))
 
 
 def _announce(
@@ -334,19 +346,26 @@ def _announce(
 
 
 def _epochs(
-    run: Training, val_loader: Any, saver: Saver | None, summary: Summary, epochs: range, flops: RunFlops
+    run: Training,
+    val_loader: Any,
+    saver: Saver | None,
+    summary: Summary,
+    begin: Position,
+    stop: int,
+    flops: RunFlops,
 ) -> None:
     """All epochs: train, validate, change the learning rate, write summary and checkpoint."""
-    options, runtime, start = run.options, run.runtime, time.perf_counter()
+    options, runtime, start, epochs = run.options, run.runtime, time.perf_counter(), range(begin.epoch, stop)
     for epoch in epochs:
         random_seed(options.seed + 1000003 * (epoch + 1), runtime.rank)  # so that a resumed run draws the same numbers
-        lr = max(group["lr"] for group in run.optimizer.param_groups)
         row: Row = {"epoch": float(epoch)}
-        row.update({f"train_{name}": value for name, value in train_epoch(run, epoch).items()})
+        figures, end = train_epoch(run, begin if epoch == begin.epoch else Position(epoch))
+        lr = max(group["lr"] for group in run.optimizer.param_groups)
+        row.update({f"train_{name}": value for name, value in figures.items()})
         row.update(flops.after((epoch + 1) * run.updates_per_epoch))
         metrics: dict[str, float] = {}
         if (epoch + 1) % options.val_interval == 0 or epoch == epochs[-1]:
-            metrics = _validated(run, val_loader, epoch)
+            metrics = _validated(run, val_loader, end)
         row.update({f"eval_{name}": value for name, value in metrics.items()})
         metric = metrics.get(options.eval_metric)
         if run.scheduler is not None:
@@ -369,22 +388,25 @@ def _epoch_words(row: Row, lr: float, epoch: int, share: float, rest: float) -> 
     words = f"epoch {epoch} ({share:.0f}% of the run, ETA {clock(rest)}): train loss {row['train_loss']:.4f}"
     if "eval_loss" in row:
         words += f", val loss {row['eval_loss']:.4f}, top-1 {row['eval_top1']:.2f}%"
+    if row.get("train_skipped"):
+        words += f", {row['train_skipped']:.0f} updates skipped since the start"
     return f"{words}, lr {lr:.2e}, {row['train_images_per_s']:,.0f} images/s, {memory}"
 
 
-def _validated(run: Training, loader: Any, epoch: int) -> dict[str, float]:
+def _validated(run: Training, loader: Any, end: Position) -> dict[str, float]:
     """Validation of the weights or, where there is an EMA, of it, with the plain weights' figures as `raw_...`."""
-    options, runtime = run.options, run.runtime
+    options, runtime, epoch = run.options, run.runtime, end.epoch
+    every, check = options.log_interval, functools.partial(run.recovery.check, lambda: end, end.step)
     model = run.model.module if isinstance(run.model, DistributedDataParallel) else run.model
     if runtime.distributed and options.dist_bn != "none":
         distribute_bn(model, runtime.world_size, options.dist_bn == "reduce")
     wanted = ("loss", "top1", "top5")
-    plain = validate(model, loader, runtime, f"validate {epoch}", options.log_interval)
+    plain = validate(model, loader, runtime, f"validate {epoch}", every, check)
     metrics = {name: plain[name] for name in wanted}
     if run.ema is not None and not options.model_ema_force_cpu:
         if runtime.distributed and options.dist_bn != "none":
             distribute_bn(run.ema, runtime.world_size, options.dist_bn == "reduce")
-        ema = validate(run.ema.module, loader, runtime, f"validate {epoch} (EMA)", options.log_interval)
+        ema = validate(run.ema.module, loader, runtime, f"validate {epoch} (EMA)", every, check)
         metrics = {name: ema[name] for name in wanted} | {f"raw_{name}": plain[name] for name in wanted}
     return metrics
 

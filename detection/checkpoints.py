@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import pickle
 import zipfile
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 
 from classification.errors import UserError, one_line
+from revnets.training.integrity import damage
 
+_logger = logging.getLogger("detection")
 LAST = "last_checkpoint"
 
 
@@ -19,7 +22,7 @@ def newest(folder: Path) -> Path | None:
     """The checkpoint that a run saved last, where there is one."""
     try:
         path = Path((folder / LAST).read_text(encoding="utf-8").strip())
-    except OSError:
+    except (OSError, ValueError):
         return None
     for candidate in (path, folder / path.name):  # the folder may have been moved
         if candidate.is_file():
@@ -27,13 +30,33 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
-def forget(folder: Path, kept: str | None) -> None:
-    """Removes what a killed run would be resumed from, except a file that is still to be loaded."""
-    from revnets.mm.checkpoint import INTERIM
+def newest_whole(folder: Path) -> Path | None:
+    """The checkpoint to go on from: the newest whose checksums are right; damaged ones are warned of.
 
-    for name in (LAST, INTERIM):
-        if kept is None or Path(kept).resolve() != (folder / name).resolve():
-            (folder / name).unlink(missing_ok=True)
+    Raises:
+        UserError: There are checkpoints, and all are damaged.
+    """
+    if not (folder / LAST).exists():
+        return None
+    files = sorted(_of_run(folder), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    last = newest(folder)
+    for path in dict.fromkeys([last, *files] if last is not None else files):
+        problem = damage(path)
+        if not problem:
+            return path
+        _logger.warning(f"--resume: '{path}' is damaged ({problem}); trying the one before it")
+    raise UserError(f"--resume: all checkpoints in '{folder}' are damaged or gone; start anew with --overwrite.")
+
+
+def _of_run(folder: Path) -> list[Path]:
+    return [path for pattern in ("epoch_*.pth", "iter_*.pth", "interim.pth") for path in folder.glob(pattern)]
+
+
+def forget(folder: Path, kept: str | None) -> None:
+    """Removes what a killed run would be resumed from, except a file that is still to be loaded; best ones stay."""
+    for path in [folder / LAST, *_of_run(folder)]:
+        if kept is None or Path(kept).resolve() != path.resolve():
+            path.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +84,9 @@ def read(path: str | Path, option: str) -> Checkpoint:
     what = f"{option}: '{path}'"
     if not Path(path).is_file():
         raise UserError(f"{what} does not exist; give a checkpoint, such as epoch_12.pth in the folder of a run.")
+    problem = damage(path) if zipfile.is_zipfile(path) else ""
+    if problem:
+        raise UserError(f"{what} is damaged: {problem}; give another file.")
     try:
         with torch.serialization.safe_globals(get_torch_safe_globals()):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

@@ -28,6 +28,7 @@ NEEDED = {  # keys of an entry, besides its id
     "categories": ("id", "name"),
 }
 NUMBERS, IDS = ("width", "height", "area"), ("id", "image_id", "category_id")
+COCO_PARTS = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l", "mAP_copypaste")
 CELL = 32  # pixels of the coarsest map's cells, to which images are padded
 
 
@@ -91,6 +92,31 @@ def check_classes(cfg: Any) -> None:
                     f"{where}.num_classes={count}, but the training data have {len(classes)} classes "
                     f"({_some(classes)}); set both alike."
                 )
+
+
+def check_save_best(cfg: Any) -> None:
+    """Compares the metric that chooses the best checkpoint with those of COCO's evaluators, before an epoch is spent.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    wanted = ((cfg.get("default_hooks") or {}).get("checkpoint") or {}).get("save_best")
+    evaluators = _evaluators(cfg.get("val_evaluator"))
+    if not wanted or not evaluators or any(each.get("type") != "CocoMetric" for each in evaluators):
+        return
+    known = ["auto"]
+    for each in evaluators:
+        if each.get("classwise") or each.get("prefix"):
+            return  # then names depend on the classes
+        metrics = each.get("metric", "bbox")
+        for metric in [metrics] if isinstance(metrics, str) else metrics:
+            known += [f"coco/{metric}_{part}" for part in COCO_PARTS]
+    for name in [wanted] if isinstance(wanted, str) else wanted:
+        if name not in known and not name.startswith(("coco/AR@", "coco/proposal")):
+            hint = did_you_mean(name, known)
+            raise UserError(
+                f"default_hooks.checkpoint.save_best: CocoMetric gives no '{name}'{hint}; give coco/bbox_mAP, say."
+            )
 
 
 def check_neck(model: nn.Module) -> None:

@@ -53,14 +53,12 @@ class CheckedRunner(Runner):
         return super().build_optim_wrapper(optim_wrapper)
 
     def call_hook(self, fn_name: str, **kwargs: Any) -> None:
-        """MMEngine's; what hooks refuse before the first step is a mistake in their arguments or in the checkpoint."""
-        if fn_name not in ("before_run", "after_load_checkpoint", "before_train"):
+        """MMEngine's; what a hook refuses before the first step is a mistake of the configuration."""
+        if fn_name in ("before_run", "before_train", "after_load_checkpoint"):
+            with _configuring(self.cfg):
+                super().call_hook(fn_name, **kwargs)
+        else:
             super().call_hook(fn_name, **kwargs)
-            return
-        try:
-            super().call_hook(fn_name, **kwargs)
-        except ValueError as error:
-            raise UserError(f"CONFIG: '{self.cfg.filename}': a hook refuses to start ({one_line(error)}).") from error
 
     def load_or_resume(self) -> None:
         """MMEngine's, and a look at whether the loop can go on from there."""

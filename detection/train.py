@@ -23,7 +23,7 @@ if not __package__:  # run by its path: Python then looks for modules in detecti
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from reporting that there is no GPU
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from classification.errors import UserError, guarded
+from classification.errors import UserError, guarded, one_line
 from classification.report import clock
 from classification.runtime import MB
 from detection import checkpoints, checks
@@ -90,12 +90,15 @@ def train(argv: Sequence[str] | None = None) -> Result:
     args = parse(options(), argv)
     cfg = load(args)
     from detection.runner import build, progress
-    from revnets.mm import MemoryReportHook
+    from revnets.mm import DriftHook, FiniteHook, MemoryReportHook
+    from revnets.mm.checkpoint import UnknownMetric
+    from revnets.training.finite import NonFinite
 
     folder = Path(cfg.work_dir)
     resumed = _resume(cfg, args, folder)
     _adapt(cfg, args)
     checks.check_classes(cfg)
+    checks.check_save_best(cfg)
     if not args.no_check and primary():
         checks.check_data(cfg, ["train", "val"])
     checkpoint = _read_checkpoint(cfg, resumed)
@@ -104,20 +107,25 @@ def train(argv: Sequence[str] | None = None) -> Result:
     if checkpoint is not None:
         checks.check_weights(runner.model, checkpoint, whole=resumed)
     told, memory = progress(runner), MemoryReportHook()
-    runner.register_hook(memory)
+    for hook in (memory, FiniteHook(), DriftHook()):
+        if not any(isinstance(each, type(hook)) for each in runner.hooks):  # the configuration's has its own options
+            runner.register_hook(hook)
     if runner.rank == 0:
         if args.overwrite and not resumed:
             checkpoints.forget(folder, cfg.get("load_from"))
         _announce(runner, cfg, resumed)
     with noise_kept_out(args.verbose):
-        runner.train()
+        try:
+            runner.train()
+        except (NonFinite, UnknownMetric) as error:
+            raise UserError(f"iteration {runner.iter}: {one_line(error)}.") from error
     return _finish(runner, cfg, args, told, memory.report)
 
 
 def _resume(cfg: Any, args: argparse.Namespace, folder: Path) -> bool:
     """Sets what is to be loaded; says whether the run goes on from it."""
-    last = checkpoints.newest(folder)
     if args.resume == "auto":
+        last = checkpoints.newest_whole(folder)
         if last is None:
             _logger.info(f"--resume auto: no checkpoint in '{folder}', starting from the beginning")
         else:
@@ -126,7 +134,7 @@ def _resume(cfg: Any, args: argparse.Namespace, folder: Path) -> bool:
     if args.resume:
         cfg.load_from, cfg.resume = args.resume, True
         return True
-    if last is not None and not args.overwrite:
+    if checkpoints.newest(folder) is not None and not args.overwrite:
         raise UserError(
             f"--work-dir: '{folder}' already holds a run; add --resume to go on with it, --overwrite to start anew, "
             "or give another folder."

@@ -18,6 +18,7 @@ except ImportError as error:
 from .amp import Bf16OptimWrapper
 from .backbone import RevBiFPN, TimmBackbone
 from .checkpoint import WholeCheckpointHook
+from .guard import DriftHook, FiniteHook
 from .hooks import MemoryReportHook
 from .hrfpn import LeanHRFPN
 from .layers import register_conv_layers
@@ -31,6 +32,8 @@ register_conv_layers()
 
 __all__ = [
     "Bf16OptimWrapper",
+    "DriftHook",
+    "FiniteHook",
     "LeanHRFPN",
     "MemoryReportHook",
     "MuSOptimWrapperConstructor",

@@ -12,6 +12,7 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 
 from ..profiling.report import write
+from ..training.integrity import writing
 
 BACKEND = "revnets.whole_files"
 INTERIM = "interim.pth"
@@ -24,10 +25,15 @@ class WholeFilesBackend(LocalBackend):
     _put_off: list[str] | None = None
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Write bytes to a file, which appears complete or not at all."""
+        """Write bytes to a file, which appears complete or not at all.
+
+        Raises:
+            NotWritten: there is no space, say.
+        """
         path = Path(filepath)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, lambda temporary: _write_through(temporary, obj))
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path, lambda temporary: _write_through(temporary, obj))
 
     def remove(self, filepath: str | Path) -> None:
         """Remove a file, at once or later."""
@@ -49,12 +55,17 @@ class WholeFilesBackend(LocalBackend):
 register_backend(BACKEND, WholeFilesBackend, force=True)
 
 
+class UnknownMetric(ValueError):
+    """The best checkpoint is to be chosen by a metric that no evaluator gives."""
+
+
 @HOOKS.register_module()
 class WholeCheckpointHook(CheckpointHook):
     """MMEngine's ``CheckpointHook`` for local folders, safe against being killed at any moment.
 
     Files appear complete or not at all; ``last_checkpoint`` names a complete one; old ones (``max_keep_ckpts``, a best
-    one that was surpassed) go after the new one is there.
+    one that was surpassed) go after the new one is there. In a ``ResumableTrainLoop`` it also saves after SIGTERM and
+    before a validation, which takes long and changes nothing.
 
     Args:
         interim: also save every so many iterations, to ``interim.pth``, of which there is only the latest; 0: never.
@@ -68,13 +79,38 @@ class WholeCheckpointHook(CheckpointHook):
     def __init__(self, interim: int = 0, **options: Any) -> None:
         super().__init__(**{"backend_args": {"backend": BACKEND}, **options})
         self.interim = interim
+        self._due, self._saved_at = False, -1
+
+    def before_train(self, runner: Any) -> None:
+        """Find the folder; remove what a kill left half-written in it."""
+        super().before_train(runner)
+        if is_main_process():
+            for file in Path(self.out_dir).glob(".*.pth.tmp"):
+                file.unlink(missing_ok=True)
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Save, if it is time."""
+        """Save, if it is time; between two updates of the weights, as accumulated gradients are in no file."""
         super().after_train_iter(runner, batch_idx, data_batch, outputs)
-        if self.interim > 0 and self.every_n_train_iters(runner, self.interim) and self.by_epoch:
-            meta = {"epoch": runner.epoch, "iter": runner.iter + 1}
-            self._save(runner, INTERIM, meta)
+        if self.interim > 0 and self.by_epoch:
+            self._due |= self.every_n_train_iters(runner, self.interim)
+            if self._due and runner.optim_wrapper.should_update():
+                self._save(runner, INTERIM, {"epoch": runner.epoch, "iter": runner.iter + 1})
+
+    def before_train_validation(self, runner: Any) -> None:
+        """Save, unless that was done at the end of the epoch, so that the validation can be interrupted."""
+        if self.interim > 0 and self._saved_at != runner.iter:
+            self._save(runner, INTERIM, {"epoch": runner.epoch, "iter": runner.iter})
+
+    def before_termination(self, runner: Any) -> None:
+        """Save what is not saved yet."""
+        if self._saved_at != runner.iter:
+            self._save(runner, INTERIM, {"epoch": runner.epoch, "iter": runner.iter})
+
+    def after_val_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """End a validation in training after SIGTERM; it is made up for."""
+        end = getattr(runner._train_loop, "end_validation_if_terminated", None)
+        if end is not None and self._saved_at == runner.iter:
+            end()
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict[str, Any]) -> None:
         """Save, name the file in ``last_checkpoint``, and remove what is one too many."""
@@ -92,6 +128,12 @@ class WholeCheckpointHook(CheckpointHook):
     def _save_best_checkpoint(self, runner: Any, metrics: dict[str, Any]) -> None:
         if not metrics:  # COCO's, where nothing was found
             return
+        unknown = [key for key in self.key_indicators if key not in metrics and key != "auto"] if self.save_best else []
+        if unknown:
+            raise UnknownMetric(
+                f"save_best={unknown[0]!r} is none of the validation's metrics: expected one of {', '.join(metrics)}; "
+                "correct default_hooks.checkpoint.save_best and go on with --resume"
+            )
         with self.file_backend.removals_put_off() as surpassed:
             super()._save_best_checkpoint(runner, metrics)
         now = vars(self)
@@ -101,6 +143,7 @@ class WholeCheckpointHook(CheckpointHook):
                 Path(path).unlink(missing_ok=True)
 
     def _save(self, runner: Any, name: str, meta: dict[str, Any]) -> None:
+        self._due, self._saved_at = False, meta.get("iter", runner.iter)
         self.last_ckpt = os.path.join(self.out_dir, name)
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
         runner.save_checkpoint(

@@ -4,19 +4,20 @@ What is drawn at random depends on the seed and on where in the run it is drawn,
 run that starts there draws the same.
 """
 
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
 from typing import Any
 
-import numpy as np
 import torch
+from mmengine.device import get_device
 from mmengine.dist import get_rank
 from mmengine.registry import LOOPS
 from mmengine.runner import EpochBasedTrainLoop
 from torch.utils.data import DataLoader
 
-MODEL, DATA = 0, 1  # two streams of random numbers
+from ..reversible import RangeError
+from ..training.resumable import MODEL, resumable, seed_all
+from ..training.termination import Terminated, Termination
+
 VALIDATED, BATCHES = "validated_epoch", "batches_of_an_epoch"  # in the message hub, and so in checkpoints
 
 
@@ -40,9 +41,9 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
 
     def __init__(self, runner: Any, dataloader: Any, max_epochs: int, **options: Any) -> None:
         super().__init__(runner, dataloader, max_epochs, **options)
-        plain: DataLoader = self.dataloader
-        self._batches = _Batches(plain.batch_sampler)
-        self.dataloader: DataLoader = _with(plain, _Seeded(plain.dataset), self._batches)
+        self.dataloader: DataLoader
+        self.dataloader, self._batches = resumable(self.dataloader)
+        self._termination = Termination()
 
     def run(self) -> torch.nn.Module:
         """Train, from where a resumed runner is."""
@@ -53,13 +54,14 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         self._batches.seed = seed
         done = self.batches_done()
         self.runner.message_hub.update_info(BATCHES, len(self.dataloader))
-        self.runner.call_hook("before_train")
-        if self._epoch > 0 and done == 0:  # stopped between this epoch's end and its validation's
-            self._validate()
-        while self._epoch < self._max_epochs and not self.stop_training:
-            self.run_epoch()
-            self._validate()
-        self.runner.call_hook("after_train")
+        with self._termination:
+            self.runner.call_hook("before_train")
+            if self._epoch > 0 and done == 0:  # stopped between this epoch's end and its validation's
+                self._validate()
+            while self._epoch < self._max_epochs and not self.stop_training:
+                self.run_epoch()
+                self._validate()
+            self.runner.call_hook("after_train")
         return self.runner.model
 
     def _validate(self) -> None:
@@ -70,8 +72,34 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         if self.runner.val_loop is None or self._epoch < self.val_begin or not due:
             return
         if hub.runtime_info.get(VALIDATED) != self._epoch:
+            self.runner.call_hook("before_train_validation")
+            self._stop_if_terminated(now=True)
             hub.update_info(VALIDATED, self._epoch)
             self.runner.val_loop.run()
+
+    def end_validation_if_terminated(self) -> None:
+        """After SIGTERM, end the run within a validation, before which it was saved.
+
+        Raises:
+            Terminated: in all processes.
+        """
+        if self._termination.agreed(get_device()):
+            raise self._terminated()
+
+    def _stop_if_terminated(self, now: bool = False) -> None:
+        """After SIGTERM, have the checkpoint saved and end the run, between two updates of the weights.
+
+        Raises:
+            Terminated: in all processes.
+        """
+        if self._termination.agreed(get_device(), now):
+            self.runner.call_hook("before_termination")
+            raise self._terminated()
+
+    def _terminated(self) -> Terminated:
+        saved = self.runner.message_hub.runtime_info.get("last_ckpt")
+        where = f"the run is saved in '{saved}', --resume goes on from there" if saved else "the run is not saved"
+        return Terminated(f"SIGTERM at iteration {self._iter} (epoch {self._epoch}): {where}")
 
     def batches_done(self) -> int:
         """How many batches of the present epoch are done.
@@ -96,88 +124,26 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         self.runner.model.train()
         self._batches.epoch, self._batches.skip = self._epoch, done
         for index, batch in enumerate(self.dataloader, start=done):
-            _seed_all(self.runner.seed, MODEL, get_rank(), self._iter)
-            self.run_iter(index, batch)
+            seed_all(self.runner.seed, MODEL, get_rank(), self._iter)
+            try:
+                self.run_iter(index, batch)
+            except RangeError as error:  # exact mode's guard, before any update
+                self._failed(index, batch, error)
+            if index + 1 < len(self.dataloader) and self.runner.optim_wrapper.should_update():
+                self._stop_if_terminated()
         self.runner.call_hook("after_train_epoch")
         self._epoch += 1
 
+    def _failed(self, index: int, batch: Any, error: RangeError) -> None:
+        """An iteration without an update, if a hook takes it on (``FiniteHook``).
 
-class _Batches:
-    """A batch sampler that skips what is done and tells each image the seed of its augmentation."""
-
-    def __init__(self, batches: Any) -> None:
-        self.batches = batches
-        self.seed, self.epoch, self.skip = 0, 0, 0
-
-    @property
-    def sampler(self) -> Any:
-        return self.batches.sampler
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[tuple[int, tuple[int, ...]]]]:
-        for number, batch in enumerate(self.batches):
-            if number >= self.skip:
-                yield [(index, (self.seed, DATA, self.epoch, index)) for index in batch]
-
-
-class _Seeded:
-    """A data set whose items are read with random numbers of their own; all else is the data set's."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.__dict__["_dataset"] = dataset
-
-    def __getitem__(self, index: tuple[int, tuple[int, ...]]) -> Any:
-        with _apart():
-            _seed_all(*index[1])
-            return self._dataset[index[0]]
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_dataset":  # while it is being unpickled
-            raise AttributeError(name)
-        return getattr(self._dataset, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._dataset, name, value)
-
-
-def _with(loader: DataLoader, dataset: Any, batches: Any) -> DataLoader:
-    """The same loader on another data set and batch sampler."""
-    workers: dict[str, Any] = {}
-    if loader.num_workers:
-        workers = {"prefetch_factor": loader.prefetch_factor, "persistent_workers": loader.persistent_workers}
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        **workers,
-    )
-
-
-def _seed_all(*numbers: int) -> None:
-    """Seed Python's, NumPy's and torch's generators from a tuple of numbers."""
-    words = np.random.SeedSequence(numbers).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(int(words[1]))
-    torch.manual_seed(int(words[2]))
-
-
-@contextmanager
-def _apart() -> Iterator[None]:
-    """Put the generators back as they were."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
+        Raises:
+            RangeError: none does.
+        """
+        if not any(hasattr(hook, "after_failed_iter") for hook in self.runner.hooks):
+            raise error
+        self.runner.call_hook("after_failed_iter", error=error)
+        self.runner.optim_wrapper._inner_count += 1
+        outputs = {"loss": torch.tensor(math.nan)}
+        self.runner.call_hook("after_train_iter", batch_idx=index, data_batch=batch, outputs=outputs)
+        self._iter += 1

@@ -13,6 +13,7 @@ import torch
 
 from classification import train, validate
 from classification.errors import whole_file
+from classification.report import read_summary
 
 from .short_runs import ROOT, SHORT, TINY, Trainer
 
@@ -65,10 +66,11 @@ def test_class_folders_that_differ(digits: Path, tmp_path: Path, capsys: pytest.
 def test_loss_that_is_not_finite_stops_the_run(
     run_train: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_train("--lr", "1e30", "--opt", "sgd", "--sched", "none") == 2
+    assert run_train("--lr", "1e30", "--opt", "sgd", "--sched", "none", "--nonfinite-limit", "3") == 2
     message = sentence(capsys)
-    assert re.search(r"loss is (nan|inf) at step \d+ of epoch 0", message), message
-    assert "--lr" in message
+    assert "3 updates in a row were left out" in message
+    assert re.search(r"the first output that is not finite is that of layer '\S+' \(\w+\)", message), message
+    assert "learning rate" in message
     assert not list((tmp_path / "run").glob("*.pth.tar"))
 
 
@@ -156,3 +158,34 @@ def test_whole_file_leaves_the_old_one_when_writing_fails(tmp_path: Path) -> Non
         write_half()
     assert path.read_text() == "old"
     assert [each.name for each in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_one_bad_batch_is_skipped_and_counted(
+    run_train: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from classification import loop
+
+    def spoil(run: object, images: torch.Tensor, step: int) -> None:
+        if step == 1:
+            images[0] = float("nan")
+
+    monkeypatch.setattr(loop, "_look_at_drift", spoil)
+    assert run_train("--model-ema", "--epochs", "1") == 0
+    assert read_summary(tmp_path / "run" / "summary.csv")[0]["train_skipped"] == 1
+    content = torch.load(tmp_path / "run" / "last.pth.tar", weights_only=True)
+    for key in ("state_dict", "state_dict_ema"):
+        assert all(value.isfinite().all() for value in content[key].values())
+
+
+def test_drift_is_in_the_summary(run_train: Trainer, tmp_path: Path) -> None:
+    line = ["--model", "test_revbifpn", "--model-kwargs", "exact=false", "--drift-interval", "2", "--epochs", "1"]
+    assert run_train(*line) == 0
+    assert 0 < read_summary(tmp_path / "run" / "summary.csv")[0]["train_drift"] < 1e-2
+
+
+def test_values_off_the_exact_grid_end_with_its_advice(run_train: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["--model", "test_revbifpn", "--opt", "sgd", "--lr", "1e6", "--sched", "none", "--nonfinite-limit", "2"]
+    assert run_train(*line) == 2
+    message = sentence(capsys)
+    assert "2 updates in a row" in message
+    assert "beyond the range" in message or "not finite" in message

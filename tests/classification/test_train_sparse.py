@@ -33,10 +33,10 @@ def test_resumed_run_equals_uninterrupted_run_to_the_bit(
     line = [*SPARSE, *EMA, "--epochs", "3", "--sparsity-schedule", schedule, "--sparsity-distribution", "erk"]
     assert run_train(*line, "--experiment", "whole") == 0
 
-    def interrupted(run: Any, epoch: int) -> dict[str, float]:
-        if epoch == 2:
+    def interrupted(run: Any, begin: Any) -> Any:
+        if begin.epoch == 2:
             raise KeyboardInterrupt
-        return real(run, epoch)
+        return real(run, begin)
 
     real = train.train_epoch
     monkeypatch.setattr(train, "train_epoch", interrupted)

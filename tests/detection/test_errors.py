@@ -293,12 +293,12 @@ def test_a_run_is_not_overwritten(
 
 
 def test_what_was_overwritten_is_not_resumed(tmp_path: Path) -> None:
-    for name in (checkpoints.LAST, "interim.pth", "epoch_1.pth"):
+    for name in (checkpoints.LAST, "interim.pth", "epoch_1.pth", "best_epoch_1.pth"):
         (tmp_path / name).write_text(str(tmp_path / "interim.pth"))
     checkpoints.forget(tmp_path, str(tmp_path / "interim.pth"))  # which is to be loaded
-    assert {path.name for path in tmp_path.iterdir()} == {"interim.pth", "epoch_1.pth"}
+    assert {path.name for path in tmp_path.iterdir()} == {"interim.pth", "best_epoch_1.pth"}
     checkpoints.forget(tmp_path, None)
-    assert [path.name for path in tmp_path.iterdir()] == ["epoch_1.pth"]
+    assert [path.name for path in tmp_path.iterdir()] == ["best_epoch_1.pth"]
 
 
 def test_checkpoints_in_torchs_old_format(tmp_path: Path) -> None:

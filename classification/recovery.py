@@ -1,0 +1,91 @@
+"""Where a run is within an epoch, saved now and then and after SIGTERM."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from classification.checkpoints import RECOVERY, Saver
+from classification.errors import UserError
+from classification.runtime import Runtime
+from revnets.training.termination import Terminated, Termination
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """How far an epoch is, between two updates of the weights."""
+
+    epoch: int
+    step: int = 0  # batches done
+    loss_sum: float = 0.0  # over their images, of all processes
+    loss_count: float = 0.0
+
+    @classmethod
+    def of(cls, checkpoint: Mapping[str, Any], steps: int) -> Position:
+        """Where a checkpoint was written.
+
+        Args:
+            checkpoint: Read.
+            steps: Batches of an epoch.
+
+        Raises:
+            UserError: An epoch had another number of batches.
+        """
+        values = checkpoint.get("position")
+        if values is None:
+            return cls(checkpoint["epoch"] + 1)
+        if values["steps"] != steps:
+            raise UserError(
+                f"--resume: the checkpoint is from the middle of an epoch of {values['steps']} batches, now there are "
+                f"{steps}; give the same data, --batch-size and number of processes, or its last.pth.tar."
+            )
+        return cls(**{key: value for key, value in values.items() if key != "steps"})
+
+
+class Recovery:
+    """Saves a run in the middle of an epoch: every so many batches, and to end it after SIGTERM.
+
+    Args:
+        runtime: Device and processes.
+        every: Batches between two files; 0: only after SIGTERM.
+        possible: Whether the data can be entered in the middle.
+    """
+
+    def __init__(self, runtime: Runtime, every: int, possible: bool) -> None:
+        if every and not possible:
+            raise UserError(
+                "--recovery-interval: this data set can only be read from its start; leave it out, whole epochs are "
+                "saved."
+            )
+        self.termination = Termination()
+        self.saver: Saver | None = None  # of the process that writes
+        self._runtime, self._every, self._possible = runtime, every, possible
+        self._since = 0
+
+    def check(self, position: Callable[[], Position], steps: int, batches: int = 0) -> None:
+        """Saves if it is time.
+
+        Args:
+            position: Gives where the run is, in this process.
+            steps: Batches of an epoch.
+            batches: Done since the last call.
+
+        Raises:
+            Terminated: After SIGTERM, in all processes.
+        """
+        self._since += batches
+        ending = self.termination.agreed(self._runtime.device)
+        if not ending and not (self._every and self._since >= self._every):
+            return
+        here = position()
+        if self._possible:
+            self._since = 0
+            loss_sum, count = self._runtime.sum(here.loss_sum, here.loss_count)
+            if self.saver is not None:
+                everywhere = dataclasses.replace(here, loss_sum=loss_sum, loss_count=count)
+                self.saver.save_position({**dataclasses.asdict(everywhere), "steps": steps})
+        if ending:
+            where = f"batch {here.step} of {steps} of epoch {here.epoch}"
+            saved = f"saved in {RECOVERY}" if self._possible else "its epoch is not saved, such data start at the front"
+            raise Terminated(f"SIGTERM at {where}: {saved}; --resume auto goes on")

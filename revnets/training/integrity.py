@@ -1,0 +1,62 @@
+"""Whether a checkpoint is still what was written, and why one could not be."""
+
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def damage(path: str | Path) -> str:
+    """What is wrong with a file of ``torch.save``, in words; nothing where every checksum in it is right.
+
+    The file is a zip archive, which holds a CRC-32 of each tensor's bytes and of the pickle: a truncated or overwritten
+    file, or one with a flipped bit, is found without a second file that could be lost or be of another moment.
+
+    Args:
+        path: Of the file.
+
+    Example:
+        >>> damage(__file__)
+        'it is truncated, or no checkpoint'
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, ValueError):
+        return "it is truncated, or no checkpoint"
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    return "" if bad is None else f"the checksum of its part '{bad}' is wrong"
+
+
+class NotWritten(OSError):
+    """A file could not be written, for want of space mostly; what was there before is whole."""
+
+    def __init__(self, path: str | Path, error: BaseException) -> None:
+        cause: BaseException | None = error
+        while cause is not None and not (isinstance(cause, OSError) and cause.errno):
+            cause = cause.__cause__ or cause.__context__  # torch's writer hides it behind an error of its own
+        reason = cause.strerror if isinstance(cause, OSError) else " ".join(str(error).split())[:120]
+        super().__init__(
+            f"'{path}' cannot be written ({reason}): free space there, or give another folder; what was saved before "
+            "is whole"
+        )
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Says which file it was that could not be written, and why.
+
+    Args:
+        path: Of the file, for the message.
+
+    Raises:
+        NotWritten: The block failed as writing fails.
+    """
+    try:
+        yield
+    except NotWritten:
+        raise
+    except (OSError, RuntimeError) as error:
+        raise NotWritten(path, error) from error

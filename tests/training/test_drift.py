@@ -1,0 +1,46 @@
+"""Drift of rebuilt activations is seen while training, and said once."""
+
+import torch
+from torch import nn
+
+from revnets.reversible import AdditiveCoupling, RevSequential, set_mode
+from revnets.training.drift import DriftMonitor, part
+
+
+def chain(exact: bool) -> nn.Module:
+    """Twenty couplings."""
+    torch.manual_seed(0)
+    branches = [[nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(2)] for _ in range(20)]
+    return RevSequential([AdditiveCoupling(*pair) for pair in branches], exact=exact)
+
+
+def test_a_bfloat16_stream_is_warned_of_once() -> None:
+    net, x = chain(exact=False).bfloat16(), torch.randn(4, 16).bfloat16()
+    monitor = DriftMonitor(net, every=10)
+    state = torch.get_rng_state()
+    warning = monitor.check(x)
+    assert "exact=True" in warning
+    assert "keep the stream in float32" in warning
+    assert monitor.check(x) == ""
+    assert monitor.worst > 1e-2
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_exact_mode_has_none() -> None:
+    monitor = DriftMonitor(chain(exact=True))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert monitor.check(torch.randn(4, 16)) == ""
+    assert monitor.worst == 0
+
+
+def test_when_it_looks() -> None:
+    net = chain(exact=False)
+    assert [DriftMonitor(net, every=3).due(step) for step in range(4)] == [True, False, False, True]
+    assert not DriftMonitor(net, every=0).due(0)
+    set_mode(net, "store")
+    assert not DriftMonitor(net, every=3).due(0)
+
+
+def test_part_of_an_image() -> None:
+    assert part(torch.zeros(2, 3, 800, 1333)).shape == (1, 3, 256, 256)
+    assert part(torch.zeros(2, 3, 64, 300)).shape == (1, 3, 64, 256)

@@ -1,0 +1,93 @@
+"""Updates that are not finite are left out, and the layer where it began is named."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from revnets.training.finite import FiniteGuard, diagnose
+
+
+class Breaks(nn.Module):
+    """The identity, until told otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.broken = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 0 if self.broken else x
+
+
+@pytest.fixture
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), Breaks(), nn.Linear(4, 2))
+
+
+def step(net: nn.Module, guard: FiniteGuard, x: Tensor, scale: float = 1.0) -> bool:
+    net.zero_grad()
+    loss = net(x).square().mean() * scale
+    guard.note(loss)
+    loss.backward()
+    return guard.good()
+
+
+def test_statistics_are_those_of_the_last_good_update(net: nn.Sequential) -> None:
+    guard, x = FiniteGuard(net, limit=2), torch.randn(8, 4)
+    guard.start()
+    assert step(net, guard, x)
+    before = {name: b.clone() for name, b in net.named_buffers() if b.is_floating_point()}
+    bad = x.clone()
+    bad[0, 0] = float("nan")
+    assert not step(net, guard, bad)
+    assert all(torch.equal(dict(net.named_buffers())[name], value) for name, value in before.items())
+    assert (guard.skipped, guard.in_a_row, guard.exhausted) == (1, 1, False)
+    assert step(net, guard, x)
+    assert (guard.skipped, guard.in_a_row) == (1, 0)
+    assert not step(net, guard, bad)
+    assert not step(net, guard, bad)
+    assert guard.exhausted
+
+
+def test_gradients_alone_count(net: nn.Sequential) -> None:
+    guard = FiniteGuard(net)
+    net(torch.randn(8, 4)).sum().backward()
+    next(iter(net.parameters())).grad[0, 0] = float("inf")  # type: ignore[index]
+    assert not guard.good()
+
+
+def test_zero_never_looks(net: nn.Sequential) -> None:
+    guard = FiniteGuard(net, limit=0)
+    guard.start()
+    assert step(net, guard, torch.full((8, 4), float("nan")))
+    assert not guard.exhausted
+
+
+def test_the_first_layer_is_named(net: nn.Sequential) -> None:
+    x = torch.randn(8, 4)
+
+    def forward() -> Any:
+        return net(x).sum()
+
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    assert "finite loss again" in diagnose(net, forward)
+    net[2].broken = True
+    assert "output that is not finite is that of layer '2' (Breaks), from inputs up to" in diagnose(net, forward)
+    assert all(torch.equal(state[name], value) for name, value in net.state_dict().items())
+    net[2].broken = False
+    x[0] = float("inf")
+    assert diagnose(net, forward) == "the input of layer '0' (Linear), the first, is not finite"
+    with torch.no_grad():
+        net[3].bias.fill_(float("nan"))
+    assert diagnose(net, forward) == "weight '3.bias' and 0 others are not finite"
+
+
+def test_exact_modes_guard_names_the_op() -> None:
+    from revnets.reversible import AdditiveCoupling, RevSequential
+
+    net = RevSequential([AdditiveCoupling(nn.Linear(2, 2), nn.Linear(2, 2))], exact=True)
+    with torch.no_grad():
+        next(net.parameters()).fill_(1e6)
+    assert "beyond the range" in diagnose(nn.Sequential(net), lambda: net(torch.ones(1, 4)).sum())
