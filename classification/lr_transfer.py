@@ -314,9 +314,7 @@ def _show(found: Sequence[Best]) -> None:
     console.print(table)
     for rules in RULES:
         grid, vertex = moved(found, rules)
-        console.print(
-            f"{rules} the rules: best learning rate moves by {grid:+.0f} grid steps ({vertex:+.2f} by vertex)"
-        )
+        console.print(f"{rules} the rules, the best rate moves by {grid:+.0f} grid steps ({vertex:+.2f} by vertex)")
 
 
 if __name__ == "__main__":

@@ -72,14 +72,20 @@ class Run:
     recipe: Path
     data: Path
     epochs: int
-    lr: float
+    options: TrainOptions
+
+    @property
+    def lr(self) -> float:
+        """The learning rate."""
+        return (2 if self.line.endswith(DOUBLED) else 1) * (self.options.lr or math.nan)
 
     @property
     def more(self) -> list[str]:
-        """Options besides the recipe's."""
+        """Options besides the recipe's: layers for conversion, or of a network that is made of them."""
         layers = VARIANTS[self.line.removesuffix(f"-{DOUBLED}")]
-        chosen = ["--model-kwargs", f"layers={layers}"] if layers else []
-        return [*chosen, "--lr", str(2 * self.lr)] if self.line.endswith(DOUBLED) else chosen
+        option = ["--layers", layers] if self.options.layers else ["--model-kwargs", f"layers={layers}"]
+        chosen = option if layers else []
+        return [*chosen, "--lr", str(self.lr)] if self.line.endswith(DOUBLED) else chosen
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,7 +145,7 @@ def planned(args: argparse.Namespace, output: Path) -> list[Run]:
                     output / f"data-{args.images}",
                 )
                 name = f"{network}-{line}-{args.images}x{epochs}-seed{seed}-{digest}"
-                found.append(Run(network, line, seed, name, recipe, data, epochs, options.lr or math.nan))
+                found.append(Run(network, line, seed, name, recipe, data, epochs, options))
     return found
 
 
@@ -211,7 +217,7 @@ def _write_json(outcomes: Sequence[Outcome], runs: Sequence[Run], curves: dict[s
         figures = {k: None if isinstance(v, float) and v != v else v for k, v in dataclasses.asdict(outcome).items()}
         rows = curves.get(one.name, [])
         losses = {name: [row[name] for row in rows if name in row] for name in ("train_loss", "eval_loss")}
-        content.append({**figures, "lr": one.lr * (2 if one.line.endswith(DOUBLED) else 1), "curves": losses})
+        content.append({**figures, "lr": one.lr, "curves": losses})
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
 
