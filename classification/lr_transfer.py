@@ -295,7 +295,8 @@ def draw(path: Path, losses: dict[Proxy, float], found: Sequence[Best], args: ar
             (top,) = [each for each in found if (each.rules, each.width) == (rules, width)]
             axis.plot([top.lr], [top.loss], "*", color=f"C{number}", markersize=13)
         grid, vertex = moved(found, rules)
-        axis.set_title(f"{rules} the transfer rules: best moves by {grid:+.0f} grid steps ({vertex:+.1f})")
+        title = f"{rules} the transfer rules: best moves by {grid:+.0f} grid steps ({vertex:+.1f})"
+        axis.set_title(title, fontsize="medium")
         axis.set_xscale("log", base=2)
         axis.set_xlabel("learning rate")
         axis.grid(alpha=0.3)
