@@ -50,8 +50,8 @@ class Compound(nn.Module):
 class WithNorms(Compound):
     """A compound with norms and activations, those usual for its kind where none are given."""
 
-    usual_norm: ClassVar[NormLayer]
-    usual_act: ClassVar[ActLayer]
+    usual_norm: ClassVar[type[nn.Module]]
+    usual_act: ClassVar[type[nn.Module]]
 
     def _norm(self, norm_layer: NormLayer | Usual | None, width: int, factory: dict[str, Any]) -> nn.Module | None:
         made = type(self).usual_norm if norm_layer == "usual" else norm_layer

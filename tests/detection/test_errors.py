@@ -316,3 +316,16 @@ def test_synchronised_norms_need_gpus() -> None:
     check_norms(torch.nn.BatchNorm2d(2), 2)
     with pytest.raises(UserError, match="SyncBatchNorm needs GPUs"):
         check_norms(torch.nn.SyncBatchNorm(2), 2)
+
+
+def test_what_a_hook_refuses() -> None:
+    from types import SimpleNamespace
+
+    from detection.runner import CheckedRunner
+    from revnets.sparsity import Schedule
+
+    runner = CheckedRunner.__new__(CheckedRunner)
+    runner.cfg = SimpleNamespace(filename="net.py")
+    runner._hooks = [SimpleNamespace(before_run=lambda runner: Schedule("rigl", 100, start=0.9))]
+    with pytest.raises(UserError, match=r"CONFIG: 'net.py': a hook refuses to start \(end=0.75: .* before they start"):
+        runner.call_hook("before_run")
