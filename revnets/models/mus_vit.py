@@ -128,6 +128,8 @@ class MuSVisionTransformer(VisionTransformer):
         torch.Size([2, 10])
     """
 
+    head: Any
+
     def __init__(
         self,
         *args: Any,
