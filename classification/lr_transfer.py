@@ -309,8 +309,8 @@ def draw(path: Path, losses: dict[Proxy, float], found: Sequence[Best], args: ar
 def _show(found: Sequence[Best]) -> None:
     table = Table("rules", "width", "best lr", "loss", "vertex of the parabola")
     for each in found:
-        power, vertex = (f"2^{math.log2(value):.4g}" for value in (each.lr, each.vertex))
-        table.add_row(each.rules, str(each.width), power, f"{each.loss:.4f}", vertex)
+        on_grid, between = (f"2^{math.log2(value):.4g}" for value in (each.lr, each.vertex))
+        table.add_row(each.rules, str(each.width), on_grid, f"{each.loss:.4f}", between)
     console = Console()
     console.print(table)
     for rules in RULES:

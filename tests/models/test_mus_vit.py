@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import revnets
 from revnets.layers import MuSConv2d, MuSLinear
-from revnets.models.mus_vit import MuSBlock, MuSVisionTransformer, residual_weight
+from revnets.models._mus_vit_parts import MuSBlock, residual_weight
+from revnets.models.mus_vit import MuSVisionTransformer
 from tests.helpers import assert_same_step, training_step
 from tests.models.registry import TINY_TRANSFORMERS, images, make, relative
 
@@ -71,8 +72,8 @@ def test_weighted_residual_keeps_variance(t: float) -> None:
     torch.manual_seed(0)
     block = MuSBlock(64, 2).eval()
     block.residual = (t, 0.5)
-    block.attn = nn.Identity()  # type: ignore[assignment]
-    block.mlp = block.norm2 = nn.Identity()  # type: ignore[assignment]
+    block.attn = nn.Identity()
+    block.mlp = block.norm2 = nn.Identity()
     block.norm1.register_forward_hook(lambda module, args, output: torch.randn_like(output))
     x = torch.randn(8, 100, 64)
     expected = 2 * math.sqrt(0.5)  # the second branch is the identity: the same term twice
@@ -137,6 +138,13 @@ def test_other_layers_are_refused(layers: Any) -> None:
         make(PLAIN, layers=layers)
 
 
+def test_roles() -> None:
+    model = make(PLAIN, layers={"type": "mus_fp8", "roles": {"blocks.0.attn.qkv": "output"}})
+    assert (model.blocks[0].attn.qkv.role, model.blocks[0].attn.qkv.fp8) == ("output", False)
+    with pytest.raises(ValueError, match=r"roles names 'blocks\.9\.fc': expected a linear layer, such as"):
+        make(PLAIN, layers={"type": "mus", "roles": {"blocks.9.fc": "input"}})
+
+
 @pytest.mark.parametrize("name", TINY_TRANSFORMERS)
 def test_fp8_is_close_to_higher_precision(name: str) -> None:
     plain, fp8 = make(name, num_classes=10), make(name, num_classes=10, layers="mus_fp8")
@@ -149,7 +157,7 @@ def test_fp8_is_close_to_higher_precision(name: str) -> None:
     for model in (plain, fp8):
         model.train().forward_features(x).square().mul(torch.linspace(-1, 1, 64)).mean().backward()
         grads.append(torch.cat([p.grad.flatten() for n, p in model.named_parameters() if "head" not in n]))
-    assert torch.cosine_similarity(*grads, dim=0) > 0.97
+    assert torch.cosine_similarity(grads[0], grads[1], dim=0) > 0.97
 
 
 def test_sizes_of_images_and_patches() -> None:
