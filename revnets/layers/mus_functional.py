@@ -49,8 +49,8 @@ def gradient_scale(grad_scale: float | None, dtype: torch.dtype) -> float:
     choice, and wants ``grad_scale=1``.
 
     Example:
-        >>> gradient_scale(None, torch.bfloat16), gradient_scale(None, torch.float16), gradient_scale(2.0, torch.float16)
-        (1024.0, 1.0, 2.0)
+        >>> gradient_scale(None, torch.bfloat16), gradient_scale(None, torch.float16)
+        (1024.0, 1.0)
     """
     if grad_scale is not None:
         return grad_scale
