@@ -49,7 +49,7 @@ class MuSFp8Config(MuSConfig):
 
     Args:
         backend: of the products: ``scaled_mm``, ``emulate``, or by default the best on the device.
-        grad_scale: static factor around the quantisation of gradients, a power of two; by default 2^10, or 1 for
+        grad_scale: static factor around the quantisation of gradients, a power of two; by default 2^14, or 1 for
             float16.
         auto: only layers that are faster in FP8, see ``fp8_break_even``. The others stay as they are; with ``init``,
             which takes the whole network, they are munit-scaled but not quantised.

@@ -33,11 +33,13 @@ from .fp8 import (
 
 Ints = int | Sequence[int]
 ROLES = ("input", "hidden", "output")
-GRAD_SCALE = 2.0**10
-"""What gradients are multiplied by before they become e5m2, and divided by after the product.
+GRAD_SCALE = 2.0**14
+"""What gradients are multiplied by before they become e5m2, and divided by after the product; see ``gradient_scale``.
 
-With a loss that is a mean over images and pixels, most gradients of vision networks lie below the smallest number of
-e5m2, 1.5e-5, and would become zero. With 2^10 the range is 1.5e-8 to 56, in which gradients of unit variance lie, too.
+With a loss that is a mean over images, many gradients of vision networks lie below the smallest number of e5m2, 1.5e-5:
+of a new RevBiFPN-S0 on 128 images of CIFAR-10 at 32 pixels, 1, 2^10 and 2^14 flush 54%, 1.4% and 0.1% of them (in the
+worst layer 100%, 12% and 1.4%), of ResNet-18 13%, 0.2% and 0.01%, and none is clipped, not even by 2^20. With 2^14 the
+range is 9e-10 to 3.5, which clips 0.05% of gradients of unit variance: for a loss scaled up to have such, give 1.
 """
 
 
@@ -49,8 +51,8 @@ def gradient_scale(grad_scale: float | None, dtype: torch.dtype) -> float:
     choice, and wants ``grad_scale=1``.
 
     Example:
-        >>> gradient_scale(None, torch.bfloat16), gradient_scale(None, torch.float16), gradient_scale(2.0, torch.float16)
-        (1024.0, 1.0, 2.0)
+        >>> gradient_scale(None, torch.bfloat16), gradient_scale(None, torch.float16)
+        (16384.0, 1.0)
     """
     if grad_scale is not None:
         return grad_scale

@@ -60,8 +60,8 @@ def tensor_stats(x: Tensor, dtype: torch.dtype | None = None, scale: float = 1.0
         scale: static factor before the cast.
 
     Example:
-        >>> tensor_stats(torch.tensor([1e-4, 0.0, 3.0, 500.0]), torch.float8_e4m3fn)
-        TensorStats(rms=250.0045..., flushed=0.25, clipped=0.25)
+        >>> tensor_stats(torch.tensor([2.0**-20, 0.0, 0.0, 512.0]), torch.float8_e4m3fn)
+        TensorStats(rms=256.0, flushed=0.25, clipped=0.25)
     """
     total = StatsSum()
     total.add(x, dtype, scale)

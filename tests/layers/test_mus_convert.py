@@ -145,7 +145,7 @@ def test_reversible_gradients_are_the_same_bits(layers: str, autocast: bool) -> 
         assert sum(fp8_products().values()) > products > 100  # it did recompute
 
 
-@pytest.mark.parametrize("backend", ["emulate", "scaled_mm"])
+@pytest.mark.parametrize("backend", ["emulate", pytest.param("scaled_mm", marks=pytest.mark.slow)])
 def test_recomputed_branches_are_the_same_bits(backend: str) -> None:
     torch.manual_seed(0)
     model: Any = timm.create_model("test_revbifpn", layers=f"mus_fp8:backend:{backend}", num_classes=10).train()

@@ -64,7 +64,9 @@ def records(model: Any, mode: str, autocast: bool) -> list[dict[str, Any]]:
     return monitor.records
 
 
-@pytest.mark.parametrize(("layers", "autocast"), [("mus_fp8", False), ("dense", True)])
+@pytest.mark.parametrize(
+    ("layers", "autocast"), [("mus_fp8", False), pytest.param("dense", True, marks=pytest.mark.slow)]
+)
 def test_the_same_in_every_mode(layers: str, autocast: bool) -> None:
     torch.manual_seed(0)
     model = timm.create_model("test_revbifpn", layers=layers, num_classes=10, drop_path_rate=0.2).train()
