@@ -126,6 +126,7 @@ def test_student_that_is_the_teacher_has_little_to_learn(run_train: Trainer, tra
     [
         (["--keep-zeros"], "--keep-zeros: no layer holds zeros"),
         (["--keep-zeros", "--layers", "sparse:0.5"], "--keep-zeros: layers of --layers"),
+        (["--keep-zeros", "--sparsity-schedule", "rigl"], "--keep-zeros: the masks of zeros stay"),
         (["--teacher-checkpoint", "nowhere.pth.tar"], "--teacher-checkpoint: there is no file"),
         (["--teacher-checkpoint", "{trained}", "--teacher", "test_vit"], "is of test_efficientnet, not test_vit"),
         (["--teacher-checkpoint", "{trained}", "--distill-layers", "nothing"], "--distill-layers: layers 'nothing'"),
