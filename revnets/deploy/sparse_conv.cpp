@@ -250,6 +250,7 @@ void unfold_plane(const Call& c, const Layout& l, const float* x, int64_t first_
 // A block: neighbouring positions, up to kBlock of them, and what becomes of them.
 struct Block {
   const float* x;         // the first position's pixel in the input of the group
+  int64_t x_tail;         // where its last vector begins; in the output it ends where the block does
   const int32_t* table;
   int64_t y;              // the first pixel of the run in the output's plane, by_row
   int64_t length;         // positions
@@ -290,9 +291,11 @@ void write_runs(const Block& block, const float* buffer, float* y) {
   copy(y + last.to, buffer + last.from, last.length);
 }
 
-// kNumber vectors, the last one `tail` positions from the first: it may overlap the one before.
+// kNumber vectors; the last one may overlap the one before.
 template <int kNumber, bool kRuns>
-void run_block(const Call& c, const Block& block, int64_t tail) {
+void run_block(const Call& c, const Block& block) {
+  const int64_t x_tail = kRuns ? (kNumber - 1) * kLanes : block.x_tail;
+  const int64_t tail = block.length - kLanes;
   const int64_t pixels = c.h_out * c.w_out;
   const Range range(c.activation);
   alignas(64) float buffer[kRuns ? kBlock + kLanes : 1];
@@ -305,7 +308,7 @@ void run_block(const Call& c, const Block& block, int64_t tail) {
       const float* from = block.x + block.table[c.columns[i]];
       const vec weight = same(c.values[i]);
       for (int j = 0; j < kNumber - 1; ++j) sum[j] += weight * load(from + j * kLanes);
-      sum[kNumber - 1] += weight * load(from + tail);
+      sum[kNumber - 1] += weight * load(from + x_tail);
     }
     const int64_t plane = (block.image * c.c_out + o) * pixels;
     if (kRuns) {
@@ -334,49 +337,47 @@ void run_block(const Call& c, const Block& block, int64_t tail) {
 }
 
 template <bool kRuns>
-void run_block(const Call& c, const Block& block) {
-  const int64_t vectors = (block.length + kLanes - 1) / kLanes;
-  const int64_t tail = kRuns ? (vectors - 1) * kLanes : block.length - kLanes;
-  switch (vectors) {
-    case 1: return run_block<1, kRuns>(c, block, tail);
-    case 2: return run_block<2, kRuns>(c, block, tail);
-    case 3: return run_block<3, kRuns>(c, block, tail);
-    case 4: return run_block<4, kRuns>(c, block, tail);
-    case 5: return run_block<5, kRuns>(c, block, tail);
-    case 6: return run_block<6, kRuns>(c, block, tail);
-    case 7: return run_block<7, kRuns>(c, block, tail);
-    default: return run_block<8, kRuns>(c, block, tail);
+void run_any(const Call& c, const Block& block) {
+  switch ((block.length + kLanes - 1) / kLanes) {
+    case 1: return run_block<1, kRuns>(c, block);
+    case 2: return run_block<2, kRuns>(c, block);
+    case 3: return run_block<3, kRuns>(c, block);
+    case 4: return run_block<4, kRuns>(c, block);
+    case 5: return run_block<5, kRuns>(c, block);
+    case 6: return run_block<6, kRuns>(c, block);
+    case 7: return run_block<7, kRuns>(c, block);
+    default: return run_block<8, kRuns>(c, block);
   }
 }
 
-// How the output of a layout is cut into blocks.
+// How the output of a layout is cut into blocks: lines of so many positions, in vectors, shared out evenly.
 struct Blocks {
-  int64_t lines, length, per_line;  // lines of so many positions
+  int64_t lines, length, vectors, per_line, largest;
   Blocks(const Call& c, const Layout& l) {
     lines = l.by_row ? l.h_out : 1;
     length = l.by_row ? c.w_out : l.positions;
-    per_line = (length + kBlock - 1) / kBlock;
+    vectors = (length + kLanes - 1) / kLanes;
+    per_line = (vectors + kVectors - 1) / kVectors;
+    largest = (vectors + per_line - 1) / per_line;
   }
   int64_t count() const { return lines * per_line; }
-  // where a line's block ends: the last one is no shorter than a vector, so that no two blocks overlap
-  int64_t end(int64_t block) const {
-    return block + 1 < per_line ? std::min((block + 1) * kBlock, length - kLanes) : length;
-  }
+  int64_t start(int64_t block) const { return std::min(block * vectors / per_line * kLanes, length); }
 };
 
 // Block number `index` of the group whose (padded) input starts at x, for the output channels of `block`.
 void run_index(const Call& c, const Layout& l, const Blocks& b, const float* x, int64_t first_row, int64_t index,
                Block& block) {
   const int64_t line = b.per_line == 1 ? index : index / b.per_line, number = index - line * b.per_line;
-  const int64_t start = number ? b.end(number - 1) : 0;
-  block.length = b.end(number) - start;
+  const int64_t start = b.start(number);
+  block.length = b.start(number + 1) - start;
   block.x = x + line * l.pitch + start;
   if (l.by_row) {
+    block.x_tail = block.length - kLanes;
     block.y = (first_row + line) * c.w_out + start;
-    run_block<false>(c, block);
+    run_any<false>(c, block);
   } else {
     find_runs(c, l, start, first_row, block);
-    run_block<true>(c, block);
+    run_any<true>(c, block);
   }
 }
 
@@ -431,6 +432,53 @@ void run_grouped(const Call& c) {
   }
 }
 
+// Calls work(image, block, first and last output channel) for all of them, in parallel.
+template <typename Work>
+void share_out(const Call& c, const Blocks& blocks, Work work) {
+  const int64_t pieces = c.n * blocks.count();
+  // few blocks: output channels are shared out, too
+  const int64_t parts = c.threads > 1 ? std::max<int64_t>(1, std::min(c.c_out, 4 * c.threads / pieces)) : 1;
+#pragma omp parallel for schedule(dynamic) num_threads(c.threads) if (c.threads > 1)
+  for (int64_t task = 0; task < pieces * parts; ++task) {
+    const int64_t part = task % parts, piece = task / parts;
+    work(piece / blocks.count(), piece % blocks.count(), boundary(c, part, parts), boundary(c, part + 1, parts));
+  }
+}
+
+// Pointwise, planes that do not fill whole cache lines: the blocks of all channels are gathered first, so that no load
+// touches two lines.
+void run_packed(const Call& c) {
+  const Layout l(c, c.h_out);
+  const Blocks blocks(c, l);
+  const int64_t stride = blocks.largest * kLanes, size = c.c_in * stride;
+  float* packed = scratch(c.n * blocks.count() * size);
+  packed += -reinterpret_cast<uintptr_t>(packed) / sizeof(float) % kLanes;
+#pragma omp parallel for schedule(static) num_threads(c.threads) if (c.threads > 1)
+  for (int64_t i = 0; i < c.n * c.c_in; ++i) {
+    const float* x = c.x + i * c.w;
+    for (int64_t block = 0; block < blocks.count(); ++block) {
+      float* to = packed + (i / c.c_in * blocks.count() + block) * size + i % c.c_in * stride;
+      for (int64_t p = blocks.start(block); p < blocks.start(block + 1); p += kLanes, to += kLanes)
+        store(to, load(x + std::min(p, c.w - kLanes)));
+    }
+  }
+  std::vector<int32_t> table;
+  table.reserve(c.c_in);
+  for (int64_t i = 0; i < c.c_in; ++i) table.push_back(i * stride);
+  share_out(c, blocks, [&](int64_t image, int64_t index, int64_t begin, int64_t end) {
+    Block block;
+    block.image = image;
+    block.table = table.data();
+    block.begin = begin;
+    block.end = end;
+    block.y = blocks.start(index);
+    block.length = blocks.start(index + 1) - block.y;
+    block.x = packed + (image * blocks.count() + index) * size;
+    block.x_tail = (block.length + kLanes - 1) / kLanes * kLanes - kLanes;
+    run_any<false>(c, block);
+  });
+}
+
 void run_whole(const Call& c) {
   const Layout l(c, c.h_out);
   const Blocks blocks(c, l);
@@ -443,19 +491,14 @@ void run_whole(const Call& c) {
     for (int64_t i = 0; i < c.n * c.c_in; ++i) unfold_plane(c, l, c.x + i * c.h * c.w, 0, copy + i * l.plane);
     x = copy;
   }
-  const int64_t pieces = c.n * blocks.count();
-  // few blocks: rows are shared out, too
-  const int64_t parts = c.threads > 1 ? std::max<int64_t>(1, std::min(c.c_out, 4 * c.threads / pieces)) : 1;
-#pragma omp parallel for schedule(dynamic) num_threads(c.threads) if (c.threads > 1)
-  for (int64_t task = 0; task < pieces * parts; ++task) {
-    const int64_t part = task % parts, piece = task / parts;
+  share_out(c, blocks, [&](int64_t image, int64_t index, int64_t begin, int64_t end) {
     Block block;
-    block.image = piece / blocks.count();
+    block.image = image;
     block.table = table.data();
-    block.begin = boundary(c, part, parts);
-    block.end = boundary(c, part + 1, parts);
-    run_index(c, l, blocks, x + block.image * stride, 0, piece % blocks.count(), block);
-  }
+    block.begin = begin;
+    block.end = end;
+    run_index(c, l, blocks, x + image * stride, 0, index, block);
+  });
 }
 
 // --- depthwise: dense weights of k x k, four rows of the output at a time --------------------------------------------
@@ -470,70 +513,103 @@ __attribute__((noinline)) void store_end(const Range& range, vec v, const float*
   std::memcpy(y, buffer, length * sizeof(float));
 }
 
-template <int kSize, int kStride, int kCount>
-void depthwise_rows(const Call& c, const Layout& l, const float* x, const float* weights, float bias, int64_t plane,
-                    int64_t row) {
-  const Range range(c.activation);
-  const int64_t end = c.h_out * c.w_out, w_out = c.w_out;
-  float* y = c.y + plane;
-  const float* residual = c.residual ? c.residual + plane : nullptr;
-  for (int64_t start = 0; start < w_out; start += kLanes) {
-    // the last vector of a line ends where the line does, unless the line is shorter than a vector
-    const int64_t column = w_out >= kLanes ? std::min(start, w_out - kLanes) : 0;
-    vec sum[kCount];
-    for (int r = 0; r < kCount; ++r) sum[r] = same(bias);
+// What the rows of a plane have in common.
+struct Plane {
+  const float* x;
+  const float* weights;
+  float bias;
+  float* y;
+  const float* residual;
+};
+
+inline ivec inside(const ivec& lanes, int64_t offset, int64_t width) {
+  const int32_t first = -offset, last = width - offset;
+  return (lanes >= first) & (lanes < last);
+}
+
+// kCount rows of the output from `row`, for one vector of each. kEdge: some of the pixels may lie beside the image.
+template <int kSize, int kStride, int kCount, bool kEdge>
+inline void depthwise_vector(const Call& c, const Plane& plane, const Range& range, const float* const* lines,
+                             int64_t row, int64_t column) {
+  const int64_t end = c.h_out * c.w_out;
+  const int64_t offset = column * kStride - c.pad_w;
+  ivec masks[kSize];
+  if (kEdge) {
+    ivec lanes;
+    for (int j = 0; j < kLanes; ++j) lanes[j] = j * kStride;
+    for (int b = 0; b < kSize; ++b) masks[b] = inside(lanes, offset + b, c.w);
+  }
+  vec sum[kCount];
+  for (int r = 0; r < kCount; ++r) sum[r] = same(plane.bias);
 #pragma GCC unroll 16
-    for (int a = 0; a < kCount * kStride + kSize - kStride; ++a) {
-      const float* line = x + (a % kStride * l.phases_w * l.rows + a / kStride) * l.pitch + column;
+  for (int a = 0; a < kCount * kStride + kSize - kStride; ++a) {
 #pragma GCC unroll 8
-      for (int b = 0; b < kSize; ++b) {
-        const vec pixels = load(line + (b % kStride * l.rows) * l.pitch + b / kStride);
+    for (int b = 0; b < kSize; ++b) {
+      const float* from = lines[a] + offset + b;
+      vec pixels = kStride == 1 ? load(from) : even_of(load(from), load(from + kLanes - 1));
+      if (kEdge) pixels = masks[b] ? pixels : same(0.0f);
 #pragma GCC unroll 8
-        for (int r = 0; r < kCount; ++r) {
-          const int tap = a - r * kStride;
-          if (tap >= 0 && tap < kSize) sum[r] += same(weights[tap * kSize + b]) * pixels;
-        }
+      for (int r = 0; r < kCount; ++r) {
+        const int tap = a - r * kStride;
+        if (tap >= 0 && tap < kSize) sum[r] += same(plane.weights[tap * kSize + b]) * pixels;
       }
     }
-    // lines shorter than a vector write too much, which the next lines overwrite, except at the end of the plane
-    const int64_t at = row * w_out + column;
+  }
+  // lines shorter than a vector write too much, which the next lines overwrite, except at the end of the plane
 #pragma GCC unroll 8
-    for (int r = 0; r < kCount; ++r) {
-      const int64_t p = at + r * w_out;
-      if (p + kLanes > end) {
-        store_end(range, sum[r], residual ? residual + p : nullptr, y + p, end - p);
-      } else {
-        if (residual) sum[r] += load(residual + p);
-        store(y + p, range(sum[r]));
-      }
+  for (int r = 0; r < kCount; ++r) {
+    const int64_t p = (row + r) * c.w_out + column;
+    if (p + kLanes > end) {
+      store_end(range, sum[r], plane.residual ? plane.residual + p : nullptr, plane.y + p, end - p);
+    } else {
+      if (plane.residual) sum[r] += load(plane.residual + p);
+      store(plane.y + p, range(sum[r]));
     }
+  }
+}
+
+template <int kSize, int kStride, int kCount>
+void depthwise_rows(const Call& c, const Plane& plane, const Range& range, const float* zeros, int64_t row) {
+  constexpr int kLines = kCount * kStride + kSize - kStride;
+  const float* lines[kLines];
+  for (int a = 0; a < kLines; ++a) {
+    const int64_t source = row * kStride + a - c.pad_h;
+    lines[a] = source >= 0 && source < c.h ? plane.x + source * c.w : zeros;
+  }
+  for (int64_t start = 0; start < c.w_out; start += kLanes) {
+    // the last vector of a line ends where the line does, unless the line is shorter than a vector
+    const int64_t column = c.w_out >= kLanes ? std::min(start, c.w_out - kLanes) : 0;
+    const int64_t first = column * kStride - c.pad_w;
+    if (first >= 0 && first + (kLanes - 1) * kStride + kSize <= c.w)
+      depthwise_vector<kSize, kStride, kCount, false>(c, plane, range, lines, row, column);
+    else
+      depthwise_vector<kSize, kStride, kCount, true>(c, plane, range, lines, row, column);
   }
 }
 
 template <int kSize, int kStride>
 void run_depthwise(const Call& c) {
-  constexpr int64_t kStrip = 4096;  // floats: half of the first cache
-  const Layout one(c, 1), two(c, 2);
-  const int64_t per_row = two.plane - one.plane;
-  const int64_t fitting = (kStrip - one.plane) / per_row / kRows * kRows;
-  const Layout l(c, std::min(c.h_out, std::max<int64_t>(kRows, fitting)));
+  const Range range(c.activation);
+  const int64_t pixels = c.h * c.w, out_pixels = c.h_out * c.w_out, planes = c.n * c.c_in;
+  // vectors reach beyond the lines, which are masked; beyond the tensor nothing may be read
+  const int64_t before = c.pad_w, after = kStride * kLanes + kSize;
+  const std::vector<float> zeros(before + c.w + after);
 #pragma omp parallel for schedule(static) num_threads(c.threads) if (c.threads > 1)
-  for (int64_t task = 0; task < c.n * c.c_in; ++task) {
+  for (int64_t task = 0; task < planes; ++task) {
     const int64_t channel = task % c.c_in;
-    const float* weights = c.values + channel * kSize * kSize;
-    const float bias = c.bias ? c.bias[channel] : 0.0f;
-    const int64_t plane = task * c.h_out * c.w_out;
-    float* copy = scratch(l.plane);
-    for (int64_t first = 0; first < c.h_out; first += l.h_out) {
-      unfold_plane(c, l, c.x + task * c.h * c.w, first, copy);
-      const int64_t end = std::min(c.h_out, first + l.h_out);
-      int64_t row = first;
-      for (; row + kRows <= end; row += kRows)
-        depthwise_rows<kSize, kStride, kRows>(c, l, copy + (row - first) * l.pitch, weights, bias, plane, row);
-      for (; row < end; ++row)
-        depthwise_rows<kSize, kStride, 1>(c, l, copy + (row - first) * l.pitch, weights, bias, plane, row);
-      finish(c.y + plane + first * c.w_out, (end - first) * c.w_out, c.activation);
+    const float* x = c.x + task * pixels;
+    if (task * pixels < before || (planes - 1 - task) * pixels < after) {
+      float* copied = scratch(before + pixels + after) + before;
+      copy(copied, x, pixels);
+      x = copied;
     }
+    const Plane plane = {x, c.values + channel * kSize * kSize, c.bias ? c.bias[channel] : 0.0f,
+                         c.y + task * out_pixels, c.residual ? c.residual + task * out_pixels : nullptr};
+    int64_t row = 0;
+    for (; row + kRows <= c.h_out; row += kRows)
+      depthwise_rows<kSize, kStride, kRows>(c, plane, range, zeros.data() + before, row);
+    for (; row < c.h_out; ++row) depthwise_rows<kSize, kStride, 1>(c, plane, range, zeros.data() + before, row);
+    finish(plane.y, out_pixels, c.activation);
   }
 }
 
@@ -559,5 +635,7 @@ extern "C" void revnets_sparse_conv(const Call* call) {
     c.w = c.w_out = c.h * c.w;
     c.h = c.h_out = 1;
   }
-  if (c.groups > 1) run_grouped(c); else run_whole(c);
+  if (c.groups > 1) return run_grouped(c);
+  if (is_pointwise(c) && c.w >= kLanes && c.w % kLanes) return run_packed(c);
+  run_whole(c);
 }
