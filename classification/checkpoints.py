@@ -68,6 +68,7 @@ class Saver(CheckpointSaver):
         )
         self.scheduler = scheduler
         self.sparsity = sparsity
+        self.extra: dict[str, float] = {}  # further numbers to store
 
     def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
         state: dict[str, Any] = {
@@ -76,6 +77,7 @@ class Saver(CheckpointSaver):
             "version": 2,  # timm: `epoch` is the finished one
             "args": self.args,
             "metric": metric,
+            **self.extra,
             "state_dict": get_state_dict(self.model, unwrap_model),
             "optimizer": self.optimizer.state_dict(),
             "history": {

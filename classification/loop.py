@@ -38,6 +38,7 @@ class Training:
     scaler: NativeScaler | None
     ema: ModelEmaV3 | None
     sparsity: SparsityController | None = None  # where there are sparse layers
+    task: Any = None  # timm's training task around the model, where a teacher takes part
 
     @property
     def updates_per_epoch(self) -> int:
@@ -140,7 +141,7 @@ def _step(run: Training, images: Tensor, target: Tensor, step: int, total: int) 
     due = _updates(run, step, total)
     with _without_exchange(run.model, due):
         with run.runtime.autocast():
-            loss: Tensor = run.loss(run.model(images), target)
+            loss: Tensor = run.task(images, target)["loss"] if run.task else run.loss(run.model(images), target)
         scaled = loss / group
         parameters = model_parameters(run.model, exclude_head="agc" in options.clip_mode) if options.clip_grad else None
         if run.scaler is not None:

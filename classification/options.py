@@ -75,7 +75,10 @@ class StartOptions:
     """Start and output"""
 
     pretrained_path: str = option("", "file to read instead of the published weights; adapts the classifier")
-    initial_checkpoint: str = option("", "weights to start from, of exactly this model")
+    initial_checkpoint: str = option(
+        "", "weights to start from, of this model; masks are dropped where it is dense, another classifier starts anew"
+    )
+    keep_zeros: bool = option(False, "weights that are 0 at the start, as in a pruned checkpoint, stay 0")
     resume: str = option("", "checkpoint to go on from, or `auto`: the newest of the output folder if there is one")
     no_resume_opt: bool = option(False, "do not take the optimizer's state from the checkpoint")
     output: str = option("output/train", "folder for the folders of runs")
@@ -129,6 +132,22 @@ class SparsityOptions:
         "uniform",
         "how the sparsity is shared out among the layers; er and erk keep the number of weights, not the FLOPs",
         choices=("uniform", "er", "erk"),
+    )
+
+
+@dataclasses.dataclass
+class DistillationOptions:
+    """Distillation from a teacher"""
+
+    teacher: str = option("", "model that teaches; the student's own where only --teacher-checkpoint is given")
+    teacher_checkpoint: str = option("", "its weights, such as those of the dense network before pruning")
+    teacher_kwargs: dict[str, Any] = option({}, "further arguments of a teacher that is not the student's own model")
+    distill_task: float = option(1.0, "weight of the loss on the labels", low=0)
+    distill_logits: float = option(1.0, "weight of the Kullback-Leibler divergence of the outputs", low=0)
+    distill_temperature: float = option(2.0, "softens both outputs", low=0.01)
+    distill_features: float = option(1.0, "weight of SquareHead, the relative error of features", low=0)
+    distill_layers: list[str] = option(
+        [], "modules whose outputs are the features, such as blocks.*; those of timm's feature_info where not given"
     )
 
 
@@ -203,6 +222,7 @@ class AugmentationOptions:
 class TrainOptions(
     AugmentationOptions,
     SparsityOptions,
+    DistillationOptions,
     ScheduleOptions,
     OptimizerOptions,
     StartOptions,
@@ -240,6 +260,10 @@ class TrainOptions(
             raise UserError(
                 f"--warmup-epochs: {self.warmup_epochs} is more than --epochs {self.epochs}; "
                 "lower it or add --warmup-prefix."
+            )
+        if self.keep_zeros and self.layers:
+            raise UserError(
+                f"--keep-zeros: layers of --layers {self.layers} have weights of their own; leave one of the two out."
             )
         if self.resume == "auto" and self.overwrite:
             raise UserError("--resume auto and --overwrite contradict each other; leave one of them out.")

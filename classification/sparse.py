@@ -83,11 +83,18 @@ class TrainingFlops:
         input_size: Channels, height and width.
         sparsity: What changes the masks, or None.
         images: Per update of the weights, in all processes.
+        before: FLOPs of earlier trainings that the weights come from.
     """
 
     def __init__(
-        self, model: nn.Module, input_size: tuple[int, int, int], sparsity: SparsityController | None, images: float
+        self,
+        model: nn.Module,
+        input_size: tuple[int, int, int],
+        sparsity: SparsityController | None,
+        images: float,
+        before: float = 0.0,
     ) -> None:
+        self.before = before
         self._schedule = Schedule("static") if sparsity is None else sparsity.schedule
         costs = _costs(model, input_size)
         self.dense = 0.0 if costs is None else costs.flops * images
@@ -99,7 +106,8 @@ class TrainingFlops:
         if not self.dense:
             return {}
         total = run_flops(self._schedule, self.dense, self.sparse, updates, self.recomputed)
-        return {"train_flops": total, "train_flops_recomputed": self.recomputed * updates}
+        columns = {"train_flops": total, "train_flops_recomputed": self.recomputed * updates}
+        return {**columns, "train_flops_all_phases": self.before + total} if self.before else columns
 
 
 def _recomputed(model: nn.Module, costs: ModelCost) -> int:

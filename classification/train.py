@@ -37,14 +37,16 @@ from classification.data import (
     train_data,
     validation_loader,
 )
+from classification.distill import distillation
 from classification.errors import UserError, did_you_mean, guarded, one_line
 from classification.loop import Training, train_epoch, validate
-from classification.models import build_model, check_model_fits, data_config, load_weights, read_checkpoint
+from classification.models import build_model, check_model_fits, data_config
 from classification.options import TrainOptions, as_dict
 from classification.report import SUMMARY, Row, Summary, clock, draw_curves, write_args
 from classification.runtime import Runtime, memory_words, start_runtime
 from classification.sparse import FILES as SPARSITY_FILES
 from classification.sparse import TrainingFlops, draw_sparsity, sparsity_words, start_sparsity
+from classification.start import FLOPS, load_start
 from revnets.sparsity.report import write_table
 
 _logger = logging.getLogger("classification")
@@ -89,7 +91,7 @@ def train(options: TrainOptions) -> Result:
     names = class_names(train_set)
     if options.num_classes is None and names is not None:
         options = dataclasses.replace(options, num_classes=len(names))
-    model, config = _model(options, runtime)
+    model, config, flops_before = _model(options, runtime)
     num_classes = options.num_classes or int(getattr(model, "num_classes", 1000))
     check_labels(train_set, num_classes)
     data = train_data(options, runtime, train_set, config, num_classes)
@@ -99,6 +101,8 @@ def train(options: TrainOptions) -> Result:
     start_epoch = checkpoint["epoch"] + 1 if checkpoint else 0
     if runtime.distributed:
         run.model = _distributed(run.model, runtime, options)
+        if run.task is not None:
+            run.task.trainable_module = run.model
     decreasing = options.eval_metric == "loss"
     saver = None
     if runtime.primary:
@@ -120,18 +124,15 @@ def train(options: TrainOptions) -> Result:
         _announce(run, model, folder, len(train_set), len(val_set), start_epoch, epochs)
     summary = Summary(folder, start_epoch)
     images = options.batch_size * runtime.world_size * len(data.loader) / run.updates_per_epoch
-    flops = TrainingFlops(model, config["input_size"], run.sparsity, images)
+    flops = TrainingFlops(model, config["input_size"], run.sparsity, images, flops_before)
     _epochs(run, val_loader, saver, summary, range(start_epoch, epochs), flops)
     return _finish(run, folder, saver, summary, done=start_epoch >= epochs)
 
 
-def _model(options: TrainOptions, runtime: Runtime) -> tuple[nn.Module, dict[str, Any]]:
-    """The model on its device, checked, with its data configuration."""
+def _model(options: TrainOptions, runtime: Runtime) -> tuple[nn.Module, dict[str, Any], float]:
+    """The model on its device, checked, with its data configuration and the FLOPs that its weights cost so far."""
     model = build_model(options)
-    if options.initial_checkpoint:
-        weights = read_checkpoint(options.initial_checkpoint, "--initial-checkpoint")
-        best = weights.get("state_dict_ema") or weights["state_dict"]
-        load_weights(model, best, f"--initial-checkpoint: '{options.initial_checkpoint}'", options.model)
+    before = load_start(options, model)
     if options.grad_checkpointing:
         try:
             model.set_grad_checkpointing(enable=True)  # type: ignore[operator]
@@ -146,7 +147,7 @@ def _model(options: TrainOptions, runtime: Runtime) -> tuple[nn.Module, dict[str
                 "--sync-bn: torch has it for GPUs only; leave it out, --dist-bn reduce averages the statistics."
             )
         model = convert_sync_batchnorm(model) if runtime.distributed else model
-    return model, config
+    return model, config, before
 
 
 def _training(options: TrainOptions, runtime: Runtime, model: nn.Module, data: Any) -> tuple[Training, int]:
@@ -195,6 +196,8 @@ def _training(options: TrainOptions, runtime: Runtime, model: nn.Module, data: A
     if options.sched != "none" and run.scheduler is None:
         raise UserError(f"--sched: timm knows no schedule '{options.sched}'; give cosine, step, poly or none, say.")
     run.sparsity = start_sparsity(options, model, optimizer, int(epochs) * run.updates_per_epoch)
+    if options.teacher or options.teacher_checkpoint:
+        run.task = distillation(options, runtime, model, run.loss)
     if options.model_ema:  # a copy of the model, with its masks
         device = torch.device("cpu") if options.model_ema_force_cpu else None
         run.ema = ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=options.model_ema_warmup, device=device)
@@ -327,6 +330,7 @@ def _epochs(
         if run.scheduler is not None:
             run.scheduler.step(epoch + 1, metric)
         if saver is not None:
+            saver.extra = {FLOPS: row.get("train_flops_all_phases", row.get("train_flops", 0.0))}
             summary.add({**row, "lr": lr})  # the row first: a kill in between repeats the epoch and its row
             saver.save_checkpoint(epoch, metric=metric)
             if run.sparsity is not None:
@@ -373,6 +377,12 @@ def _finish(run: Training, folder: Path, saver: Saver | None, summary: Summary, 
         last = summary.rows[-1]
         recomputed = last.get("train_flops_recomputed", 0)
         _logger.info(f"training FLOPs, by schedule: {last['train_flops']:.4g}, of which {recomputed:.4g} recomputed")
+        if "train_flops_all_phases" in last:
+            earlier = last["train_flops_all_phases"] - last["train_flops"]
+            _logger.info(
+                f"with the trainings before it: {earlier:.4g} + {last['train_flops']:.4g} = "
+                f"{last['train_flops_all_phases']:.4g} FLOPs"
+            )
     picture = draw_curves(folder, summary.rows, f"{options.model} · {folder.name}") if summary.rows else None
     if saver.best_metric is not None:
         _logger.info(

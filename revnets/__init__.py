@@ -5,6 +5,7 @@ Importing this package registers the networks with timm, and nothing heavier: no
 
 from . import models
 from .layers import convert, mus_param_groups
+from .pruning import densify, prune
 from .reversible import check_reversibility, compile_branches, set_mode
 from .version import __version__
 
@@ -13,7 +14,9 @@ __all__ = [
     "check_reversibility",
     "compile_branches",
     "convert",
+    "densify",
     "models",
     "mus_param_groups",
+    "prune",
     "set_mode",
 ]

@@ -108,6 +108,58 @@ def layers(
         _fail(error)
 
 
+@app.command()
+def prune(
+    model: Annotated[str, typer.Argument(help="any timm model", metavar="MODEL")],
+    data: Annotated[Path, typer.Option(help="folder or .tar file of images in class folders, to calibrate on")],
+    output: Annotated[Path, typer.Option(help="pruned weights; beside them .json, .csv and .png tell what was done")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="trained weights, also of train.py or pruned; else the published ones")
+    ] = None,
+    sparsity: Annotated[float | None, typer.Option(help="share of zeros, such as 0.7")] = None,
+    pattern: Annotated[str | None, typer.Option(help="instead of --sparsity: N:M, such as 2:4")] = None,
+    method: Annotated[str, typer.Option(help="sparsegpt, wanda or magnitude")] = "sparsegpt",
+    distribution: Annotated[str, typer.Option(help="of the sparsity: uniform, er, erk, global")] = "uniform",
+    exclude: Annotated[
+        str, typer.Option(help="layers to leave out: these rules, and patterns of names, separated by commas")
+    ] = "first,classifier,depthwise,squeeze_excite",
+    images: Annotated[int, typer.Option(help="to calibrate on", min=1)] = 1024,
+    split: Annotated[str, typer.Option(help="folder or .tar file inside --data")] = "train",
+    img_size: Annotated[int | None, typer.Option(help="default: that of the training, or the published", min=1)] = None,
+    model_kwargs: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for timm.create_model")] = None,
+    batch_size: Annotated[int, typer.Option(help="images per step", min=1)] = 64,
+    damping: Annotated[float, typer.Option(help="of SparseGPT's Hessian, relative to its diagonal")] = 0.01,
+    block_size: Annotated[int, typer.Option(help="columns that SparseGPT takes at once")] = 128,
+    recalibrate: Annotated[bool, typer.Option(help="estimate batch norms anew afterwards")] = True,
+    max_passes: Annotated[int, typer.Option(help="most passes over the images", min=1)] = 64,
+    seed: Annotated[int, typer.Option(help="which images are drawn")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+) -> None:
+    """Prune a trained network in one shot; what comes out loads into timm.create_model as before."""
+    import revnets  # noqa: F401 - registers the models
+
+    from .pruning import command
+
+    kwargs = tuple(model_kwargs or ())
+    try:
+        source = command.Source(model, data, output, checkpoint, split, img_size, kwargs, batch_size, seed, device)
+        command.run(
+            source,
+            images,
+            sparsity=sparsity,
+            pattern=pattern,
+            method=method,
+            distribution=distribution,
+            exclude=tuple(word.strip() for word in exclude.split(",") if word.strip()),
+            damping=damping,
+            block_size=block_size,
+            recalibrate=recalibrate,
+            max_passes=max_passes,
+        )
+    except ValueError as error:
+        _fail(error)
+
+
 def _fail(error: Exception) -> Any:
     typer.echo(f"revnets: {error}", err=True)
     raise typer.Exit(2)

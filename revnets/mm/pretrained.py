@@ -12,12 +12,16 @@ from torch import Tensor, nn
 from ..models._revbifpn_checkpoint import check_file
 from ..models.revbifpn import RevBiFPN, checkpoint_filter_fn
 from ..profiling.target import first_line
+from ..pruning import densify
+from ..sparsity import sparse_layers
 
 SCHEME = "timm://"
 
 
 def load_pretrained(net: nn.Module, model_name: str, checkpoint: str, prefix: str | None = None) -> None:
     """Load the weights of a backbone; every tensor of it must be there, with its shape.
+
+    Masks of a sparse pre-training are dropped where the backbone is dense: it is then fine-tuned dense.
 
     Args:
         net: a feature network of timm (``features_only=True``), as ``TimmBackbone`` holds it.
@@ -41,6 +45,8 @@ def load_pretrained(net: nn.Module, model_name: str, checkpoint: str, prefix: st
         if not state:
             raise ValueError(f"checkpoint {checkpoint} has no key that starts with {cut!r}: check init_cfg's prefix")
     state = {key.removeprefix("net."): value for key, value in state.items()}  # this project's backbones
+    if not sparse_layers(net):
+        state = densify(state)  # of a sparse pre-training
     whole = inner(net)
     if isinstance(whole, RevBiFPN):
         whole.load_state_dict(_known(checkpoint_filter_fn(_unwrapped(state), whole), whole))

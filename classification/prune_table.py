@@ -1,0 +1,302 @@
+"""The life of pruned networks in one table: dense, one-shot, retrained with the zeros fixed, distilled from dense.
+
+python -m classification.prune_table --output output/prune_table
+python -m classification.prune_table --configs configs/classification/prune/cifar10_small_resnet18.yaml --targets 0.7
+
+Trainings are processes of train.py with one thread; what is finished is skipped, broken runs go on where they stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from classification.config import Parser, parse
+from classification.data import class_names, open_dataset, validation_loader
+from classification.errors import UserError, guarded, one_line, whole_file
+from classification.loop import validate
+from classification.models import build_model, data_config, load_weights
+from classification.options import TrainOptions, as_dict
+from classification.runtime import start_runtime
+from classification.stages import Stage, digest, open_output, part_of, positive
+from revnets.pruning import METHODS, Pattern, prune
+from revnets.pruning.checkpoint import read_weights, save_weights
+from revnets.pruning.command import draw_batches
+
+_logger = logging.getLogger("classification")
+RECIPES = Path(__file__).resolve().parents[1] / "configs" / "classification" / "prune"
+CONFIGS = [str(RECIPES / f"cifar10_small_{name}.yaml") for name in ("resnet18", "revbifpn")]
+DENSE, TRAINED_ON, ONE_SHOT, RETRAINED, DISTILLED = "dense", "dense, trained on", "one-shot", "retrained", "distilled"
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A network at a stage of its life, and what it came to."""
+
+    network: str
+    method: str
+    target: str
+    stage: str
+    top1: float
+    sparsity: float = 0.0  # of the pruned layers
+    sparse_share: float = 1.0  # FLOPs without multiplications by zeros, of the dense ones
+    error: float = 0.0  # of the layers' outputs, mean
+    seconds: float = 0.0  # of pruning
+    train_flops: float = 0.0  # of the stage
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script; returns its exit code: 2 after a user mistake."""
+    return guarded(lambda: run(_arguments(argv)))
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="prune_table", description="Targets x methods x stages.", allow_abbrev=False)
+    parser.add_argument("--configs", nargs="+", default=CONFIGS, help="recipes of the dense networks")
+    parser.add_argument("--dense", nargs="+", default=[], help="their checkpoints, where they are trained already")
+    parser.add_argument("--output", default="output/prune_table", help="folder of the runs and of the table")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--targets", nargs="+", type=_target, default=["0.5", "0.6", "0.7", "0.8", "2:4"])
+    parser.add_argument("--recover", nargs="*", type=_target, default=["0.7"], help="targets to train further")
+    parser.add_argument("--images", type=positive, default=20000, help="training images, equally many of each class")
+    parser.add_argument("--val-images", type=positive, help="validation images; all where not given")
+    parser.add_argument("--calibration", type=positive, default=256, help="images to prune on")
+    parser.add_argument("--epochs", type=positive, help="of the dense networks; those of the recipes where not given")
+    parser.add_argument("--recover-epochs", type=positive, help="of each stage; a third of the dense where not given")
+    parser.add_argument("--recover-lr", type=float, default=0.3, help="of the dense network's learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def _target(text: str) -> str:
+    try:
+        if ":" in text:
+            Pattern.parse(text)
+        elif not 0 < float(text) < 1:
+            raise ValueError(f"{text!r} was given where a sparsity between 0 and 1, or N:M, was expected")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def run(args: argparse.Namespace) -> list[Line]:
+    """Trains and prunes what is missing, then writes `table.csv`, `table.json`, `table.png` and prints the table.
+
+    Raises:
+        UserError: No data, a recipe that is none, or a run that failed.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(1)  # as the trainings
+    if args.dense and len(args.dense) != len(args.configs):
+        raise UserError(f"--dense: {len(args.dense)} checkpoints for {len(args.configs)} recipes; give one for each.")
+    output = open_output(args.output)
+    lines: list[Line] = []
+    for index, config in enumerate(args.configs):
+        network = Network(args, config, output, args.dense[index] if args.dense else None)
+        for line in network.lines():
+            lines.append(line)
+            write_table(lines, output)
+    draw_table(lines, output / "table.png")
+    Console(width=140).print(as_table(lines))
+    return lines
+
+
+class Network:
+    """One recipe with all its stages."""
+
+    def __init__(self, args: argparse.Namespace, config: str, output: Path, dense: str | None) -> None:
+        self.args, self.config, self.output = args, config, output
+        options = parse(TrainOptions, ["--config", config, "--seed", str(args.seed)], "")
+        source = Path(options.data_dir)
+        made = output / f"data-{args.images}-{args.val_images or 'all'}-{digest({'from': str(source.resolve())})}"
+        made.mkdir(exist_ok=True)
+        train, val = (part_of(source / split, made / split, images) for split, images in self._splits(options))
+        epochs = args.epochs or options.epochs
+        self.more = ("--data-dir", str(made), "--seed", str(args.seed))
+        self.options = dataclasses.replace(
+            options, data_dir=str(made), train_split=train.name, val_split=val.name, epochs=epochs, log_interval=1 << 30
+        )
+        self.name = f"{Path(config).stem}-{digest(as_dict(self.options))}"
+        self.given = Path(dense) if dense else None
+        self.runtime = start_runtime(self.options)
+        val_set = open_dataset(self.options, val.name, training=False)
+        self.options = dataclasses.replace(self.options, num_classes=len(class_names(val_set) or []) or None)
+        self.data = data_config(self.options, self.model(None))
+        self.loader = validation_loader(self.options, self.runtime, val_set, self.data)
+        self.recover_epochs = args.recover_epochs or max(1, round(epochs / 3))
+
+    def _splits(self, options: TrainOptions) -> tuple[tuple[str, int | None], ...]:
+        return (options.train_split, self.args.images), (options.val_split, self.args.val_images)
+
+    def model(self, weights: Path | None) -> nn.Module:
+        """The plain network, with weights of a file."""
+        model = build_model(self.options)
+        if weights is not None:
+            load_weights(model, read_weights(weights), f"'{weights}'", self.options.model)
+        return model
+
+    def lines(self) -> Iterator[Line]:
+        """Every line of the table for this network; further stages, such as INT8, go at the end of this."""
+        dense, line = self._dense()
+        yield line
+        pruned: dict[str, Line] = {}
+        for target in self.args.targets:
+            for method in self.args.methods:
+                found = self._one_shot(dense, method, target)
+                pruned.setdefault(target, found)
+                yield found
+        if self.args.recover:
+            row = self._stage(f"{self.name}-on", dense, 2 * self.recover_epochs).run()  # as long as both stages
+            yield Line(self.name, "-", "-", TRAINED_ON, row["eval_top1"], train_flops=row.get("train_flops", 0.0))
+        for target in (t for t in self.args.targets if t in self.args.recover):
+            yield from self._recovered(dense, pruned[target])
+
+    def _dense(self) -> tuple[Path, Line]:
+        if self.given is not None:
+            return self.given, Line(self.name, "-", "-", DENSE, self.accuracy(self.model(self.given)))
+        stage = Stage(f"{self.name}-dense", self.config, self.output, self.options.epochs, self.more)
+        row = stage.run()
+        return stage.weights, Line(
+            self.name, "-", "-", DENSE, row["eval_top1"], train_flops=row.get("train_flops", 0.0)
+        )
+
+    def pruned_file(self, method: str, target: str) -> Path:
+        """Where the weights after one-shot pruning are."""
+        return self.output / f"{self.name}-{method}-{target.replace(':', 'of')}-{self.args.calibration}.safetensors"
+
+    def _one_shot(self, dense: Path, method: str, target: str) -> Line:
+        """Prunes and validates; the line is stored beside the weights."""
+        path = self.pruned_file(method, target)
+        stored = path.with_suffix(".line.json")
+        if stored.exists() and path.exists():
+            return Line(**json.loads(stored.read_text(encoding="utf-8")))
+        train = open_dataset(self.options, self.options.train_split, training=False)
+        batches = draw_batches(train, self.data, self.args.calibration, seed=self.args.seed)
+        goal: dict[str, Any] = {"pattern": target} if ":" in target else {"sparsity": float(target)}
+        try:
+            report = prune(self.model(dense), batches, method=method, images=self.args.calibration, **goal)
+        except ValueError as error:
+            raise UserError(f"--targets: {self.name}, {method}, {target}: {one_line(error)}.") from error
+        save_weights(report.model, path, {})
+        report.save(path)
+        line = Line(
+            self.name,
+            method,
+            target,
+            ONE_SHOT,
+            self.accuracy(report.model),
+            report.sparsity,
+            report.sparse_flops / report.dense_flops,
+            report.error,
+            report.seconds,
+        )
+        with whole_file(stored) as temporary:
+            temporary.write_text(json.dumps(dataclasses.asdict(line)), encoding="utf-8")
+        _logger.info(f"{path.stem}: top-1 {line.top1:.2f}%, {report.seconds:.1f} s")
+        return line
+
+    def _recovered(self, dense: Path, pruned: Line) -> Iterator[Line]:
+        """Training with the zeros fixed, then more of it with the dense network as the teacher."""
+        start = self.pruned_file(pruned.method, pruned.target)
+        teacher = ("--teacher-checkpoint", str(dense))
+        for word, more in ((RETRAINED, ()), (DISTILLED, teacher)):
+            stage = self._stage(
+                f"{self.pruned_file(pruned.method, pruned.target).stem}-{word}",
+                start,
+                self.recover_epochs,
+                "--keep-zeros",
+                *more,
+            )
+            row = stage.run()
+            flops = row.get("train_flops", 0.0)
+            yield dataclasses.replace(pruned, stage=word, top1=row["eval_top1"], train_flops=flops)
+            start = stage.weights
+
+    def _stage(self, name: str, start: Path, epochs: int, *more: str) -> Stage:
+        lr = str(self.args.recover_lr * (self.options.lr or 0.1))
+        options = (*self.more, "--initial-checkpoint", str(start), "--lr", lr, "--warmup-epochs", "0", *more)
+        return Stage(f"{name}-{epochs}", self.config, self.output, epochs, options)
+
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module) -> float:
+        """Top-1 on the validation images."""
+        model.to(memory_format=self.runtime.memory_format)
+        return validate(model, self.loader, self.runtime, "validate", 1 << 30)["top1"]
+
+
+def as_table(lines: Sequence[Line]) -> Table:
+    """All lines, with the accuracy against dense."""
+    columns = ("network", "method", "target", "stage", "top-1, %", "against dense", "sparsity", "FLOPs", "error", "s")
+    table = Table(*columns, title="Pruned networks (FLOPs: theoretical, without multiplications by zeros)")
+    dense = {line.network: line.top1 for line in lines if line.stage == DENSE}
+    for line in lines:
+        table.add_row(
+            *(line.network, line.method, line.target, line.stage, f"{line.top1:.2f}"),
+            *(f"{line.top1 - dense[line.network]:+.2f}", f"{line.sparsity:.3f}", f"{line.sparse_share:.3f}"),
+            *(f"{line.error:.3g}", f"{line.seconds:.1f}"),
+        )
+    return table
+
+
+def write_table(lines: Sequence[Line], folder: Path) -> None:
+    """Writes `table.csv` and `table.json`."""
+    rows = [dataclasses.asdict(line) for line in lines]
+    with whole_file(folder / "table.json") as path:
+        path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    with whole_file(folder / "table.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def draw_table(lines: Sequence[Line], path: Path) -> None:
+    """Draws accuracy over sparsity for each network; says so where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        _logger.info(f"no {path.name}: matplotlib is not installed (pip install matplotlib)")
+        return
+    networks = list(dict.fromkeys(line.network for line in lines))
+    figure = Figure(figsize=(6 * len(networks), 4.5), layout="constrained")
+    for axis, network in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
+        _draw_network(axis, [line for line in lines if line.network == network])
+        axis.set(title=network.rpartition("-")[0], xlabel="sparsity of the pruned layers", ylabel="top-1, %")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small", loc="lower left")
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+
+
+def _draw_network(axis: Any, lines: Sequence[Line]) -> None:
+    styles = {DENSE: "k-", TRAINED_ON: "k:"}
+    for line in lines:
+        if line.stage in styles:
+            axis.axhline(line.top1, color="k", linestyle=styles[line.stage][1:], linewidth=0.8, label=line.stage)
+    for i, method in enumerate(dict.fromkeys(line.method for line in lines if line.stage == ONE_SHOT)):
+        mine = [line for line in lines if line.method == method and line.stage == ONE_SHOT]
+        shares = sorted((line.sparsity, line.top1) for line in mine if ":" not in line.target)
+        axis.plot(*zip(*shares, strict=True), "o-", color=f"C{i}", label=method) if shares else None
+        patterns = [line for line in mine if ":" in line.target]
+        for line in patterns:
+            label = f"{method}, {line.target}"
+            axis.plot(line.sparsity, line.top1, "D", color=f"C{i}", markerfacecolor="none", label=label)
+    later = [line for line in lines if line.stage not in (DENSE, TRAINED_ON, ONE_SHOT)]
+    for i, stage in enumerate(dict.fromkeys(line.stage for line in later)):
+        found = [(line.sparsity, line.top1) for line in later if line.stage == stage]
+        axis.plot(*zip(*found, strict=True), "^v<>*"[i % 5], color=f"C{4 + i}", markersize=9, label=stage)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

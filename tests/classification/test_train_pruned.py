@@ -1,0 +1,199 @@
+"""The sparse life cycle in train.py: zeros that stay, a teacher, dense fine-tuning of a sparse pre-training; tables."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from classification import prune_table, spdf_table, train, validate
+from classification.config import options_of, read_yaml
+from classification.errors import UserError
+from classification.options import TrainOptions, ValidateOptions
+from classification.report import read_summary
+from classification.stages import part_of
+from revnets.layers import count_costs
+from revnets.pruning import densify, prune
+
+from .short_runs import ROOT, Trainer
+from .test_sparse_recipes import tars  # noqa: F401 - a fixture
+from .test_train_errors import sentence
+from .test_train_run import differing, load
+
+RECIPES = sorted((ROOT / "configs" / "classification" / "prune").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith(("# python ", "# torchrun "))
+    assert path.name in lines[0]
+    train.parse(TrainOptions, ["--config", str(path), "--data-dir", "x"], "").check()
+    read_yaml(
+        path, options_of(ValidateOptions), frozenset(set(options_of(TrainOptions)) - set(options_of(ValidateOptions)))
+    )
+
+
+def pruned(folder: Path, classes: int = 10) -> Path:
+    torch.manual_seed(0)
+    model = timm.create_model("test_efficientnet", num_classes=classes)
+    report = prune(model, torch.randn(8, 3, 32, 32), sparsity=0.7, method="magnitude", recalibrate=False, max_passes=1)
+    torch.save(report.model.state_dict(), folder / "pruned.pth")
+    return folder / "pruned.pth"
+
+
+def zeros(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: w == 0 for name, w in weights.items() if w.dim() > 1 and bool((w == 0).any())}
+
+
+def test_zeros_stay_in_training_and_resume(
+    run_train: Trainer, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = pruned(tmp_path)
+    line = ["--initial-checkpoint", str(start), "--keep-zeros", "--model-ema", "--model-ema-decay", "0.5"]
+    assert run_train(*line, "--experiment", "whole") == 0
+    real = train.train_epoch
+
+    def interrupted(run: Any, epoch: int) -> dict[str, float]:
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return real(run, epoch)
+
+    monkeypatch.setattr(train, "train_epoch", interrupted)
+    assert run_train(*line, "--experiment", "parts") == 130
+    monkeypatch.setattr(train, "train_epoch", real)
+    assert run_train(*line, "--experiment", "parts", "--resume", "auto") == 0
+    whole, parts = (load(tmp_path / name / "last.pth.tar") for name in ("whole", "parts"))
+    before = torch.load(start, weights_only=True)
+    assert zeros(before)
+    for key in ("state_dict", "state_dict_ema"):
+        assert not differing(whole[key], parts[key])
+        assert set(whole[key]) == set(before)
+        for name, mask in zeros(before).items():
+            assert torch.equal(whole[key][name] == 0, mask), name
+    plain = timm.create_model("test_efficientnet", num_classes=10)
+    plain.load_state_dict(whole["state_dict"])  # torch's own layers
+    report = prune(plain, torch.randn(2, 3, 32, 32), sparsity=0.0, method="magnitude", max_passes=1, recalibrate=False)
+    row = read_summary(tmp_path / "whole" / "summary.csv")[-1]
+    assert row["train_flops"] == pytest.approx(3 * report.sparse_flops * 128, rel=1e-6)
+    figures = validate.validate(["--checkpoint", str(tmp_path / "whole" / "last.pth.tar"), "--data-dir", str(digits)])
+    assert figures["top1"] == row["eval_raw_top1"]
+
+
+def test_sparse_pretraining_is_fine_tuned_dense_on_other_classes(run_train: Trainer, tmp_path: Path) -> None:
+    assert run_train("--layers", "sparse:0.75", "--epochs", "1", "--experiment", "first", "--num-classes", "12") == 0
+    first = tmp_path / "first" / "last.pth.tar"
+    more = ["--initial-checkpoint", str(first), "--epochs", "1", "--experiment", "second"]
+    assert run_train(*more) == 0
+    weights = load(tmp_path / "second" / "last.pth.tar")
+    assert weights["state_dict"]["classifier.weight"].shape[0] == 10
+    assert not zeros(weights["state_dict"])  # all of them train
+    one, two = (read_summary(tmp_path / name / "summary.csv")[-1] for name in ("first", "second"))
+    assert two["train_flops_all_phases"] == one["train_flops"] + two["train_flops"]
+    assert "train_flops_all_phases" not in one
+    costs = count_costs(timm.create_model("test_efficientnet", num_classes=10), (3, 32, 32))
+    assert two["train_flops"] == 3 * costs.flops * 64
+    assert run_train("--initial-checkpoint", str(tmp_path / "second" / "last.pth.tar"), "--epochs", "1") == 0
+    three = read_summary(tmp_path / "run" / "summary.csv")[-1]
+    assert three["train_flops_all_phases"] == two["train_flops_all_phases"] + three["train_flops"]
+    assert set(densify(first)) == set(weights["state_dict"])
+
+
+def test_teacher(run_train: Trainer, trained: Path, tmp_path: Path) -> None:
+    teacher = trained / "last.pth.tar"
+    line = ["--model-kwargs", "act_layer=relu", "--teacher-checkpoint", str(teacher), "--epochs", "1"]
+    assert run_train(*line, "--distill-task", "0", "--distill-layers", "blocks.*", "--model-ema") == 0
+    state = load(tmp_path / "run" / "last.pth.tar")
+    assert set(state["state_dict"]) == set(load(teacher)["state_dict"])
+    same = [*line, "--initial-checkpoint", str(teacher), "--distill-task", "0", "--lr", "0", "--experiment", "same"]
+    assert run_train(*same, "--no-aug", "--drop", "0") == 0  # in train mode only batch statistics differ
+    loss = {name: read_summary(tmp_path / name / "summary.csv")[-1]["train_loss"] for name in ("run", "same")}
+    assert loss["same"] < loss["run"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--keep-zeros"], "--keep-zeros: no layer holds zeros"),
+        (["--keep-zeros", "--layers", "sparse:0.5"], "--keep-zeros: layers of --layers"),
+        (["--teacher-checkpoint", "nowhere.pth.tar"], "--teacher-checkpoint: there is no file"),
+        (["--teacher-checkpoint", "{trained}", "--teacher", "test_vit"], "is of test_efficientnet, not test_vit"),
+        (["--teacher-checkpoint", "{trained}", "--distill-layers", "nothing"], "--distill-layers: layers 'nothing'"),
+        (["--teacher-checkpoint", "{trained}", "--num-classes", "12"], "--num-classes: --teacher gives 10 outputs"),
+        (["--teacher-checkpoint", "{trained}", "--aug-splits", "3"], "--teacher: a teacher sees each image once"),
+    ],
+)
+def test_mistakes_write_nothing(
+    run_train: Trainer, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], words: str
+) -> None:
+    assert run_train(*(word.format(trained=trained / "last.pth.tar") for word in more)) == 2
+    assert words in sentence(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_parts_of_a_data_set(tars: Path, tmp_path: Path) -> None:  # noqa: F811
+    def named(path: Path) -> set[str]:
+        import tarfile
+
+        with tarfile.open(path) as file:
+            return {str(Path(name).parent.name) for name in file.getnames()}
+
+    half = part_of(tars / "train.tar", tmp_path / "half.tar", None, lambda names: names[:5])
+    assert named(half) == set("01234")
+    few = part_of(tars / "train.tar", tmp_path / "few.tar", 20)
+    assert named(few) == set("0123456789")
+    with pytest.raises(UserError, match="--images: 5 was given"):
+        part_of(tars / "train.tar", tmp_path / "none.tar", 5)
+    with pytest.raises(UserError, match="no .tar file"):
+        part_of(tars / "other.tar", tmp_path / "none.tar", 20)
+
+
+def recipe(tars: Path, folder: Path) -> Path:  # noqa: F811
+    path = folder / "recipe.yaml"
+    path.write_text(
+        f"data_dir: {tars}\ntrain_split: train.tar\nval_split: validation.tar\nmodel: test_resnet\nimg_size: 32\n"
+        "batch_size: 10\nworkers: 0\nwarmup_epochs: 0\nlr: 0.01\ndevice: cpu\n"
+    )
+    return path
+
+
+@pytest.mark.slow
+def test_table_of_pruning_runs_what_is_missing(
+    tars: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    line = ["--configs", str(recipe(tars, tmp_path)), "--output", str(out), "--images", "40", "--calibration", "20"]
+    line += ["--targets", "0.7", "2:4", "--methods", "sparsegpt", "magnitude", "--epochs", "1"]
+    assert prune_table.main(line) == 0
+    rows = json.loads((out / "table.json").read_text())
+    stages = [row["stage"] for row in rows]
+    assert stages == ["dense", *["one-shot"] * 4, "dense, trained on", "retrained", "distilled"]
+    assert (out / "table.png").read_bytes().startswith(b"\x89PNG")
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.pth.tar")}
+    assert prune_table.main(line) == 0
+    assert stamps == {path: path.stat().st_mtime_ns for path in out.rglob("*.pth.tar")}
+    assert "distilled" in capsys.readouterr().out
+    assert prune_table.main([*line, "--targets", "1.5"]) == 2
+    assert "'1.5' was given" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_table_of_sparse_pretraining(tars: Path, tmp_path: Path) -> None:  # noqa: F811
+    out = tmp_path / "out"
+    line = ["--config", str(recipe(tars, tmp_path)), "--output", str(out), "--images", "40", "--finetune-images", "20"]
+    line += ["--epochs", "1", "--finetune-epochs", "1", "--seeds", "0", "1", "--sparsities", "0", "0.75"]
+    assert spdf_table.main(line) == 0
+    rows = json.loads((out / "table.json").read_text())
+    assert [(row["sparsity"], row["seed"]) for row in rows] == [(s, k) for k in (0, 1) for s in ("none", "0", "0.75")]
+    dense, sparse = (row["pretrain_flops"] for row in rows[1:3])
+    assert 0.25 < sparse / dense < 0.5
+    shutil.rmtree(out / next(path.name for path in out.glob("finetune-0.75*seed0*") if path.is_dir()))
+    assert spdf_table.main(line) == 0
+    assert json.loads((out / "table.json").read_text()) == rows
