@@ -62,9 +62,7 @@ def run(source: Source, images: int, **options: Any) -> PruningReport:
         raise ValueError(f"output {str(source.output)!r}: expected a name that ends in .safetensors")
     if not source.output.parent.is_dir():
         raise ValueError(f"the folder {str(source.output.parent)!r} for the output does not exist: create it first")
-    checkpoint = read_checkpoint(source.checkpoint) if source.checkpoint is not None else {}
-    trained = _trained(checkpoint, source)
-    model = _model(source, checkpoint, trained)
+    model, trained = load_model(source)
     batches = calibration_batches(source, model, trained, images)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     console = Console(width=150)
@@ -86,6 +84,17 @@ def run(source: Source, images: int, **options: Any) -> PruningReport:
         console.print(f"left out, {count} layers: {reason}", style="dim")
     console.print("written: " + ", ".join(str(file) for file in files))
     return report
+
+
+def load_model(source: Source) -> tuple[nn.Module, dict[str, Any]]:
+    """The network with its weights, and the options that say how it was built and what images it saw.
+
+    Raises:
+        ValueError: for an unknown model, or a checkpoint that is missing, damaged or of another network.
+    """
+    checkpoint = read_checkpoint(source.checkpoint) if source.checkpoint is not None else {}
+    trained = _trained(checkpoint, source)
+    return _model(source, checkpoint, trained), trained
 
 
 def _trained(checkpoint: Mapping[str, Any], source: Source) -> dict[str, Any]:
