@@ -95,14 +95,15 @@ def module_runner(module: Callable[[Tensor], Any], threads: int | None) -> Runne
 
     @torch.no_grad()
     def run(x: Tensor) -> list[Tensor]:
-        with _threads(threads):
+        with torch_threads(threads):
             return flat(module(x))
 
     return run
 
 
 @contextlib.contextmanager
-def _threads(number: int | None) -> Iterator[None]:
+def torch_threads(number: int | None) -> Iterator[None]:
+    """Within this context torch has so many threads; None: as many as before."""
     before = torch.get_num_threads()
     if number is None or number == before:
         yield
@@ -275,7 +276,7 @@ def deploy(
         ...     torch.allclose(load(made.path)(x)[0], net(x), atol=1e-6)
         True
     """
-    folder = _open_folder(Path(folder))
+    folder = open_folder(Path(folder))
     chosen = [e for e in ENGINES.values() if not e.missing()] if engine == "auto" else [get_engine(engine)]
     graph = export_graph(model, x, any_batch)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".deploy-") as temporary:
@@ -365,10 +366,15 @@ def load(path: str | Path, engine: str | None = None, threads: int | None = None
     return get_engine(engine or by_suffix[path.suffix]).open(path, threads)
 
 
-def _open_folder(path: Path) -> Path:
-    from ..profiling.report import open_folder
+def open_folder(path: Path) -> Path:
+    """The folder for a file, made if it is missing.
+
+    Raises:
+        ExportError: when it cannot be made or written to.
+    """
+    from ..profiling import report
 
     try:
-        return open_folder(path)
+        return report.open_folder(path)
     except ValueError as error:
         raise ExportError(str(error)) from error
