@@ -224,6 +224,77 @@ def prune(
         _fail(error)
 
 
+@app.command()
+def deploy(
+    model: Annotated[str, typer.Argument(help="any timm model", metavar="MODEL")],
+    output: Annotated[Path, typer.Option(help="folder for the file")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="trained weights, such as pruned ones; else the published ones")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="torch, onnxruntime, openvino, sparse, or auto: the fastest of those installed")
+    ] = "auto",
+    int8: Annotated[bool, typer.Option(help="INT8 weights and activations, calibrated on --data")] = False,
+    data: Annotated[Path | None, typer.Option(help="folder or .tar file of images in class folders")] = None,
+    split: Annotated[str, typer.Option(help="folder or .tar file inside --data to calibrate on")] = "train",
+    images: Annotated[int, typer.Option(help="to calibrate on", min=1)] = 256,
+    calibration: Annotated[str, typer.Option(help="of INT8 activations: minmax, entropy, percentile")] = "minmax",
+    eval_split: Annotated[str, typer.Option(help="also measure top-1 on this one, such as validation")] = "",
+    img_size: Annotated[int | None, typer.Option(help="default: that of the training, or the published", min=1)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="the only one that will be used (default: any)", min=1)] = None,
+    model_kwargs: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for timm.create_model")] = None,
+    tolerance: Annotated[float, typer.Option(help="largest difference of outputs, relative to the largest")] = 1e-3,
+    max_density: Annotated[
+        float | None, typer.Option(help="of layers that engine sparse takes (default: those that are faster, measured)")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="which images are drawn")] = 0,
+) -> None:
+    """Write a trained network as a file for a fast engine, zeros exploited where that pays; verified against torch."""
+    import revnets  # noqa: F401 - registers the models
+
+    from .deploy import command
+    from .pruning.command import Source
+
+    kwargs = tuple(model_kwargs or ())
+    try:
+        source = Source(model, data or Path(), output, checkpoint, split, img_size, kwargs, seed=seed)
+        request = command.Request(engine, batch_size, int8, images, calibration, eval_split, tolerance, max_density)
+        command.run(source, request, with_data=data is not None)
+    except ValueError as error:
+        _fail(error)
+
+
+@app.command()
+def bench_deploy(
+    models: Annotated[list[str], typer.Argument(help="any timm models; random weights", metavar="MODEL")],
+    sparsity: Annotated[str, typer.Option(help="of copies pruned by magnitude, separated by commas")] = "0,0.7,0.8,0.9",
+    threads: Annotated[str, typer.Option(help="numbers of threads, separated by commas")] = "1",
+    engines: Annotated[
+        str, typer.Option(help="torch eager, torch compiled, onnxruntime, ... (default: all that are installed)")
+    ] = "",
+    img_size: Annotated[int | None, typer.Option(help="default: the published one", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="images per call", min=1)] = 1,
+    repeats: Annotated[int, typer.Option(help="timed calls per case; their median counts", min=1)] = 25,
+    layers: Annotated[bool, typer.Option(help="also single 1x1 convolutions")] = True,
+    output: Annotated[Path | None, typer.Option(help="folder for JSON and a picture")] = None,
+) -> None:
+    """Inference time of dense and pruned networks on every engine, and of single layers: interleaved, medians."""
+    import revnets  # noqa: F401 - registers the models
+
+    from .deploy import command
+
+    try:
+        numbers = [[float(word) for word in text.replace(",", " ").split()] for text in (sparsity, threads)]
+        names = [word.strip() for word in engines.split(",") if word.strip()]
+        counts = [int(number) for number in numbers[1] if number >= 1]
+        if not numbers[0] or len(counts) != len(numbers[1]) or not counts:
+            raise ValueError(f"sparsity {sparsity!r}, threads {threads!r}: expected numbers such as 0,0.7,0.9 and 1,2")
+        size = (batch_size, img_size, repeats, layers, output)
+        command.bench(command.BenchRequest(models, numbers[0], counts, names, *size))
+    except ValueError as error:
+        _fail(error)
+
+
 def _fail(error: Exception) -> Any:
     typer.echo(f"revnets: {error}", err=True)
     raise typer.Exit(2)

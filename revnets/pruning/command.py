@@ -62,10 +62,7 @@ def run(source: Source, images: int, **options: Any) -> PruningReport:
         raise ValueError(f"output {str(source.output)!r}: expected a name that ends in .safetensors")
     if not source.output.parent.is_dir():
         raise ValueError(f"the folder {str(source.output.parent)!r} for the output does not exist: create it first")
-    _check_known(source.model)
-    checkpoint = read_checkpoint(source.checkpoint) if source.checkpoint is not None else {}
-    trained = _trained(checkpoint, source)
-    model = _model(source, checkpoint, trained)
+    model, trained = load_model(source)
     batches = calibration_batches(source, model, trained, images)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     console = Console(width=150)
@@ -96,6 +93,18 @@ def _check_known(model: str) -> None:
         near = ", ".join(difflib.get_close_matches(model, timm.list_models(), 3, 0.5))
         hint = f"did you mean {near}?" if near else "timm.list_models() names all"
         raise ValueError(f"unknown model {model!r}: {hint}")
+
+
+def load_model(source: Source) -> tuple[nn.Module, dict[str, Any]]:
+    """The network with its weights, and the options that say how it was built and what images it saw.
+
+    Raises:
+        ValueError: for an unknown model, or a checkpoint that is missing, damaged or of another network.
+    """
+    _check_known(source.model)
+    checkpoint = read_checkpoint(source.checkpoint) if source.checkpoint is not None else {}
+    trained = _trained(checkpoint, source)
+    return _model(source, checkpoint, trained), trained
 
 
 def _trained(checkpoint: Mapping[str, Any], source: Source) -> dict[str, Any]:

@@ -1,0 +1,283 @@
+"""What ``revnets deploy`` and ``revnets bench-deploy`` do, from names to files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..profiling.command import track
+from ..profiling.report import write
+from ..pruning import prune
+from ..pruning.command import Source, calibration_batches, load_model
+from ..sparsity.masks import check_sparsity
+from . import compare as comparison
+from .engines import ENGINES, Deployed, deploy, get_engine, load, open_folder
+from .graph import ExportError
+from .kernel import kernel_problem
+from .quantize import Quantized, accuracy, quantize
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be made; see ``revnets deploy --help``."""
+
+    engine: str = "auto"
+    batch_size: int | None = None
+    int8: bool = False
+    images: int = 256
+    calibration: str = "minmax"
+    eval_split: str = ""
+    tolerance: float = 1e-3
+    max_density: float | None = None
+
+
+def run(source: Source, request: Request, with_data: bool) -> None:
+    """Export, verify, say what was written and what its engine exploits.
+
+    Args:
+        source: the network; its output is a folder.
+        request: what to make.
+        with_data: whether the source's images are to be used.
+
+    Raises:
+        ValueError: one sentence, before long work where that can be.
+    """
+    _check(source, request, with_data)
+    folder = open_folder(source.output)
+    model, trained = load_model(source)
+    model.eval()
+    x = _example(model, source, trained, request.batch_size or 1)
+    options = {"name": source.model.replace(":", "-").replace("/", "-"), "any_batch": request.batch_size is None}
+    if request.int8:
+        batches = calibration_batches(source, model, trained, request.images)
+        name = f"{options.pop('name')}-int8"
+        small = quantize(model, batches, folder, name, request.images, request.calibration, **options)
+        _print_quantized(small)
+        path, engine = small.path, "openvino" if request.engine == "openvino" else "onnxruntime"
+    else:
+        made = deploy(
+            model, x, folder, request.engine, tolerance=request.tolerance, max_density=request.max_density, **options
+        )
+        _print_deployed(made)
+        path, engine = made.path, made.engine
+    if request.eval_split:
+        _print_accuracy(source, request, model, trained, path, engine)
+
+
+def _check(source: Source, request: Request, with_data: bool) -> None:
+    """What can be refused at once."""
+    if request.engine != "auto":
+        get_engine(request.engine)
+    if (request.int8 or request.eval_split) and not with_data:
+        raise ExportError("--int8 and --eval-split need images: give --data, a folder or .tar file of class folders")
+    if request.int8 and request.engine not in ("auto", "onnxruntime", "openvino"):
+        raise ExportError(f"engine {request.engine!r} runs no INT8: expected onnxruntime or openvino with --int8")
+    if not request.tolerance > 0:
+        raise ExportError(f"tolerance={request.tolerance}: expected a number above 0, such as 1e-3")
+
+
+def _example(model: nn.Module, source: Source, trained: Any, batch_size: int) -> Tensor:
+    """Random numbers of the size that the model takes."""
+    from timm.data import resolve_data_config
+
+    known = ("img_size", "input_size", "in_chans")
+    size = resolve_data_config({name: trained.get(name) for name in known}, model=model)["input_size"]
+    return torch.randn(batch_size, *size, generator=torch.Generator().manual_seed(source.seed))
+
+
+def _print_deployed(made: Deployed) -> None:
+    from rich.table import Table
+
+    if made.seconds:
+        table = Table(title=f"Engines at this input ({comparison.machine()})")
+        for column in ("engine", "ms, median", "zeros that it exploits"):
+            table.add_column(column, justify="right" if "ms" in column else "left")
+        for name, seconds in sorted(made.seconds.items(), key=lambda item: item[1]):
+            table.add_row(name, f"{1e3 * seconds:.2f}", ENGINES[name].exploits)
+        _say(table)
+    problem = kernel_problem()
+    if problem is not None:
+        _say(f"engine sparse runs on torch's dense kernels here: {problem}")
+    for choice, count in Counter(layer.choice for layer in made.layers).items():
+        chosen = [layer for layer in made.layers if layer.choice == choice]
+        weights = sum(torch.Size(layer.shape).numel() for layer in chosen)
+        share = sum(torch.Size(layer.shape).numel() * layer.density for layer in chosen) / weights
+        _say(f"{choice}: {count} layers, {weights / 1e6:.2f} M weights, {100 * (1 - share):.0f}% of them zero")
+    size = sum(file.stat().st_size for file in made.path.parent.glob(f"{made.path.stem}.*") if file.suffix != ".json")
+    _say(
+        f"wrote {made.path} for {made.engine} ({size / 1e6:.2f} MB; exploits {ENGINES[made.engine].exploits}); "
+        f"outputs differ by at most {made.error:.1e} of the largest"
+    )
+
+
+def _print_quantized(small: Quantized) -> None:
+    agreement = "" if small.agreement is None else f", the same class for {100 * small.agreement:.1f}%"
+    _say(
+        f"wrote {small.path} for onnxruntime and openvino ({small.path.stat().st_size / 1e6:.2f} MB): "
+        f"{small.weights / 1e6:.2f} M INT8 weights, {100 * small.zeros / max(small.weights, 1):.0f}% of them zero; on "
+        f"calibration images outputs differ by {100 * small.error:.1f}% (root mean square){agreement}"
+    )
+
+
+def _print_accuracy(source: Source, request: Request, model: nn.Module, trained: Any, path: Path, engine: str) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"Top-1 on {request.eval_split} of {source.data}")
+    table.add_column("network")
+    table.add_column("%", justify="right")
+
+    def plain(x: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            return [model(x)]
+
+    opened = load(path, None if engine == "sparse" else engine)
+    for name, runner in (("torch, float32", plain), (f"{path.name}, {engine}", opened)):
+        table.add_row(name, f"{accuracy(runner, _validation(source, request, model, trained)):.2f}")
+    _say(table)
+
+
+def _validation(source: Source, request: Request, model: nn.Module, trained: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """All images and labels of the split, in batches as the file takes them."""
+    from dataclasses import replace
+
+    chosen = replace(source, split=request.eval_split, batch_size=request.batch_size or source.batch_size)
+    for images, labels in calibration_batches(chosen, model, trained, 1 << 62):
+        if request.batch_size is None or len(images) == request.batch_size:
+            yield images, labels
+
+
+# --- bench-deploy ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """What is to be measured; see ``revnets bench-deploy --help``."""
+
+    models: Sequence[str]
+    sparsities: Sequence[float]
+    threads: Sequence[int]
+    engines: Sequence[str] = ()
+    batch_size: int = 1
+    img_size: int | None = None
+    repeats: int = 25
+    layers: bool = True
+    output: Path | None = None
+
+
+def bench(request: BenchRequest) -> None:
+    """Time engines and layers in one run, print tables, write JSON and a picture.
+
+    Raises:
+        ValueError: one sentence, before long work where that can be.
+    """
+    for sparsity in request.sparsities:
+        check_sparsity(sparsity)
+    for engine in request.engines:
+        if engine not in (comparison.EAGER, comparison.COMPILED):
+            get_engine(engine)
+    folder = None if request.output is None else open_folder(request.output)
+    found: list[comparison.Measurement] = []
+    for name in request.models:
+        networks, x = _networks(name, request)
+        found += comparison.compare(
+            networks, x, request.engines, request.threads, request.repeats, name, lambda w: track(list(w), name)
+        )
+    layers: list[comparison.Measurement] = []
+    if request.layers and kernel_problem() is None:
+        pruned = [s for s in request.sparsities if s]
+        repeats = request.repeats
+        layers = comparison.compare_layers(
+            pruned, threads=request.threads, repeats=repeats, progress=lambda w: track(list(w), "layers")
+        )
+    for title, rows in (("Whole networks", found), ("1x1 convolutions", layers)):
+        if rows:
+            _print_measurements(title, rows)
+    if folder is not None:
+        _say("wrote " + ", ".join(str(path) for path in _save(folder, found, layers)))
+
+
+def _networks(name: str, request: BenchRequest) -> tuple[dict[float, nn.Module], Tensor]:
+    """The network with random weights, pruned by magnitude: time does not depend on their values."""
+    import timm
+
+    if not timm.is_model(name):
+        raise ExportError(f"unknown model {name!r}: timm.list_models() names all")
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    channels, *published = timm.get_pretrained_cfg(name).input_size
+    sides = [request.img_size] * 2 if request.img_size else published
+    x = torch.randn(request.batch_size, channels, *sides)
+    pruned = {
+        s: prune(model, x, s, method="magnitude", recalibrate=False, images=len(x)).model.eval() if s else model
+        for s in request.sparsities
+    }
+    return pruned, x
+
+
+def _print_measurements(title: str, found: Sequence[comparison.Measurement]) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{title}, float32, medians of interleaved calls ({comparison.machine()})")
+    words = ("case", "engine", "zeros that it exploits")
+    for column in ("case", "sparsity", "threads", "engine", "ms", "x dense", "CPU ms", "x dense (CPU)", words[-1]):
+        table.add_column(column, justify="left" if column in words else "right")
+    ratios = zip(comparison.speedups(found), comparison.speedups(found, cpu=True), strict=True)
+    for (m, wall), (_, cpu) in ratios:
+        numbers = (f"{1e3 * m.seconds:.3f}", f"{wall:.2f}", f"{1e3 * m.cpu_seconds:.3f}", f"{cpu:.2f}")
+        exploits = comparison.EXPLOITS.get(m.engine, "none")
+        table.add_row(m.case, f"{m.sparsity:g}", str(m.threads), m.engine, *numbers, exploits)
+    _say(table)
+
+
+def _save(
+    folder: Path, found: Sequence[comparison.Measurement], layers: Sequence[comparison.Measurement]
+) -> list[Path]:
+    import json
+
+    data = {"machine": comparison.machine(), "networks": _records(found), "layers": _records(layers)}
+    path = write(folder / "deploy.json", lambda temporary: temporary.write_text(json.dumps(data, indent=2) + "\n"))
+    return [path, *_draw(folder, found)]
+
+
+def _records(found: Sequence[comparison.Measurement]) -> list[dict[str, Any]]:
+    return [{**asdict(m), "times_dense": ratio} for m, ratio in comparison.speedups(found)]
+
+
+def _draw(folder: Path, found: Sequence[comparison.Measurement]) -> list[Path]:
+    """Time over sparsity, a panel per network and number of threads; nothing without matplotlib."""
+    panels = list(dict.fromkeys((m.case, m.threads) for m in found))
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return []
+    if not panels:
+        return []
+    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (case, threads) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        here = [m for m in found if (m.case, m.threads) == (case, threads)]
+        for engine in dict.fromkeys(m.engine for m in here):
+            points = sorted((m.sparsity, 1e3 * m.seconds) for m in here if m.engine == engine)
+            axes.plot(*zip(*points, strict=True), "o-", label=engine)
+        axes.set(title=f"{case}, {threads} threads", xlabel="sparsity", ylabel="ms per call, median")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    return [write(folder / "deploy.png", lambda temporary: figure.savefig(temporary, format="png", dpi=150))]
+
+
+def _say(what: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if isinstance(what, Table):
+        Console(width=170).print(what)
+    else:
+        Console(soft_wrap=True, highlight=False).print(what, markup=False)

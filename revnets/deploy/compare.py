@@ -1,0 +1,251 @@
+"""Engines side by side: whole networks and single layers, dense and pruned, in one interleaved run."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .compressed import compress
+from .engines import ENGINES, Runner, get_engine, module_runner, sparse_graph, torch_threads, verify
+from .graph import export_graph
+from .kernel import ConvCall, Geometry, kernel_problem, kernel_target, load_kernel
+
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+EAGER, COMPILED = "torch eager", "torch compiled"
+EXPLOITS = {EAGER: "none", COMPILED: "none", **{name: engine.exploits for name, engine in ENGINES.items()}}
+
+LAYERS = [  # input channels, output channels, side of the image: those of MobileNets and ResNet-50
+    (32, 64, 112),
+    (64, 128, 56),
+    (128, 256, 28),
+    (256, 512, 14),
+    (512, 512, 14),
+    (1024, 1024, 7),
+    (64, 256, 56),
+    (256, 1024, 14),
+    (2048, 512, 7),
+]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one case took.
+
+    Attributes:
+        case: network or layer, with its sparsity.
+        sparsity: share of zeros in what was pruned.
+        engine: that ran it.
+        threads: of the engine.
+        seconds: median of the wall time.
+        cpu_seconds: median of the processor's time, which other programs disturb less.
+        error: relative to the model's outputs.
+    """
+
+    case: str
+    sparsity: float
+    engine: str
+    threads: int
+    seconds: float
+    cpu_seconds: float
+    error: float = 0.0
+
+
+def compare(
+    networks: Mapping[float, nn.Module],
+    x: Tensor,
+    engines: Sequence[str] = (),
+    threads: Sequence[int] = (1,),
+    repeats: int = 25,
+    name: str = "",
+    progress: Progress = iter,
+    tolerance: float = 1e-3,
+) -> list[Measurement]:
+    """Time the same network at several sparsities on several engines, all by turns, medians.
+
+    Args:
+        networks: by the share of zeros of their pruned layers; 0 is the dense one.
+        x: the images of one call.
+        engines: names of ``ENGINES``, ``"torch eager"``, ``"torch compiled"`` (of the dense network only: it takes
+            minutes); none for all that are installed.
+        threads: numbers of threads, each a round of its own.
+        repeats: timed calls per case.
+        name: of the network.
+        progress: wraps the list of pieces of work, e.g. ``rich.progress.track``.
+        tolerance: see ``revnets.deploy.deploy``.
+
+    Raises:
+        ExportError: for an engine that is unknown or not installed, outputs that differ.
+    """
+    names = list(engines) or [EAGER, COMPILED, *(e.name for e in ENGINES.values() if not e.missing())]
+    for engine in names:
+        if engine not in (EAGER, COMPILED):
+            get_engine(engine)
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        files = _Files(Path(folder), x)
+        for number in threads:
+            cases: dict[tuple[float, str], Runner] = {}
+            errors: dict[tuple[float, str], float] = {}
+            for sparsity, engine in progress(list(itertools.product(networks, names))):
+                if engine == COMPILED and sparsity != min(networks):
+                    continue
+                run = files.runner(networks[sparsity], sparsity, engine, number)
+                errors[sparsity, engine] = verify(run, networks[sparsity], x, tolerance, engine)
+                cases[sparsity, engine] = run
+            times = timed([lambda run=run: run(x) for run in cases.values()], repeats, progress)  # type: ignore[misc]
+            for (sparsity, engine), (wall, cpu) in zip(cases, times, strict=True):
+                found.append(Measurement(name, sparsity, engine, number, wall, cpu, errors[sparsity, engine]))
+    return found
+
+
+class _Files:
+    """Exported files of a comparison, each written once."""
+
+    def __init__(self, folder: Path, x: Tensor) -> None:
+        self._folder, self._x = folder, x
+        self._graphs: dict[float, Any] = {}
+
+    def runner(self, model: nn.Module, sparsity: float, engine: str, threads: int) -> Runner:
+        if engine == EAGER:
+            return _eager(model, self._x, threads)
+        if sparsity not in self._graphs:
+            self._graphs[sparsity] = export_graph(model, self._x, any_batch=False)
+        graph = self._graphs[sparsity]
+        if engine == COMPILED:
+            return _compiled(graph, self._x, threads)
+        one = ENGINES[engine]
+        path = self._folder / f"{engine}-{sparsity}-{threads if engine == 'sparse' else ''}{one.suffix}"
+        if not path.exists():
+            if engine == "sparse":  # layers are chosen by measuring: for each number of threads
+                with torch_threads(threads):
+                    graph, _ = sparse_graph(graph, self._x, None)
+            one.write(graph, self._x, False, path)
+        return one.open(path, threads)
+
+
+def _eager(model: nn.Module, x: Tensor, threads: int) -> Runner:
+    """The model as it is, in the memory layout that is faster."""
+    plain = copy.deepcopy(model).eval()
+    last = copy.deepcopy(plain).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    y = x.to(memory_format=torch.channels_last)
+    runners = [module_runner(plain, threads), module_runner(last, threads)]
+    seconds = timed([lambda: runners[0](x), lambda: runners[1](y)], 5)
+    if seconds[0][1] <= seconds[1][1]:
+        return runners[0]
+    return lambda image: runners[1](image if image is not x else y)
+
+
+def _compiled(graph: nn.Module, x: Tensor, threads: int) -> Runner:
+    """``torch.compile`` with frozen weights, channels last."""
+    torch.compiler.reset()
+    frozen = copy.deepcopy(graph).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    run = module_runner(torch.compile(frozen, options={"freezing": True}), threads)
+    y = x.to(memory_format=torch.channels_last)
+    run(y)
+    return lambda image: run(image if image is not x else y)
+
+
+@torch.no_grad()
+def timed(functions: Sequence[Callable[[], Any]], repeats: int, progress: Progress = iter) -> list[tuple[float, float]]:
+    """Medians of the wall time and of the processor's time of each function, all of them by turns."""
+    seconds: list[list[tuple[float, float]]] = [[] for _ in functions]
+    for _ in progress(range(repeats)):
+        for function, found in zip(functions, seconds, strict=True):
+            function()
+            wall, cpu = time.perf_counter(), time.process_time()
+            function()
+            found.append((time.perf_counter() - wall, time.process_time() - cpu))
+    return [(statistics.median(w for w, _ in f), statistics.median(c for _, c in f)) for f in seconds]
+
+
+def compare_layers(
+    sparsities: Sequence[float],
+    layers: Sequence[tuple[int, int, int]] = LAYERS,
+    threads: Sequence[int] = (1,),
+    repeats: int = 25,
+    progress: Progress = iter,
+) -> list[Measurement]:
+    """Time 1x1 convolutions: the best of torch's dense ways against the kernel, by turns, medians.
+
+    Args:
+        sparsities: shares of zeros.
+        layers: input channels, output channels, side of the image.
+        threads: numbers of threads.
+        repeats: timed calls per case.
+        progress: wraps the list of pieces of work.
+
+    Raises:
+        KernelUnavailable: where there is no compiler.
+    """
+    load_kernel()
+    found = []
+    for number, (inputs, outputs, side) in progress(list(itertools.product(threads, layers))):
+        with torch_threads(number):
+            x, weight = torch.randn(1, inputs, side, side), torch.randn(outputs, inputs, 1, 1) / inputs**0.5
+            bias = torch.randn(outputs)
+            functions = [*_dense_ways(x, weight, bias), *(_sparse_way(x, weight, bias, s) for s in sparsities)]
+            times = timed(functions, repeats)
+        dense = min(times[:3], key=lambda pair: pair[0])
+        name = f"{inputs} -> {outputs} @ {side}x{side}"
+        found.append(Measurement(name, 0.0, "torch, best of three", number, *dense))
+        found += [Measurement(name, s, "sparse", number, *t) for s, t in zip(sparsities, times[3:], strict=True)]
+    return found
+
+
+def _dense_ways(x: Tensor, weight: Tensor, bias: Tensor) -> list[Callable[[], Tensor]]:
+    last = [tensor.to(memory_format=torch.channels_last) for tensor in (x, weight)]
+    matrix, pixels = weight.flatten(1), x.flatten(2)[0]
+    return [
+        lambda: F.conv2d(x, weight, bias),
+        lambda: F.conv2d(last[0], last[1], bias),
+        lambda: torch.addmm(bias[:, None], matrix, pixels),
+    ]
+
+
+def _sparse_way(x: Tensor, weight: Tensor, bias: Tensor, sparsity: float) -> Callable[[], Tensor]:
+    threshold = weight.abs().flatten().kthvalue(max(1, round(weight.numel() * sparsity))).values
+    pruned = torch.where(weight.abs() > threshold, weight, 0.0)
+    call = ConvCall(Geometry(x.shape[1], len(weight)), *compress(pruned), bias)
+    return lambda: call(x)
+
+
+def speedups(found: Sequence[Measurement], cpu: bool = False) -> list[tuple[Measurement, float]]:
+    """Each measurement with how many times as fast it is as the fastest dense engine of its case and threads."""
+
+    def seconds(m: Measurement) -> float:
+        return m.cpu_seconds if cpu else m.seconds
+
+    best: dict[tuple[str, int], float] = {}
+    for m in found:
+        if m.sparsity == min(o.sparsity for o in found if o.case == m.case) and m.engine != "sparse":
+            key = (m.case, m.threads)
+            best[key] = min(best.get(key, seconds(m)), seconds(m))
+    return [(m, best[m.case, m.threads] / seconds(m) if (m.case, m.threads) in best else float("nan")) for m in found]
+
+
+def machine() -> str:
+    """Processor and versions, in words, to stand beside every figure."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    versions = [f"{name} {version(name)}" for name in ("torch", "onnxruntime", "openvino", "timm") if find_spec(name)]
+    kernel = f"kernel: {kernel_target() if kernel_problem() is None else 'none'}"
+    return ", ".join([processor or platform.machine(), f"{cores} cores", kernel, *versions, time.strftime("%Y-%m-%d")])

@@ -1,0 +1,207 @@
+"""Compressed weights, and the operators of torch that use them: ``torch.ops.revnets.*``.
+
+The operators make exported programs that hold zeros nowhere: ``torch.export.save`` writes them, ``torch.compile`` sees
+through them. Where the kernel cannot be had, they compute the same on torch's dense kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .kernel import ACTIVATIONS, ConvCall, Geometry, kernel_problem, warn_of_dense_path
+
+MAX_COLUMNS = 2**15  # of int16
+MAX_POSITIONS = 2**31  # of int32 offsets into the padded input
+
+
+def compress(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The non-zero weights of a layer, output channel after output channel.
+
+    Args:
+        weight: ``(C_out, ...)``.
+
+    Returns:
+        values (float32), columns (int16: where in the flattened row), rows (int32: ``C_out + 1`` offsets).
+
+    Raises:
+        ValueError: for rows of more than 32,768 weights.
+
+    Example:
+        >>> values, columns, rows = compress(torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, 3.0]]))
+        >>> values.tolist(), columns.tolist(), rows.tolist()
+        ([2.0, 1.0, 3.0], [1, 0, 2], [0, 1, 1, 3])
+    """
+    matrix = weight.detach().reshape(weight.shape[0], -1).float()
+    if matrix.shape[1] > MAX_COLUMNS:
+        raise ValueError(f"a weight of shape {tuple(weight.shape)}: expected at most {MAX_COLUMNS} per output channel")
+    kept = matrix != 0
+    rows = torch.zeros(matrix.shape[0] + 1, dtype=torch.int32)
+    rows[1:] = kept.sum(1).cumsum(0)
+    return matrix[kept], kept.nonzero()[:, 1].to(torch.int16), rows
+
+
+def decompress(values: Tensor, columns: Tensor, rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """The dense weight again.
+
+    Example:
+        >>> weight = torch.tensor([[0.0, 2.0], [0.0, 0.0]])
+        >>> torch.equal(decompress(*compress(weight), weight.shape), weight)
+        True
+    """
+    dense = values.new_zeros(tuple(shape)).reshape(shape[0], -1)
+    index = torch.repeat_interleave(torch.arange(shape[0]), rows.diff().long(), output_size=len(values))
+    dense[index, columns.long()] = values
+    return dense.reshape(tuple(shape))
+
+
+def density(weight: Tensor) -> float:
+    """The share of weights that are not 0.
+
+    Example:
+        >>> density(torch.tensor([0.0, 1.0, 2.0, 0.0]))
+        0.5
+    """
+    return int(weight.count_nonzero()) / max(weight.numel(), 1)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """One of ``ACTIVATIONS`` by torch."""
+    functions = {"relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish, "hardsigmoid": F.hardsigmoid}
+    functions |= {"silu": F.silu, "sigmoid": torch.sigmoid, "none": lambda t: t}
+    return functions[activation](x)
+
+
+_SCHEMAS = torch.library.Library("revnets", "DEF")
+_SCHEMAS.define(
+    "sparse_conv2d(Tensor x, Tensor values, Tensor columns, Tensor rows, Tensor? bias, Tensor? residual, "
+    "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups, str activation) -> Tensor"
+)
+_SCHEMAS.define(
+    "depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[2] stride, int[2] padding, "
+    "str activation) -> Tensor"
+)
+_SCHEMAS.define("sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor rows, Tensor? bias) -> Tensor")
+
+
+def conv_geometry(
+    x: Tensor,
+    rows: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Geometry:
+    """The geometry of an operator's arguments."""
+    pairs = [(int(a), int(b)) for a, b in (kernel_size, stride, padding, dilation)]
+    return Geometry(int(x.shape[1]), int(rows.shape[0]) - 1, *pairs, groups)
+
+
+def _sparse_conv2d(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+) -> Tensor:
+    geometry = conv_geometry(x, rows, kernel_size, stride, padding, dilation, groups)
+    if kernel_problem() is None:
+        return ConvCall(geometry, values, columns, rows, bias, activation)(x, residual)
+    warn_of_dense_path()
+    shape = (geometry.out_channels, geometry.in_channels // groups, *geometry.kernel_size)
+    return _dense(x, decompress(values, columns, rows, shape), bias, residual, geometry, activation)
+
+
+def _depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    activation: str,
+) -> Tensor:
+    geometry = depthwise_geometry(weight, stride, padding)
+    if kernel_problem() is None:
+        return ConvCall(geometry, weight, None, None, bias, activation)(x, residual)
+    warn_of_dense_path()
+    return _dense(x, weight, bias, residual, geometry, activation)
+
+
+def depthwise_geometry(weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Geometry:
+    """The geometry of a depthwise operator's arguments."""
+    channels, _, height, width = weight.shape
+    pairs = [(int(a), int(b)) for a, b in ((height, width), stride, padding)]
+    return Geometry(channels, channels, *pairs, groups=channels)
+
+
+def _dense(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, geometry: Geometry, activation: str
+) -> Tensor:
+    y = F.conv2d(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    return activate(y if residual is None else y + residual, activation).contiguous()
+
+
+def _sparse_linear(x: Tensor, values: Tensor, columns: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+    features, outputs = x.shape[-1], rows.shape[0] - 1
+    flat = x.reshape(-1, features)
+    if kernel_problem() is None:
+        pixels = flat.t().contiguous().reshape(1, features, -1, 1)  # what the layer mixes are channels, the rest pixels
+        y = ConvCall(Geometry(features, outputs), values, columns, rows, bias)(pixels)
+        return y.reshape(outputs, -1).t().contiguous().reshape(*x.shape[:-1], outputs)
+    warn_of_dense_path()
+    return F.linear(x, decompress(values, columns, rows, (outputs, features)), bias)
+
+
+def _fake_sparse_conv2d(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+) -> Tensor:
+    geometry = conv_geometry(x, rows, kernel_size, stride, padding, dilation, groups)
+    return x.new_empty((x.shape[0], geometry.out_channels, *geometry.output_size(x.shape[2], x.shape[3])))
+
+
+def _fake_depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    activation: str,
+) -> Tensor:
+    geometry = depthwise_geometry(weight, stride, padding)
+    return x.new_empty((x.shape[0], x.shape[1], *geometry.output_size(x.shape[2], x.shape[3])))
+
+
+def _fake_sparse_linear(x: Tensor, values: Tensor, columns: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows.shape[0] - 1))
+
+
+_SCHEMAS.impl("sparse_conv2d", _sparse_conv2d, "CPU")
+_SCHEMAS.impl("depthwise_conv2d", _depthwise_conv2d, "CPU")
+_SCHEMAS.impl("sparse_linear", _sparse_linear, "CPU")
+torch.library.register_fake("revnets::sparse_conv2d", _fake_sparse_conv2d, lib=_SCHEMAS)
+torch.library.register_fake("revnets::depthwise_conv2d", _fake_depthwise_conv2d, lib=_SCHEMAS)
+torch.library.register_fake("revnets::sparse_linear", _fake_sparse_linear, lib=_SCHEMAS)

@@ -1,0 +1,380 @@
+"""The engines that a deployed network runs on: what each writes, how its file is opened, which zeros it exploits."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .graph import INPUT_NAME, OUTPUT_NAME, ExportError, export_graph, export_program, flat, worst_error
+from .kernel import kernel_problem
+from .lower import Layer, bind, interleaved, lower
+
+Runner = Callable[[Tensor], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Something that runs exported networks.
+
+    Attributes:
+        name: as ``--engine`` spells it.
+        exploits: which zeros make it faster, in words.
+        packages: that have to be installed.
+        suffix: of its file; empty where it writes none.
+        write: the graph to a path with that suffix.
+        open: the file, and the number of threads (None: torch's own), as a function of images.
+    """
+
+    name: str
+    exploits: str
+    packages: tuple[str, ...]
+    suffix: str
+    write: Callable[[fx.GraphModule, Tensor, bool, Path], None]
+    open: Callable[[Path, int | None], Runner]
+
+    def missing(self) -> list[str]:
+        """Packages that are not installed."""
+        return [name for name in self.packages if importlib.util.find_spec(name) is None]
+
+    def check(self) -> None:
+        """Make sure that it can be used.
+
+        Raises:
+            ExportError: where packages are missing.
+        """
+        missing = self.missing()
+        if missing:
+            raise ExportError(
+                f"engine {self.name}: {', '.join(missing)} not installed: pip install 'revnets[deploy]', or choose "
+                f"one of {', '.join(e.name for e in ENGINES.values() if not e.missing())}"
+            )
+
+
+def get_engine(name: str) -> Engine:
+    """The engine of that name, installed.
+
+    Raises:
+        ExportError: for an unknown name, or one whose packages are missing.
+    """
+    if name not in ENGINES:
+        raise ExportError(f"unknown engine {name!r}: expected auto or one of {', '.join(ENGINES)}")
+    ENGINES[name].check()
+    return ENGINES[name]
+
+
+# --- torch -----------------------------------------------------------------------------------------------------------
+
+
+def _write_torch(graph: fx.GraphModule, x: Tensor, any_batch: bool, path: Path) -> None:
+    torch.export.save(export_program(graph, x, any_batch), path)
+
+
+def _open_torch(path: Path, threads: int | None) -> Runner:
+    try:
+        module: Any = torch.export.load(path).module()
+    except Exception as error:  # of zip files, of schemas, of unpickling
+        raise ExportError(f"{str(path)!r} is no program of torch.export: {str(error).splitlines()[0]}") from error
+    if kernel_problem() is None:
+        bind(module)
+    return module_runner(module, threads)
+
+
+def module_runner(module: Callable[[Tensor], Any], threads: int | None) -> Runner:
+    """A module as a runner with its number of threads."""
+
+    @torch.no_grad()
+    def run(x: Tensor) -> list[Tensor]:
+        with torch_threads(threads):
+            return flat(module(x))
+
+    return run
+
+
+@contextlib.contextmanager
+def torch_threads(number: int | None) -> Iterator[None]:
+    """Within this context torch has so many threads; None: as many as before."""
+    before = torch.get_num_threads()
+    if number is None or number == before:
+        yield
+        return
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- ONNX ------------------------------------------------------------------------------------------------------------
+
+
+def write_onnx(graph: fx.GraphModule, x: Tensor, any_batch: bool, path: Path) -> None:
+    """The graph as one .onnx file with an input ``image`` and outputs ``output``, ..."""
+    program = export_program(graph, x, any_batch)
+    outputs = len(flat(graph(x)))
+    names = [OUTPUT_NAME] if outputs == 1 else [f"{OUTPUT_NAME}{i}" for i in range(outputs)]
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter's own deprecations
+            exported: Any = torch.onnx.export(
+                program, dynamo=True, input_names=[INPUT_NAME], output_names=names, verbose=False
+            )
+        exported.save(str(path), external_data=False)
+    except torch.onnx.OnnxExporterError as error:
+        raise ExportError(f"torch.onnx refuses the model: {str(error).splitlines()[0]}") from error
+    finally:
+        logger.setLevel(level)
+
+
+def _open_onnxruntime(path: Path, threads: int | None) -> Runner:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common class
+        raise ExportError(f"ONNX Runtime cannot open {str(path)!r}: {str(error).splitlines()[0]}") from error
+    name = session.get_inputs()[0].name
+    return lambda x: [torch.from_numpy(value) for value in session.run(None, {name: x.numpy()})]
+
+
+def _write_openvino(graph: fx.GraphModule, x: Tensor, any_batch: bool, path: Path) -> None:
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        onnx = Path(folder) / "model.onnx"
+        write_onnx(graph, x, any_batch, onnx)
+        openvino.save_model(openvino.convert_model(str(onnx)), str(path), compress_to_fp16=False)
+
+
+def _open_openvino(path: Path, threads: int | None) -> Runner:
+    import openvino
+
+    settings = {
+        "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16 where the machine has it
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    core = openvino.Core()
+    try:
+        model = core.read_model(str(path))
+    except RuntimeError as error:
+        raise ExportError(f"OpenVINO cannot open {str(path)!r}: {str(error).splitlines()[0]}") from error
+    compiled: dict[tuple[int, ...], Any] = {}
+
+    def run(x: Tensor) -> list[Tensor]:
+        shape = tuple(x.shape)
+        if shape not in compiled:  # for fixed shapes it plans better
+            model.reshape(list(shape))
+            compiled[shape] = core.compile_model(model, "CPU", settings).create_infer_request()
+        found = compiled[shape].infer({0: x.numpy()})
+        return [torch.from_numpy(found[port].copy()) for port in compiled[shape].model_outputs]
+
+    return run
+
+
+# --- ours ------------------------------------------------------------------------------------------------------------
+
+
+def _write_sparse(graph: fx.GraphModule, x: Tensor, any_batch: bool, path: Path) -> None:
+    _write_torch(graph, x, any_batch, path)  # swapped before, see deploy
+
+
+ENGINES: Mapping[str, Engine] = {
+    engine.name: engine
+    for engine in (
+        Engine("torch", "none: zeros are multiplied", (), ".pt2", _write_torch, _open_torch),
+        Engine(
+            "onnxruntime",
+            "none in float32",
+            ("onnx", "onnxscript", "onnxruntime"),
+            ".onnx",
+            write_onnx,
+            _open_onnxruntime,
+        ),
+        Engine(
+            "openvino",
+            "none in float32 convolutions",
+            ("onnx", "onnxscript", "openvino"),
+            ".xml",
+            _write_openvino,
+            _open_openvino,
+        ),
+        Engine("sparse", "any zeros of convolutions and linear layers", (), ".pt2", _write_sparse, _open_torch),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A file that was written.
+
+    Attributes:
+        engine: that runs it.
+        path: of the file; OpenVINO has a ``.bin`` beside its ``.xml``.
+        error: largest difference from the model's outputs, relative to the largest output.
+        seconds: median per engine on the example input, where several were compared.
+        layers: of the engine ``sparse``: what became of each.
+    """
+
+    engine: str
+    path: Path
+    error: float
+    seconds: Mapping[str, float]
+    layers: tuple[Layer, ...] = ()
+
+
+def deploy(
+    model: nn.Module,
+    x: Tensor,
+    folder: str | Path,
+    engine: str = "auto",
+    name: str = "model",
+    any_batch: bool = True,
+    tolerance: float = 1e-3,
+    max_density: float | None = None,
+    repeats: int = 11,
+) -> Deployed:
+    """Export a model for an engine into a folder, and verify the file against the model.
+
+    Args:
+        model: in float32, on the CPU; pruned ones keep their zeros.
+        x: an example of the input, ``(N, C, H, W)``; engines are compared, and layers chosen, on it.
+        folder: made if it is missing. What is in it stays until the new file is verified.
+        engine: of ``ENGINES``; ``"auto"``: the one that is fastest on ``x``, of those installed.
+        name: of the file, without its suffix.
+        any_batch: whether the file takes other batch sizes than that of ``x``.
+        tolerance: largest difference, relative to the largest output, on ``x`` and on random numbers.
+        max_density: for the engine ``sparse``, see ``lower``.
+        repeats: timed runs per engine for ``"auto"``.
+
+    Raises:
+        ExportError: for an unknown engine or one that is not installed, a model that cannot be exported, outputs that
+            differ, a folder that cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()).eval()
+        >>> x = torch.randn(1, 3, 8, 8)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     made = deploy(net, x, folder, engine="torch")
+        ...     torch.allclose(load(made.path)(x)[0], net(x), atol=1e-6)
+        True
+    """
+    folder = open_folder(Path(folder))
+    chosen = [e for e in ENGINES.values() if not e.missing()] if engine == "auto" else [get_engine(engine)]
+    graph = export_graph(model, x, any_batch)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".deploy-") as temporary:
+        made, runners = {}, {}
+        for one in chosen:
+            path, layers = _write(one, graph, x, any_batch, max_density, Path(temporary) / one.name, name)
+            runners[one.name] = one.open(path, None)
+            made[one.name] = (path, layers, verify(runners[one.name], model, x, tolerance, one.name))
+        seconds = {}
+        if len(chosen) > 1:
+            times = interleaved([lambda run=run: run(x) for run in runners.values()], repeats)  # type: ignore[misc]
+            seconds = dict(zip(runners, times, strict=True))
+        best = min(seconds, key=lambda key: seconds[key]) if seconds else chosen[0].name
+        path, layers, error = made[best]
+        for file in sorted(path.parent.iterdir(), key=lambda file: file == path):  # what it refers to comes first
+            shutil.move(file, folder / file.name)
+    return Deployed(best, folder / path.name, error, seconds, tuple(layers))
+
+
+def _write(
+    engine: Engine,
+    graph: fx.GraphModule,
+    x: Tensor,
+    any_batch: bool,
+    max_density: float | None,
+    folder: Path,
+    name: str,
+) -> tuple[Path, list[Layer]]:
+    folder.mkdir()
+    path, layers = folder / f"{name}{engine.suffix}", []
+    if engine.name == "sparse":
+        graph, layers = sparse_graph(graph, x, max_density)
+    engine.write(graph, x, any_batch, path)
+    return path, layers
+
+
+def sparse_graph(graph: fx.GraphModule, x: Tensor, max_density: float | None) -> tuple[fx.GraphModule, list[Layer]]:
+    """A copy of the graph that uses the kernel; without one, every layer stays dense."""
+    import copy
+
+    graph = copy.deepcopy(graph)
+    if kernel_problem() is not None and max_density is None:
+        max_density = 0.3  # nothing to measure here; where the file runs, there may be a compiler
+    return graph, lower(graph, x, max_density)
+
+
+@torch.no_grad()
+def verify(run: Runner, model: nn.Module, x: Tensor, tolerance: float, what: str = "the file") -> float:
+    """The largest difference of the outputs on ``x`` and on random numbers, relative to the largest output.
+
+    Raises:
+        ExportError: if it exceeds the tolerance.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        generator = torch.Generator().manual_seed(0)
+        inputs = (x, torch.randn(x.shape, generator=generator))
+        error = max(worst_error(run(one), model(one)) for one in inputs)
+    finally:
+        model.train(was_training)
+    if not error <= tolerance:
+        raise ExportError(
+            f"{what}: outputs differ from the model's by {error:.1e} of the largest, more than the tolerance "
+            f"{tolerance:.0e}: nothing was written"
+        )
+    return error
+
+
+def load(path: str | Path, engine: str | None = None, threads: int | None = None) -> Runner:
+    """A deployed file as a function of float32 images ``(N, C, H, W)`` that gives a list of outputs.
+
+    Args:
+        path: ``.pt2``, ``.onnx`` or ``.xml``.
+        engine: for ``.onnx`` files ``"openvino"`` instead of ONNX Runtime; by default what the suffix says.
+        threads: None: as many as torch uses.
+
+    Raises:
+        ExportError: for a file that is missing, or that the engine cannot open.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ExportError(f"there is no file {str(path)!r}: give one that revnets deploy wrote")
+    by_suffix = {".pt2": "torch", ".onnx": "onnxruntime", ".xml": "openvino"}
+    if engine is None and path.suffix not in by_suffix:
+        raise ExportError(f"{str(path)!r}: expected a name that ends in {', '.join(by_suffix)}")
+    return get_engine(engine or by_suffix[path.suffix]).open(path, threads)
+
+
+def open_folder(path: Path) -> Path:
+    """The folder for a file, made if it is missing.
+
+    Raises:
+        ExportError: when it cannot be made or written to.
+    """
+    from ..profiling import report
+
+    try:
+        return report.open_folder(path)
+    except ValueError as error:
+        raise ExportError(str(error)) from error

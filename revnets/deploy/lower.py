@@ -1,0 +1,376 @@
+"""Layers of a graph swapped for the kernel: sparse ones where that is faster, depthwise ones, and what follows them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from .compressed import (
+    MAX_COLUMNS,
+    MAX_POSITIONS,
+    compress,
+    conv_geometry,
+    density,
+    depthwise_geometry,
+)
+from .graph import ATEN, add_constant, argument, calls, clean, constant
+from .kernel import ConvCall, Geometry
+
+OPS = torch.ops.revnets
+_ACTIVATIONS = {
+    ATEN.relu.default: "relu",
+    ATEN.relu_.default: "relu",
+    ATEN.relu6.default: "relu6",
+    ATEN.hardswish.default: "hardswish",
+    ATEN.hardswish_.default: "hardswish",
+    ATEN.hardsigmoid.default: "hardsigmoid",
+    ATEN.hardsigmoid_.default: "hardsigmoid",
+    ATEN.silu.default: "silu",
+    ATEN.silu_.default: "silu",
+    ATEN.sigmoid.default: "sigmoid",
+    ATEN.sigmoid_.default: "sigmoid",
+}
+Sizes = dict[fx.Node, tuple[int, ...]]
+_ADDS = (ATEN.add.Tensor, ATEN.add_.Tensor)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What became of a layer.
+
+    Attributes:
+        name: of its node.
+        shape: of its weight.
+        pixels: of its output, height times width (of a linear layer: rows of the input).
+        density: share of weights that are not 0.
+        choice: ``sparse``, ``depthwise`` or ``dense``.
+        reason: why.
+        dense_seconds: torch's time, where it was measured.
+        sparse_seconds: the kernel's.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    pixels: int
+    density: float
+    choice: str
+    reason: str
+    dense_seconds: float | None = None
+    sparse_seconds: float | None = None
+
+
+def lower(graph: fx.GraphModule, x: Tensor, max_density: float | None = None, repeats: int = 7) -> list[Layer]:
+    """Swap layers of the graph for the kernel, in place: same outputs, the zeros skipped.
+
+    Args:
+        graph: of ``export_graph``.
+        x: an example of the input; layers are timed on the sizes that it makes.
+        max_density: swap the layers that have no more weights than this share; None: those that are faster, measured.
+        repeats: timed runs of each layer, dense and sparse by turns.
+
+    Returns:
+        every convolution and linear layer with what became of it.
+
+    Example:
+        >>> from revnets.deploy.graph import export_graph
+        >>> net = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU()).eval()
+        >>> net[0].weight.data[:, 2:] = 0
+        >>> x = torch.randn(2, 8, 8, 8)
+        >>> graph = export_graph(net, x)
+        >>> [(layer.choice, layer.density) for layer in lower(graph, x, max_density=0.5)]
+        [('sparse', 0.25)]
+        >>> torch.allclose(graph(x), net(x), atol=1e-6)
+        True
+    """
+    shapes = _shapes(graph, x)
+    layers = []
+    for node in calls(graph, ATEN.conv2d.default, ATEN.linear.default):
+        weight = constant(graph, argument(node, "weight"))
+        if weight is None or argument(node, "input") not in shapes:
+            continue
+        is_conv = node.target == ATEN.conv2d.default
+        decide = _decide_conv if is_conv else _decide_linear
+        layer = decide(graph, node, weight, shapes, max_density, repeats)
+        layers.append(layer)
+        if layer.choice != "dense":
+            swap = _swap_conv if is_conv else _swap_linear
+            swap(graph, node, weight, layer.choice, shapes)
+    clean(graph)
+    return layers
+
+
+# --- which layers ----------------------------------------------------------------------------------------------------
+
+
+class _Shapes(fx.Interpreter):
+    """Runs the graph and notes the shape of every node's value."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.found: Sizes = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and value.dtype == torch.float32:
+            self.found[n] = tuple(value.shape)
+        return value
+
+
+@torch.no_grad()
+def _shapes(graph: fx.GraphModule, x: Tensor) -> Sizes:
+    shapes = _Shapes(graph)
+    shapes.run(x)
+    return shapes.found
+
+
+def _decide_conv(
+    graph: fx.GraphModule,
+    node: fx.Node,
+    weight: Tensor,
+    shapes: Sizes,
+    max_density: float | None,
+    repeats: int,
+) -> Layer:
+    geometry, size = node_geometry(node, weight), shapes[argument(node, "input")]
+    h_out, w_out = geometry.output_size(*size[2:])
+    known = (node.name, tuple(weight.shape), h_out * w_out, density(weight))
+    if geometry.is_depthwise:
+        return Layer(*known, "depthwise", "dense weights, in the sparse layers' memory order")
+    pads = [side + 2 * pad + 16 for side, pad in zip(size[2:], geometry.padding, strict=True)]
+    if weight[0].numel() > MAX_COLUMNS or geometry.in_channels * pads[0] * pads[1] >= MAX_POSITIONS:
+        return Layer(*known, "dense", "too large for the kernel's offsets")
+    bias = constant(graph, argument(node, "bias"))
+    x = torch.randn(size)
+
+    def dense() -> Tensor:
+        return F.conv2d(x, weight, bias, *_numbers(geometry))
+
+    def sparse() -> Callable[[], Tensor]:
+        call = ConvCall(geometry, *compress(weight), bias)
+        return lambda: call(x)
+
+    return _decide(known, dense, sparse, max_density, repeats)
+
+
+def _decide_linear(
+    graph: fx.GraphModule,
+    node: fx.Node,
+    weight: Tensor,
+    shapes: Sizes,
+    max_density: float | None,
+    repeats: int,
+) -> Layer:
+    size = shapes[argument(node, "input")]
+    known = (node.name, tuple(weight.shape), int(torch.Size(size[:-1]).numel()), density(weight))
+    if weight.shape[1] > MAX_COLUMNS:
+        return Layer(*known, "dense", "too large for the kernel's offsets")
+    bias = constant(graph, argument(node, "bias"))
+    x = torch.randn(size)
+
+    def sparse() -> Callable[[], Tensor]:
+        parts = compress(weight)
+        return lambda: OPS.sparse_linear.default(x, *parts, bias)
+
+    return _decide(known, lambda: F.linear(x, weight, bias), sparse, max_density, repeats)
+
+
+def _decide(
+    known: tuple[str, tuple[int, ...], int, float],
+    dense: Callable[[], Tensor],
+    make_sparse: Callable[[], Callable[[], Tensor]],
+    max_density: float | None,
+    repeats: int,
+) -> Layer:
+    share = known[3]
+    if max_density is not None:
+        sparse = share <= max_density
+        relation = "at most" if sparse else "more than"
+        return Layer(*known, "sparse" if sparse else "dense", f"density {share:.2f}, {relation} {max_density}")
+    if share > 0.6:  # never faster: the kernel needs a load for every multiplication
+        return Layer(*known, "dense", f"density {share:.2f}")
+    slow, fast = interleaved([dense, make_sparse()], repeats)
+    choice = "sparse" if fast < slow else "dense"
+    return Layer(*known, choice, f"measured: {slow / fast:.1f} times as fast", slow, fast)
+
+
+@torch.no_grad()
+def interleaved(functions: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
+    """Median seconds of each function, all of them by turns, each called once before."""
+    seconds: list[list[float]] = [[] for _ in functions]
+    for _ in range(repeats):
+        for function, found in zip(functions, seconds, strict=True):
+            function()
+            start = time.perf_counter()
+            function()
+            found.append(time.perf_counter() - start)
+    return [statistics.median(found) for found in seconds]
+
+
+# --- the swap --------------------------------------------------------------------------------------------------------
+
+
+def node_geometry(node: fx.Node, weight: Tensor) -> Geometry:
+    """The geometry of a convolution's node."""
+    pairs = [_pair(argument(node, name)) for name in ("stride", "padding", "dilation")]
+    groups = argument(node, "groups")
+    return Geometry(weight.shape[1] * groups, weight.shape[0], _pair(weight.shape[2:]), *pairs, groups)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    values = [int(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
+    return values[0], values[-1]
+
+
+def _numbers(g: Geometry) -> tuple[Any, ...]:
+    return g.stride, g.padding, g.dilation, g.groups
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """What follows a convolution and is computed with it."""
+
+    last: fx.Node
+    residual: fx.Node | None
+    activation: str
+
+
+def _tail(conv: fx.Node) -> _Tail:
+    """The addition and the activation that read the convolution alone."""
+    source = argument(conv, "input")
+    if any(_is_in_place(user) for user in source.users):  # the swap would read it later, changed
+        return _Tail(conv, None, "none")
+    last, residual = conv, None
+    user = _only_user(last)
+    if user is not None and user.target in _ADDS and argument(user, "alpha") == 1:
+        others = [arg for arg in user.args[:2] if arg is not last]
+        if len(others) == 1 and isinstance(others[0], fx.Node) and _same_shape(others[0], conv):
+            last, residual = user, others[0]
+    user = _only_user(last)
+    if user is not None:
+        name = _ACTIVATIONS.get(user.target)  # type: ignore[arg-type]
+        if user.target in (ATEN.hardtanh.default, ATEN.hardtanh_.default):
+            limits = (argument(user, "min_val"), argument(user, "max_val"))
+            name = "relu6" if limits == (0, 6) else None
+        if name is not None:
+            return _Tail(user, residual, name)
+    return _Tail(last, residual, "none")
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].op == "call_function" else None
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _same_shape(a: fx.Node, b: fx.Node) -> bool:
+    """Whether the addition does not broadcast."""
+    values = [node.meta.get("val") for node in (a, b)]
+    return all(isinstance(v, Tensor) for v in values) and values[0].shape == values[1].shape  # type: ignore[union-attr]
+
+
+def _swap_conv(graph: fx.GraphModule, node: fx.Node, weight: Tensor, choice: str, shapes: Sizes) -> None:
+    geometry, tail = node_geometry(node, weight), _tail(node)
+    source, bias = argument(node, "input"), argument(node, "bias")
+    stride, padding, dilation = list(geometry.stride), list(geometry.padding), list(geometry.dilation)
+    with graph.graph.inserting_before(tail.last):
+        if choice == "depthwise":
+            rest = (bias, tail.residual, stride, padding, tail.activation)
+            new = graph.graph.call_function(OPS.depthwise_conv2d.default, (source, argument(node, "weight"), *rest))
+        else:
+            parts = _compressed_nodes(graph, node, weight)
+            settings = (list(geometry.kernel_size), stride, padding, dilation, geometry.groups, tail.activation)
+            arguments = (source, *parts, bias, tail.residual, *settings)
+            new = graph.graph.call_function(OPS.sparse_conv2d.default, arguments)
+    _replace(graph, node, tail.last, new, shapes)
+
+
+def _swap_linear(graph: fx.GraphModule, node: fx.Node, weight: Tensor, choice: str, shapes: Sizes) -> None:
+    with graph.graph.inserting_before(node):
+        arguments = (argument(node, "input"), *_compressed_nodes(graph, node, weight), argument(node, "bias"))
+        new = graph.graph.call_function(OPS.sparse_linear.default, arguments)
+    _replace(graph, node, node, new, shapes)
+
+
+def _compressed_nodes(graph: fx.GraphModule, node: fx.Node, weight: Tensor) -> list[fx.Node]:
+    names = ("values", "columns", "rows")
+    return [add_constant(graph, f"{node.name}_{n}", t) for n, t in zip(names, compress(weight), strict=True)]
+
+
+def _replace(graph: fx.GraphModule, first: fx.Node, last: fx.Node, new: fx.Node, shapes: Sizes) -> None:
+    new.meta["val"] = last.meta.get("val")
+    shapes[new] = shapes[last]
+    last.replace_all_uses_with(new)
+    while last is not first:  # backwards along what was fused
+        before = [arg for arg in last.args if isinstance(arg, fx.Node) and _leads_from(first, arg)][0]
+        graph.graph.erase_node(last)
+        last = before
+    graph.graph.erase_node(first)
+
+
+def _leads_from(first: fx.Node, node: fx.Node) -> bool:
+    """Whether a node is the convolution, or is what was fused directly behind it."""
+    return node is first or (first in node.all_input_nodes and list(first.users) == [node])
+
+
+# --- the calls -------------------------------------------------------------------------------------------------------
+
+
+class _Bound(nn.Module):
+    """A convolution of the kernel with its weights, ready to be called."""
+
+    def __init__(self, call: ConvCall) -> None:
+        super().__init__()
+        self._call = call
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self._call(x, residual)
+
+    __call__ = forward  # no hooks: layers take microseconds
+
+
+def bind(graph: fx.GraphModule) -> fx.GraphModule:
+    """The graph with the kernel's operators replaced by prepared calls, in place: less time per layer, same numbers."""
+    number = 0
+    for node in calls(graph, OPS.sparse_conv2d.default, OPS.depthwise_conv2d.default):
+        x, residual = node.args[0], argument(node, "residual")
+        call = _prepared(graph, node)
+        if call is None:
+            continue
+        name = f"kernel_{number}"
+        graph.add_module(name, _Bound(call))
+        with graph.graph.inserting_before(node):
+            new = graph.graph.call_module(name, (x, residual))
+        new.meta.update(node.meta)
+        node.replace_all_uses_with(new)
+        graph.graph.erase_node(node)
+        number += 1
+    clean(graph)
+    return graph
+
+
+def _prepared(graph: fx.GraphModule, node: fx.Node) -> ConvCall | None:
+    bias = constant(graph, argument(node, "bias"))
+    activation = argument(node, "activation")
+    if node.target == OPS.depthwise_conv2d.default:
+        weight = constant(graph, argument(node, "weight"))
+        if weight is None:
+            return None
+        geometry = depthwise_geometry(weight, argument(node, "stride"), argument(node, "padding"))
+        return ConvCall(geometry, weight, None, None, bias, activation)
+    values, columns, rows = (constant(graph, argument(node, name)) for name in ("values", "columns", "rows"))
+    source = node.args[0].meta.get("val")  # type: ignore[union-attr]
+    if values is None or columns is None or rows is None or not isinstance(source, Tensor):
+        return None
+    settings = [argument(node, name) for name in ("kernel_size", "stride", "padding", "dilation", "groups")]
+    return ConvCall(conv_geometry(source, rows, *settings), values, columns, rows, bias, activation)
