@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ def open_dataset(options: DataOptions, split: str, training: bool, **more: Any) 
             **more,
         )
         return Images(dataset, mode) if isinstance(dataset, ImageDataset) else dataset
-    except (RuntimeError, OSError, ValueError, AssertionError, ImportError) as error:
+    except (RuntimeError, OSError, ValueError, AssertionError, ImportError, tarfile.TarError) as error:
         where = f"{options.dataset or 'images'} in '{root}', split '{split}'"
         raise UserError(
             f"--data-dir: cannot open {where} ({one_line(error)}); correct --data-dir or {flag}."

@@ -57,15 +57,15 @@ class Images(Dataset[Any]):
                 problem = " ".join(str(error).split())
                 _logger.warning(f"image '{self._name(number)}' cannot be read and is left out: {problem}")
         else:
+            count, last = min(IN_A_ROW, len(self)), self._name(number)
             raise UnreadableImages(
-                f"--data-dir: {min(IN_A_ROW, len(self))} files in a row, up to '{self._name(number)}', cannot be read as "
-                "images; give a folder of images."
+                f"--data-dir: {count} files in a row, up to '{last}', cannot be read; give a folder of images."
             )
         return (image if self.transform is None else self.transform(image), *rest)
 
     def _name(self, index: int) -> str:
         try:
-            return str(self.dataset.filename(index))
+            return str(self.dataset.filename(index, absolute=True))
         except (AttributeError, NotImplementedError, AssertionError):
             return f"number {index}"
 
@@ -81,6 +81,7 @@ def upright(image: Image.Image, mode: str) -> Image.Image:
         >>> upright(Image.new("I;16", (2, 1), 65535), "RGB").getpixel((0, 0))
         (255, 255, 255)
     """
+    image.load()  # here, where what is wrong with it is caught
     if image.getexif().get(ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits; Pillow would cut off what is above 255

@@ -20,7 +20,7 @@ from torch import nn
 from classification.errors import UserError, did_you_mean, one_line
 from classification.options import TrainOptions, ValidateOptions
 from revnets.layers import convert, parse_layers
-from revnets.training.integrity import damage
+from revnets.training.integrity import damage, forbidden
 
 _logger = logging.getLogger("classification")
 
@@ -181,6 +181,10 @@ def read_checkpoint(path: str | Path, flag: str) -> dict[str, Any]:
             with torch.serialization.safe_globals([Namespace]):  # timm's own checkpoints hold their options in one
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        if code := forbidden(error):
+            raise UserError(
+                f"{flag}: '{path}' is refused, reading it would run '{code}'; give a file of weights."
+            ) from error
         reason = one_line(error).split(". ")[0][:160]
         raise UserError(
             f"{flag}: '{path}' cannot be read as a checkpoint ({reason}); it is damaged, give another."
@@ -226,6 +230,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: 
 def _difference(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> str:
     """The first way in which weights do not fit a model, in words, or nothing."""
     own = model.state_dict()
+    odd = [key for key, value in weights.items() if not isinstance(value, torch.Tensor)]
+    if odd:
+        return f"'{odd[0]}' is {type(weights[odd[0]]).__name__}, a tensor was expected"
     missing = [key for key in own if key not in weights]
     extra = [key for key in weights if key not in own]
     shapes = [key for key in own if key in weights and own[key].shape != weights[key].shape]

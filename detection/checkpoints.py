@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from classification.errors import UserError, one_line
-from revnets.training.integrity import damage
+from revnets.training.integrity import damage, forbidden
 
 _logger = logging.getLogger("detection")
 LAST = "last_checkpoint"
@@ -91,6 +91,10 @@ def read(path: str | Path, option: str) -> Checkpoint:
         with torch.serialization.safe_globals(get_torch_safe_globals()):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
+        if code := forbidden(error):
+            raise UserError(
+                f"{what} holds more than weights: reading it would run '{code}'; give another file."
+            ) from error
         raise UserError(
             f"{what} is damaged, or holds more than weights, which might run code ({one_line(error)[:120]}); give "
             "another file."

@@ -163,6 +163,10 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         inner = state_dict.get(key)
         if isinstance(inner, Mapping):
             state_dict = inner
+    odd = [key for key, value in state_dict.items() if not isinstance(value, Tensor)]
+    if odd:
+        kind = type(state_dict[odd[0]]).__name__
+        raise ValueError(f"the checkpoint holds {kind} under {odd[0]!r}, expected a tensor: pass a dict of weights")
     state = {key.removeprefix("module."): value for key, value in state_dict.items()}
     if any(key.startswith(("rev_stack.", "head.pyramid_heads.")) for key in state):
         outputs = _silo_outputs(state)

@@ -1,5 +1,6 @@
 """Whether a checkpoint is still what was written, and why one could not be."""
 
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -28,6 +29,19 @@ def damage(path: str | Path) -> str:
     except OSError as error:
         return f"it cannot be read: {error.strerror}"
     return "" if bad is None else f"the checksum of its part '{bad}' is wrong"
+
+
+def forbidden(error: BaseException) -> str:
+    """What a checkpoint would have called when it was read, if that is why ``torch.load`` refused it; else nothing.
+
+    Example:
+        >>> forbidden(ValueError("Unsupported global: GLOBAL posix.system was not an allowed global by default."))
+        'posix.system'
+    """
+    found = re.search(r"GLOBAL (\S+) was not an allowed", str(error)) or re.search(
+        r"Unsupported class (\S+)", str(error)
+    )
+    return found[1] if found else ""
 
 
 class NotWritten(OSError):

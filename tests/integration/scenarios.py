@@ -50,16 +50,16 @@ def differing(a: Any, b: Any, path: str = "") -> list[str]:
     return [] if a == b else [path]
 
 
-def classification(data: Path, epochs: int = 4) -> Scenario:
+def classification(data: Path, epochs: int = 3) -> Scenario:
     """A reversible network with sparse layers that change, EMA, and chance wherever there is some.
 
     Args:
         data: Made here where it is missing.
-        epochs: Of 8 batches.
+        epochs: Of 4 batches.
     """
     from classification.digits import make_digits
 
-    make_digits(data, size=32, limit=64)
+    make_digits(data, size=32, limit=32)
     sparse = "--layers sparse_parallel:0.75 --sparsity-schedule rigl --sparsity-interval 3 --model-ema"
     chance = "--drop 0.2 --drop-path 0.1 --reprob 0.5 --mixup 0.2 --aa rand-m5-mstd0.5 --model-ema-decay 0.9"
     length = f"--epochs {epochs} --warmup-epochs 1 --sched-on-updates --batch-size 8 --recovery-interval 2"
