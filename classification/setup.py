@@ -1,0 +1,121 @@
+"""What a run trains with: optimizer, loss, schedule, loss scaler and EMA, as the options say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import revnets
+from classification.distill import distillation
+from classification.errors import UserError, did_you_mean, one_line
+from classification.loop import Training
+from classification.options import TrainOptions
+from classification.recovery import Recovery
+from classification.runtime import Runtime
+from classification.sparse import start_sparsity
+from revnets.training.drift import DriftMonitor
+from revnets.training.finite import FiniteGuard
+
+
+def start_training(options: TrainOptions, runtime: Runtime, model: nn.Module, data: Any) -> tuple[Training, int]:
+    """Optimizer, loss, schedule, loss scaler and EMA; and the number of epochs of the schedule."""
+    lr = options.lr if options.lr is not None else _learning_rate(options, runtime)
+    if options.opt not in list_optimizers() and options.opt.split("_")[-1] not in list_optimizers():
+        hint = did_you_mean(options.opt, list_optimizers())
+        raise UserError(
+            f"--opt: timm knows no optimizer '{options.opt}'{hint}; timm.optim.list_optimizers() names all."
+        )
+    more = {"eps": options.opt_eps, "betas": options.opt_betas, "layer_decay": options.layer_decay}
+    more = {**{name: value for name, value in more.items() if value is not None}, **options.opt_kwargs}
+    try:
+        optimizer = create_optimizer_v2(
+            _trained(model, options, lr),
+            opt=options.opt,
+            lr=lr,
+            weight_decay=options.weight_decay,
+            momentum=options.momentum,
+            **more,
+        )
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"--opt: {options.opt} refuses its arguments ({one_line(error)}); correct --opt-kwargs."
+        ) from error
+    recovery = Recovery(runtime, options.recovery_interval, data.batches is not None)
+    guard, drift = FiniteGuard(model, options.nonfinite_limit), DriftMonitor(model, options.drift_interval)
+    loss, scaler = _loss(options), runtime.scaler()
+    run = Training(options, runtime, model, optimizer, loss, data, None, scaler, None, recovery, guard, drift)
+    try:
+        run.scheduler, epochs = create_scheduler_v2(
+            optimizer,
+            sched=options.sched,
+            num_epochs=options.epochs,
+            decay_epochs=options.decay_epochs,
+            decay_milestones=options.decay_milestones,
+            cooldown_epochs=options.cooldown_epochs,
+            patience_epochs=options.patience_epochs,
+            decay_rate=options.decay_rate,
+            min_lr=options.min_lr,
+            warmup_lr=options.warmup_lr,
+            warmup_epochs=options.warmup_epochs,
+            warmup_prefix=options.warmup_prefix,
+            cycle_mul=options.lr_cycle_mul,
+            cycle_decay=options.lr_cycle_decay,
+            cycle_limit=options.lr_cycle_limit,
+            k_decay=options.lr_k_decay,
+            plateau_mode="min" if options.eval_metric == "loss" else "max",
+            step_on_epochs=not options.sched_on_updates,
+            updates_per_epoch=run.updates_per_epoch,
+        )
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"--sched: timm refuses '{options.sched}' ({one_line(error)}); give cosine, say.") from error
+    if options.sched != "none" and run.scheduler is None:
+        raise UserError(f"--sched: timm knows no schedule '{options.sched}'; give cosine, step, poly or none, say.")
+    run.sparsity = start_sparsity(options, model, optimizer, int(epochs) * run.updates_per_epoch)
+    if options.teacher or options.teacher_checkpoint:
+        run.task = distillation(options, runtime, model, run.loss)
+    if options.model_ema:  # a copy of the model, with its masks
+        device = torch.device("cpu") if options.model_ema_force_cpu else None
+        run.ema = ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=options.model_ema_warmup, device=device)
+    return run, int(epochs)
+
+
+def _trained(model: nn.Module, options: TrainOptions, lr: float) -> Any:
+    """What the optimizer gets: the model, or groups by the transfer rules of munit scaling."""
+    if options.mus_base_width is None:
+        return model
+    width = getattr(model, "embed_dim", None)  # a transformer has one; other networks go by the layer
+    try:
+        return revnets.mus_param_groups(model, lr, options.weight_decay, options.mus_base_width, width)
+    except ValueError as error:
+        raise UserError(f"--mus-base-width: {one_line(error)}.") from error
+
+
+def _learning_rate(options: TrainOptions, runtime: Runtime) -> float:
+    """timm's rule: the base rate, scaled by the global batch."""
+    batch = options.batch_size * runtime.world_size * options.grad_accum_steps
+    adaptive = any(name in options.opt for name in ("ada", "lamb"))
+    ratio = batch / options.lr_base_size
+    scale = options.lr_base_scale or ("sqrt" if adaptive else "linear")
+    return options.lr_base * (ratio**0.5 if scale == "sqrt" else ratio)
+
+
+def _loss(options: TrainOptions) -> nn.Module:
+    """timm's loss for the kind of targets."""
+    if options.jsd_loss:
+        loss: nn.Module = JsdCrossEntropy(num_splits=options.aug_splits, smoothing=options.smoothing)
+    elif options.bce_loss:
+        smoothing = 0.0 if options.mixes else options.smoothing
+        loss = BinaryCrossEntropy(smoothing=smoothing, target_threshold=options.bce_target_thresh)
+    elif options.mixes:
+        loss = SoftTargetCrossEntropy()
+    elif options.smoothing:
+        loss = LabelSmoothingCrossEntropy(smoothing=options.smoothing)
+    else:
+        loss = nn.CrossEntropyLoss()
+    return loss
