@@ -6,12 +6,14 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install quickstart quickstart-detection test test-slow lint format clean
+.PHONY: help install quickstart quickstart-detection test test-slow test-compat test-kill lint format clean
 
 help:
 	@echo "make quickstart   install, train RevBiFPN on real digits, print accuracy and memory (CPU, minutes)"
 	@echo "make quickstart-detection   the same for a detector: Faster R-CNN finds the digits in scenes"
 	@echo "make test         lint, types and the quick tests;  make test-slow: the long ones"
+	@echo "make test-compat  the quick tests on other versions: make test-compat PYTHON=python3.13 TORCH=2.9"
+	@echo "make test-kill    50 runs killed at random moments, and compared with one that was let be"
 	@echo "make format       rewrite the sources as ruff wants them"
 
 install: $(INSTALLED)
@@ -40,9 +42,20 @@ test: lint
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
+# One environment per pair of versions, 5 GB each. torchvision names its torch exactly, so pip takes the one that fits.
+TORCH ?= 2.9
+COMPAT := .compat/$(notdir $(PYTHON))-torch$(TORCH)
+test-compat:
+	test -x $(COMPAT)/bin/python || $(PYTHON) -m venv $(COMPAT)
+	$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check "torch==$(TORCH).*" --editable ".[dev]"
+	$(COMPAT)/bin/python -m pytest -m "not slow"
+
+test-kill: $(INSTALLED)
+	$(BIN)/python -m tests.integration.kill --kills 50 --folder output/kills
+
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .compat output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -27,9 +27,9 @@ class Terminated(SystemExit):
 
 
 class Termination:
-    """Notes SIGTERM instead of dying of it, as long as the ``with`` block lasts; a second one kills as ever.
+    """Notes SIGTERM instead of dying of it, as long as the ``with`` block lasts.
 
-    Outside of the main thread, where Python allows no handlers, nothing is noted.
+    However many come: Slurm and torchrun each send one. Outside of the main thread, where Python allows no handlers, nothing is noted.
 
     Example:
         >>> with Termination() as termination:
@@ -57,7 +57,6 @@ class Termination:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def agreed(self, device: torch.device | str = "cpu", now: bool = False) -> bool:
         """Whether to end after this step: in several processes, all or none of them.

@@ -59,10 +59,10 @@ def classification(data: Path, epochs: int = 3) -> Scenario:
     """
     from classification.digits import make_digits
 
-    make_digits(data, size=32, limit=32)
+    make_digits(data, size=32, limit=64)
     sparse = "--layers sparse_parallel:0.75 --sparsity-schedule rigl --sparsity-interval 3 --model-ema"
     chance = "--drop 0.2 --drop-path 0.1 --reprob 0.5 --mixup 0.2 --aa rand-m5-mstd0.5 --model-ema-decay 0.9"
-    length = f"--epochs {epochs} --warmup-epochs 1 --sched-on-updates --batch-size 8 --recovery-interval 2"
+    length = f"--epochs {epochs} --warmup-epochs 1 --sched-on-updates --batch-size 16 --recovery-interval 1"
     more = f"--model test_revbifpn --opt adamw --lr 3e-3 --clip-grad 1 --workers 0 --device cpu --data-dir {data}"
     common = f"{sparse} {chance} {length} {more} --img-size 32 --checkpoint-hist 2 --eval-metric loss".split()
 

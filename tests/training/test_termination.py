@@ -14,8 +14,8 @@ def test_noted_within_the_block_only() -> None:
     with Termination() as termination:
         assert not termination.agreed()
         os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # Slurm and torchrun each send one
         assert termination.agreed()
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # the second one kills
     assert signal.getsignal(signal.SIGTERM) is before
 
 
