@@ -118,7 +118,7 @@ class Saver(CheckpointSaver):
         mine = (self._checkpoint_path(epoch), metric)
         files = [file for file in self.checkpoint_files if file[0] != mine[0]]
         ranked = [file for file in [*files, mine] if file[1] is not None]
-        ranked.sort(key=lambda file: file[1], reverse=not self.decreasing)
+        ranked.sort(key=lambda file: file[1] or 0.0, reverse=not self.decreasing)
         files = [*ranked, *(file for file in [mine, *files] if file[1] is None)]
         self.checkpoint_files = files[: self.max_history]
         if metric is not None and (self.best_metric is None or self.cmp(metric, self.best_metric)):

@@ -32,7 +32,7 @@ class TrainingFlops:
     Example:
         >>> step = TrainingFlops(dense=100, sparse=25, recomputed=25)
         >>> step.run(Schedule("rigl", total_steps=100, interval=10, end=0.5), steps=100)
-        10300.0
+        10300
         >>> step.average("static"), step.average("rigl", interval=4)
         (100, 115.0)
     """

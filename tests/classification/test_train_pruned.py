@@ -59,10 +59,10 @@ def test_zeros_stay_in_training_and_resume(
     assert run_train(*line, "--experiment", "whole") == 0
     real = train.train_epoch
 
-    def interrupted(run: Any, epoch: int) -> dict[str, float]:
-        if epoch == 1:
+    def interrupted(run: Any, begin: Any) -> Any:
+        if begin.epoch == 1:
             raise KeyboardInterrupt
-        return real(run, epoch)
+        return real(run, begin)
 
     monkeypatch.setattr(train, "train_epoch", interrupted)
     assert run_train(*line, "--experiment", "parts") == 130
