@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .inputs import Moments
 
 _BATCH = 64
+Statistics = dict[str, tuple[Tensor, Tensor]]
 
 
 def collect(data: Iterable[Any], images: int) -> list[Tensor]:
@@ -107,16 +108,16 @@ class Passes:
                 raise ValueError(f"the inputs of {name or 'the model'} are not finite on the calibration images")
 
     @torch.no_grad()
-    def recalibrate(self) -> int:
-        """Estimate the running statistics of batch norms anew, as means over all batches; returns how many there are.
+    def statistics(self) -> Statistics:
+        """Mean and variance by channel that each batch norm sees, means over all batches; the network stays as it is.
 
         Raises:
             ValueError: when a batch gives a batch norm a single value per channel.
         """
-        norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        norms = {n: m for n, m in self.model.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats}
         if not norms:
-            return 0
-        with _estimating(norms):
+            return {}
+        with _estimating(list(norms.values())):
             try:
                 for batch in self._batches():
                     self.model(batch)
@@ -124,7 +125,25 @@ class Passes:
                 raise ValueError(
                     f"batch norms cannot be estimated anew ({error}): give larger batches, or recalibrate=False"
                 ) from error
-        return len(norms)
+            return {name: (norm.running_mean.clone(), norm.running_var.clone()) for name, norm in norms.items()}  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def recalibrate(self, before: Statistics) -> int:
+        """Change the running statistics of batch norms by what has changed on the images; returns how many there are.
+
+        They are those of a training with its augmentation, which the images lack: taking the images' own instead would
+        cost accuracy even where nothing is pruned.
+
+        Args:
+            before: of the network before it was pruned.
+        """
+        after = self.statistics()
+        for name, (mean, var) in after.items():
+            norm: Any = self.model.get_submodule(name)
+            old_mean, old_var = before[name]
+            norm.running_mean += mean - old_mean
+            norm.running_var *= (var + norm.eps) / (old_var + norm.eps)
+        return len(after)
 
     def _batches(self) -> Iterator[Tensor]:
         return (batch.to(self._device, self._dtype) for batch in self.images)
@@ -145,7 +164,7 @@ def _counter(name: str, missing: Counter[str]) -> Callable[..., None]:
 
 @contextmanager
 def _estimating(norms: list[_BatchNorm]) -> Iterator[None]:
-    before = [norm.momentum for norm in norms]
+    before = [(norm.momentum, {name: value.clone() for name, value in norm._buffers.items()}) for norm in norms]  # type: ignore[union-attr]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # torch: the mean over all batches
@@ -153,9 +172,11 @@ def _estimating(norms: list[_BatchNorm]) -> Iterator[None]:
     try:
         yield
     finally:
-        for norm, momentum in zip(norms, before, strict=True):
+        for norm, (momentum, buffers) in zip(norms, before, strict=True):
             norm.momentum = momentum
             norm.eval()
+            for name, value in buffers.items():
+                norm._buffers[name].copy_(value)  # type: ignore[union-attr]
 
 
 @contextmanager

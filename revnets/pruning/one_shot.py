@@ -60,7 +60,8 @@ def prune(
         images: how many of the data to use.
         damping: of the Hessian, relative to the mean of its diagonal; raised by itself where it is singular.
         block_size: columns whose mask SparseGPT chooses at once.
-        recalibrate: estimate running statistics of batch norms anew afterwards (as 2208.11580 does).
+        recalibrate: correct running statistics of batch norms afterwards (2208.11580 does so) by what pruning changed
+            of them on the images.
         max_passes: most blocks, and passes of the images.
         progress: called with the share that is done and what is being done.
 
@@ -96,9 +97,10 @@ def prune(
     modes = [module.training for module in network.modules()]
     network.eval()
     with full_precision():
+        before = passes.statistics() if recalibrate else {}
         _prune_blocks(report, layers, aims, passes, max_passes, (method, damping, block_size), progress)
         if recalibrate:
-            report.recalibrated = passes.recalibrate()
+            report.recalibrated = passes.recalibrate(before)
     for module, mode in zip(network.modules(), modes, strict=True):
         module.training = mode
     report.seconds = time.perf_counter() - start

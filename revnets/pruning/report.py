@@ -58,7 +58,7 @@ class PruningReport:
         layers: those that were pruned, in running order.
         skipped: those that were not, each with the reason.
         flops: of the forward pass of one image, by module.
-        recalibrated: how many batch norms were estimated anew.
+        recalibrated: how many batch norms had their statistics corrected.
         seconds: it all took.
     """
 
@@ -114,7 +114,7 @@ class PruningReport:
             f"{self.method} {self.target}: {len(self.layers)} layers of sparsity {self.sparsity:.4f} "
             f"({self.model_sparsity:.4f} of all parameters), {len(self.skipped)} left out; MFLOPs per image "
             f"{self.dense_flops / 1e6:.2f} dense, {self.sparse_flops / 1e6:.2f} without zeros; mean error "
-            f"{self.error:.4g} on {self.images} images; {self.recalibrated} batch norms estimated anew; "
+            f"{self.error:.4g} on {self.images} images; {self.recalibrated} batch norms corrected; "
             f"{self.seconds:.1f} s"
         )
 

@@ -196,16 +196,27 @@ def test_tied_weights_and_odd_layers_stay_with_a_reason() -> None:
     assert [layer.name for layer in report.layers] == ["shared", "c"]  # one that runs twice reads both inputs
 
 
-def test_batch_norms_are_estimated_on_the_pruned_network() -> None:
+def test_batch_norms_follow_what_pruning_changes() -> None:
     model, x = small(), images(count=32)
+    model[1].running_mean.normal_()
+    model[1].running_var.uniform_(1, 2)
     report = prune(model, x, sparsity=0.5, exclude=())
     assert report.recalibrated == 1
-    read = report.model[0](x).detach()
-    torch.testing.assert_close(report.model[1].running_mean, read.mean((0, 2, 3)))
-    torch.testing.assert_close(report.model[1].running_var, read.transpose(0, 1).flatten(1).var(1))
-    assert report.model[1].momentum == model[1].momentum
+    (mean, var), (old_mean, old_var) = (moments_of(net[0](x).detach()) for net in (report.model, model))
+    torch.testing.assert_close(report.model[1].running_mean, model[1].running_mean + mean - old_mean)
+    scale = (var + 1e-5) / (old_var + 1e-5)
+    torch.testing.assert_close(report.model[1].running_var, model[1].running_var * scale)
+    for name in ("momentum", "num_batches_tracked"):
+        assert getattr(report.model[1], name) == getattr(model[1], name)
+    nothing = prune(model, x, sparsity=0.0, exclude=())  # so no change
     kept = prune(model, x, sparsity=0.5, exclude=(), recalibrate=False)
-    assert torch.equal(kept.model[1].running_mean, model[1].running_mean)
+    for other in (nothing, kept):
+        torch.testing.assert_close(other.model[1].running_mean, model[1].running_mean)
+        torch.testing.assert_close(other.model[1].running_var, model[1].running_var)
+
+
+def moments_of(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.mean((0, 2, 3)), x.transpose(0, 1).flatten(1).var(1)
 
 
 BAD: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
