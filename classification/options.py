@@ -265,6 +265,11 @@ class TrainOptions(
             raise UserError(
                 f"--keep-zeros: layers of --layers {self.layers} have weights of their own; leave one of the two out."
             )
+        if self.keep_zeros and (self.sparsity_schedule, self.sparsity_distribution) != ("static", "uniform"):
+            raise UserError(
+                "--keep-zeros: the masks of zeros stay as they are; leave --sparsity-schedule and "
+                "--sparsity-distribution out."
+            )
         if self.resume == "auto" and self.overwrite:
             raise UserError("--resume auto and --overwrite contradict each other; leave one of them out.")
         for name, pair in (("scale", self.scale), ("ratio", self.ratio), ("cutmix-minmax", self.cutmix_minmax)):

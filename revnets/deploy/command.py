@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..profiling.command import track
 from ..profiling.report import write
 from ..pruning import prune
-from ..pruning.command import Source, calibration_batches, load_model
+from ..pruning.command import Source, calibration_batches, check_known, load_model
 from ..sparsity.masks import check_sparsity
 from . import compare as comparison
 from .engines import ENGINES, Deployed, deploy, get_engine, load, open_folder
@@ -181,6 +181,8 @@ def bench(request: BenchRequest) -> None:
     for engine in request.engines:
         if engine not in (comparison.EAGER, comparison.COMPILED):
             get_engine(engine)
+    for name in request.models:
+        check_known(name)
     folder = None if request.output is None else open_folder(request.output)
     found: list[comparison.Measurement] = []
     for name in request.models:
@@ -206,8 +208,6 @@ def _networks(name: str, request: BenchRequest) -> tuple[dict[float, nn.Module],
     """The network with random weights, pruned by magnitude: time does not depend on their values."""
     import timm
 
-    if not timm.is_model(name):
-        raise ExportError(f"unknown model {name!r}: timm.list_models() names all")
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
     channels, *published = timm.get_pretrained_cfg(name).input_size

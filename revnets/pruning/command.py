@@ -29,7 +29,7 @@ class Source:
     data: Path
     output: Path
     checkpoint: Path | None = None
-    split: str = "train"
+    split: str = ""
     img_size: int | None = None
     model_kwargs: tuple[str, ...] = ()
     batch_size: int = 64
@@ -92,9 +92,25 @@ def load_model(source: Source) -> tuple[nn.Module, dict[str, Any]]:
     Raises:
         ValueError: for an unknown model, or a checkpoint that is missing, damaged or of another network.
     """
+    check_known(source.model)
     checkpoint = read_checkpoint(source.checkpoint) if source.checkpoint is not None else {}
     trained = _trained(checkpoint, source)
     return _model(source, checkpoint, trained), trained
+
+
+def check_known(model: str) -> None:
+    """Make sure that timm knows the model.
+
+    Raises:
+        ValueError: if not.
+    """
+    XX_known(model: str) -> None:
+    import timm
+
+    if not timm.is_model(model):
+        near = ", ".join(difflib.get_close_matches(model, timm.list_models(), 3, 0.5))
+        hint = f"did you mean {near}?" if near else "timm.list_models() names all"
+        raise ValueError(f"unknown model {model!r}: {hint}")
 
 
 def _trained(checkpoint: Mapping[str, Any], source: Source) -> dict[str, Any]:
@@ -133,10 +149,6 @@ def _keywords(texts: Sequence[str]) -> dict[str, Any]:
 def _model(source: Source, checkpoint: Mapping[str, Any], trained: Mapping[str, Any]) -> nn.Module:
     import timm
 
-    if not timm.is_model(source.model):
-        near = ", ".join(difflib.get_close_matches(source.model, timm.list_models(), 3, 0.5))
-        hint = f"did you mean {near}?" if near else "timm.list_models() names all"
-        raise ValueError(f"unknown model {source.model!r}: {hint}")
     arguments = {"num_classes": trained.get("num_classes"), "in_chans": trained.get("in_chans")}
     arguments |= {"global_pool": trained.get("gp"), **trained["model_kwargs"]}
     try:
@@ -172,11 +184,13 @@ def calibration_batches(
     config = resolve_data_config({name: trained.get(name) for name in _DATA}, model=model)
     if not source.data.exists():
         raise ValueError(f"there is no folder or .tar file {str(source.data)!r}: give the one that holds the images")
+    if source.split and not (source.data / source.split).exists():
+        raise ValueError(f"there is no {source.split!r} in {str(source.data)!r}: give a folder or .tar file of it")
     mode = "L" if config["input_size"][0] == 1 else "RGB"
     try:
-        dataset: Any = create_dataset("", root=str(source.data), split=source.split, input_img_mode=mode)
+        dataset: Any = create_dataset("", root=str(source.data), split=source.split or "train", input_img_mode=mode)
     except (RuntimeError, OSError, ValueError, AssertionError) as error:
-        raise ValueError(f"no images of split {source.split!r} in {str(source.data)!r} ({error})") from error
+        raise ValueError(f"no images in {str(source.data)!r} ({error}): give class folders of them") from error
     return draw_batches(dataset, config, images, source.batch_size, source.seed)
 
 

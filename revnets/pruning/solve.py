@@ -121,7 +121,9 @@ def sparsegpt(
 
     With :math:`H^{-1} = U^T U` of the damped Hessian, the mask of a block of columns takes the lowest
     :math:`w^2 / U_{jj}^2`; then every masked weight of column j hands
-    :math:`-w / U_{jj} \cdot U_{j, j:}` on to the columns after it. Inputs that are always 0 lose their weights.
+    :math:`-w / U_{jj} \cdot U_{j, j:}` on to the columns after it. Weights of inputs that are always 0 go first; where
+    there are more of them than are to go, the largest stay (the paper's code takes them all), as other images or sizes
+    may need them: counts are exact.
 
     Args:
         weight: ``(G, R, D)``.
@@ -134,12 +136,15 @@ def sparsegpt(
         ValueError: when the Hessian holds no finite numbers.
     """
     factor, used = inverse_factor(hessian, damping)
-    dead = hessian.diagonal(dim1=-2, dim2=-1) == 0
-    weight = weight.masked_fill(dead[:, None, :], 0)
-    gone, columns = weight == 0, weight.shape[-1]
+    weight, gone, columns = weight.clone(), weight == 0, weight.shape[-1]
+    dead = (hessian.diagonal(dim1=-2, dim2=-1) == 0)[:, None, :] & ~gone
     if isinstance(target, Pattern):
         block_size = max(block_size // target.of, 1) * target.of
-    quota = _Quota(gone, target) if isinstance(target, int) else None
+        quota = None
+    else:
+        count = min(max(target - int(gone.sum()), 0), int(dead.sum()))
+        gone = _lowest_left(weight.abs().masked_fill(~dead, torch.inf), gone, count)
+        quota = _Quota(gone, target)
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
         own = factor[:, start:stop, start:stop]
@@ -151,7 +156,8 @@ def sparsegpt(
         for j in range(stop - start):
             if isinstance(target, Pattern) and j % target.of == 0:
                 some = slice(j, j + target.of)
-                scores = (block[..., some] / diagonal[..., some]).square().masked_fill(lost[..., some], -1)
+                scores = (block[..., some] / diagonal[..., some]).square()
+                scores = scores.masked_fill(dead[..., start:stop][..., some], -1).masked_fill(lost[..., some], -2)
                 chosen = _lowest(scores, target) | lost[..., some]
                 mask = chosen if j == 0 else torch.cat((mask, chosen), -1)
             errors[..., j] = torch.where(mask[..., j], block[..., j] / diagonal[..., j], 0)

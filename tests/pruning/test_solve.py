@@ -124,15 +124,20 @@ def test_singular_hessian_is_damped_until_it_works() -> None:
         inverse_factor(torch.full((1, 2, 2), torch.nan, dtype=torch.float64), 0.01)
 
 
-def test_dead_inputs_lose_their_weights_and_change_nothing_else() -> None:
+def test_weights_of_dead_inputs_go_first_and_change_nothing_else() -> None:
     weight, hessian = problem(4)
     wide = torch.zeros(1, 8, 8, dtype=torch.float64)
     wide[:, :6, :6] = hessian
-    more = torch.cat((weight, torch.ones(1, 3, 2, dtype=torch.float64)), 2)
+    more = torch.cat((weight, torch.tensor([[[1.0, 9.0], [2.0, 9.0], [3.0, 9.0]]], dtype=torch.float64)), 2)
     found = sparsegpt(more, wide, 6 + 9, block_size=8).weight
     assert (found[..., 6:] == 0).all()
     torch.testing.assert_close(found[..., :6], sparsegpt(weight, hessian, 9).weight)
-    assert (sparsegpt(more, torch.zeros_like(wide), 3).weight == 0).all()
+    few = sparsegpt(more, wide, 2).weight  # the smallest of them, and no more than asked for
+    torch.testing.assert_close(few, more * (~((more == 1) | (more == 2))))
+    assert int((sparsegpt(more, torch.zeros_like(wide), 5).weight == 0).sum()) == 5
+    halves = sparsegpt(more, wide, Pattern(2, 4)).weight
+    assert ((halves == 0).unflatten(-1, (2, 4)).sum(-1) == 2).all()
+    assert (halves[..., 6:] == 0).all()
 
 
 @pytest.mark.parametrize("method", METHODS)
