@@ -104,7 +104,6 @@ def check_known(model: str) -> None:
     Raises:
         ValueError: if not.
     """
-    XX_known(model: str) -> None:
     import timm
 
     if not timm.is_model(model):

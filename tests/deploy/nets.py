@@ -87,4 +87,4 @@ def images(batch: int = 2, size: int = 24, channels: int = 3, seed: int = 1) -> 
 
 def evaluated(model: Any, x: Tensor) -> Tensor:
     with torch.no_grad():
-        return model.eval()(x)
+        return (model.eval() if isinstance(model, (Net, Odd)) else model)(x)
