@@ -74,16 +74,15 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeyp
     assert [path.read_text() for path in tmp_path.iterdir()] == ["the former one"]
 
 
-def test_without_a_compiler_the_file_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(COMPILER_VARIABLE, "none")
-    load_kernel.cache_clear()
-    kernel_problem.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match="dense kernels"):
-            made = deploy(Net(), images(1), tmp_path, "sparse")
-    finally:
+def test_without_a_compiler_the_file_is_the_same(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(COMPILER_VARIABLE, "none")
         load_kernel.cache_clear()
         kernel_problem.cache_clear()
+        with pytest.warns(UserWarning, match="dense kernels"):
+            made = deploy(Net(), images(1), tmp_path, "sparse")
+    load_kernel.cache_clear()
+    kernel_problem.cache_clear()
     assert sum(layer.choice == "sparse" for layer in made.layers) == 5
     torch.testing.assert_close(load(made.path)(images(2))[0], evaluated(Net(), images(2)), rtol=1e-5, atol=1e-5)
 
