@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..profiling.command import track
 from ..profiling.report import write
 from ..pruning import prune
-from ..pruning.command import Source, calibration_batches, load_model
+from ..pruning.command import Source, calibration_batches, check_known, load_model
 from ..sparsity.masks import check_sparsity
-from . import compare as comparison
+from .compare import COMPILED, EAGER, EXPLOITS, Measurement, compare, compare_layers, machine, speedups
 from .engines import ENGINES, Deployed, deploy, get_engine, load, open_folder
 from .graph import ExportError
 from .kernel import kernel_problem
@@ -95,7 +95,7 @@ def _print_deployed(made: Deployed) -> None:
     from rich.table import Table
 
     if made.seconds:
-        table = Table(title=f"Engines at this input ({comparison.machine()})")
+        table = Table(title=f"Engines at this input ({machine()})")
         for column in ("engine", "ms, median", "zeros that it exploits"):
             table.add_column(column, justify="right" if "ms" in column else "left")
         for name, seconds in sorted(made.seconds.items(), key=lambda item: item[1]):
@@ -179,20 +179,22 @@ def bench(request: BenchRequest) -> None:
     for sparsity in request.sparsities:
         check_sparsity(sparsity)
     for engine in request.engines:
-        if engine not in (comparison.EAGER, comparison.COMPILED):
+        if engine not in (EAGER, COMPILED):
             get_engine(engine)
+    for name in request.models:
+        check_known(name)
     folder = None if request.output is None else open_folder(request.output)
-    found: list[comparison.Measurement] = []
+    found: list[Measurement] = []
     for name in request.models:
         networks, x = _networks(name, request)
-        found += comparison.compare(
+        found += compare(
             networks, x, request.engines, request.threads, request.repeats, name, lambda w: track(list(w), name)
         )
-    layers: list[comparison.Measurement] = []
+    layers: list[Measurement] = []
     if request.layers and kernel_problem() is None:
         pruned = [s for s in request.sparsities if s]
         repeats = request.repeats
-        layers = comparison.compare_layers(
+        layers = compare_layers(
             pruned, threads=request.threads, repeats=repeats, progress=lambda w: track(list(w), "layers")
         )
     for title, rows in (("Whole networks", found), ("1x1 convolutions", layers)):
@@ -206,8 +208,6 @@ def _networks(name: str, request: BenchRequest) -> tuple[dict[float, nn.Module],
     """The network with random weights, pruned by magnitude: time does not depend on their values."""
     import timm
 
-    if not timm.is_model(name):
-        raise ExportError(f"unknown model {name!r}: timm.list_models() names all")
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
     channels, *published = timm.get_pretrained_cfg(name).input_size
@@ -220,36 +220,36 @@ def _networks(name: str, request: BenchRequest) -> tuple[dict[float, nn.Module],
     return pruned, x
 
 
-def _print_measurements(title: str, found: Sequence[comparison.Measurement]) -> None:
+def _print_measurements(title: str, found: Sequence[Measurement]) -> None:
     from rich.table import Table
 
-    table = Table(title=f"{title}, float32, medians of interleaved calls ({comparison.machine()})")
+    table = Table(title=f"{title}, float32, medians of interleaved calls ({machine()})")
     words = ("case", "engine", "zeros that it exploits")
     for column in ("case", "sparsity", "threads", "engine", "ms", "x dense", "CPU ms", "x dense (CPU)", words[-1]):
         table.add_column(column, justify="left" if column in words else "right")
-    ratios = zip(comparison.speedups(found), comparison.speedups(found, cpu=True), strict=True)
+    ratios = zip(speedups(found), speedups(found, cpu=True), strict=True)
     for (m, wall), (_, cpu) in ratios:
         numbers = (f"{1e3 * m.seconds:.3f}", f"{wall:.2f}", f"{1e3 * m.cpu_seconds:.3f}", f"{cpu:.2f}")
-        exploits = comparison.EXPLOITS.get(m.engine, "none")
+        exploits = EXPLOITS.get(m.engine, "none")
         table.add_row(m.case, f"{m.sparsity:g}", str(m.threads), m.engine, *numbers, exploits)
     _say(table)
 
 
 def _save(
-    folder: Path, found: Sequence[comparison.Measurement], layers: Sequence[comparison.Measurement]
+    folder: Path, found: Sequence[Measurement], layers: Sequence[Measurement]
 ) -> list[Path]:
     import json
 
-    data = {"machine": comparison.machine(), "networks": _records(found), "layers": _records(layers)}
+    data = {"machine": machine(), "networks": _records(found), "layers": _records(layers)}
     path = write(folder / "deploy.json", lambda temporary: temporary.write_text(json.dumps(data, indent=2) + "\n"))
     return [path, *_draw(folder, found)]
 
 
-def _records(found: Sequence[comparison.Measurement]) -> list[dict[str, Any]]:
-    return [{**asdict(m), "times_dense": ratio} for m, ratio in comparison.speedups(found)]
+def _records(found: Sequence[Measurement]) -> list[dict[str, Any]]:
+    return [{**asdict(m), "times_dense": ratio} for m, ratio in speedups(found)]
 
 
-def _draw(folder: Path, found: Sequence[comparison.Measurement]) -> list[Path]:
+def _draw(folder: Path, found: Sequence[Measurement]) -> list[Path]:
     """Time over sparsity, a panel per network and number of threads; nothing without matplotlib."""
     panels = list(dict.fromkeys((m.case, m.threads) for m in found))
     try:

@@ -232,24 +232,32 @@ class ConvCall:
         self.geometry = geometry
         self._function = library.revnets_depthwise_conv if columns is None else library.revnets_sparse_conv
         self._kept = [None if t is None else t.contiguous() for t in (values, columns, rows, bias)]
-        g = geometry
-        pointers = [0 if t is None else t.data_ptr() for t in self._kept]
-        sizes = (*g.kernel_size, *g.stride, *g.padding, *g.dilation, g.groups, ACTIVATIONS.index(activation), 1)
-        self._template = _Call(None, *pointers, None, None, 0, g.in_channels, 0, 0, g.out_channels, 0, 0, *sizes)
+        self._activation = ACTIVATIONS.index(activation)
+        self._templates: dict[tuple[int, ...], tuple[_Call, tuple[int, ...]]] = {}
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``(N, C_in, H, W)`` to ``(N, C_out, H_out, W_out)``, both contiguous; float32, on the CPU."""
         x = x.contiguous()
-        n, _, height, width = x.shape
-        h_out, w_out = self.geometry.output_size(height, width)
-        y = x.new_empty((n, self.geometry.out_channels, h_out, w_out))
-        call = _Call.from_buffer_copy(self._template)  # calls may come from several threads
+        key = (*x.shape, torch.get_num_threads())
+        template, shape = self._templates.get(key) or self._template(key)
+        y = torch.empty(shape)
+        call = _Call.from_buffer_copy(template)  # calls may come from several threads
         call.x, call.y = x.data_ptr(), y.data_ptr()
-        call.n, call.h, call.w, call.h_out, call.w_out = n, height, width, h_out, w_out
-        call.threads = torch.get_num_threads()
         if residual is not None:
             residual = residual.contiguous()
             call.residual = residual.data_ptr()
         if y.numel():
             self._function(ctypes.byref(call))
         return y
+
+    def _template(self, key: tuple[int, ...]) -> tuple[_Call, tuple[int, ...]]:
+        """What calls on inputs of one shape have in common, and the shape of the output."""
+        g, (n, channels, height, width, threads) = self.geometry, key
+        if channels != g.in_channels:
+            raise ValueError(f"input of {channels} channels: the convolution expects {g.in_channels}")
+        size = g.output_size(height, width)
+        pointers = [0 if t is None else t.data_ptr() for t in self._kept]
+        numbers = (*g.kernel_size, *g.stride, *g.padding, *g.dilation, g.groups, self._activation, threads)
+        template = _Call(None, *pointers, None, None, n, channels, height, width, g.out_channels, *size, *numbers)
+        self._templates[key] = template, (n, g.out_channels, *size)
+        return self._templates[key]

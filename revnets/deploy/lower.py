@@ -102,6 +102,13 @@ def lower(graph: fx.GraphModule, x: Tensor, max_density: float | None = None, re
         if layer.choice != "dense":
             swap = _swap_conv if is_conv else _swap_linear
             swap(graph, node, weight, layer.choice, shapes)
+    for pool in calls(graph, ATEN.adaptive_avg_pool2d.default):  # torch's is slow in this memory order
+        if list(argument(pool, "output_size")) == [1, 1]:
+            with graph.graph.inserting_before(pool):
+                mean = graph.graph.call_function(ATEN.mean.dim, (pool.args[0], [2, 3], True))
+            mean.meta.update(pool.meta)
+            pool.replace_all_uses_with(mean)
+            graph.graph.erase_node(pool)
     clean(graph)
     return layers
 
@@ -193,7 +200,8 @@ def _decide(
         sparse = share <= max_density
         relation = "at most" if sparse else "more than"
         return Layer(*known, "sparse" if sparse else "dense", f"density {share:.2f}, {relation} {max_density}")
-    if share > 0.6:  # never faster: the kernel needs a load for every multiplication
+    inputs = torch.Size(known[1][1:]).numel()
+    if share > 0.6 and inputs > 64:  # never faster: the kernel needs a load for every multiplication
         return Layer(*known, "dense", f"density {share:.2f}")
     slow, fast = interleaved([dense, make_sparse()], repeats)
     choice = "sparse" if fast < slow else "dense"

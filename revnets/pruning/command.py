@@ -86,25 +86,30 @@ def run(source: Source, images: int, **options: Any) -> PruningReport:
     return report
 
 
-def _check_known(model: str) -> None:
-    import timm
-
-    if not timm.is_model(model):
-        near = ", ".join(difflib.get_close_matches(model, timm.list_models(), 3, 0.5))
-        hint = f"did you mean {near}?" if near else "timm.list_models() names all"
-        raise ValueError(f"unknown model {model!r}: {hint}")
-
-
 def load_model(source: Source) -> tuple[nn.Module, dict[str, Any]]:
     """The network with its weights, and the options that say how it was built and what images it saw.
 
     Raises:
         ValueError: for an unknown model, or a checkpoint that is missing, damaged or of another network.
     """
-    _check_known(source.model)
+    check_known(source.model)
     checkpoint = read_checkpoint(source.checkpoint) if source.checkpoint is not None else {}
     trained = _trained(checkpoint, source)
     return _model(source, checkpoint, trained), trained
+
+
+def check_known(model: str) -> None:
+    """Make sure that timm knows the model.
+
+    Raises:
+        ValueError: if not.
+    """
+    import timm
+
+    if not timm.is_model(model):
+        near = ", ".join(difflib.get_close_matches(model, timm.list_models(), 3, 0.5))
+        hint = f"did you mean {near}?" if near else "timm.list_models() names all"
+        raise ValueError(f"unknown model {model!r}: {hint}")
 
 
 def _trained(checkpoint: Mapping[str, Any], source: Source) -> dict[str, Any]:

@@ -1,0 +1,254 @@
+"""Files for engines: verified, complete or not there; INT8; the command; errors in one sentence."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from typer.testing import CliRunner
+
+from revnets.cli import app
+from revnets.deploy import ENGINES, ExportError, accuracy, compare, deploy, engines, load, quantize
+from revnets.deploy.compare import Measurement, speedups
+from revnets.deploy.kernel import COMPILER_VARIABLE, kernel_problem, load_kernel
+
+from .nets import Net, evaluated, images
+
+SLOW = pytest.mark.slow
+INSTALLED = [
+    pytest.param(
+        name,
+        marks=[
+            pytest.mark.skipif(bool(e.missing()), reason=f"{', '.join(e.missing())} not installed"),
+            *([SLOW] if e.packages else []),
+        ],
+    )
+    for name, e in ENGINES.items()
+]
+onnx = pytest.mark.skipif(
+    any(importlib.util.find_spec(n) is None for n in ("onnx", "onnxscript", "onnxruntime")),
+    reason="ONNX Runtime is not installed: pip install 'revnets[deploy]'",
+)
+
+
+@pytest.mark.parametrize("engine", INSTALLED)
+def test_round_trip(engine: str, tmp_path: Path) -> None:
+    model = Net()
+    made = deploy(model, images(1), tmp_path / "new" / "folder", engine, name="net", max_density=0.3)
+    assert made.engine == engine
+    assert made.error < 1e-5
+    assert {path.stem for path in made.path.parent.iterdir()} == {"net"}, "nothing else is left behind"
+    for batch in (1, 4):
+        (output,) = load(made.path)(images(batch))
+        torch.testing.assert_close(output, evaluated(model, images(batch)), rtol=1e-4, atol=1e-4)
+    (output,) = load(made.path, threads=2)(images(2))
+    torch.testing.assert_close(output, evaluated(model, images(2)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_fixed_batch_size(tmp_path: Path) -> None:
+    made = deploy(Net(), images(1), tmp_path, "torch", any_batch=False)
+    assert load(made.path)(images(1))[0].shape == (1, 4)
+
+
+@SLOW
+@onnx
+def test_auto_takes_the_fastest(tmp_path: Path) -> None:
+    made = deploy(Net(), images(1), tmp_path)
+    assert made.seconds[made.engine] == min(made.seconds.values())
+    assert set(made.seconds) == {e.name for e in ENGINES.values() if not e.missing()}
+
+
+def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.pt2").write_text("the former one")
+    wrong = Net()
+    wrong.fc.bias.data += 1
+    graph = engines.export_graph(wrong, images(2))
+    monkeypatch.setattr(engines, "export_graph", lambda *_: graph)
+    with pytest.raises(ExportError, match="outputs differ.*nothing was written"):
+        deploy(Net(), images(1), tmp_path, "torch")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["the former one"]
+
+
+def test_without_a_compiler_the_file_is_the_same(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(COMPILER_VARIABLE, "none")
+        load_kernel.cache_clear()
+        kernel_problem.cache_clear()
+        with pytest.warns(UserWarning, match="dense kernels"):
+            made = deploy(Net(), images(1), tmp_path, "sparse")
+    load_kernel.cache_clear()
+    kernel_problem.cache_clear()
+    assert sum(layer.choice == "sparse" for layer in made.layers) == 5
+    torch.testing.assert_close(load(made.path)(images(2))[0], evaluated(Net(), images(2)), rtol=1e-5, atol=1e-5)
+
+
+def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ExportError, match="unknown engine 'tensorrt': expected auto or one of torch, onnxruntime"):
+        deploy(Net(), images(1), tmp_path, "tensorrt")
+    with pytest.raises(ExportError, match="there is no file"):
+        load(tmp_path / "missing.onnx")
+    (tmp_path / "file").touch()
+    with pytest.raises(ExportError, match="cannot be used"):
+        deploy(Net(), images(1), tmp_path / "file", "torch")
+    with pytest.raises(ExportError, match="expected a name that ends in .pt2, .onnx, .xml"):
+        load(tmp_path / "file")
+    (tmp_path / "broken.pt2").write_text("nothing")
+    with pytest.raises(ExportError, match="no program of torch.export"):
+        load(tmp_path / "broken.pt2")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
+    with pytest.raises(ExportError, match="engine openvino: .*openvino not installed: pip install"):
+        deploy(Net(), images(1), tmp_path, "openvino")
+
+
+# --- INT8 ------------------------------------------------------------------------------------------------------------
+
+
+@onnx
+def test_quantize(tmp_path: Path) -> None:
+    model = Net(nn.ReLU)
+    made = quantize(model, images(24), tmp_path, images=16)
+    assert made.error < 0.2
+    assert made.weights >= 16 * 32 * 4 + 16 * 32 * 9
+    assert made.zeros / made.weights > 0.7
+    outputs = load(made.path)(images(24))[0]
+    error = (outputs - evaluated(model, images(24))).square().mean().sqrt() / evaluated(model, images(24)).std()
+    assert float(error) < 0.3
+    labels = evaluated(model, images(24)).argmax(1)
+    assert accuracy(load(made.path), [(images(24), labels)]) > 70
+    assert [path.name for path in tmp_path.iterdir()] == ["model-int8.onnx"]
+
+
+@onnx
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (torch.empty(0, 3, 24, 24), "no calibration images"),
+        ([], "no calibration images"),
+        (torch.full((2, 3, 24, 24), float("nan")), "NaN or infinity"),
+        (torch.zeros(2, 24), "expected float tensors of shape"),
+        (torch.zeros(2, 5, 24, 24), "the model refuses calibration images of shape"),
+    ],
+)
+def test_calibration_data_that_does_not_fit(data: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=message):
+        quantize(Net(), data, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@SLOW
+@onnx
+def test_too_large_an_error_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="INT8 outputs differ.*nothing was written"):
+        quantize(Net(nn.ReLU), images(8), tmp_path, max_error=1e-6)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ExportError, match="calibration='best'"):
+        quantize(Net(), images(8), tmp_path, calibration="best")
+
+
+# --- the comparison --------------------------------------------------------------------------------------------------
+
+
+def test_speedups_are_against_the_fastest_dense_engine() -> None:
+    rows = [
+        Measurement("net", 0.0, "a", 1, 4.0, 4.0),
+        Measurement("net", 0.0, "b", 1, 2.0, 3.0),
+        Measurement("net", 0.0, "sparse", 1, 1.0, 1.0),
+        Measurement("net", 0.9, "sparse", 1, 0.5, 1.0),
+        Measurement("net", 0.9, "b", 1, 2.0, 3.0),
+    ]
+    assert [ratio for _, ratio in speedups(rows)] == [0.5, 1.0, 2.0, 4.0, 1.0]
+    assert [ratio for _, ratio in speedups(rows, cpu=True)] == [0.75, 1.0, 3.0, 3.0, 1.0]
+
+
+def test_compare() -> None:
+    dense = Net()
+    rows = compare({0.0: dense, 0.9: Net()}, images(1), ["torch eager", "sparse"], (1, 2), repeats=2, name="net")
+    assert [(m.sparsity, m.engine, m.threads) for m in rows] == [
+        (s, e, t) for t in (1, 2) for s in (0.0, 0.9) for e in ("torch eager", "sparse")
+    ]
+    assert all(m.seconds > 0 and m.error < 1e-4 for m in rows)
+    with pytest.raises(ExportError, match="unknown engine"):
+        compare({0.0: dense}, images(1), ["nonsense"])
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = timm.create_model("test_efficientnet", num_classes=4)
+    for parameter in model.parameters():
+        if parameter.dim() == 4 and parameter.shape[1] > 8:
+            parameter.data *= torch.rand_like(parameter) < 0.1
+    path = tmp_path_factory.mktemp("weights") / "pruned.safetensors"
+    save_file(model.state_dict(), path)
+    return path
+
+
+def command(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+SMALL = ("--model-kwargs", "num_classes=4", "--img-size", 64)
+
+
+def test_deploy_command(checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ("deploy", "test_efficientnet", "--checkpoint", checkpoint, *SMALL, "--output", tmp_path)
+    result = command(*arguments, "--engine", "sparse", "--max-density", 0.2)
+    assert result.exit_code == 0, result.output
+    assert "exploits any zeros" in result.output
+    assert load(tmp_path / "test_efficientnet.pt2")(images(2, 64))[0].shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--engine", "nonsense"), "unknown engine 'nonsense'"),
+        (("--int8",), "need images: give --data"),
+        (("--int8", "--data", ".", "--engine", "sparse"), "runs no INT8"),
+        (("--tolerance", 0), "expected a number above 0"),
+        (("--checkpoint", "/nonexistent.safetensors"), "there is no file"),
+        (("--engine", "torch", "--output", "/proc/nothing"), "cannot be used"),
+    ],
+)
+def test_errors_are_one_sentence(arguments: tuple[Any, ...], message: str, checkpoint: Path, tmp_path: Path) -> None:
+    given = ("--checkpoint", checkpoint, *SMALL, "--output", tmp_path, *arguments)
+    result = command("deploy", "test_efficientnet", *given)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.iterdir())
+
+
+@SLOW
+@onnx
+def test_int8_command(checkpoint: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    for label in "ab":
+        (tmp_path / "data" / "train" / label).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (64, 64), (40 * i, 100, 30)).save(tmp_path / "data" / "train" / label / f"{i}.png")
+    arguments = ("deploy", "test_efficientnet", "--checkpoint", checkpoint, *SMALL, "--output", tmp_path / "out")
+    result = command(*arguments, "--int8", "--data", tmp_path / "data", "--images", 8, "--eval-split", "train")
+    assert result.exit_code == 0, result.output
+    assert "INT8 weights" in result.output
+    assert "Top-1 on train" in result.output
+
+
+def test_bench_command(tmp_path: Path) -> None:
+    arguments = ("--sparsity", "0,0.9", "--engines", "torch eager,sparse", "--img-size", 64, "--repeats", 1)
+    result = command("bench-deploy", "test_efficientnet", *arguments, "--no-layers", "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "deploy.json").read_text())["networks"]
+    assert [(r["engine"], r["sparsity"]) for r in rows] == [
+        (e, s) for s in (0, 0.9) for e in ("torch eager", "sparse")
+    ]
+    for wrong in (("--sparsity", "1"), ("--threads", "x"), ("--engines", "nonsense")):
+        assert command("bench-deploy", "test_efficientnet", *wrong).exit_code == 2
+    assert command("bench-deploy", "nonsense").exit_code == 2

@@ -1,0 +1,255 @@
+"""The kernel against torch's dense convolutions; how it is built, and what happens where it cannot be."""
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from revnets.deploy import kernel
+from revnets.deploy.compressed import activate, compress, decompress
+from revnets.deploy.kernel import ACTIVATIONS, ConvCall, Geometry, KernelUnavailable, kernel_problem
+
+from .nets import pruned_weight
+
+needs_kernel = pytest.mark.skipif(kernel_problem() is not None, reason=f"no kernel: {kernel_problem()}")
+
+
+@pytest.fixture
+def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv(kernel.COMPILER_VARIABLE, "none")
+    kernel.load_kernel.cache_clear()
+    kernel.kernel_problem.cache_clear()
+    yield
+    kernel.load_kernel.cache_clear()
+    kernel.kernel_problem.cache_clear()
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, g: Geometry, act: str) -> Tensor:
+    """In float64."""
+    bias = None if bias is None else bias.double()
+    y = F.conv2d(x.double(), weight.double(), bias, g.stride, g.padding, g.dilation, g.groups)
+    return activate(y if residual is None else y + residual.double(), act)
+
+
+def assert_close(y: Tensor, expected: Tensor) -> None:
+    assert y.shape == expected.shape
+    assert y.is_contiguous()
+    assert float((y - expected).abs().max()) <= 2e-5 * max(1.0, float(expected.abs().max()))
+
+
+def operands(g: Geometry, n: int, h: int, w: int, sparsity: float, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, g.in_channels, h, w, generator=generator)
+    weight = pruned_weight(g.out_channels, g.in_channels // g.groups, *g.kernel_size, sparsity=sparsity, seed=seed)
+    h_out, w_out = g.output_size(h, w)
+    residual = torch.randn(n, g.out_channels, h_out, w_out, generator=generator)
+    return x, weight, torch.randn(g.out_channels, generator=generator), residual
+
+
+SPARSITIES = st.sampled_from([0.0, 0.5, 0.9, 1.0])
+
+
+@needs_kernel
+@settings(max_examples=60, deadline=None)
+@given(
+    channels=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    size=st.tuples(st.integers(1, 3), st.integers(1, 24), st.integers(1, 24)),
+    sparsity=SPARSITIES,
+    act=st.sampled_from(ACTIVATIONS),
+    extras=st.tuples(st.booleans(), st.booleans()),
+    seed=st.integers(0, 99),
+)
+def test_pointwise(channels: Any, size: Any, sparsity: float, act: str, extras: Any, seed: int) -> None:
+    """Any number of pixels: less than a vector, more than a block, no multiple of either; empty rows; no weights."""
+    g = Geometry(*channels)
+    x, weight, bias, residual = operands(g, *size, sparsity, seed)
+    b, r = (t if use else None for t, use in zip((bias, residual), extras, strict=True))
+    y = ConvCall(g, *compress(weight), b, act)(x, r)
+    assert_close(y, reference(x, weight, b, r, g, act))
+
+
+@needs_kernel
+@settings(max_examples=60, deadline=None)
+@given(
+    channels=st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 3)),
+    size=st.tuples(st.integers(1, 2), st.integers(9, 40), st.integers(9, 40)),
+    kernel_size=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    sparsity=SPARSITIES,
+    act=st.sampled_from(["none", "relu", "silu"]),
+    use_residual=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_any_convolution(
+    channels: Any,
+    size: Any,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    sparsity: float,
+    act: str,
+    use_residual: bool,
+    seed: int,
+) -> None:
+    inputs, outputs, groups = channels
+    g = Geometry(inputs * groups, outputs * groups, kernel_size, stride, padding, dilation, groups)
+    x, weight, bias, residual = operands(g, *size, sparsity, seed)
+    r = residual if use_residual else None
+    assert_close(ConvCall(g, *compress(weight), bias, act)(x, r), reference(x, weight, bias, r, g, act))
+
+
+@needs_kernel
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 2), st.integers(1, 40), st.integers(1, 40)),
+    channels=st.integers(1, 6),
+    side=st.sampled_from([3, 5, 7]),
+    stride=st.sampled_from([1, 2]),
+    act=st.sampled_from(ACTIVATIONS),
+    use_residual=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_depthwise(size: Any, channels: int, side: int, stride: int, act: str, use_residual: bool, seed: int) -> None:
+    g = Geometry(channels, channels, (side, side), (stride, stride), (side // 2, side // 2), groups=channels)
+    assert g.is_depthwise
+    x, weight, bias, residual = operands(g, *size, 0.0, seed)
+    r = residual if use_residual else None
+    assert_close(ConvCall(g, weight, None, None, bias, act)(x, r), reference(x, weight, bias, r, g, act))
+
+
+@needs_kernel
+@pytest.mark.parametrize("side", [14, 32])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_threads_do_not_change_the_result(side: int, batch: int) -> None:
+    """Neither those of OpenMP nor those of Python; few pixels are shared out by output channels."""
+    g = Geometry(32, 48)
+    x, weight, bias, residual = operands(g, batch, side, side, 0.8, 0)
+    call = ConvCall(g, *compress(weight), bias, "hardswish")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = call(x, residual)
+        torch.set_num_threads(4)
+        assert torch.equal(call(x, residual), expected)
+    finally:
+        torch.set_num_threads(before)
+    with ThreadPoolExecutor(4) as pool:
+        for y in pool.map(lambda _: call(x, residual), range(16)):
+            assert torch.equal(y, expected)
+
+
+@needs_kernel
+def test_nan_and_infinity_pass_through() -> None:
+    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]])[:, :, None, None]
+    x = torch.ones(1, 2, 4, 8)
+    x[0, 0, 0, 0], x[0, 0, 1, 3] = float("nan"), float("inf")
+    y = ConvCall(Geometry(2, 2), *compress(weight), None, "relu")(x)
+    assert bool(y[0, 0, 0, 0].isnan())
+    assert bool(y[0, 0, 1, 3].isinf())
+    assert torch.equal(y[0, 1], torch.ones(4, 8))
+
+
+@needs_kernel
+def test_strided_inputs_and_empty_batches() -> None:
+    g = Geometry(4, 4)
+    x, weight, bias, _ = operands(g, 2, 8, 8, 0.5, 0)
+    call = ConvCall(g, *compress(weight), bias)
+    assert_close(call(x.to(memory_format=torch.channels_last)), reference(x, weight, bias, None, g, "none"))
+    assert call(x[:0]).shape == (0, 4, 8, 8)
+
+
+@settings(max_examples=30, deadline=None)
+@given(shape=st.lists(st.integers(1, 6), min_size=2, max_size=4), sparsity=SPARSITIES, seed=st.integers(0, 99))
+def test_compress_and_back(shape: list[int], sparsity: float, seed: int) -> None:
+    weight = pruned_weight(*shape, sparsity=sparsity, seed=seed)
+    values, columns, rows = compress(weight)
+    assert len(values) == int(weight.count_nonzero()) == int(rows[-1])
+    assert torch.equal(decompress(values, columns, rows, shape), weight)
+
+
+def test_rows_too_long_are_refused() -> None:
+    with pytest.raises(ValueError, match="at most 32768 per output channel"):
+        compress(torch.ones(1, 32769))
+
+
+# --- the build -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_no_compiler")
+def test_without_a_compiler_operators_are_dense_and_say_so() -> None:
+    g = Geometry(6, 8, (3, 3), (2, 2), (1, 1))
+    x, weight, bias, residual = operands(g, 2, 9, 9, 0.7, 0)
+    with pytest.warns(UserWarning, match="dense kernels.*REVNETS_CXX=none"):
+        y = torch.ops.revnets.sparse_conv2d(
+            x, *compress(weight), bias, residual, [3, 3], [2, 2], [1, 1], [1, 1], 1, "relu"
+        )
+    assert_close(y, reference(x, weight, bias, residual, g, "relu"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        y = torch.ops.revnets.sparse_linear(x.mean((2, 3)), *compress(weight[:, :, 0, 0]), bias)
+        depthwise = torch.ops.revnets.depthwise_conv2d(x, weight[:6, :1], None, None, [1, 1], [1, 1], "none")
+    torch.testing.assert_close(y, F.linear(x.mean((2, 3)), weight[:, :, 0, 0], bias))
+    torch.testing.assert_close(depthwise, F.conv2d(x, weight[:6, :1], padding=1, groups=6))
+
+
+@pytest.mark.parametrize(
+    ("compiler", "message"),
+    [("none", "REVNETS_CXX=none"), ("no-such-compiler", "no C.. compiler found"), ("false", "cannot compile")],
+)
+def test_reasons(compiler: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(kernel.COMPILER_VARIABLE, compiler)
+    monkeypatch.setenv(kernel.CACHE_VARIABLE, str(tmp_path))
+    with pytest.raises(KernelUnavailable, match=message):
+        kernel.load_kernel.__wrapped__()
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
+
+
+@needs_kernel
+def test_a_damaged_kernel_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "kernel.so").write_text("no library")
+    with pytest.raises(KernelUnavailable):
+        kernel._checked(tmp_path / "kernel.so")
+
+
+@pytest.mark.slow
+@needs_kernel
+def test_processes_share_one_build(tmp_path: Path) -> None:
+    code = "from revnets.deploy.kernel import load_kernel; load_kernel()"
+    environment = {**os.environ, kernel.CACHE_VARIABLE: str(tmp_path)}
+    processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert len(list(tmp_path.glob("*.so"))) == 1
+
+
+@needs_kernel
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx", ""])
+def test_other_vector_widths(flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same source for AVX2 and 128-bit vectors, and without ``-march``: as on other machines."""
+    attempt = (["-march=native", *flags.split()] if flags else [], [])
+    monkeypatch.setattr(kernel, "_ATTEMPTS", [attempt])
+    monkeypatch.setenv(kernel.CACHE_VARIABLE, str(tmp_path))
+    library = kernel.load_kernel.__wrapped__()
+    monkeypatch.setattr(kernel, "load_kernel", lambda: library)
+    for g in (Geometry(8, 9), Geometry(4, 6, (3, 3), (2, 2), (1, 1)), Geometry(6, 6, (3, 3), (1, 1), (1, 1), groups=6)):
+        for size in (3, 7, 20):
+            x, weight, bias, residual = operands(g, 2, size, size, 0.5, size)
+            for act in ACTIVATIONS:
+                expected = reference(x, weight, bias, residual, g, act)
+                assert_close(ConvCall(g, *compress(weight), bias, act)(x, residual), expected)
+                if g.is_depthwise:
+                    assert_close(ConvCall(g, weight, None, None, bias, act)(x, residual), expected)

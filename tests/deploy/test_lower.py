@@ -1,0 +1,127 @@
+"""Graphs: batch norms folded, layers swapped for the kernel, what follows them computed along, same outputs."""
+
+import copy
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import revnets
+from revnets.deploy.engines import load
+from revnets.deploy.graph import ATEN, ExportError, calls, export_graph, export_program, worst_error
+from revnets.deploy.kernel import kernel_problem
+from revnets.deploy.lower import OPS, bind, lower
+
+from .nets import Net, Odd, evaluated, images, pruned_weight
+
+needs_kernel = pytest.mark.skipif(kernel_problem() is not None, reason=f"no kernel: {kernel_problem()}")
+
+
+def targets(graph: Any) -> list[str]:
+    return [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize("act", [nn.ReLU6, nn.Hardswish, nn.SiLU, nn.ReLU, nn.GELU])
+def test_lowered_network(act: type[nn.Module]) -> None:
+    model, x = Net(act), images(3)
+    expected = evaluated(model, x)
+    graph = export_graph(model, x)
+    assert not list(calls(graph, ATEN.batch_norm.default))
+    assert worst_error(evaluated(graph, x), expected) < 1e-5
+    layers = lower(graph, x, max_density=0.3)
+    assert [layer.choice for layer in layers].count("sparse") == 5
+    assert [layer.choice for layer in layers].count("depthwise") == 2
+    if act is not nn.GELU:  # which stays an operator of its own
+        kinds = targets(graph)
+        assert kinds.count("revnets.sparse_conv2d.default") == 5
+        assert sum("add" in kind for kind in kinds) == 0, "residual sums are part of the convolutions"
+        assert sum(kind.startswith("aten.") for kind in kinds) <= 5, kinds
+    assert worst_error(evaluated(graph, x), expected) < 1e-5
+    bound = bind(copy.deepcopy(graph))
+    for batch in (1, 3, 8):
+        x = images(batch, 24)
+        assert worst_error(evaluated(bound, x), evaluated(model, x)) < 1e-5
+
+
+def test_only_what_is_safe_is_fused() -> None:
+    model, x = Odd().eval(), images(2, 12, channels=8)
+    expected = evaluated(model, x.clone())
+    graph = export_graph(model, x)
+    layers = lower(graph, x, max_density=1.0)
+    assert [layer.choice for layer in layers] == ["sparse"] * 3
+    assert worst_error(evaluated(graph, x.clone()), expected) < 1e-5
+
+
+@needs_kernel
+def test_choice_by_measuring() -> None:
+    """A layer without weights is faster on the kernel; a full one is not even tried."""
+    net = nn.Sequential(nn.Conv2d(64, 64, 1), nn.Conv2d(64, 64, 1))
+    nn.init.zeros_(net[0].weight)
+    x = images(1, 48, channels=64)
+    sparse, dense = lower(export_graph(net, x), x)
+    assert (sparse.choice, dense.choice) == ("sparse", "dense")
+    assert sparse.dense_seconds is not None
+    assert sparse.sparse_seconds is not None
+    assert dense.sparse_seconds is None
+
+
+def test_linear_layers_and_sequences() -> None:
+    net = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 6)).eval()
+    for layer in (net[0], net[2]):
+        layer.weight.data.copy_(pruned_weight(*layer.weight.shape, sparsity=0.8))
+    x = torch.randn(2, 9, 12)
+    graph = export_graph(net, x)
+    assert [layer.choice for layer in lower(graph, x, max_density=0.5)] == ["sparse", "sparse"]
+    torch.testing.assert_close(evaluated(graph, x), evaluated(net, x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(evaluated(graph, x[:1, :1]), evaluated(net, x[:1, :1]), rtol=1e-5, atol=1e-6)
+
+
+def test_sparse_layers_of_the_library_become_plain_ones() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Flatten(), nn.Linear(288, 2))
+    model = revnets.convert(net, "sparse:0.75", input_size=(3, 8, 8)).model.eval()
+    x = images(2, 8)
+    graph = export_graph(model, x)
+    (layer,) = [one for one in lower(graph, x, max_density=0.3) if one.choice == "sparse"]
+    assert layer.density == 0.25
+    torch.testing.assert_close(evaluated(graph, x), evaluated(model, x), rtol=1e-5, atol=1e-6)
+
+
+def test_lowered_programs_are_saved_and_compiled(tmp_path: Any) -> None:
+    model, x = Net(), images(2)
+    graph = export_graph(model, x)
+    lower(graph, x, max_density=0.3)
+    torch.export.save(export_program(graph, x), tmp_path / "model.pt2")
+    size = (tmp_path / "model.pt2").stat().st_size
+    run = load(tmp_path / "model.pt2")
+    assert worst_error(run(images(5)), [evaluated(model, images(5))]) < 1e-5
+    assert {node.target for node in calls(graph, OPS.sparse_conv2d.default)} == {OPS.sparse_conv2d.default}
+    compiled = torch.compile(graph, backend="aot_eager", fullgraph=True)
+    assert worst_error(evaluated(compiled, x), evaluated(model, x)) < 1e-5
+    assert size > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["revbifpn_s0", "mobilenetv3_small_100", "resnet18", "vit_tiny_patch16_224"])
+def test_networks_of_timm(name: str) -> None:
+    model = timm.create_model(name).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and parameter.numel() > 2000 and parameter.shape[1] > 3:
+            parameter.data *= torch.rand_like(parameter) < 0.1
+    x = images(2, 224)
+    expected = evaluated(model, x)
+    graph = export_graph(model, x)
+    layers = lower(graph, x, max_density=0.3)
+    assert sum(layer.choice == "sparse" for layer in layers) > 10
+    bind(graph)
+    assert worst_error(evaluated(graph, x), expected) < 1e-4
+
+
+def test_models_that_cannot_be_exported() -> None:
+    class Data(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ExportError, match="torch.export refuses the model"):
+        export_graph(Data(), images(2))
