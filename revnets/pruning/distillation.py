@@ -28,7 +28,7 @@ def square_head(student: Sequence[Tensor], teacher: Sequence[Tensor], eps: float
         ValueError: when numbers or shapes differ.
 
     Example:
-        >>> float(square_head([torch.zeros(2, 3)], [torch.full((2, 3), 5.0)]))
+        >>> round(float(square_head([torch.zeros(2, 3)], [torch.full((2, 3), 5.0)])), 4)
         1.0
     """
     if len(student) != len(teacher):
