@@ -190,6 +190,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     eye = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
     while True:
         lower, first = torch.linalg.cholesky_ex(whole + (level * mean)[:, None, None] * eye)
+        lower = torch.where((first != 0)[:, None, None], eye, lower)  # a pivot of 0 would be an exception of torch's
         upper, second = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         failed = (first != 0) | (second != 0) | ~upper.isfinite().flatten(1).all(1)
         if not failed.any():

@@ -120,6 +120,8 @@ def test_singular_hessian_is_damped_until_it_works() -> None:
     factor, used = inverse_factor(both, 0.0)
     assert used == found.damping
     torch.testing.assert_close(factor[1].mT @ factor[1] @ both[1], torch.eye(8, dtype=torch.float64))
+    exactly = torch.ones(1, 3, 3, dtype=torch.float64)  # pivots of exactly 0
+    assert sparsegpt(weight[..., :3], exactly, 3, damping=0.0).damping > 0
     with pytest.raises(ValueError, match="cannot be factorised"):
         inverse_factor(torch.full((1, 2, 2), torch.nan, dtype=torch.float64), 0.01)
 
