@@ -43,6 +43,10 @@ class Saver(CheckpointSaver):
         max_history: How many of the best epochs to keep.
     """
 
+    checkpoint_files: list[tuple[str, Any]]  # and their metrics, the best first
+    best_epoch: int | None
+    best_metric: float | None
+
     def __init__(
         self,
         model: nn.Module,

@@ -145,7 +145,7 @@ def resumable(loader: DataLoader) -> tuple[DataLoader, Batches]:
         workers = {"prefetch_factor": loader.prefetch_factor, "persistent_workers": loader.persistent_workers}
     made: DataLoader = DataLoader(
         SeededDataset(loader.dataset),  # type: ignore[arg-type]
-        batch_sampler=batches,  # type: ignore[arg-type]
+        batch_sampler=batches,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
