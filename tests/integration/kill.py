@@ -36,12 +36,14 @@ class Harness:
         folder: Of everything that is written.
         seed: Of the moments.
         fresh: A new interpreter for each start, instead of a fork of this process, which has imported everything.
+        within: Latest moment of a kill, in seconds; 0.6 times the duration of a run that is let be where not given.
     """
 
     scenario: Scenario
     folder: Path
     seed: int = 0
     fresh: bool = False
+    within: float | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -83,7 +85,7 @@ class Harness:
         code, killed = FINISHED, sum(record.get("round") == number for record in self.kills)
         while len(self.kills) < kills:
             chance = random.Random(f"{self.seed} {self.scenario.name} {len(self.kills)}")
-            writing, delay = chance.random() < 0.5, chance.uniform(0.05, 0.6) * seconds
+            writing, delay = chance.random() < 0.5, chance.uniform(0.08, 1.0) * (self.within or 0.6 * seconds)
             process, start = self._start(folder), time.perf_counter()
             seen, code = self._kill(process, folder, delay, writing)
             if code is not None:
@@ -163,12 +165,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     line.add_argument("--folder", type=Path, required=True, help="of everything that is written; goes on in it")
     line.add_argument("--only", choices=["classification", "detection"])
     line.add_argument("--fresh", action="store_true", help="a new interpreter for each start (slow), not a fork")
+    line.add_argument("--within", type=float, metavar="SECONDS", help="latest moment of a kill after a start")
     args = line.parse_args(argv)
     scenarios = {"classification": classification, "detection": detection}
     names = [args.only] if args.only else list(scenarios)
     bad = 0
     for index, name in enumerate(names):
-        harness = Harness(scenarios[name](args.folder / f"data-{name}"), args.folder / name, args.seed, args.fresh)
+        scenario = scenarios[name](args.folder / f"data-{name}")
+        harness = Harness(scenario, args.folder / name, args.seed, args.fresh, args.within)
         importlib.import_module(harness.scenario.module)
         harness.run(args.kills // len(names) + (index < args.kills % len(names)))
         written = sum(record["kill"] == "while writing" for record in harness.kills)
