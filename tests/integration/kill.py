@@ -9,6 +9,7 @@ given the same folder it goes on where it was. It ends with code 1 if anything d
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import json
 import os
@@ -113,6 +114,7 @@ class Harness:
             log.close()
             return pid
         try:
+            _die_with_parent()
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
             if self.fresh:
@@ -155,6 +157,12 @@ class Harness:
         self.records.append(record)
         with self._log.open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def _die_with_parent() -> None:
+    """Or a harness that is killed would leave a run that writes where the next one does (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def main(argv: Sequence[str] | None = None) -> int:
