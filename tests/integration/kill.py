@@ -131,14 +131,14 @@ class Harness:
 
     def _kill(self, pid: int, folder: Path, delay: float, writing: bool) -> tuple[str, int | None]:
         """The file that was being written, if any, and the exit code of a process that was faster."""
-        end, seen = time.perf_counter() + delay, ""
+        end, seen, started = time.perf_counter() + delay, "", time.time()
         while True:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 return "", os.waitstatus_to_exitcode(status)
             late = time.perf_counter() >= end
             if late and writing:
-                seen = next((path.name for path in folder.glob(self.scenario.unfinished)), "")
+                seen = next((p.name for p in folder.glob(self.scenario.unfinished) if _newer(p, started)), "")
             if late and (seen or not writing):
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
@@ -157,6 +157,14 @@ class Harness:
         self.records.append(record)
         with self._log.open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def _newer(path: Path, moment: float) -> bool:
+    """Whether a file is being written now: an earlier kill may have left one."""
+    try:
+        return path.stat().st_mtime >= moment
+    except FileNotFoundError:
+        return False
 
 
 def _die_with_parent() -> None:
