@@ -43,7 +43,7 @@ class Saver(CheckpointSaver):
         max_history: How many of the best epochs to keep.
     """
 
-    checkpoint_files: list[tuple[str, float | None]]
+    checkpoint_files: list[tuple[str, Any]]  # and their metrics, the best first
     best_epoch: int | None
     best_metric: float | None
 

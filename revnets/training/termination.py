@@ -29,7 +29,8 @@ class Terminated(SystemExit):
 class Termination:
     """Notes SIGTERM instead of dying of it, as long as the ``with`` block lasts.
 
-    However many come: Slurm and torchrun each send one. Outside of the main thread, where Python allows no handlers, nothing is noted.
+    However many come: Slurm and torchrun each send one. Outside of the main thread, where Python allows no handlers,
+    nothing is noted.
 
     Example:
         >>> with Termination() as termination:

@@ -9,6 +9,7 @@ given the same folder it goes on where it was. It ends with code 1 if anything d
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import json
 import os
@@ -36,12 +37,14 @@ class Harness:
         folder: Of everything that is written.
         seed: Of the moments.
         fresh: A new interpreter for each start, instead of a fork of this process, which has imported everything.
+        within: Latest moment of a kill, in seconds; 0.6 times the duration of a run that is let be where not given.
     """
 
     scenario: Scenario
     folder: Path
     seed: int = 0
     fresh: bool = False
+    within: float | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -83,7 +86,7 @@ class Harness:
         code, killed = FINISHED, sum(record.get("round") == number for record in self.kills)
         while len(self.kills) < kills:
             chance = random.Random(f"{self.seed} {self.scenario.name} {len(self.kills)}")
-            writing, delay = chance.random() < 0.5, chance.uniform(0.05, 0.6) * seconds
+            writing, delay = chance.random() < 0.5, chance.uniform(0.08, 1.0) * (self.within or 0.6 * seconds)
             process, start = self._start(folder), time.perf_counter()
             seen, code = self._kill(process, folder, delay, writing)
             if code is not None:
@@ -111,6 +114,7 @@ class Harness:
             log.close()
             return pid
         try:
+            _die_with_parent()
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
             if self.fresh:
@@ -127,14 +131,14 @@ class Harness:
 
     def _kill(self, pid: int, folder: Path, delay: float, writing: bool) -> tuple[str, int | None]:
         """The file that was being written, if any, and the exit code of a process that was faster."""
-        end, seen = time.perf_counter() + delay, ""
+        end, seen, started = time.perf_counter() + delay, "", time.time()
         while True:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 return "", os.waitstatus_to_exitcode(status)
             late = time.perf_counter() >= end
             if late and writing:
-                seen = next((path.name for path in folder.glob(self.scenario.unfinished)), "")
+                seen = next((p.name for p in folder.glob(self.scenario.unfinished) if _newer(p, started)), "")
             if late and (seen or not writing):
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
@@ -155,6 +159,20 @@ class Harness:
             file.write(json.dumps(record) + "\n")
 
 
+def _newer(path: Path, moment: float) -> bool:
+    """Whether a file is being written now: an earlier kill may have left one."""
+    try:
+        return path.stat().st_mtime >= moment
+    except FileNotFoundError:
+        return False
+
+
+def _die_with_parent() -> None:
+    """Or a harness that is killed would leave a run that writes where the next one does (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     line = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -163,12 +181,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     line.add_argument("--folder", type=Path, required=True, help="of everything that is written; goes on in it")
     line.add_argument("--only", choices=["classification", "detection"])
     line.add_argument("--fresh", action="store_true", help="a new interpreter for each start (slow), not a fork")
+    line.add_argument("--within", type=float, metavar="SECONDS", help="latest moment of a kill after a start")
     args = line.parse_args(argv)
     scenarios = {"classification": classification, "detection": detection}
     names = [args.only] if args.only else list(scenarios)
     bad = 0
     for index, name in enumerate(names):
-        harness = Harness(scenarios[name](args.folder / f"data-{name}"), args.folder / name, args.seed, args.fresh)
+        scenario = scenarios[name](args.folder / f"data-{name}")
+        harness = Harness(scenario, args.folder / name, args.seed, args.fresh, args.within)
         importlib.import_module(harness.scenario.module)
         harness.run(args.kills // len(names) + (index < args.kills % len(names)))
         written = sum(record["kill"] == "while writing" for record in harness.kills)
