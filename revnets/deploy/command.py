@@ -235,9 +235,7 @@ def _print_measurements(title: str, found: Sequence[Measurement]) -> None:
     _say(table)
 
 
-def _save(
-    folder: Path, found: Sequence[Measurement], layers: Sequence[Measurement]
-) -> list[Path]:
+def _save(folder: Path, found: Sequence[Measurement], layers: Sequence[Measurement]) -> list[Path]:
     import json
 
     data = {"machine": machine(), "networks": _records(found), "layers": _records(layers)}

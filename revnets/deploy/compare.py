@@ -161,9 +161,7 @@ def _compiled(graph: nn.Module, x: Tensor, threads: int) -> Runner:
 
 
 @torch.no_grad()
-def timed(
-    functions: Sequence[Callable[[], Any]], repeats: int, progress: Progress = iter
-) -> list[tuple[float, float]]:
+def timed(functions: Sequence[Callable[[], Any]], repeats: int, progress: Progress = iter) -> list[tuple[float, float]]:
     """Medians of the wall time and of the processor's time of each function, all of them by turns."""
     seconds: list[list[tuple[float, float]]] = [[] for _ in functions]
     for _ in progress(range(repeats)):

@@ -72,7 +72,9 @@ def export_program(model: nn.Module, x: Tensor, any_batch: bool = True) -> torch
     except Exception as error:  # torch.export raises whatever the model's code does
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         hint = "; a fixed batch size may do: --batch-size 1" if any_batch else ""
-        raise ExportError(f"torch.export refuses the model: {lines[0] if lines else type(error).__name__}{hint}") from error
+        raise ExportError(
+            f"torch.export refuses the model: {lines[0] if lines else type(error).__name__}{hint}"
+        ) from error
 
 
 def calls(graph: fx.GraphModule, *targets: Callable[..., Any]) -> Iterator[fx.Node]:
@@ -125,7 +127,13 @@ def fold_norms(graph: fx.GraphModule) -> int:
             continue
         mean, var, scale, shift = numbers
         new_weight, new_bias = fuse_conv_bn_weights(
-            weight, bias, mean, var, argument(norm, "eps"), scale, shift  # type: ignore[arg-type]
+            weight,
+            bias,
+            mean,
+            var,
+            argument(norm, "eps"),
+            scale,
+            shift,  # type: ignore[arg-type]
         )
         with graph.graph.inserting_before(conv):
             stem = conv.name.replace(".", "_")

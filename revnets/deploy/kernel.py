@@ -93,7 +93,9 @@ def warn_of_dense_path() -> None:
     """Say, once, that sparse layers run dense and why."""
     problem = kernel_problem()
     if problem is not None:
-        warnings.warn(f"sparse layers run on torch's dense kernels, not faster for their zeros: {problem}", stacklevel=3)
+        warnings.warn(
+            f"sparse layers run on torch's dense kernels, not faster for their zeros: {problem}", stacklevel=3
+        )
 
 
 def cache_folder() -> Path:

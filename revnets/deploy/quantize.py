@@ -78,7 +78,12 @@ def quantize(
     with tempfile.TemporaryDirectory(dir=folder, prefix=".deploy-") as temporary:
         plain, small = Path(temporary) / "float.onnx", Path(temporary) / f"{name}.onnx"
         write_onnx(graph, x[:1], any_batch, plain)
-        _quantize(plain, small, batches if any_batch else [image for batch in batches for image in batch.split(1)], calibration)
+        _quantize(
+            plain,
+            small,
+            batches if any_batch else [image for batch in batches for image in batch.split(1)],
+            calibration,
+        )
         weights, zeros = _count_weights(plain, small)
         error, agreement = _compared(load(small), batches, expected, any_batch)
         if not error <= max_error:
@@ -117,7 +122,9 @@ def _outputs(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
     try:
         outputs = [model(batch) for batch in batches]
     except (RuntimeError, ValueError) as error:
-        raise ExportError(f"the model refuses calibration images of shape {tuple(batches[0].shape)}: {error}") from error
+        raise ExportError(
+            f"the model refuses calibration images of shape {tuple(batches[0].shape)}: {error}"
+        ) from error
     finally:
         model.train(was_training)
     if not all(isinstance(output, Tensor) for output in outputs):
@@ -147,7 +154,17 @@ def _quantize(plain: Path, small: Path, batches: Sequence[Tensor], calibration: 
             small,
             Reader(),
             quant_format=quantization.QuantFormat.QDQ,
-            op_types_to_quantize=["Conv", "Gemm", "MatMul", "Add", "Mul", "GlobalAveragePool", "MaxPool", "Relu", "Clip"],
+            op_types_to_quantize=[
+                "Conv",
+                "Gemm",
+                "MatMul",
+                "Add",
+                "Mul",
+                "GlobalAveragePool",
+                "MaxPool",
+                "Relu",
+                "Clip",
+            ],
             per_channel=True,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,

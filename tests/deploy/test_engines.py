@@ -246,9 +246,7 @@ def test_bench_command(tmp_path: Path) -> None:
     result = command("bench-deploy", "test_efficientnet", *arguments, "--no-layers", "--output", tmp_path)
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "deploy.json").read_text())["networks"]
-    assert [(r["engine"], r["sparsity"]) for r in rows] == [
-        (e, s) for s in (0, 0.9) for e in ("torch eager", "sparse")
-    ]
+    assert [(r["engine"], r["sparsity"]) for r in rows] == [(e, s) for s in (0, 0.9) for e in ("torch eager", "sparse")]
     for wrong in (("--sparsity", "1"), ("--threads", "x"), ("--engines", "nonsense")):
         assert command("bench-deploy", "test_efficientnet", *wrong).exit_code == 2
     assert command("bench-deploy", "nonsense").exit_code == 2
