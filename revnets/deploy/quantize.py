@@ -218,8 +218,8 @@ def accuracy(run: Runner, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
         ExportError: where there are no images.
 
     Example:
-        >>> accuracy(lambda x: [x.mean((2, 3))], [(torch.eye(3)[:, :, None, None], torch.tensor([0, 1, 1]))])
-        66.66...
+        >>> accuracy(lambda x: [x.mean((2, 3))], [(torch.eye(2)[:, :, None, None], torch.tensor([0, 0]))])
+        50.0
     """
     right = count = 0
     for images, labels in batches:
