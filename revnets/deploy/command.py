@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +145,6 @@ def _print_accuracy(source: Source, request: Request, model: nn.Module, trained:
 
 def _validation(source: Source, request: Request, model: nn.Module, trained: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """All images and labels of the split, in batches as the file takes them."""
-    from dataclasses import replace
-
     chosen = replace(source, split=request.eval_split, batch_size=request.batch_size or source.batch_size)
     for images, labels in calibration_batches(chosen, model, trained, 1 << 62):
         if request.batch_size is None or len(images) == request.batch_size:
@@ -187,21 +186,21 @@ def bench(request: BenchRequest) -> None:
     found: list[Measurement] = []
     for name in request.models:
         networks, x = _networks(name, request)
-        found += compare(
-            networks, x, request.engines, request.threads, request.repeats, name, lambda w: track(list(w), name)
-        )
+        found += compare(networks, x, request.engines, request.threads, request.repeats, name, partial(_track, name))
     layers: list[Measurement] = []
     if request.layers and kernel_problem() is None:
         pruned = [s for s in request.sparsities if s]
         repeats = request.repeats
-        layers = compare_layers(
-            pruned, threads=request.threads, repeats=repeats, progress=lambda w: track(list(w), "layers")
-        )
+        layers = compare_layers(pruned, threads=request.threads, repeats=repeats, progress=partial(_track, "layers"))
     for title, rows in (("Whole networks", found), ("1x1 convolutions", layers)):
         if rows:
             _print_measurements(title, rows)
     if folder is not None:
         _say("wrote " + ", ".join(str(path) for path in _save(folder, found, layers)))
+
+
+def _track(what: str, work: Iterable[Any]) -> Iterable[Any]:
+    return track(list(work), what)
 
 
 def _networks(name: str, request: BenchRequest) -> tuple[dict[float, nn.Module], Tensor]:
@@ -235,9 +234,7 @@ def _print_measurements(title: str, found: Sequence[Measurement]) -> None:
     _say(table)
 
 
-def _save(
-    folder: Path, found: Sequence[Measurement], layers: Sequence[Measurement]
-) -> list[Path]:
+def _save(folder: Path, found: Sequence[Measurement], layers: Sequence[Measurement]) -> list[Path]:
     import json
 
     data = {"machine": machine(), "networks": _records(found), "layers": _records(layers)}

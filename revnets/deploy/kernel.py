@@ -44,7 +44,7 @@ class KernelUnavailable(RuntimeError):
 class _Call(ctypes.Structure):
     """``Call`` of the source."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "values", "columns", "rows", "bias", "residual", "y")),
         *((name, ctypes.c_int64) for name in ("n", "c_in", "h", "w", "c_out", "h_out", "w_out")),
         *((name, ctypes.c_int64) for name in ("kh", "kw", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w")),

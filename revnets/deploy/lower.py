@@ -258,7 +258,7 @@ def _tail(conv: fx.Node) -> _Tail:
     user = _only_user(last)
     if user is not None and user.target in _ADDS and argument(user, "alpha") == 1:
         others = [arg for arg in user.args[:2] if arg is not last]
-        if len(others) == 1 and isinstance(others[0], fx.Node) and _same_shape(others[0], conv):
+        if len(others) == 1 and _can_be_added(others[0], user, conv):
             last, residual = user, others[0]
     user = _only_user(last)
     if user is not None:
@@ -281,9 +281,13 @@ def _is_in_place(node: fx.Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
-def _same_shape(a: fx.Node, b: fx.Node) -> bool:
-    """Whether the addition does not broadcast."""
-    values = [node.meta.get("val") for node in (a, b)]
+def _can_be_added(other: Any, addition: fx.Node, conv: fx.Node) -> bool:
+    """Whether nothing broadcasts, and nobody else sees that an addition in place changes the other summand."""
+    if not isinstance(other, fx.Node):
+        return False
+    if _is_in_place(addition) and addition.args[0] is other and list(other.users) != [addition]:
+        return False
+    values = [node.meta.get("val") for node in (other, conv)]
     return all(isinstance(v, Tensor) for v in values) and values[0].shape == values[1].shape  # type: ignore[union-attr]
 
 
@@ -320,7 +324,7 @@ def _replace(graph: fx.GraphModule, first: fx.Node, last: fx.Node, new: fx.Node,
     shapes[new] = shapes[last]
     last.replace_all_uses_with(new)
     while last is not first:  # backwards along what was fused
-        before = [arg for arg in last.args if isinstance(arg, fx.Node) and _leads_from(first, arg)][0]
+        before = next(arg for arg in last.args if isinstance(arg, fx.Node) and _leads_from(first, arg))
         graph.graph.erase_node(last)
         last = before
     graph.graph.erase_node(first)

@@ -218,8 +218,8 @@ def accuracy(run: Runner, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
         ExportError: where there are no images.
 
     Example:
-        >>> accuracy(lambda x: [x.mean((2, 3))], [(torch.eye(4)[:, :, None, None], torch.tensor([0, 1, 2, 0]))])
-        75.0
+        >>> accuracy(lambda x: [x.mean((2, 3))], [(torch.eye(2)[:, :, None, None], torch.tensor([0, 0]))])
+        50.0
     """
     right = count = 0
     for images, labels in batches:

@@ -69,7 +69,7 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeyp
     wrong.fc.bias.data += 1
     graph = engines.export_graph(wrong, images(2))
     monkeypatch.setattr(engines, "export_graph", lambda *_: graph)
-    with pytest.raises(ExportError, match="outputs differ.*nothing was written"):
+    with pytest.raises(ExportError, match=r"outputs differ.*nothing was written"):
         deploy(Net(), images(1), tmp_path, "torch")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["the former one"]
 
@@ -79,7 +79,7 @@ def test_without_a_compiler_the_file_is_the_same(tmp_path: Path) -> None:
         patch.setenv(COMPILER_VARIABLE, "none")
         load_kernel.cache_clear()
         kernel_problem.cache_clear()
-        with pytest.warns(UserWarning, match="dense kernels"):
+        with pytest.warns(UserWarning, match=r"dense kernels"):
             made = deploy(Net(), images(1), tmp_path, "sparse")
     load_kernel.cache_clear()
     kernel_problem.cache_clear()
@@ -88,20 +88,20 @@ def test_without_a_compiler_the_file_is_the_same(tmp_path: Path) -> None:
 
 
 def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ExportError, match="unknown engine 'tensorrt': expected auto or one of torch, onnxruntime"):
+    with pytest.raises(ExportError, match=r"unknown engine 'tensorrt': expected auto or one of torch, onnxruntime"):
         deploy(Net(), images(1), tmp_path, "tensorrt")
-    with pytest.raises(ExportError, match="there is no file"):
+    with pytest.raises(ExportError, match=r"there is no file"):
         load(tmp_path / "missing.onnx")
     (tmp_path / "file").touch()
-    with pytest.raises(ExportError, match="cannot be used"):
+    with pytest.raises(ExportError, match=r"cannot be used"):
         deploy(Net(), images(1), tmp_path / "file", "torch")
-    with pytest.raises(ExportError, match="expected a name that ends in .pt2, .onnx, .xml"):
+    with pytest.raises(ExportError, match=r"expected a name that ends in .pt2, .onnx, .xml"):
         load(tmp_path / "file")
     (tmp_path / "broken.pt2").write_text("nothing")
-    with pytest.raises(ExportError, match="no program of torch.export"):
+    with pytest.raises(ExportError, match=r"no program of torch.export"):
         load(tmp_path / "broken.pt2")
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
-    with pytest.raises(ExportError, match="engine openvino: .*openvino not installed: pip install"):
+    with pytest.raises(ExportError, match=r"engine openvino: .*openvino not installed: pip install"):
         deploy(Net(), images(1), tmp_path, "openvino")
 
 
@@ -143,10 +143,10 @@ def test_calibration_data_that_does_not_fit(data: Any, message: str, tmp_path: P
 @SLOW
 @onnx
 def test_too_large_an_error_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="INT8 outputs differ.*nothing was written"):
+    with pytest.raises(ExportError, match=r"INT8 outputs differ.*nothing was written"):
         quantize(Net(nn.ReLU), images(8), tmp_path, max_error=1e-6)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ExportError, match="calibration='best'"):
+    with pytest.raises(ExportError, match=r"calibration='best'"):
         quantize(Net(), images(8), tmp_path, calibration="best")
 
 
@@ -172,7 +172,7 @@ def test_compare() -> None:
         (s, e, t) for t in (1, 2) for s in (0.0, 0.9) for e in ("torch eager", "sparse")
     ]
     assert all(m.seconds > 0 and m.error < 1e-4 for m in rows)
-    with pytest.raises(ExportError, match="unknown engine"):
+    with pytest.raises(ExportError, match=r"unknown engine"):
         compare({0.0: dense}, images(1), ["nonsense"])
 
 
@@ -246,9 +246,7 @@ def test_bench_command(tmp_path: Path) -> None:
     result = command("bench-deploy", "test_efficientnet", *arguments, "--no-layers", "--output", tmp_path)
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "deploy.json").read_text())["networks"]
-    assert [(r["engine"], r["sparsity"]) for r in rows] == [
-        (e, s) for s in (0, 0.9) for e in ("torch eager", "sparse")
-    ]
+    assert [(r["engine"], r["sparsity"]) for r in rows] == [(e, s) for s in (0, 0.9) for e in ("torch eager", "sparse")]
     for wrong in (("--sparsity", "1"), ("--threads", "x"), ("--engines", "nonsense")):
         assert command("bench-deploy", "test_efficientnet", *wrong).exit_code == 2
     assert command("bench-deploy", "nonsense").exit_code == 2

@@ -182,7 +182,7 @@ def test_compress_and_back(shape: list[int], sparsity: float, seed: int) -> None
 
 
 def test_rows_too_long_are_refused() -> None:
-    with pytest.raises(ValueError, match="at most 32768 per output channel"):
+    with pytest.raises(ValueError, match=r"at most 32768 per output channel"):
         compress(torch.ones(1, 32769))
 
 
@@ -193,7 +193,7 @@ def test_rows_too_long_are_refused() -> None:
 def test_without_a_compiler_operators_are_dense_and_say_so() -> None:
     g = Geometry(6, 8, (3, 3), (2, 2), (1, 1))
     x, weight, bias, residual = operands(g, 2, 9, 9, 0.7, 0)
-    with pytest.warns(UserWarning, match="dense kernels.*REVNETS_CXX=none"):
+    with pytest.warns(UserWarning, match=r"dense kernels.*REVNETS_CXX=none"):
         y = torch.ops.revnets.sparse_conv2d(
             x, *compress(weight), bias, residual, [3, 3], [2, 2], [1, 1], [1, 1], 1, "relu"
         )
