@@ -141,7 +141,7 @@ class _Files:
 def _eager(model: nn.Module, x: Tensor, threads: int) -> Runner:
     """The model as it is, in the memory layout that is faster."""
     plain = copy.deepcopy(model).eval()
-    last = copy.deepcopy(plain).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     y = x.to(memory_format=torch.channels_last)
     runners = [module_runner(plain, threads), module_runner(last, threads)]
     seconds = timed([lambda: runners[0](x), lambda: runners[1](y)], 5)
@@ -153,7 +153,7 @@ def _eager(model: nn.Module, x: Tensor, threads: int) -> Runner:
 def _compiled(graph: nn.Module, x: Tensor, threads: int) -> Runner:
     """``torch.compile`` with frozen weights, channels last."""
     torch.compiler.reset()
-    frozen = copy.deepcopy(graph).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    frozen = copy.deepcopy(graph).to(memory_format=torch.channels_last)
     run = module_runner(torch.compile(frozen, options={"freezing": True}), threads)
     y = x.to(memory_format=torch.channels_last)
     run(y)

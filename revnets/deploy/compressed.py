@@ -6,7 +6,7 @@ through them. Where the kernel cannot be had, they compute the same on torch's d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +70,12 @@ def density(weight: Tensor) -> float:
 
 def activate(x: Tensor, activation: str) -> Tensor:
     """One of ``ACTIVATIONS`` by torch."""
-    functions = {"relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish, "hardsigmoid": F.hardsigmoid}
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "relu": F.relu,
+        "relu6": F.relu6,
+        "hardswish": F.hardswish,
+        "hardsigmoid": F.hardsigmoid,
+    }
     functions |= {"silu": F.silu, "sigmoid": torch.sigmoid, "none": lambda t: t}
     return functions[activation](x)
 
@@ -97,8 +102,12 @@ def conv_geometry(
     groups: int,
 ) -> Geometry:
     """The geometry of an operator's arguments."""
-    pairs = [(int(a), int(b)) for a, b in (kernel_size, stride, padding, dilation)]
-    return Geometry(int(x.shape[1]), int(rows.shape[0]) - 1, *pairs, groups)
+    kernel, step, pad, apart = (_pair(each) for each in (kernel_size, stride, padding, dilation))
+    return Geometry(int(x.shape[1]), int(rows.shape[0]) - 1, kernel, step, pad, apart, groups)
+
+
+def _pair(values: Sequence[int]) -> tuple[int, int]:
+    return int(values[0]), int(values[1])
 
 
 def _sparse_conv2d(
@@ -142,8 +151,7 @@ def _depthwise_conv2d(
 def depthwise_geometry(weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Geometry:
     """The geometry of a depthwise operator's arguments."""
     channels, _, height, width = weight.shape
-    pairs = [(int(a), int(b)) for a, b in ((height, width), stride, padding)]
-    return Geometry(channels, channels, *pairs, groups=channels)
+    return Geometry(channels, channels, _pair((height, width)), _pair(stride), _pair(padding), groups=channels)
 
 
 def _dense(

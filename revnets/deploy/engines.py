@@ -306,7 +306,8 @@ def _write(
     name: str,
 ) -> tuple[Path, list[Layer]]:
     folder.mkdir()
-    path, layers = folder / f"{name}{engine.suffix}", []
+    path = folder / f"{name}{engine.suffix}"
+    layers: list[Layer] = []
     if engine.name == "sparse":
         graph, layers = sparse_graph(graph, x, max_density)
     engine.write(graph, x, any_batch, path)

@@ -118,23 +118,16 @@ def fold_norms(graph: fx.GraphModule) -> int:
     """Multiply batch norms that follow a convolution into its weights; returns how many."""
     folded = 0
     for norm in calls(graph, ATEN.batch_norm.default):
-        conv = norm.args[0]
+        conv: Any = norm.args[0]
         if not _only_conv(conv, norm) or argument(norm, "training"):
             continue
         weight, bias = (constant(graph, argument(conv, name)) for name in ("weight", "bias"))
         numbers = [constant(graph, argument(norm, name)) for name in ("running_mean", "running_var", "weight", "bias")]
         if weight is None or numbers[0] is None or numbers[1] is None:
             continue
-        mean, var, scale, shift = numbers
-        new_weight, new_bias = fuse_conv_bn_weights(
-            weight,
-            bias,
-            mean,
-            var,
-            argument(norm, "eps"),
-            scale,
-            shift,  # type: ignore[arg-type]
-        )
+        mean, var, scale, shift = numbers[0], numbers[1], numbers[2], numbers[3]
+        eps: float = argument(norm, "eps")
+        new_weight, new_bias = fuse_conv_bn_weights(weight, bias, mean, var, eps, scale, shift)
         with graph.graph.inserting_before(conv):
             stem = conv.name.replace(".", "_")
             nodes = [

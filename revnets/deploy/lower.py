@@ -226,9 +226,11 @@ def interleaved(functions: Sequence[Callable[[], Any]], repeats: int) -> list[fl
 
 def node_geometry(node: fx.Node, weight: Tensor) -> Geometry:
     """The geometry of a convolution's node."""
-    pairs = [_pair(argument(node, name)) for name in ("stride", "padding", "dilation")]
+    stride, padding, dilation = (_pair(argument(node, name)) for name in ("stride", "padding", "dilation"))
     groups = argument(node, "groups")
-    return Geometry(weight.shape[1] * groups, weight.shape[0], _pair(weight.shape[2:]), *pairs, groups)
+    return Geometry(
+        weight.shape[1] * groups, weight.shape[0], _pair(weight.shape[2:]), stride, padding, dilation, groups
+    )
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -257,12 +259,13 @@ def _tail(conv: fx.Node) -> _Tail:
     last, residual = conv, None
     user = _only_user(last)
     if user is not None and user.target in _ADDS and argument(user, "alpha") == 1:
-        others = [arg for arg in user.args[:2] if arg is not last]
+        others: list[Any] = [arg for arg in user.args[:2] if arg is not last]
         if len(others) == 1 and _can_be_added(others[0], user, conv):
             last, residual = user, others[0]
     user = _only_user(last)
     if user is not None:
-        name = _ACTIVATIONS.get(user.target)  # type: ignore[arg-type]
+        target: Any = user.target
+        name = _ACTIVATIONS.get(target)
         if user.target in (ATEN.hardtanh.default, ATEN.hardtanh_.default):
             limits = (argument(user, "min_val"), argument(user, "max_val"))
             name = "relu6" if limits == (0, 6) else None
