@@ -295,6 +295,23 @@ def bench_deploy(
         _fail(error)
 
 
+@app.command(name="bench-2to4")
+def bench_two_to_four(
+    widths: Annotated[str, typer.Option(help="inputs and outputs of the layers")] = "1024,2048,4096,8192",
+    rows: Annotated[int, typer.Option(help="of the input: images times pixels, or tokens", min=1)] = 4096,
+    repeats: Annotated[int, typer.Option(help="timed calls per case; their median counts", min=1)] = 25,
+) -> None:
+    """Inference time of linear layers, dense and 2:4, on a GPU: interleaved, medians."""
+    from .deploy import command
+    from .deploy.semi_structured import compare_semi_structured
+
+    try:
+        sizes = [int(word) for word in widths.replace(",", " ").split()]
+        command.print_measurements("2:4 on the GPU, float16", compare_semi_structured(sizes, rows, repeats=repeats))
+    except ValueError as error:
+        _fail(error)
+
+
 def _fail(error: Exception) -> Any:
     typer.echo(f"revnets: {error}", err=True)
     raise typer.Exit(2)

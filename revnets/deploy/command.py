@@ -195,9 +195,9 @@ def bench(request: BenchRequest) -> None:
         pruned = [s for s in request.sparsities if s]
         repeats = request.repeats
         layers = compare_layers(pruned, threads=request.threads, repeats=repeats, progress=partial(_track, "layers"))
-    for title, rows in (("Whole networks", found), ("1x1 convolutions", layers)):
+    for title, rows in (("Whole networks, float32", found), ("1x1 convolutions, float32", layers)):
         if rows:
-            _print_measurements(title, rows)
+            print_measurements(title, rows)
     if folder is not None:
         _say("wrote " + ", ".join(str(path) for path in _save(folder, found, layers)))
 
@@ -222,10 +222,11 @@ def _networks(name: str, request: BenchRequest) -> tuple[dict[float, nn.Module],
     return pruned, x
 
 
-def _print_measurements(title: str, found: Sequence[Measurement]) -> None:
+def print_measurements(title: str, found: Sequence[Measurement]) -> None:
+    """A table of measurements, each with how many times as fast it is as the fastest dense engine of its case."""
     from rich.table import Table
 
-    table = Table(title=f"{title}, float32, medians of interleaved calls ({machine()})")
+    table = Table(title=f"{title}, medians of interleaved calls ({machine()})")
     words = ("case", "engine", "zeros that it exploits")
     for column in ("case", "sparsity", "threads", "engine", "ms", "x dense", "CPU ms", "x dense (CPU)", words[-1]):
         table.add_column(column, justify="left" if column in words else "right")
