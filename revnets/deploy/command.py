@@ -54,7 +54,10 @@ def run(source: Source, request: Request, with_data: bool) -> None:
     model, trained = load_model(source)
     model.eval()
     x = _example(model, source, trained, request.batch_size or 1)
-    options = {"name": source.model.replace(":", "-").replace("/", "-"), "any_batch": request.batch_size is None}
+    options: dict[str, Any] = {
+        "name": source.model.replace(":", "-").replace("/", "-"),
+        "any_batch": request.batch_size is None,
+    }
     if request.int8:
         batches = calibration_batches(source, model, trained, request.images)
         name = f"{options.pop('name')}-int8"

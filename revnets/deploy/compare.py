@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -107,7 +108,7 @@ def compare(
                 run = files.runner(networks[sparsity], sparsity, engine, number)
                 errors[sparsity, engine] = verify(run, networks[sparsity], x, tolerance, engine)
                 cases[sparsity, engine] = run
-            times = timed([lambda run=run: run(x) for run in cases.values()], repeats, progress)  # type: ignore[misc]
+            times = timed([partial(run, x) for run in cases.values()], repeats, progress)
             for (sparsity, engine), (wall, cpu) in zip(cases, times, strict=True):
                 found.append(Measurement(name, sparsity, engine, number, wall, cpu, errors[sparsity, engine]))
     return found
@@ -141,7 +142,7 @@ class _Files:
 def _eager(model: nn.Module, x: Tensor, threads: int) -> Runner:
     """The model as it is, in the memory layout that is faster."""
     plain = copy.deepcopy(model).eval()
-    last = copy.deepcopy(plain).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     y = x.to(memory_format=torch.channels_last)
     runners = [module_runner(plain, threads), module_runner(last, threads)]
     seconds = timed([lambda: runners[0](x), lambda: runners[1](y)], 5)
@@ -153,7 +154,7 @@ def _eager(model: nn.Module, x: Tensor, threads: int) -> Runner:
 def _compiled(graph: nn.Module, x: Tensor, threads: int) -> Runner:
     """``torch.compile`` with frozen weights, channels last."""
     torch.compiler.reset()
-    frozen = copy.deepcopy(graph).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    frozen = copy.deepcopy(graph).to(memory_format=torch.channels_last)
     run = module_runner(torch.compile(frozen, options={"freezing": True}), threads)
     y = x.to(memory_format=torch.channels_last)
     run(y)

@@ -24,7 +24,7 @@ from .graph import ATEN, add_constant, argument, calls, clean, constant
 from .kernel import ConvCall, Geometry
 
 OPS = torch.ops.revnets
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[Any, str] = {
     ATEN.relu.default: "relu",
     ATEN.relu_.default: "relu",
     ATEN.relu6.default: "relu6",
@@ -226,9 +226,11 @@ def interleaved(functions: Sequence[Callable[[], Any]], repeats: int) -> list[fl
 
 def node_geometry(node: fx.Node, weight: Tensor) -> Geometry:
     """The geometry of a convolution's node."""
-    pairs = [_pair(argument(node, name)) for name in ("stride", "padding", "dilation")]
+    stride, padding, dilation = (_pair(argument(node, name)) for name in ("stride", "padding", "dilation"))
     groups = argument(node, "groups")
-    return Geometry(weight.shape[1] * groups, weight.shape[0], _pair(weight.shape[2:]), *pairs, groups)
+    return Geometry(
+        weight.shape[1] * groups, weight.shape[0], _pair(weight.shape[2:]), stride, padding, dilation, groups
+    )
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -254,7 +256,8 @@ def _tail(conv: fx.Node) -> _Tail:
     source = argument(conv, "input")
     if any(_is_in_place(user) for user in source.users):  # the swap would read it later, changed
         return _Tail(conv, None, "none")
-    last, residual = conv, None
+    last: fx.Node = conv
+    residual: Any = None
     user = _only_user(last)
     if user is not None and user.target in _ADDS and argument(user, "alpha") == 1:
         others = [arg for arg in user.args[:2] if arg is not last]
@@ -262,7 +265,7 @@ def _tail(conv: fx.Node) -> _Tail:
             last, residual = user, others[0]
     user = _only_user(last)
     if user is not None:
-        name = _ACTIVATIONS.get(user.target)  # type: ignore[arg-type]
+        name = _ACTIVATIONS.get(user.target)
         if user.target in (ATEN.hardtanh.default, ATEN.hardtanh_.default):
             limits = (argument(user, "min_val"), argument(user, "max_val"))
             name = "relu6" if limits == (0, 6) else None
