@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -107,7 +108,7 @@ def compare(
                 run = files.runner(networks[sparsity], sparsity, engine, number)
                 errors[sparsity, engine] = verify(run, networks[sparsity], x, tolerance, engine)
                 cases[sparsity, engine] = run
-            times = timed([lambda run=run: run(x) for run in cases.values()], repeats, progress)  # type: ignore[misc]
+            times = timed([partial(run, x) for run in cases.values()], repeats, progress)
             for (sparsity, engine), (wall, cpu) in zip(cases, times, strict=True):
                 found.append(Measurement(name, sparsity, engine, number, wall, cpu, errors[sparsity, engine]))
     return found

@@ -70,13 +70,8 @@ def density(weight: Tensor) -> float:
 
 def activate(x: Tensor, activation: str) -> Tensor:
     """One of ``ACTIVATIONS`` by torch."""
-    functions: dict[str, Callable[[Tensor], Tensor]] = {
-        "relu": F.relu,
-        "relu6": F.relu6,
-        "hardswish": F.hardswish,
-        "hardsigmoid": F.hardsigmoid,
-    }
-    functions |= {"silu": F.silu, "sigmoid": torch.sigmoid, "none": lambda t: t}
+    functions: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda t: t, "silu": F.silu, "sigmoid": torch.sigmoid}
+    functions |= {"relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish, "hardsigmoid": F.hardsigmoid}
     return functions[activation](x)
 
 
@@ -102,12 +97,12 @@ def conv_geometry(
     groups: int,
 ) -> Geometry:
     """The geometry of an operator's arguments."""
-    kernel, step, pad, apart = (_pair(each) for each in (kernel_size, stride, padding, dilation))
-    return Geometry(int(x.shape[1]), int(rows.shape[0]) - 1, kernel, step, pad, apart, groups)
+    channels = (int(x.shape[1]), int(rows.shape[0]) - 1)
+    return Geometry(*channels, _pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation), groups)
 
 
 def _pair(values: Sequence[int]) -> tuple[int, int]:
-    return int(values[0]), int(values[1])
+    return int(values[0]), int(values[-1])
 
 
 def _sparse_conv2d(
@@ -151,7 +146,7 @@ def _depthwise_conv2d(
 def depthwise_geometry(weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Geometry:
     """The geometry of a depthwise operator's arguments."""
     channels, _, height, width = weight.shape
-    return Geometry(channels, channels, _pair((height, width)), _pair(stride), _pair(padding), groups=channels)
+    return Geometry(channels, channels, (height, width), _pair(stride), _pair(padding), groups=channels)
 
 
 def _dense(

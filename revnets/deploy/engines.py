@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +288,7 @@ def deploy(
             made[one.name] = (path, layers, verify(runners[one.name], model, x, tolerance, one.name))
         seconds = {}
         if len(chosen) > 1:
-            times = interleaved([lambda run=run: run(x) for run in runners.values()], repeats)  # type: ignore[misc]
+            times = interleaved([partial(run, x) for run in runners.values()], repeats)
             seconds = dict(zip(runners, times, strict=True))
         best = min(seconds, key=lambda key: seconds[key]) if seconds else chosen[0].name
         path, layers, error = made[best]

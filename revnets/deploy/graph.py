@@ -122,12 +122,11 @@ def fold_norms(graph: fx.GraphModule) -> int:
         if not _only_conv(conv, norm) or argument(norm, "training"):
             continue
         weight, bias = (constant(graph, argument(conv, name)) for name in ("weight", "bias"))
-        numbers = [constant(graph, argument(norm, name)) for name in ("running_mean", "running_var", "weight", "bias")]
-        if weight is None or numbers[0] is None or numbers[1] is None:
+        mean, var = (constant(graph, argument(norm, name)) for name in ("running_mean", "running_var"))
+        scale, shift = (constant(graph, argument(norm, name)) for name in ("weight", "bias"))
+        if weight is None or mean is None or var is None:
             continue
-        mean, var, scale, shift = numbers[0], numbers[1], numbers[2], numbers[3]
-        eps: float = argument(norm, "eps")
-        new_weight, new_bias = fuse_conv_bn_weights(weight, bias, mean, var, eps, scale, shift)
+        new_weight, new_bias = fuse_conv_bn_weights(weight, bias, mean, var, argument(norm, "eps"), scale, shift)
         with graph.graph.inserting_before(conv):
             stem = conv.name.replace(".", "_")
             nodes = [
@@ -151,7 +150,8 @@ def drop_identities(graph: fx.GraphModule) -> None:
     """Remove dropout, which does nothing in eval mode."""
     for node in calls(graph, ATEN.dropout.default, ATEN.feature_dropout.default):
         if not argument(node, "train"):
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            source: Any = node.args[0]
+            node.replace_all_uses_with(source)
             graph.graph.erase_node(node)
     clean(graph)
 

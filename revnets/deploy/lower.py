@@ -24,7 +24,7 @@ from .graph import ATEN, add_constant, argument, calls, clean, constant
 from .kernel import ConvCall, Geometry
 
 OPS = torch.ops.revnets
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[Any, str] = {
     ATEN.relu.default: "relu",
     ATEN.relu_.default: "relu",
     ATEN.relu6.default: "relu6",
@@ -256,16 +256,16 @@ def _tail(conv: fx.Node) -> _Tail:
     source = argument(conv, "input")
     if any(_is_in_place(user) for user in source.users):  # the swap would read it later, changed
         return _Tail(conv, None, "none")
-    last, residual = conv, None
+    last: fx.Node = conv
+    residual: Any = None
     user = _only_user(last)
     if user is not None and user.target in _ADDS and argument(user, "alpha") == 1:
-        others: list[Any] = [arg for arg in user.args[:2] if arg is not last]
+        others = [arg for arg in user.args[:2] if arg is not last]
         if len(others) == 1 and _can_be_added(others[0], user, conv):
             last, residual = user, others[0]
     user = _only_user(last)
     if user is not None:
-        target: Any = user.target
-        name = _ACTIVATIONS.get(target)
+        name = _ACTIVATIONS.get(user.target)
         if user.target in (ATEN.hardtanh.default, ATEN.hardtanh_.default):
             limits = (argument(user, "min_val"), argument(user, "max_val"))
             name = "relu6" if limits == (0, 6) else None
