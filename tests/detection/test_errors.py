@@ -327,5 +327,5 @@ def test_what_a_hook_refuses() -> None:
     runner = CheckedRunner.__new__(CheckedRunner)
     runner.cfg = SimpleNamespace(filename="net.py")
     runner._hooks = [SimpleNamespace(before_run=lambda runner: Schedule("rigl", 100, start=0.9))]
-    with pytest.raises(UserError, match=r"CONFIG: 'net.py': cannot be built \(end=0.75: .* before they start"):
+    with pytest.raises(UserError, match=r"CONFIG: 'net.py' cannot be built \(end=0.75: .* before they start"):
         runner.call_hook("before_run")
