@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..sparsity.masks import check_sparsity
 from .checkpoint import best_weights, read_checkpoint, save_weights
 from .densify import densify
 from .one_shot import prune
@@ -62,6 +63,10 @@ def run(source: Source, images: int, **options: Any) -> PruningReport:
         raise ValueError(f"output {str(source.output)!r}: expected a name that ends in .safetensors")
     if not source.output.parent.is_dir():
         raise ValueError(f"the folder {str(source.output.parent)!r} for the output does not exist: create it first")
+    if not source.data.exists():  # before weights are loaded, or fetched
+        raise ValueError(f"there is no folder or .tar file {str(source.data)!r}: give the one that holds the images")
+    if options.get("sparsity") is not None:
+        check_sparsity(options["sparsity"])
     model, trained = load_model(source)
     batches = calibration_batches(source, model, trained, images)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
