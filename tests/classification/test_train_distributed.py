@@ -44,10 +44,11 @@ from revnets.sparsity import sparse_layers
 
 folder, stop, *line = sys.argv[1:]
 
-def watched(run, epoch):
+def watched(run, begin):
+    epoch = begin.epoch
     if epoch == int(stop):
         raise KeyboardInterrupt
-    found = real(run, epoch)
+    found = real(run, begin)
     masks = [[layer.mask for layer in sparse_layers(model)] for model in (run.model, run.ema.module)]
     torch.save(masks, f"{folder}/{epoch}-{run.runtime.rank}.pt")
     return found
