@@ -152,7 +152,8 @@ def planned(args: argparse.Namespace, output: Path) -> list[Run]:
 def _train(output: Path, one: Run) -> Outcome:
     if (found := _outcome(output, one)) is not None:
         return found
-    code = run_training(output, one.name, str(one.recipe), one.data, one.seed, one.epochs, one.more)
+    more = ["--data-dir", str(one.data), "--seed", str(one.seed), *one.more]
+    code = run_training(output, one.name, str(one.recipe), one.epochs, more)
     found = _outcome(output, one)
     if found is None:
         raise failed(output, one.name, code)

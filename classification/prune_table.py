@@ -9,7 +9,6 @@ Trainings are processes of train.py with one thread; what is finished is skipped
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import json
 import logging
@@ -30,7 +29,7 @@ from classification.loop import validate
 from classification.models import build_model, data_config, load_weights
 from classification.options import TrainOptions, as_dict
 from classification.runtime import start_runtime
-from classification.stages import Stage, digest, open_output, part_of, positive
+from classification.series import Stage, digest, new_figure, part_of, positive, save_figure, writable, write_table
 from revnets.pruning import METHODS, Pattern, prune
 from revnets.pruning.checkpoint import read_weights, save_weights
 from revnets.pruning.command import draw_batches
@@ -101,7 +100,7 @@ def run(args: argparse.Namespace) -> list[Line]:
     torch.set_num_threads(1)  # as the trainings
     if args.dense and len(args.dense) != len(args.configs):
         raise UserError(f"--dense: {len(args.dense)} checkpoints for {len(args.configs)} recipes; give one for each.")
-    output = open_output(args.output)
+    output = writable(args.output)
     lines: list[Line] = []
     for index, config in enumerate(args.configs):
         network = Network(args, config, output, args.dense[index] if args.dense else None)
@@ -250,33 +249,18 @@ def as_table(lines: Sequence[Line]) -> Table:
     return table
 
 
-def write_table(lines: Sequence[Line], folder: Path) -> None:
-    """Writes `table.csv` and `table.json`."""
-    rows = [dataclasses.asdict(line) for line in lines]
-    with whole_file(folder / "table.json") as path:
-        path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    with whole_file(folder / "table.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def draw_table(lines: Sequence[Line], path: Path) -> None:
     """Draws accuracy over sparsity for each network; says so where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        _logger.info(f"no {path.name}: matplotlib is not installed (pip install matplotlib)")
-        return
     networks = list(dict.fromkeys(line.network for line in lines))
-    figure = Figure(figsize=(6 * len(networks), 4.5), layout="constrained")
+    figure = new_figure(path, (6 * len(networks), 4.5))
+    if figure is None:
+        return
     for axis, network in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
         _draw_network(axis, [line for line in lines if line.network == network])
         axis.set(title=network.rpartition("-")[0], xlabel="sparsity of the pruned layers", ylabel="top-1, %")
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small", loc="lower left")
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    save_figure(figure, path)
 
 
 def _draw_network(axis: Any, lines: Sequence[Line]) -> None:

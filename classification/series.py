@@ -1,4 +1,4 @@
-"""Series of runs of train.py on one small data set: started where missing, resumed where broken, put in a table."""
+"""Series of runs of train.py on parts of a data set: started where missing, resumed where broken, put in a table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from classification.config import Parser
 from classification.errors import UserError, whole_file
 from classification.options import TrainOptions, as_dict
 from classification.report import Row, read_summary
+from revnets.sparsity.masks import check_sparsity
 
 _logger = logging.getLogger("classification")
 In = TypeVar("In")
@@ -62,10 +63,24 @@ def writable(output: str) -> Path:
     return folder
 
 
+def share_of_zeros(text: str) -> float:
+    """A sparsity, for parsers."""
+    try:
+        return check_sparsity(float(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} was given where a number from 0 up to, not including, 1 was expected"
+        ) from None
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """Eight letters that differ where the values do."""
+    return hashlib.sha256(json.dumps(dict(values), sort_keys=True).encode()).hexdigest()[:8]
+
+
 def digest_of(options: TrainOptions) -> str:
     """A word that changes with the recipe or the place of the data."""
-    described = {**as_dict(options), "data_dir": str(Path(options.data_dir).resolve())}
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:8]
+    return digest({**as_dict(options), "data_dir": str(Path(options.data_dir).resolve())})
 
 
 def subset(folder: Path, train: str, validation: str, images: int, made: Path) -> Path:
@@ -88,20 +103,39 @@ def subset(folder: Path, train: str, validation: str, images: int, made: Path) -
     link = made / validation
     if not link.exists():
         link.symlink_to((folder / validation).resolve())
-    if (made / train).exists():
+    part_of(folder / train, made / train, images)
+    return made
+
+
+def part_of(source: Path, made: Path, images: int | None, classes: Callable[[list[str]], Sequence[str]] = list) -> Path:
+    """A .tar file with the first images of every class of another one.
+
+    Args:
+        source: A .tar file of class folders.
+        made: The new file, in an existing folder; there is nothing to do where it exists.
+        images: How many to take, equally many of each class; None takes all.
+        classes: From the sorted names of all classes to those to take.
+
+    Raises:
+        UserError: There is no such file, or it holds too few images.
+    """
+    if made.exists():
         return made
-    with tarfile.open(folder / train) as source, whole_file(made / train) as path:
-        members = sorted((m for m in source if m.isfile()), key=lambda m: m.name)
-        classes: dict[str, list[tarfile.TarInfo]] = {}
-        for member in members:
-            classes.setdefault(str(Path(member.name).parent), []).append(member)
-        each, fewest = images // len(classes), min(map(len, classes.values()))
-        if not 0 < each <= fewest:
-            allowed = f"{len(classes)} to {len(classes) * fewest}"
+    if not source.is_file():
+        raise UserError(f"--config: there is no .tar file '{source}'; correct data_dir and the splits.")
+    with tarfile.open(source) as file, whole_file(made) as path:
+        found: dict[str, list[tarfile.TarInfo]] = {}
+        for member in sorted((m for m in file if m.isfile()), key=lambda m: m.name):
+            found.setdefault(str(Path(member.name).parent), []).append(member)
+        taken = {name: found[name] for name in classes(sorted(found))}
+        fewest = min(map(len, taken.values()))
+        each = max(map(len, taken.values())) if images is None else images // len(taken)
+        if each < 1 or (images is not None and each > fewest):
+            allowed = f"{len(taken)} to {len(taken) * fewest}"
             raise UserError(f"--images: {images} was given where {allowed} were expected, equally many of each class.")
         with tarfile.open(path, "w") as target:
-            for member in (m for found in classes.values() for m in found[:each]):
-                target.addfile(member, source.extractfile(member))
+            for member in (m for members in taken.values() for m in members[:each]):
+                target.addfile(member, file.extractfile(member))
     return made
 
 
@@ -111,25 +145,23 @@ def at_once(jobs: int, function: Callable[[In], Out], wanted: Iterable[In]) -> l
         return list(pool.map(function, wanted))
 
 
-def run_training(output: Path, name: str, config: str, data: Path, seed: int, epochs: int, more: Sequence[str]) -> int:
+def run_training(output: Path, name: str, config: str, epochs: int, more: Sequence[str]) -> int:
     """Runs train.py as a process with one thread, into a folder and a log of that name; returns its exit code.
 
     Args:
         output: Folder of the series.
         name: Of the run.
         config: The recipe.
-        data: The folder of the images.
-        seed: Of the run.
         epochs: To train; validated after the last one only.
-        more: Further options.
+        more: Further options, such as the folder of the images and the seed.
     """
-    command = [sys.executable, "-m", "classification.train", "--config", config, "--data-dir", str(data)]
-    command += ["--output", str(output), "--experiment", name, "--resume", "auto", "--seed", str(seed)]
+    command = [sys.executable, "-m", "classification.train", "--config", config, "--output", str(output)]
+    command += ["--experiment", name, "--resume", "auto"]
     command += ["--epochs", str(epochs), "--val-interval", str(epochs), *more]
     _logger.info(f"{name}: started")
-    with (output / f"{name}.log").open("a") as log:
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=Path.cwd(), env=env).returncode
+    with (output / f"{name}.log").open("a", encoding="utf-8") as log:
+        env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=env).returncode
 
 
 def finished(folder: Path, epochs: int) -> list[Row] | None:
@@ -144,12 +176,58 @@ def failed(output: Path, name: str, code: int) -> UserError:
     return UserError(f"{name}: the run ended with code {code}; '{output}/{name}.log' says why.")
 
 
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A training: a process of train.py with one thread, whose last row of the summary is its result.
+
+    Args:
+        name: Of its folder, which says all that it differs in.
+        config: The recipe.
+        output: Folder of all runs.
+        epochs: Of the training; it is validated after the last one only.
+        options: Further options of train.py.
+    """
+
+    name: str
+    config: str
+    output: Path
+    epochs: int
+    options: tuple[str, ...] = ()
+
+    @property
+    def weights(self) -> Path:
+        """Its last checkpoint."""
+        return self.output / self.name / "last.pth.tar"
+
+    def run(self) -> Row:
+        """Trains where that is not done yet.
+
+        Raises:
+            UserError: The training failed; its log says why.
+        """
+        folder = self.output / self.name
+        if (rows := finished(folder, self.epochs)) is not None:
+            return rows[-1]
+        code = run_training(self.output, self.name, self.config, self.epochs, self.options)
+        if code or (rows := finished(folder, self.epochs)) is None:
+            raise failed(self.output, self.name, code)
+        _logger.info(f"{self.name}: top-1 {rows[-1]['eval_top1']:.2f}%")
+        return rows[-1]
+
+
 def write_rows(rows: Sequence[Any], path: Path) -> None:
     """Writes dataclasses of one kind as CSV, a row each."""
     with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(rows[0])])
         writer.writeheader()
         writer.writerows(dataclasses.asdict(each) for each in rows)
+
+
+def write_table(rows: Sequence[Any], folder: Path) -> None:
+    """Writes dataclasses of one kind as `table.csv` and `table.json`."""
+    with whole_file(folder / "table.json") as path:
+        path.write_text(json.dumps([dataclasses.asdict(each) for each in rows], indent=2) + "\n", encoding="utf-8")
+    write_rows(rows, folder / "table.csv")
 
 
 def new_figure(path: Path, size: tuple[float, float]) -> Any:

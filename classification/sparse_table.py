@@ -25,19 +25,17 @@ from classification.config import parse
 from classification.errors import UserError, guarded
 from classification.options import TrainOptions
 from classification.series import (
+    Stage,
     at_once,
     digest_of,
-    failed,
-    finished,
     new_figure,
-    run_training,
     save_figure,
     series_parser,
+    share_of_zeros,
     subset,
     writable,
     write_rows,
 )
-from revnets.sparsity.masks import check_sparsity
 
 _logger = logging.getLogger("classification")
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,19 +68,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     description = "Seeds x members x schedules on one recipe."
     parser = series_parser("sparse_table", description, "output/sparse_table", images=10000)
     parser.add_argument("--config", default=str(CONFIG), help="recipe of all runs")
-    parser.add_argument("--sparsity", type=_sparsity, default=0.75)
+    parser.add_argument("--sparsity", type=share_of_zeros, default=0.75)
     parser.add_argument("--compared", choices=MEMBERS, default="sparse_wide", help="member with every schedule")
     parser.add_argument("--runs", nargs="+", help="lines of the table; all where not given")
     return parser.parse_args(argv)
-
-
-def _sparsity(text: str) -> float:
-    try:
-        return check_sparsity(float(text))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} was given where a number from 0 up to, not including, 1 was expected"
-        ) from None
 
 
 def run(args: argparse.Namespace) -> list[Outcome]:
@@ -110,24 +99,13 @@ def run(args: argparse.Namespace) -> list[Outcome]:
 
 
 def _train(args: argparse.Namespace, data: Path, epochs: int, digest: str, line: str, seed: int) -> Outcome:
-    name, output = f"{line}-{args.sparsity:g}-{args.images}x{epochs}-seed{seed}-{digest}", Path(args.output)
-    if (found := _outcome(output / name, epochs, line, seed)) is not None:
-        return found
-    more: list[str] = []
+    name = f"{line}-{args.sparsity:g}-{args.images}x{epochs}-seed{seed}-{digest}"
+    more = ["--data-dir", str(data), "--seed", str(seed)]
     if line != "dense":
         member, schedule = line.rsplit("-", 1)
-        more = ["--layers", f"{member}:{args.sparsity:g}", "--sparsity-schedule", schedule]
-    code = run_training(output, name, args.config, data, seed, epochs, more)
-    found = _outcome(output / name, epochs, line, seed)
-    if code or found is None:
-        raise failed(output, name, code)
-    _logger.info(f"{name}: top-1 {found.top1:.2f}%")
-    return found
-
-
-def _outcome(folder: Path, epochs: int, line: str, seed: int) -> Outcome | None:
-    rows = finished(folder, epochs)
-    return None if rows is None else Outcome(line, seed, rows[-1]["eval_top1"], rows[-1].get("train_flops", math.nan))
+        more += ["--layers", f"{member}:{args.sparsity:g}", "--sparsity-schedule", schedule]
+    row = Stage(name, args.config, Path(args.output), epochs, tuple(more)).run()
+    return Outcome(line, seed, row["eval_top1"], row.get("train_flops", math.nan))
 
 
 def grouped(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:

@@ -10,9 +10,7 @@ thread; what is finished is skipped, broken runs go on where they stopped.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import json
 import logging
 import statistics
 import sys
@@ -24,10 +22,19 @@ from rich.console import Console
 from rich.table import Table
 
 from classification.config import Parser, parse
-from classification.errors import guarded, whole_file
+from classification.errors import guarded
 from classification.options import TrainOptions, as_dict
-from classification.stages import Stage, digest, open_output, part_of, positive
-from revnets.sparsity.masks import check_sparsity
+from classification.series import (
+    Stage,
+    digest,
+    new_figure,
+    part_of,
+    positive,
+    save_figure,
+    share_of_zeros,
+    writable,
+    write_table,
+)
 
 _logger = logging.getLogger("classification")
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "classification" / "prune" / "cifar10_small_resnet18.yaml"
@@ -55,7 +62,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="spdf_table", description="Sparsities x seeds, then dense.", allow_abbrev=False)
     parser.add_argument("--config", default=str(CONFIG), help="recipe of all trainings")
     parser.add_argument("--output", default="output/spdf_table", help="folder of the runs and of the table")
-    parser.add_argument("--sparsities", nargs="+", type=_sparsity, default=[0.0, 0.5, 0.75])
+    parser.add_argument("--sparsities", nargs="+", type=share_of_zeros, default=[0.0, 0.5, 0.75])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--images", type=positive, default=25000, help="of the pre-training, of each class as many")
     parser.add_argument("--finetune-images", type=positive, default=10000, help="of the new task")
@@ -65,15 +72,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _sparsity(text: str) -> float:
-    try:
-        return check_sparsity(float(text))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} was given where a number from 0 up to, not including, 1 was expected"
-        ) from None
-
-
 def run(args: argparse.Namespace) -> list[Outcome]:
     """Trains what is missing, then writes `table.csv`, `table.json`, `table.png` and prints the table.
 
@@ -81,7 +79,7 @@ def run(args: argparse.Namespace) -> list[Outcome]:
         UserError: No data, or a run that failed.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    output = open_output(args.output)
+    output = writable(args.output)
     options = parse(TrainOptions, ["--config", args.config], "")
     halves = _halves(args, options, output)
     done: list[Outcome] = []
@@ -171,25 +169,11 @@ def _mean(outcomes: Sequence[Outcome], both: bool) -> float:
     return statistics.mean(totals) if totals else 0.0
 
 
-def write_table(outcomes: Sequence[Outcome], folder: Path) -> None:
-    """Writes `table.csv` and `table.json`, one row per seed and sparsity."""
-    rows = [dataclasses.asdict(each) for each in outcomes]
-    with whole_file(folder / "table.json") as path:
-        path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    with whole_file(folder / "table.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def draw_table(outcomes: Sequence[Outcome], path: Path, title: str) -> None:
     """Draws accuracy over the FLOPs of both phases; says so where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        _logger.info(f"no {path.name}: matplotlib is not installed (pip install matplotlib)")
+    figure = new_figure(path, (8, 4.5))
+    if figure is None:
         return
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis: Any = figure.subplots()
     for i, (word, found) in enumerate(grouped(outcomes).items()):
         flops = statistics.mean(o.pretrain_flops + o.finetune_flops for o in found) / 1e12
@@ -200,8 +184,7 @@ def draw_table(outcomes: Sequence[Outcome], path: Path, title: str) -> None:
     axis.set(title=title, xlabel="FLOPs of both trainings, 10^12 (theoretical)", ylabel="top-1 of the new task, %")
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Convolution whose backward pass needs less working memory than torch's own."""
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -94,15 +95,14 @@ def _depthwise_weight_grad(grad: Tensor, x: Tensor, conv: nn.Conv2d) -> Tensor:
     is ``x`` correlated with the gradient as a kernel dilated by the stride s, ``N C`` groups of one channel.
     """
     c, (height, width) = x.shape[1], conv.kernel_size
-    total: Tensor | None = None
-    parts = max(1, x.numel() // 2**18)  # of a megabyte or so: oneDNN copies them to layouts of its own
-    for g, maps in zip(grad.chunk(parts), x.chunk(parts), strict=True):
+
+    def of_part(g: Tensor, maps: Tensor) -> Tensor:
         kernels, maps = g.reshape(-1, 1, *g.shape[2:]), maps.reshape(1, -1, *maps.shape[2:])
         found = F.conv2d(maps, kernels, None, 1, conv.padding, conv.stride, len(kernels))
-        found = found[:, :, :height, :width].view(-1, c, 1, height, width).sum(0)
-        total = found if total is None else total.add_(found)
-    assert total is not None
-    return total
+        return found[:, :, :height, :width].view(-1, c, 1, height, width).sum(0)
+
+    parts = max(1, x.numel() // 2**18)  # of a megabyte or so: oneDNN copies them to layouts of its own
+    return reduce(Tensor.add_, map(of_part, grad.chunk(parts), x.chunk(parts)))
 
 
 class _Conv(torch.autograd.Function):

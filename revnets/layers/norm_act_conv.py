@@ -125,8 +125,7 @@ class _NormActConv(torch.autograd.Function):
         of_conv = conv_grads(grad, p, conv_weight, settings.conv, (False, needed[6], needed[7]))[1:]
         del p
         # of the input, its own gradient needs the shape only, and y has that
-        grad_h = conv_grads(grad, y, conv_weight, settings.conv, (True, False, False))[0]
-        assert grad_h is not None
+        grad_h: Any = conv_grads(grad, y, conv_weight, settings.conv, (True, False, False))[0]
         del grad
         gate_grads: list[Tensor | None] = []
         if settings.se is not None:

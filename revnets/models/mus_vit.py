@@ -27,7 +27,8 @@ from ..layers.convert import replace_module
 from ..layers.mus import MuSLinear
 from ..layers.mus_convert import munit_options, munit_scaled
 from ..layers.registry import Spec
-from ..reversible import AdditiveCoupling, RevSequential, set_mode
+from ..reversible import AdditiveCoupling, RevSequential
+from ._memory_modes import MemoryModes
 from ._mus_vit_parts import MuSBlock, MuSPatchEmbed, StreamBranch, residual_weight
 
 __all__ = ["MuSVisionTransformer", "RevMuSVisionTransformer", "checkpoint_filter_fn"]
@@ -117,7 +118,7 @@ class MuSVisionTransformer(VisionTransformer):
 # --- reversible ------------------------------------------------------------------------------------------------------
 
 
-class RevMuSVisionTransformer(MuSVisionTransformer):
+class RevMuSVisionTransformer(MemoryModes, MuSVisionTransformer):
     r"""Reversible munit-scaled vision transformer: two streams, of which blocks keep nothing for the backward pass.
 
     .. math:: y_2 = \sqrt{1-t} \, x_2 + \sqrt{t} \, F(x_1), \qquad y_1 = \sqrt{1-t} \, x_1 + \sqrt{t} \, G(y_2)
@@ -173,21 +174,6 @@ class RevMuSVisionTransformer(MuSVisionTransformer):
     def mode(self) -> str:
         """How activations are handled in training; change it with ``set_mode``."""
         return self.blocks.mode
-
-    def set_mode(self, mode: str) -> None:
-        """Switch between ``"reversible"``, ``"checkpoint"`` and ``"store"`` on the same weights."""
-        set_mode(self, mode)
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """timm's switch between ``"store"`` and ``"checkpoint"``; reversible mode, which needs less, stays as it is."""
-        if self.mode != "reversible":
-            self.set_mode("checkpoint" if enable else "store")
-
-    @torch.jit.ignore
-    def set_reversible(self, enable: bool = True) -> None:
-        """Switch between ``"reversible"`` and ``"store"``, the sibling of ``set_grad_checkpointing``."""
-        self.set_mode("reversible" if enable else "store")
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..layers import MBConv, convert
-from ..reversible import ReversibleOp, RevSequential, compile_branches, set_mode
+from ..reversible import ReversibleOp, RevSequential, compile_branches
+from ._memory_modes import MemoryModes
 from ._revbifpn_checkpoint import HashedCfg, checkpoint_filter_fn, pretrained_overlay, weights_cfg
 from ._revbifpn_parts import (
     BLOCKS_PER_STAGE,
@@ -36,7 +37,7 @@ from ._revbifpn_parts import (
 __all__ = ["RevBiFPN", "checkpoint_filter_fn"]
 
 
-class RevBiFPN(nn.Module):
+class RevBiFPN(MemoryModes, nn.Module):
     """Reversible bidirectional feature pyramid network, with timm's model contract.
 
     Args:
@@ -148,21 +149,6 @@ class RevBiFPN(nn.Module):
     def mode(self) -> str:
         """How activations are handled in training; change it with ``set_mode``."""
         return self.body.mode
-
-    def set_mode(self, mode: str) -> None:
-        """Switch between ``"reversible"``, ``"checkpoint"`` and ``"store"`` on the same weights."""
-        set_mode(self, mode)
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """timm's switch between ``"store"`` and ``"checkpoint"``; reversible mode, which needs less, stays as it is."""
-        if self.mode != "reversible":
-            self.set_mode("checkpoint" if enable else "store")
-
-    @torch.jit.ignore
-    def set_reversible(self, enable: bool = True) -> None:
-        """Switch between ``"reversible"`` and ``"store"``, the sibling of ``set_grad_checkpointing``."""
-        self.set_mode("reversible" if enable else "store")
 
     def compile_branches(self, **options: Any) -> None:
         """Run the branches of the body through ``torch.compile``; see ``revnets.reversible.compile_branches``."""

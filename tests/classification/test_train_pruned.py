@@ -16,7 +16,7 @@ from classification.config import options_of, read_yaml
 from classification.errors import UserError
 from classification.options import TrainOptions, ValidateOptions
 from classification.report import read_summary
-from classification.stages import part_of
+from classification.series import part_of
 from revnets.layers import count_costs
 from revnets.pruning import densify, prune
 

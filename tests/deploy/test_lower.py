@@ -61,11 +61,10 @@ def test_choice_by_measuring() -> None:
     nn.init.zeros_(net[0].weight)
     x = images(1, 48, channels=64)
     for layer in lower(export_graph(net, x), x):
-        measured = layer.dense_seconds, layer.sparse_seconds
-        if None in measured:
-            assert layer.choice == "dense", layer.reason
-        else:
-            assert layer.choice == ("sparse" if measured[1] < measured[0] else "dense"), layer.reason
+        assert layer.dense_seconds is not None
+        assert layer.sparse_seconds is not None
+        faster = "sparse" if layer.sparse_seconds < layer.dense_seconds else "dense"
+        assert layer.choice == faster, layer.reason
 
 
 def test_linear_layers_and_sequences() -> None:
