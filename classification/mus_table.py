@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> list[Outcome]:
     curves = {one.name: read_summary(output / one.name / "summary.csv") for one in wanted if _has_rows(output, one)}
     _write_json(done, wanted, curves, output / "table.json")
     draw_curves(done, wanted, curves, output / "curves.png", args.images)
-    Console().print(as_table(done))
+    Console(width=140).print(as_table(done))
     return done
 
 

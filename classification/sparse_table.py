@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> list[Outcome]:
     done = at_once(args.jobs, lambda pair: _train(args, data, epochs, digest, *pair), wanted)
     write_rows(done, output / "table.csv")
     draw_table(done, output / "table.png", f"{options.model}, {args.images} images, {epochs} epochs")
-    Console().print(as_table(done))
+    Console(width=140).print(as_table(done))
     return done
 
 

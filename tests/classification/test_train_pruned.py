@@ -175,7 +175,7 @@ def test_table_of_pruning_runs_what_is_missing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    line = ["--configs", str(recipe(tars, tmp_path)), "--output", str(out), "--images", "40", "--calibration", "20"]
+    line = ["--configs", str(recipe(tars, tmp_path)), "--output", str(out), "--images", "20", "--calibration", "20"]
     line += ["--targets", "0.7", "2:4", "--methods", "sparsegpt", "magnitude", "--epochs", "1"]
     assert prune_table.main(line) == 0
     rows = json.loads((out / "table.json").read_text())
@@ -193,7 +193,7 @@ def test_table_of_pruning_runs_what_is_missing(
 @pytest.mark.slow
 def test_table_of_sparse_pretraining(tars: Path, tmp_path: Path) -> None:  # noqa: F811
     out = tmp_path / "out"
-    line = ["--config", str(recipe(tars, tmp_path)), "--output", str(out), "--images", "40", "--finetune-images", "20"]
+    line = ["--config", str(recipe(tars, tmp_path)), "--output", str(out), "--images", "10", "--finetune-images", "10"]
     line += ["--epochs", "1", "--finetune-epochs", "1", "--seeds", "0", "1", "--sparsities", "0", "0.75"]
     assert spdf_table.main(line) == 0
     rows = json.loads((out / "table.json").read_text())
