@@ -7,8 +7,10 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _no_loggers_left() -> Iterator[None]:
-    """MMEngine keeps its loggers for good, with the standard output of the test in which they were made: closed."""
+def _nothing_of_mmengine_left() -> Iterator[None]:
+    """MMEngine keeps for good: its loggers, with the standard output of their test, closed by now; the last scope."""
     yield
     if "mmengine.logging" in sys.modules:
         sys.modules["mmengine.logging"].MMLogger._instance_dict.clear()
+    if "mmengine.registry" in sys.modules:
+        sys.modules["mmengine.registry"].DefaultScope._instance_dict.clear()

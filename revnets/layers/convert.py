@@ -132,12 +132,25 @@ def convert(
     """
     parts = parse_layers(spec)
     size = _input_size(model, input_size)
+    if not any(_is_channels_last(p) for p in model.parameters()):
+        return _converted(model, parts, size, filter)
+    model.to(memory_format=torch.contiguous_format)  # some ops leave other traces channels last (torch 2.9: pooling)
+    try:
+        report = _converted(model, parts, size, filter)
+        report.model.to(memory_format=torch.channels_last)
+    finally:
+        model.to(memory_format=torch.channels_last)
+    return report
+
+
+def _converted(
+    model: nn.Module, parts: Sequence[Part], size: tuple[int, ...], filter: Filter | None
+) -> ConversionReport:
     try:
         recorded = trace(model, size)
     except TraceError as error:
         raise ValueError(f"convert: {error}") from None
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
-    channels_last = any(_is_channels_last(p) for p in model.parameters())
     before = count_costs(model, size, recorded)
     report = ConversionReport(model, [], [], before, before, [])
     for part in parts:
@@ -148,8 +161,6 @@ def convert(
     report.skipped = list(dict.fromkeys(report.skipped))
     for name, parameter in report.model.named_parameters():
         parameter.requires_grad_(trained.get(name, parameter.requires_grad))
-    if channels_last:
-        report.model.to(memory_format=torch.channels_last)
     report.after = count_costs(report.model, size, recorded)
     return report
 

@@ -196,6 +196,10 @@ OPTIONS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "unknown optimizer": (["--cfg-options", "optim_wrapper.optimizer.type=AdamX"], ("'AdamX'", "did you mean")),
     "unknown transform": (["--cfg-options", "train_dataloader.dataset.pipeline.2.type=Rezise"], ("tiny.py", "Rezise")),
     "no pretrained weights": ([*PRETRAINED, "model.backbone.init_cfg.checkpoint=/nowhere.pth"], ("/nowhere.pth",)),
+    "unknown metric": (
+        ["--cfg-options", "default_hooks.checkpoint.save_best=coco/bbox_mPA"],
+        ("save_best", "'coco/bbox_mPA'", "did you mean"),
+    ),
     "slurm": (["--launcher", "slurm"], ("slurm", "SLURM_PROCID", "srun")),
     "torchrun": (["--launcher", "pytorch"], ("torchrun",)),
 }
