@@ -27,7 +27,7 @@ from revnets.numerics import NumericsMonitor
 from revnets.reversible import RangeError
 from revnets.sparsity import SparsityController, apply_masks
 from revnets.training.drift import DriftMonitor
-from revnets.training.finite import FiniteGuard
+from revnets.training.finite import FiniteGuard, SkippedByScaler
 from revnets.training.resumable import MODEL, seed_all
 
 _logger = logging.getLogger("classification")
@@ -198,8 +198,13 @@ def _step(run: Training, images: Tensor, target: Tensor, step: int, total: int) 
             f"({run.guard.skipped} so far)"
         )
     if run.guard.exhausted:
-        raise UserError(one_line(run.guard.give_up(lambda: run.loss(_unwrapped(run.model)(images), target))) + ".")
+        raise UserError(one_line(run.guard.give_up(functools.partial(_loss_again, run, images, target))) + ".")
     return loss, updated
+
+
+def _loss_again(run: Training, images: Tensor, target: Tensor) -> Tensor:
+    with run.runtime.autocast():
+        return run.loss(_unwrapped(run.model)(images), target)
 
 
 def _backward(run: Training, loss: Tensor, due: bool) -> bool:
@@ -207,10 +212,13 @@ def _backward(run: Training, loss: Tensor, due: bool) -> bool:
     options, clip = run.options, run.options.clip_grad
     parameters = model_parameters(run.model, exclude_head="agc" in options.clip_mode) if clip else None
     if run.scaler is not None:
-        run.scaler(
-            loss, run.optimizer, clip_grad=clip, clip_mode=options.clip_mode, parameters=parameters, need_update=due
-        )
-        return due and run.guard.good(gradients=False)  # the scaler looks at gradients, skips, and adapts
+        with SkippedByScaler(run.scaler._scaler) as scaler:
+            run.scaler(
+                loss, run.optimizer, clip_grad=clip, clip_mode=options.clip_mode, parameters=parameters, need_update=due
+            )
+        if scaler.skipped:
+            run.guard.failed()
+        return due and not scaler.skipped and run.guard.good(gradients=False)
     loss.backward()
     if not due or not run.guard.good():
         return False

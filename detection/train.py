@@ -92,6 +92,7 @@ def train(argv: Sequence[str] | None = None) -> Result:
     from detection.runner import build, progress
     from revnets.mm import DriftHook, FiniteHook, MemoryReportHook
     from revnets.mm.checkpoint import UnknownMetric
+    from revnets.reversible import RangeError
     from revnets.training.finite import NonFinite
 
     folder = Path(cfg.work_dir)
@@ -117,7 +118,7 @@ def train(argv: Sequence[str] | None = None) -> Result:
     with noise_kept_out(args.verbose):
         try:
             runner.train()
-        except (NonFinite, UnknownMetric) as error:
+        except (NonFinite, RangeError, UnknownMetric) as error:
             raise UserError(f"iteration {runner.iter}: {one_line(error)}.") from error
     return _finish(runner, cfg, args, told, memory.report)
 

@@ -9,15 +9,15 @@ from mmengine.registry import HOOKS
 
 from ..training.drift import EVERY, DriftMonitor, part
 from ..training.drift import LIMIT as HARMLESS
-from ..training.finite import LIMIT, FiniteGuard
+from ..training.finite import LIMIT, FiniteGuard, SkippedByScaler
 
 
 @HOOKS.register_module()
 class FiniteHook(Hook):
     """Leaves out updates whose loss or gradients are not finite, and ends the run after too many in a row.
 
-    The error names the first layer whose output is not finite. Where there is a loss scaler, only the loss is looked
-    at: the scaler leaves out updates itself.
+    The error names the first layer whose output is not finite. Where there is a loss scaler, it looks at the gradients
+    and leaves out updates itself; they are counted, too, unless its scale is a constant.
 
     Args:
         limit: updates in a row that may be left out; 0: do not look.
@@ -55,15 +55,23 @@ class FiniteHook(Hook):
 
         @functools.wraps(step)
         def guarded(**more: Any) -> None:
-            if scaled:
+            good = self._scaled_step(functools.partial(step, wrapper, **more), wrapper) if scaled else self._is_good()
+            if good and not scaled:
                 step(wrapper, **more)
-            if self.guard is None or self.guard.good(gradients=not scaled):
-                if not scaled:
-                    step(wrapper, **more)
-            else:
+            if not good:
                 runner.logger.warning(f"iteration {runner.iter}: loss or gradients are not finite, no update")
 
         wrapper.backward, wrapper.step = noted, guarded
+
+    def _is_good(self, gradients: bool = True) -> bool:
+        return self.guard is None or self.guard.good(gradients)
+
+    def _scaled_step(self, step: Any, wrapper: Any) -> bool:
+        with SkippedByScaler(wrapper.loss_scaler) as scaler:
+            step()
+        if scaler.skipped and self.guard is not None:
+            self.guard.failed()
+        return not scaler.skipped and self._is_good(gradients=False)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Remember the batch, to find out what is wrong with it."""
@@ -84,7 +92,7 @@ class FiniteHook(Hook):
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Give up, if it is time."""
         if self.guard is not None and self.guard.exhausted:
-            raise self.guard.give_up(functools.partial(_losses, runner.model, self._batch))
+            raise self.guard.give_up(functools.partial(_losses, runner, self._batch))
         self._batch = None
 
     def after_train(self, runner: Any) -> None:
@@ -146,7 +154,8 @@ class DriftHook(Hook):
         return torch.nn.functional.pad(image, (0, width, 0, height))
 
 
-def _losses(model: Any, batch: Any) -> Any:
-    model = getattr(model, "module", model)
-    data = model.data_preprocessor(batch, True)
-    return model(**data, mode="loss") if isinstance(data, dict) else model(*data, mode="loss")
+def _losses(runner: Any, batch: Any) -> Any:
+    model = getattr(runner.model, "module", runner.model)
+    with runner.optim_wrapper.optim_context(model):
+        data = model.data_preprocessor(batch, True)
+        return model(**data, mode="loss") if isinstance(data, dict) else model(*data, mode="loss")

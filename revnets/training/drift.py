@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor, nn
 
-from ..reversible import RevSequential, check_reversibility
+from ..reversible import RangeError, RevSequential, check_reversibility
 
 EVERY, LIMIT = 500, 1e-2
 REMEDY = (
@@ -40,12 +40,17 @@ class DriftMonitor:
         return self.every > 0 and step % self.every == 0 and any(c.mode == "reversible" for c in self._chains)
 
     def check(self, images: Tensor) -> str:
-        """Looks; gives the words of a warning, or nothing.
+        """Looks; gives the words of a warning, or nothing, as for numbers that went wrong before.
 
         Args:
             images: ``(N, C, H, W)``, of which the first is used.
         """
-        report = check_reversibility(self.model, images[:1])
+        if not bool(images[:1].isfinite().all()):
+            return ""
+        try:
+            report = check_reversibility(self.model, images[:1])
+        except RangeError:  # the step itself will say so
+            return ""
         worst = max(report.ops, key=lambda op: math.inf if op.relative != op.relative else op.relative)
         self.worst = worst.relative
         if worst.relative <= self._warned:

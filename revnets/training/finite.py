@@ -108,6 +108,31 @@ class FiniteGuard:
         return finite
 
 
+class SkippedByScaler:
+    """Whether a loss scaler left out the update that is made within the ``with`` block: it then lowers its scale.
+
+    Args:
+        scaler: ``torch.amp.GradScaler``, or what has its ``get_scale()``.
+
+    Example:
+        >>> with SkippedByScaler(torch.amp.GradScaler("cpu")) as scaler:
+        ...     pass
+        >>> scaler.skipped
+        False
+    """
+
+    def __init__(self, scaler: Any) -> None:
+        self.scaler, self.skipped = scaler, False
+        self._before = 0.0
+
+    def __enter__(self) -> "SkippedByScaler":
+        self._before = float(self.scaler.get_scale())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.skipped = float(self.scaler.get_scale()) < self._before
+
+
 def diagnose(model: nn.Module, forward: Callable[[], Any]) -> str:
     """Where numbers stop being finite: a weight, or the first layer whose output is not, or a gradient.
 

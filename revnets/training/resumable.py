@@ -4,6 +4,10 @@ What is drawn at random depends on the seed and on where in the run it is drawn,
 that starts there draws the same.
 """
 
+import atexit
+import functools
+import multiprocessing
+import multiprocessing.util  # its work at exit comes after ours, which is registered later
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -124,6 +128,18 @@ class _Start:
             self.inner(worker)
 
 
+@functools.cache
+def _kill_workers_at_exit() -> None:
+    """Loading processes ignore SIGTERM, by which Python ends those whose loader an error leaves open: it would wait."""
+
+    def kill() -> None:
+        for child in multiprocessing.active_children():
+            if child.daemon:
+                child.kill()
+
+    atexit.register(kill)
+
+
 def resumable(loader: DataLoader) -> tuple[DataLoader, Batches]:
     """The same loader, on seeded items and batches that can be skipped.
 
@@ -142,6 +158,7 @@ def resumable(loader: DataLoader) -> tuple[DataLoader, Batches]:
     batches = Batches(loader.batch_sampler)
     workers: dict[str, Any] = {}
     if loader.num_workers:
+        _kill_workers_at_exit()
         workers = {"prefetch_factor": loader.prefetch_factor, "persistent_workers": loader.persistent_workers}
     made: DataLoader = DataLoader(
         SeededDataset(loader.dataset),  # type: ignore[arg-type]

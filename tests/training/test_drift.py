@@ -33,6 +33,12 @@ def test_exact_mode_has_none() -> None:
     assert monitor.worst == 0
 
 
+def test_numbers_that_went_wrong_before_are_no_drift() -> None:
+    for value in (float("nan"), 1e9):
+        for exact in (True, False):
+            assert DriftMonitor(chain(exact)).check(torch.full((1, 16), value)) == ""
+
+
 def test_when_it_looks() -> None:
     net = chain(exact=False)
     assert [DriftMonitor(net, every=3).due(step) for step in range(4)] == [True, False, False, True]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from revnets.training.finite import FiniteGuard, diagnose
+from revnets.training.finite import FiniteGuard, SkippedByScaler, diagnose
 
 
 class Breaks(nn.Module):
@@ -56,6 +56,18 @@ def test_gradients_alone_count(net: nn.Sequential) -> None:
     net(torch.randn(8, 4)).sum().backward()
     next(iter(net.parameters())).grad[0, 0] = float("inf")  # type: ignore[index]
     assert not guard.good()
+
+
+@pytest.mark.parametrize("value", [1.0, float("inf")])
+def test_what_a_loss_scaler_leaves_out_is_seen(net: nn.Sequential, value: float) -> None:
+    optimizer, scaler = torch.optim.SGD(net.parameters(), lr=0.1), torch.amp.GradScaler("cpu")
+    for _ in range(2):
+        scaler.scale(net(torch.randn(8, 4)).sum()).backward()
+        next(iter(net.parameters())).grad[0, 0] = value  # type: ignore[index]
+        with SkippedByScaler(scaler) as update:
+            scaler.step(optimizer)
+            scaler.update()
+        assert update.skipped == (value != 1)
 
 
 def test_zero_never_looks(net: nn.Sequential) -> None:

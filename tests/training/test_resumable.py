@@ -1,6 +1,8 @@
 """An epoch entered in the middle goes on as it would have."""
 
 import random
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,23 @@ def test_skipped_batches_change_nothing() -> None:
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_loading_processes_change_nothing(method: str) -> None:
     assert epoch(0, 1, workers=2, multiprocessing_context=method) == epoch(0, 1)
+
+
+UNCAUGHT = """
+import torch
+from revnets.training.resumable import resumable
+loader, _ = resumable(torch.utils.data.DataLoader(range(64), num_workers=1, persistent_workers=True))
+kept = {"batches": iter(loader)}
+kept["itself"] = kept
+next(kept["batches"])
+raise ValueError("of the user")
+"""
+
+
+def test_an_error_ends_the_process_and_its_loading_processes() -> None:
+    done = subprocess.run([sys.executable, "-c", UNCAUGHT], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "of the user" in done.stderr
 
 
 def test_images_that_come_several_times_differ() -> None:
