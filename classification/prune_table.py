@@ -91,7 +91,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--images", type=positive, default=20000, help="training images, equally many of each class")
     parser.add_argument("--val-images", type=positive, help="validation images; all where not given")
-    parser.add_argument("--calibration", type=positive, default=1024, help="images to prune and quantise on")
+    parser.add_argument("--calibration", type=positive, default=256, help="images to prune and quantise on")
     parser.add_argument("--epochs", type=positive, help="of the dense networks; those of the recipes where not given")
     parser.add_argument("--recover-epochs", type=positive, help="of each stage; a third of the dense where not given")
     parser.add_argument("--recover-lr", type=float, default=0.3, help="of the dense network's learning rate")
@@ -173,15 +173,15 @@ class Network:
         for target in self.args.targets:
             for method in self.args.methods:
                 yield self._pruned(dense, f"{self.name}-{method}", method, target)[1]
-        if self.args.recover:
-            stages = max(len(self.steps(target)) for target in self.args.recover) + 1
-            stage = self._stage(f"{self.name}-on", dense, stages * self.recover_epochs)  # as long as all of them
-            yield self._trained(stage, line, TRAINED_ON)
         ends = [(f"{self.name}-{DENSE}", dense, line)]
         for target in self.args.recover:
             for last in self._recovered(dense, target):
                 yield last[-1]
             ends.append(last)
+        if self.args.recover:
+            stages = max(len(self.steps(target)) for target in self.args.recover) + 1
+            stage = self._stage(f"{self.name}-on", dense, stages * self.recover_epochs)  # as long as all of them
+            yield self._trained(stage, line, TRAINED_ON)
         if missing := ENGINES["onnxruntime"].missing():
             _logger.info(f"no {INT8}: {', '.join(missing)} not installed (pip install 'revnets[deploy]')")
             return

@@ -182,7 +182,7 @@ def test_table_of_pruning_runs_what_is_missing(
     stages = [(row["stage"], row["target"]) for row in rows[5:]]
     assert [row["stage"] for row in rows[:5]] == ["dense", *["one-shot"] * 4]
     steps = [("one-shot", "0.5"), ("retrained", "0.5"), ("pruned again", "0.7"), ("retrained", "0.7")]
-    assert stages == [("dense, trained on", "-"), *steps, ("distilled", "0.7"), ("INT8", "-"), ("INT8", "0.7")]
+    assert stages == [*steps, ("distilled", "0.7"), ("dense, trained on", "-"), ("INT8", "-"), ("INT8", "0.7")]
     half, both = (
         load(next(out.glob(f"*{end}")) / "last.pth.tar")["state_dict"]
         for end in ("0.5-20-retrained-1x0.3", "distilled-1x0.3")
@@ -190,7 +190,7 @@ def test_table_of_pruning_runs_what_is_missing(
     assert zeros(half)
     for name, mask in zeros(half).items():
         assert (both[name] == 0)[mask].all(), "zeros stay in the second step"
-    trained_on, *stages = (row["train_flops"] for row in rows if row["train_flops"] and row["stage"] != "dense")
+    *stages, trained_on = (row["train_flops"] for row in rows if row["train_flops"] and row["stage"] != "dense")
     assert trained_on == pytest.approx(3 * rows[0]["train_flops"])  # one epoch for each of the stages
     assert len(stages) == 3
     assert max(stages) < rows[0]["train_flops"]
