@@ -76,7 +76,7 @@ def plain_layer(like: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
     made.weight.copy_(weight)
     if bias is not None and made.bias is not None:
         made.bias.copy_(bias)
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 @torch.no_grad()
