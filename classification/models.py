@@ -20,6 +20,7 @@ from torch import nn
 from classification.errors import UserError, did_you_mean, one_line
 from classification.options import TrainOptions, ValidateOptions
 from revnets.layers import convert, parse_layers
+from revnets.models.small_stem import small_stem
 from revnets.training.integrity import damage, forbidden
 
 _logger = logging.getLogger("classification")
@@ -64,7 +65,10 @@ def build_model(options: TrainOptions | ValidateOptions) -> nn.Module:
             "leave it out, or give a file as --pretrained-path."
         ) from error
     if options.small_stem is not None:
-        _small_stem(model, options)
+        try:
+            small_stem(model, options.small_stem)
+        except ValueError as error:
+            raise UserError(f"--small-stem: {options.model} is {error}; leave it out.") from error
     return _converted(model, options) if options.layers else model
 
 
@@ -78,22 +82,6 @@ def _check_keeps_weights(options: TrainOptions | ValidateOptions) -> None:
             f"--pretrained: layers of {anew[0]} are newly initialised, which would throw the weights away; leave out "
             "--pretrained and --pretrained-path, or give --layers sparse:0.75, say."
         )
-
-
-def _small_stem(model: nn.Module, options: TrainOptions | ValidateOptions) -> None:
-    """The stem of CIFAR's ResNets: no pooling, and a 3x3 convolution of the wanted stride."""
-    stem = getattr(model, "conv1", None)
-    first = stem[0] if isinstance(stem, nn.Sequential) else stem
-    if not isinstance(first, nn.Conv2d) or not isinstance(getattr(model, "maxpool", None), nn.Module):
-        raise UserError(f"--small-stem: {options.model} is no ResNet of timm's with conv1 and maxpool; leave it out.")
-    bias, stride = first.bias is not None, options.small_stem or 1
-    conv = nn.Conv2d(first.in_channels, first.out_channels, 3, stride, 1, bias=bias)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    if isinstance(stem, nn.Sequential):
-        stem[0] = conv
-    else:
-        model.conv1 = conv
-    model.maxpool = nn.Identity()
 
 
 def _converted(model: nn.Module, options: TrainOptions | ValidateOptions) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The life of pruned networks in one table: dense, one-shot, retrained with the zeros fixed, distilled from dense.
+"""The life of pruned networks in one table: dense, one-shot, retrained in steps, distilled from dense, INT8.
 
 python -m classification.prune_table --output output/prune_table
 python -m classification.prune_table --configs configs/classification/prune/cifar10_small_resnet18.yaml --targets 0.7
@@ -12,8 +12,9 @@ import argparse
 import dataclasses
 import json
 import logging
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,18 @@ from classification.loop import validate
 from classification.models import build_model, data_config, load_weights
 from classification.options import TrainOptions, as_dict
 from classification.runtime import start_runtime
-from classification.series import Stage, digest, new_figure, part_of, positive, save_figure, writable, write_table
+from classification.series import (
+    Stage,
+    digest,
+    new_figure,
+    part_of,
+    positive,
+    save_figure,
+    share_of_zeros,
+    writable,
+    write_table,
+)
+from revnets.deploy import ENGINES, ExportError, accuracy, load, quantize
 from revnets.pruning import METHODS, Pattern, prune
 from revnets.pruning.checkpoint import read_weights, save_weights
 from revnets.pruning.command import draw_batches
@@ -37,7 +49,8 @@ from revnets.pruning.command import draw_batches
 _logger = logging.getLogger("classification")
 RECIPES = Path(__file__).resolve().parents[1] / "configs" / "classification" / "prune"
 CONFIGS = [str(RECIPES / f"cifar10_small_{name}.yaml") for name in ("resnet18", "revbifpn")]
-DENSE, TRAINED_ON, ONE_SHOT, RETRAINED, DISTILLED = "dense", "dense, trained on", "one-shot", "retrained", "distilled"
+DENSE, TRAINED_ON, ONE_SHOT, AGAIN = "dense", "dense, trained on", "one-shot", "pruned again"
+RETRAINED, DISTILLED, INT8 = "retrained", "distilled", "INT8"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +64,7 @@ class Line:
     top1: float
     sparsity: float = 0.0  # of the pruned layers
     sparse_share: float = 1.0  # FLOPs without multiplications by zeros, of the dense ones
-    error: float = 0.0  # of the layers' outputs, mean
+    error: float = 0.0  # of pruning: of the layers' outputs, mean; of INT8: of the network's, root mean square
     seconds: float = 0.0  # of pruning
     train_flops: float = 0.0  # of the stage
 
@@ -68,10 +81,17 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", default="output/prune_table", help="folder of the runs and of the table")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--targets", nargs="+", type=_target, default=["0.5", "0.6", "0.7", "0.8", "2:4"])
-    parser.add_argument("--recover", nargs="*", type=_target, default=["0.7"], help="targets to train further")
+    parser.add_argument("--recover", nargs="*", type=_target, default=["0.7"], help="targets to train to")
+    parser.add_argument(
+        "--steps",
+        nargs="*",
+        type=share_of_zeros,
+        default=[0.5],
+        help="sparsities to train at on the way to a larger one",
+    )
     parser.add_argument("--images", type=positive, default=20000, help="training images, equally many of each class")
     parser.add_argument("--val-images", type=positive, help="validation images; all where not given")
-    parser.add_argument("--calibration", type=positive, default=256, help="images to prune on")
+    parser.add_argument("--calibration", type=positive, default=256, help="images to prune and quantise on")
     parser.add_argument("--epochs", type=positive, help="of the dense networks; those of the recipes where not given")
     parser.add_argument("--recover-epochs", type=positive, help="of each stage; a third of the dense where not given")
     parser.add_argument("--recover-lr", type=float, default=0.3, help="of the dense network's learning rate")
@@ -147,92 +167,127 @@ class Network:
         return model
 
     def lines(self) -> Iterator[Line]:
-        """Every line of the table for this network; further stages, such as INT8, go at the end of this."""
+        """Every line of the table for this network."""
         dense, line = self._dense()
         yield line
-        pruned: dict[str, Line] = {}
         for target in self.args.targets:
             for method in self.args.methods:
-                found = self._one_shot(dense, method, target)
-                pruned.setdefault(target, found)
-                yield found
+                yield self._pruned(dense, f"{self.name}-{method}", method, target)[1]
+        ends = [(f"{self.name}-{DENSE}", dense, line)]
+        for target in self.args.recover:
+            for last in self._recovered(dense, target):
+                yield last[-1]
+            ends.append(last)
         if self.args.recover:
-            row = self._stage(f"{self.name}-on", dense, 2 * self.recover_epochs).run()  # as long as both stages
-            yield Line(self.name, "-", "-", TRAINED_ON, row["eval_top1"], train_flops=row.get("train_flops", 0.0))
-        for target in (t for t in self.args.targets if t in self.args.recover):
-            yield from self._recovered(dense, pruned[target])
+            stages = max(len(self.steps(target)) for target in self.args.recover) + 1
+            stage = self._stage(f"{self.name}-on", dense, stages * self.recover_epochs)  # as long as all of them
+            yield self._trained(stage, line, TRAINED_ON)
+        if missing := ENGINES["onnxruntime"].missing():
+            _logger.info(f"no {INT8}: {', '.join(missing)} not installed (pip install 'revnets[deploy]')")
+            return
+        for end in ends:
+            yield self._quantized(*end)
 
     def _dense(self) -> tuple[Path, Line]:
+        line = Line(self.name, "-", "-", DENSE, 0.0)
         if self.given is not None:
-            return self.given, Line(self.name, "-", "-", DENSE, self.accuracy(self.model(self.given)))
+            return self.given, dataclasses.replace(line, top1=self.accuracy(self.model(self.given)))
         stage = Stage(f"{self.name}-dense", self.config, self.output, self.options.epochs, self.more)
-        row = stage.run()
-        return stage.weights, Line(
-            self.name, "-", "-", DENSE, row["eval_top1"], train_flops=row.get("train_flops", 0.0)
-        )
+        return stage.weights, self._trained(stage, line, DENSE)
 
-    def pruned_file(self, method: str, target: str) -> Path:
-        """Where the weights after one-shot pruning are."""
-        return self.output / f"{self.name}-{method}-{target.replace(':', 'of')}-{self.args.calibration}.safetensors"
+    def steps(self, target: str) -> list[str]:
+        """The sparsities that are pruned to, one after the other; N:M at once."""
+        before = [] if ":" in target else [f"{step:g}" for step in sorted(self.args.steps) if 0 < step < float(target)]
+        return [*before, target]
 
-    def _one_shot(self, dense: Path, method: str, target: str) -> Line:
-        """Prunes and validates; the line is stored beside the weights."""
-        path = self.pruned_file(method, target)
-        stored = path.with_suffix(".line.json")
-        if stored.exists() and path.exists():
-            return Line(**json.loads(stored.read_text(encoding="utf-8")))
+    def _pruned(self, start: Path, stem: str, method: str, target: str, stage: str = ONE_SHOT) -> tuple[Path, Line]:
+        """Prunes and validates: the weights, which later names go on from, and the line."""
+        path = self.output / f"{stem}-{target.replace(':', 'of')}-{self.args.calibration}.safetensors"
+
+        def make() -> Line:
+            goal: dict[str, Any] = {"pattern": target} if ":" in target else {"sparsity": float(target)}
+            try:
+                report = prune(self.model(start), self._images(), method=method, images=self.args.calibration, **goal)
+            except ValueError as error:
+                raise UserError(f"--targets: {self.name}, {method}, {target}: {one_line(error)}.") from error
+            save_weights(report.model, path, {})
+            report.save(path)
+            figures = report.sparsity, report.sparse_flops / report.dense_flops, report.error, report.seconds
+            return Line(self.name, method, target, stage, self.accuracy(report.model), *figures)
+
+        return path, _stored(path, make)
+
+    def _recovered(self, dense: Path, target: str) -> Iterator[tuple[str, Path, Line]]:
+        """Pruned in steps, trained with the zeros fixed after each, in the end with the dense network as the teacher.
+
+        Each pruning takes a part of what the training before it left: zeros stay zeros.
+        """
+        method = self.args.methods[0]
+        start, stem = dense, f"{self.name}-{method}"
+        for step in self.steps(target):
+            path, line = self._pruned(start, stem, method, step, ONE_SHOT if start is dense else AGAIN)
+            if start is not dense or step not in self.args.targets:
+                yield path.stem, path, line
+            stage = self._stage(f"{path.stem}-{RETRAINED}", path, self.recover_epochs, "--keep-zeros")
+            yield stage.name, stage.weights, self._trained(stage, line, RETRAINED)
+            start, stem = stage.weights, stage.name
+        more = ("--keep-zeros", "--teacher-checkpoint", str(dense))
+        stage = self._stage(f"{stem}-{DISTILLED}", start, self.recover_epochs, *more)
+        yield stage.name, stage.weights, self._trained(stage, line, DISTILLED)
+
+    def _quantized(self, stem: str, weights: Path, line: Line) -> Line:
+        """INT8 weights and activations, validated by ONNX Runtime."""
+        path = self.output / f"{stem}-int8-{self.args.calibration}.onnx"
+
+        def make() -> Line:
+            try:
+                made = quantize(
+                    self.model(weights),
+                    self._images(),
+                    path.parent,
+                    path.stem,
+                    self.args.calibration,
+                    max_error=math.inf,
+                )
+                top1 = accuracy(load(made.path), self.loader)
+            except ExportError as error:
+                raise UserError(f"{INT8}: {stem}: {one_line(error)}.") from error
+            return dataclasses.replace(line, stage=INT8, top1=top1, error=made.error, seconds=0.0, train_flops=0.0)
+
+        return _stored(path, make)
+
+    def _images(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Training images, as in validation, drawn by the seed."""
         train = open_dataset(self.options, self.options.train_split, training=False)
-        batches = draw_batches(train, self.data, self.args.calibration, seed=self.args.seed)
-        goal: dict[str, Any] = {"pattern": target} if ":" in target else {"sparsity": float(target)}
-        try:
-            report = prune(self.model(dense), batches, method=method, images=self.args.calibration, **goal)
-        except ValueError as error:
-            raise UserError(f"--targets: {self.name}, {method}, {target}: {one_line(error)}.") from error
-        save_weights(report.model, path, {})
-        report.save(path)
-        line = Line(
-            self.name,
-            method,
-            target,
-            ONE_SHOT,
-            self.accuracy(report.model),
-            report.sparsity,
-            report.sparse_flops / report.dense_flops,
-            report.error,
-            report.seconds,
-        )
-        with whole_file(stored) as temporary:
-            temporary.write_text(json.dumps(dataclasses.asdict(line)), encoding="utf-8")
-        _logger.info(f"{path.stem}: top-1 {line.top1:.2f}%, {report.seconds:.1f} s")
-        return line
+        return draw_batches(train, self.data, self.args.calibration, seed=self.args.seed)
 
-    def _recovered(self, dense: Path, pruned: Line) -> Iterator[Line]:
-        """Training with the zeros fixed, then more of it with the dense network as the teacher."""
-        start = self.pruned_file(pruned.method, pruned.target)
-        teacher = ("--teacher-checkpoint", str(dense))
-        for word, more in ((RETRAINED, ()), (DISTILLED, teacher)):
-            stage = self._stage(
-                f"{self.pruned_file(pruned.method, pruned.target).stem}-{word}",
-                start,
-                self.recover_epochs,
-                "--keep-zeros",
-                *more,
-            )
-            row = stage.run()
-            flops = row.get("train_flops", 0.0)
-            yield dataclasses.replace(pruned, stage=word, top1=row["eval_top1"], train_flops=flops)
-            start = stage.weights
+    def _trained(self, stage: Stage, line: Line, word: str) -> Line:
+        row = stage.run()
+        flops = row.get("train_flops", 0.0)
+        return dataclasses.replace(line, stage=word, top1=row["eval_top1"], error=0.0, seconds=0.0, train_flops=flops)
 
     def _stage(self, name: str, start: Path, epochs: int, *more: str) -> Stage:
         lr = str(self.args.recover_lr * (self.options.lr or 0.1))
         options = (*self.more, "--initial-checkpoint", str(start), "--lr", lr, "--warmup-epochs", "0", *more)
-        return Stage(f"{name}-{epochs}", self.config, self.output, epochs, options)
+        return Stage(f"{name}-{epochs}x{self.args.recover_lr:g}", self.config, self.output, epochs, options)
 
     @torch.no_grad()
     def accuracy(self, model: nn.Module) -> float:
         """Top-1 on the validation images."""
         model.to(memory_format=self.runtime.memory_format)
         return validate(model, self.loader, self.runtime, "validate", 1 << 30)["top1"]
+
+
+def _stored(path: Path, make: Callable[[], Line]) -> Line:
+    """The line that is stored beside a file, or a new one where either is missing."""
+    beside = path.with_suffix(".line.json")
+    if beside.exists() and path.exists():
+        return Line(**json.loads(beside.read_text(encoding="utf-8")))
+    line = make()
+    with whole_file(beside) as temporary:
+        temporary.write_text(json.dumps(dataclasses.asdict(line)), encoding="utf-8")
+    _logger.info(f"{path.stem}: top-1 {line.top1:.2f}%")
+    return line
 
 
 def as_table(lines: Sequence[Line]) -> Table:

@@ -13,11 +13,10 @@ from classification.errors import UserError, one_line
 from classification.models import load_weights, read_checkpoint
 from classification.options import TrainOptions
 from revnets.pruning import densify, keep_zeros
-from revnets.pruning.checkpoint import best_weights
+from revnets.pruning.checkpoint import best_weights, flops_of
 from revnets.sparsity import sparse_layers
 
 _logger = logging.getLogger("classification")
-FLOPS = "flops_of_all_phases"
 
 
 def load_start(options: TrainOptions, model: nn.Module) -> float:
@@ -44,7 +43,7 @@ def load_start(options: TrainOptions, model: nn.Module) -> float:
             weights = densify(weights)
         weights = _with_own_classifier(model, weights)
         load_weights(model, weights, f"--initial-checkpoint: '{options.initial_checkpoint}'", options.model)
-        before = float(checkpoint.get(FLOPS, 0.0))
+        before = flops_of(checkpoint)
     if options.keep_zeros:
         _keep_zeros(model)
     return before

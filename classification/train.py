@@ -44,9 +44,10 @@ from classification.runtime import Runtime, memory_words, start_runtime
 from classification.setup import start_training
 from classification.sparse import FILES as SPARSITY_FILES
 from classification.sparse import RunFlops, draw_sparsity, sparsity_words
-from classification.start import FLOPS, load_start
+from classification.start import load_start
 from revnets.numerics import NumericsMonitor
 from revnets.numerics.report import FILES as NUMERICS_FILES
+from revnets.pruning.checkpoint import FLOPS
 from revnets.sparsity.report import write_table
 
 _logger = logging.getLogger("classification")

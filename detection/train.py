@@ -90,7 +90,7 @@ def train(argv: Sequence[str] | None = None) -> Result:
     args = parse(options(), argv)
     cfg = load(args)
     from detection.runner import build, progress
-    from revnets.mm import DriftHook, FiniteHook, MemoryReportHook
+    from revnets.mm import DriftHook, FiniteHook, MemoryReportHook, TrainingFlopsHook
     from revnets.mm.checkpoint import UnknownMetric
     from revnets.reversible import RangeError
     from revnets.training.finite import NonFinite
@@ -108,7 +108,7 @@ def train(argv: Sequence[str] | None = None) -> Result:
     if checkpoint is not None:
         checks.check_weights(runner.model, checkpoint, whole=resumed)
     told, memory = progress(runner), MemoryReportHook()
-    for hook in (memory, FiniteHook(), DriftHook()):
+    for hook in (memory, FiniteHook(), DriftHook(), TrainingFlopsHook()):
         if not any(isinstance(each, type(hook)) for each in runner.hooks):  # the configuration's has its own options
             runner.register_hook(hook)
     if runner.rank == 0:
@@ -215,6 +215,8 @@ def _announce(runner: Any, cfg: Any, resumed: bool) -> None:
 
 def _finish(runner: Any, cfg: Any, args: argparse.Namespace, progress: Any, memory: dict[str, Any]) -> Result:
     """Table, summary and picture, of the best weights."""
+    from revnets.mm.training_flops import FLOPS
+
     folder = Path(runner.work_dir)
     if runner.rank != 0:
         return Result(folder, None, {}, memory)
@@ -223,7 +225,7 @@ def _finish(runner: Any, cfg: Any, args: argparse.Namespace, progress: Any, memo
     metrics = {name: value for name, value in best.items() if name not in ("epoch", "iter")}
     more: dict[str, Any] = {"epoch": best.get("epoch"), "training time": clock(progress.seconds), **_megabytes(memory)}
     known = runner.message_hub.runtime_info
-    flops = {name: known[name] for name in ("train_flops", "train_flops_recomputed") if name in known}  # SparsityHook's
+    flops = {name: known[name] for name in FLOPS if name in known}  # where they were counted
     more |= {f"{name.replace('_', ' ')}, T": f"{value / 1e12:.3f}" for name, value in flops.items()}
     model = getattr(runner.model, "module", runner.model)
     if checkpoint is not None:

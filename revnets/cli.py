@@ -195,7 +195,7 @@ def prune(
     damping: Annotated[float, typer.Option(help="of SparseGPT's Hessian, relative to its diagonal")] = 0.01,
     block_size: Annotated[int, typer.Option(help="columns that SparseGPT takes at once")] = 128,
     recalibrate: Annotated[bool, typer.Option(help="correct statistics of batch norms afterwards")] = True,
-    max_passes: Annotated[int, typer.Option(help="most passes over the images", min=1)] = 64,
+    max_passes: Annotated[int, typer.Option(help="most passes over the images", min=1)] = 12,
     seed: Annotated[int, typer.Option(help="which images are drawn")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:

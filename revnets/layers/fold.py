@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import torch
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -15,7 +16,7 @@ from .factorized import SparseFactorizedConv2d, SparseFactorizedLinear
 from .geometry import arguments
 from .mus import MuSConv2d, MuSLinear
 from .parallel import Branch, SparseParallelConv2d, SparseParallelLinear
-from .sparse import SparseConv2d, SparseLinear
+from .sparse import SparseConv2d, SparseConv2dSame, SparseLinear
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -65,9 +66,13 @@ def _folded(module: Any) -> nn.Module | None:
 
 @torch.no_grad()
 def plain_layer(like: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """Torch's own layer with the settings of ``like`` and these numbers."""
-    kind = nn.Linear if isinstance(like, nn.Linear) else nn.Conv2d
-    made = kind(**arguments(like, bias=bias is not None))
+    """Torch's own layer (or timm's ``Conv2dSame``) with the settings of ``like`` and these numbers."""
+    given = arguments(like, bias=bias is not None)
+    made: Any
+    if isinstance(like, SparseConv2dSame):
+        made = Conv2dSame(**{name: value for name, value in given.items() if name != "padding_mode"})
+    else:
+        made = (nn.Linear if isinstance(like, nn.Linear) else nn.Conv2d)(**given)
     made.weight.copy_(weight)
     if bias is not None and made.bias is not None:
         made.bias.copy_(bias)

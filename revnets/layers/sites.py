@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .registry import SparseConfig
-from .sparse import SparseConv2d, SparseLinear
+from .sparse import SparseConv2d, SparseConv2dSame, SparseLinear
 from .trace import Call, Trace
 
 Filter = Callable[[nn.Module, str], bool]
@@ -187,17 +187,20 @@ class Surroundings:
 
     # --- layers that stay ---------------------------------------------------------------------------------------
 
-    def reason_to_keep(self, name: str, filter: Filter | None, everywhere: bool = False) -> str | None:
+    def reason_to_keep(
+        self, name: str, filter: Filter | None, everywhere: bool = False, also: tuple[type[nn.Module], ...] = ()
+    ) -> str | None:
         """Why the layer called ``name`` stays as it is; None where it may be converted.
 
         Args:
             name: of the layer.
             filter: the user's.
             everywhere: whether the conversion takes the first layer, the classifier and sparse layers, too.
+            also: further classes of layers that it takes.
         """
         layer = self.modules[name]
-        masked = everywhere and type(layer) in (SparseConv2d, SparseLinear)
-        if not masked and type(layer) not in (nn.Conv2d, nn.Linear):
+        masked = everywhere and type(layer) in (SparseConv2d, SparseConv2dSame, SparseLinear)
+        if not masked and type(layer) not in (nn.Conv2d, nn.Linear, *also):
             return f"{type(layer).__name__} is neither nn.Conv2d nor nn.Linear itself"
         if filter is not None and not filter(layer, name):
             return "left out by the filter"

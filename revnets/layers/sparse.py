@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 
 from ..sparsity.masks import check_sparsity, kept, mask_with_count
@@ -143,6 +144,19 @@ class SparseConv2d(MaskedWeight, nn.Conv2d):  # type: ignore[misc]
         return self._conv_forward(x, self.effective_weight(), self.bias)
 
 
+class SparseConv2dSame(SparseConv2d):
+    """Timm's ``Conv2dSame``, whose padding depends on the image as TensorFlow's does, with a mask.
+
+    Example:
+        >>> SparseConv2dSame(8, 16, 3, stride=2, sparsity=0.75)(torch.ones(1, 8, 7, 6)).shape
+        torch.Size([1, 16, 4, 3])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Args: x: ``(N, C_in, H, W)``. Returns: ``(N, C_out, ceil(H / stride), ceil(W / stride))``."""
+        return super().forward(pad_same(x, list(self.kernel_size), list(self.stride), list(self.dilation)))
+
+
 class SparseLinear(MaskedWeight, nn.Linear):  # type: ignore[misc]
     """``nn.Linear`` of which a share of the weights is masked out.
 
@@ -168,4 +182,6 @@ class SparseLinear(MaskedWeight, nn.Linear):  # type: ignore[misc]
 
 def sparse_kind(layer: nn.Module) -> type[SparseConv2d] | type[SparseLinear]:
     """The masked class for a layer of torch's."""
+    if isinstance(layer, Conv2dSame):
+        return SparseConv2dSame
     return SparseConv2d if isinstance(layer, nn.Conv2d) else SparseLinear

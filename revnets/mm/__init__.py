@@ -27,6 +27,7 @@ from .neck import RevBiFPNNeck
 from .numerics_hook import NumericsHook
 from .resume import ResumableTrainLoop
 from .sparsity_hook import SparsityHook
+from .training_flops import TrainingFlopsHook
 
 register_conv_layers()
 
@@ -43,5 +44,6 @@ __all__ = [
     "RevBiFPNNeck",
     "SparsityHook",
     "TimmBackbone",
+    "TrainingFlopsHook",
     "WholeCheckpointHook",
 ]

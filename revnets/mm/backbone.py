@@ -74,6 +74,7 @@ class TimmBackbone(BaseModule):
             raise ValueError(f"unknown model {model_name!r}: expected a name that timm.list_models() has")
         self.model_name, self.norm_eval, self.frozen_stages = model_name, norm_eval, frozen_stages
         self.is_init: bool = False
+        self.flops_before = 0.0  # of the trainings that its weights come from
         self.net = _features(model_name, tuple(out_indices), layers, model_args)
         self.out_channels: list[int] = self.net.feature_info.channels()
         self.strides: list[int] = self.net.feature_info.reduction()
@@ -105,7 +106,7 @@ class TimmBackbone(BaseModule):
                     f"init_cfg={cfg}: {type(self).__name__} initialises itself, expected "
                     "dict(type='Pretrained', checkpoint=...) or None"
                 )
-            load_pretrained(self.net, self.model_name, cfg["checkpoint"], cfg.get("prefix"))
+            self.flops_before = load_pretrained(self.net, self.model_name, cfg["checkpoint"], cfg.get("prefix"))
         self.is_init = True
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -13,12 +13,13 @@ from ..models._revbifpn_checkpoint import check_file
 from ..models.revbifpn import RevBiFPN, checkpoint_filter_fn
 from ..profiling.target import first_line
 from ..pruning import densify
+from ..pruning.checkpoint import flops_of, read_checkpoint
 from ..sparsity import sparse_layers
 
 SCHEME = "timm://"
 
 
-def load_pretrained(net: nn.Module, model_name: str, checkpoint: str, prefix: str | None = None) -> None:
+def load_pretrained(net: nn.Module, model_name: str, checkpoint: str, prefix: str | None = None) -> float:
     """Load the weights of a backbone; every tensor of it must be there, with its shape.
 
     Masks of a sparse pre-training are dropped where the backbone is dense: it is then fine-tuned dense.
@@ -31,14 +32,19 @@ def load_pretrained(net: nn.Module, model_name: str, checkpoint: str, prefix: st
             ``prefix`` a detector's. Or ``timm://NAME``: the weights that timm knows under this name.
         prefix: of the backbone's keys in a detector's checkpoint, e.g. ``"backbone."``.
 
+    Returns:
+        FLOPs of the trainings that the weights come from, as far as the checkpoint knows.
+
     Raises:
         FileNotFoundError: when there is no such file.
         ValueError: when it is damaged, holds more than weights, or is of another network.
     """
+    flops = 0.0
     if checkpoint.startswith(SCHEME):
         state = _from_timm(checkpoint.removeprefix(SCHEME))
     else:
         state = _from_file(Path(checkpoint))
+        flops = flops_of(read_checkpoint(checkpoint))
     if prefix:
         cut = prefix.rstrip(".") + "."
         state = {key.removeprefix(cut): value for key, value in state.items() if key.startswith(cut)}
@@ -50,12 +56,13 @@ def load_pretrained(net: nn.Module, model_name: str, checkpoint: str, prefix: st
     whole = inner(net)
     if isinstance(whole, RevBiFPN):
         whole.load_state_dict(_known(checkpoint_filter_fn(_unwrapped(state), whole), whole))
-        return
+        return flops
     # wrappers of timm hold the network as `model`, or turn the dots of a module's name into underscores
     found = {key.removeprefix("model.").replace(".", "_"): value for key, value in state.items()}
     own = {key: found.get(key.removeprefix("model.").replace(".", "_")) for key in net.state_dict()}
     _check(own, net, model_name, checkpoint)
     net.load_state_dict(own)
+    return flops
 
 
 def inner(net: nn.Module) -> Any:

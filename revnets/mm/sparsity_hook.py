@@ -77,7 +77,8 @@ class SparsityHook(Hook):
         self._state = None
         self._mask_averages(runner)
         if self.controller is not None and runner.rank == 0:
-            self._flops = RunFlops(runner, self.controller)
+            controller = self.controller
+            self._flops = RunFlops(runner, controller.schedule, lambda: controller.steps)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Mask the average that ``EMAHook`` updated after the last iteration."""

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
 from ..layers.accounting import count_costs
 from ..layers.trace import TraceError
 from ..layers.training_flops import FlopsReport, TrainingFlops, by_schedule, training_flops
 from ..profiling.fake import ProfileError
-from ..sparsity import SparsityController
+from ..sparsity import Schedule
+
+FLOPS = ("train_flops", "train_flops_recomputed", "train_flops_all_phases")
+"""What ``RunFlops`` leaves in the message hub."""
 
 
 class RunFlops:
@@ -22,11 +28,12 @@ class RunFlops:
 
     Args:
         runner: of the training, before its first iteration.
-        controller: of the masks.
+        schedule: of the masks; ``static`` where there are none.
+        steps: how many updates of the weights are done.
     """
 
-    def __init__(self, runner: Any, controller: SparsityController) -> None:
-        self.controller = controller
+    def __init__(self, runner: Any, schedule: Schedule, steps: Callable[[], int]) -> None:
+        self.schedule, self.steps = schedule, steps
         self.model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         self.unit = ""
         self.step: TrainingFlops | None = None
@@ -46,7 +53,7 @@ class RunFlops:
             self._count(runner, self._shape)
             self._shape = None
         if self.step is not None:
-            total = self.step.run(self.controller.schedule, self.controller.steps)
+            total = self.step.run(self.schedule, self.steps())
             runner.message_hub.update_scalar("train/train_tflops", total / 1e12)
 
     def _count(self, runner: Any, shape: tuple[int, ...]) -> None:
@@ -61,19 +68,68 @@ class RunFlops:
         self.unit = f"{images} images {'x'.join(map(str, shape[1:]))}"
 
     def finish(self, runner: Any) -> FlopsReport | None:
-        """Log the FLOPs of the run, and hand them on as ``train_flops`` in the message hub; None where uncounted."""
+        """Log the FLOPs of the run, and hand them on in the message hub under ``FLOPS``; None where uncounted.
+
+        Those of all phases are there where the model's backbone knows of earlier ones.
+        """
         if self.step is None:
             return None
-        steps = self.controller.steps
-        total, recomputed = self.step.run(self.controller.schedule, steps), self.step.recomputed * steps
-        runner.message_hub.update_info("train_flops", total)
-        runner.message_hub.update_info("train_flops_recomputed", recomputed)
+        steps, before = self.steps(), flops_before(self.model)
+        total, recomputed = self.step.run(self.schedule, steps), self.step.recomputed * steps
+        for name, value in zip(
+            FLOPS, (total, recomputed, before + total) if before else (total, recomputed), strict=False
+        ):
+            runner.message_hub.update_info(name, value)
+        phases = f"; with the {before:.4g} of what it started from: {before + total:.4g}" if before else ""
         runner.logger.info(
             f"training FLOPs, by schedule, of {steps} steps of {self.unit}: {total:.4g}, "
-            f"of which {recomputed:.4g} recomputed"
+            f"of which {recomputed:.4g} recomputed{phases}"
         )
-        training = by_schedule(self.step, self.controller.schedule, steps)
+        training = by_schedule(self.step, self.schedule, steps)
         return FlopsReport(self.costs, training, f"run of {steps} steps of {self.unit}")
+
+
+def flops_before(model: nn.Module) -> float:
+    """FLOPs of the trainings that the model's backbones come from, as far as their checkpoints know."""
+    return float(sum(vars(module).get("flops_before", 0.0) for module in model.modules()))
+
+
+@HOOKS.register_module()
+class TrainingFlopsHook(Hook):
+    """Counts the FLOPs of a dense fine-tuning whose backbone comes from a training that counted its own.
+
+    Both phases together are in the message hub and the log at the end, see ``RunFlops``. It leaves other runs alone,
+    and those with a ``SparsityHook``, which counts by itself.
+
+    Example:
+        >>> TrainingFlopsHook().priority  # in a config: custom_hooks=[dict(type="TrainingFlopsHook")]
+        'NORMAL'
+    """
+
+    priority = "NORMAL"
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._flops: RunFlops | None = None
+
+    def before_train(self, runner: Any) -> None:
+        """Start counting, where there is an earlier phase and nothing else counts."""
+        counts = any(type(hook).__name__ == "SparsityHook" for hook in runner.hooks)
+        if runner.rank != 0 or counts or not flops_before(runner.model):
+            return
+        self._steps = runner.iter // getattr(runner.optim_wrapper, "_accumulative_counts", 1)
+        self._flops = RunFlops(runner, Schedule("static"), lambda: self._steps)
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Count an update of the weights."""
+        if self._flops is not None:
+            self._steps += runner.optim_wrapper.should_update()
+            self._flops.tell(runner)
+
+    def after_train(self, runner: Any) -> None:
+        """Hand on the FLOPs."""
+        if self._flops is not None:
+            self._flops.finish(runner)
 
 
 def counted(model: Any) -> nn.Module:

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+FLOPS = "flops_of_all_phases"
+"""Under this name a checkpoint holds the FLOPs of the trainings that its weights come from."""
+
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint of ``classification/train.py`` or timm, a bare state dict (then under ``state_dict``), safetensors.
@@ -59,6 +62,16 @@ def best_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
     weights: dict[str, Tensor] = clean_state_dict(checkpoint.get("state_dict_ema") or checkpoint["state_dict"])
     return weights
+
+
+def flops_of(checkpoint: Mapping[str, Any]) -> float:
+    """FLOPs of the trainings that the weights of a checkpoint come from, as far as it knows.
+
+    Example:
+        >>> flops_of({"state_dict": {}, "flops_of_all_phases": 1e15}), flops_of({"state_dict": {}})
+        (1000000000000000.0, 0.0)
+    """
+    return float(checkpoint.get(FLOPS, 0.0))
 
 
 def save_weights(model: nn.Module, path: Path, metadata: Mapping[str, str]) -> Path:

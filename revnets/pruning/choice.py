@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from timm.layers import Conv2dSame
 from torch import nn
 
 from ..layers.convert import Skipped
@@ -63,10 +64,12 @@ def choose(around: Surroundings, exclude: Sequence[str]) -> tuple[Layers, list[S
 
 def _reason(around: Surroundings, name: str, exclude: Sequence[str], patterns: Sequence[str]) -> str | None:
     """Why a layer is not pruned."""
-    reason = around.reason_to_keep(name, None, everywhere=True)
+    layer: Any = around.modules[name]
+    if "StdConv2d" in type(layer).__name__:  # timm's
+        return "its weights are standardised in every forward pass: zeros would not stay zeros"
+    reason = around.reason_to_keep(name, None, everywhere=True, also=(Conv2dSame,))
     if reason is not None:
         return reason
-    layer: Any = around.modules[name]
     if layer.weight.device.type == "meta":
         return "its weight has no memory (device meta)"
     role = around.role(name)

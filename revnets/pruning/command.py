@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.small_stem import small_stem
 from ..sparsity.masks import check_sparsity
 from .checkpoint import best_weights, read_checkpoint, save_weights
 from .densify import densify
@@ -123,12 +124,7 @@ def _trained(checkpoint: Mapping[str, Any], source: Source) -> dict[str, Any]:
     values = dict(stored if isinstance(stored, Mapping) else vars(stored))
     if values.get("model", source.model) != source.model:
         raise ValueError(f"the checkpoint is of {values['model']}, not of {source.model}: give that name")
-    if values.get("small_stem") is not None:
-        raise ValueError(
-            "the checkpoint was trained with --small-stem, which timm.create_model does not build: call revnets.prune "
-            "on the model in Python"
-        )
-    known = (*_DATA, "model_kwargs", "num_classes", "gp")
+    known = (*_DATA, "model_kwargs", "num_classes", "gp", "small_stem")
     found = {name: values[name] for name in known if values.get(name) not in (None, "", {})}
     found["model_kwargs"] = {**found.get("model_kwargs", {}), **_keywords(source.model_kwargs)}
     if source.img_size is not None:
@@ -157,6 +153,8 @@ def _model(source: Source, checkpoint: Mapping[str, Any], trained: Mapping[str, 
     arguments |= {"global_pool": trained.get("gp"), **trained["model_kwargs"]}
     try:
         model: nn.Module = timm.create_model(source.model, pretrained=source.checkpoint is None, **arguments)
+        if "small_stem" in trained:
+            small_stem(model, trained["small_stem"])
     except (RuntimeError, OSError, TypeError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{source.model} cannot be made ({reason}): give --checkpoint and --model-kwargs") from error

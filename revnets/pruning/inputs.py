@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 
 _CHUNK = 1 << 24  # numbers of an unfolded image at a time
@@ -79,7 +80,9 @@ class Moments:
 
     def _unfolded(self, x: Tensor) -> Tensor:
         layer = self.layer
-        if any(layer._reversed_padding_repeated_twice):
+        if isinstance(layer, Conv2dSame):
+            x = pad_same(x, list(layer.kernel_size), list(layer.stride), list(layer.dilation))
+        elif any(layer._reversed_padding_repeated_twice):
             mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
             x = nn.functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
         columns = nn.functional.unfold(x, layer.kernel_size, layer.dilation, stride=layer.stride)

@@ -37,7 +37,7 @@ def prune(
     damping: float = 0.01,
     block_size: int = 128,
     recalibrate: bool = True,
-    max_passes: int = 64,
+    max_passes: int = 12,
     progress: Progress | None = None,
 ) -> PruningReport:
     """Prune the convolutions and linear layers of a trained network without training.
@@ -62,7 +62,8 @@ def prune(
         block_size: columns whose mask SparseGPT chooses at once.
         recalibrate: correct running statistics of batch norms afterwards (2208.11580 does so) by what pruning changed
             of them on the images.
-        max_passes: most blocks, and passes of the images.
+        max_passes: most blocks, and passes of the images. More of them are no gain for networks with batch norms, whose
+            statistics are corrected after the last block only.
         progress: called with the share that is done and what is being done.
 
     Returns:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from timm.layers import Conv2dSame
 from torch import nn
 
 from ..layers.convert import replace_module
 from ..layers.geometry import arguments
-from ..layers.sparse import SparseConv2d, SparseLinear
+from ..layers.sparse import sparse_kind
 
 
 def keep_zeros(model: nn.Module) -> list[str]:
@@ -19,7 +20,8 @@ def keep_zeros(model: nn.Module) -> list[str]:
     any zero, or all zero (initialised so), get no mask.
 
     Args:
-        model: with torch's own ``nn.Conv2d`` and ``nn.Linear``; their weights and gradients' switches stay.
+        model: with torch's own ``nn.Conv2d`` and ``nn.Linear``, or timm's ``Conv2dSame``; their weights and gradients'
+            switches stay.
 
     Returns:
         Names of the layers that have a mask now.
@@ -51,7 +53,7 @@ def keep_zeros(model: nn.Module) -> list[str]:
 
 
 def _holds_zeros(module: nn.Module) -> bool:
-    if type(module) not in (nn.Conv2d, nn.Linear):
+    if type(module) not in (nn.Conv2d, nn.Linear, Conv2dSame):
         return False
     weight: Any = module.weight
     return 0 < int((weight == 0).sum()) < weight.numel()
@@ -59,7 +61,7 @@ def _holds_zeros(module: nn.Module) -> bool:
 
 def _masked(layer: Any) -> nn.Module:
     """The layer under the mask of its zeros, with the very parameters that it has."""
-    kind = SparseConv2d if isinstance(layer, nn.Conv2d) else SparseLinear
+    kind = sparse_kind(layer)
     mask = layer.weight.detach() != 0
     made: Any = kind(**arguments(layer, device="meta"), sparsity=1 - int(mask.sum()) / mask.numel())
     made.register_buffer("mask", mask, persistent=False)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from timm.layers import Conv2dSame, StdConv2d
 from torch import Tensor, nn
 
-from revnets.pruning import prune
+from revnets.pruning import densify, keep_zeros, prune
 from revnets.pruning.inputs import Moments, as_matrices, like_weight, shape
 
 CONVS: dict[str, dict[str, Any]] = {
@@ -99,3 +101,32 @@ def test_pattern_runs_along_the_channels() -> None:
     layer = conv("plain")
     weight = prune(nn.Sequential(layer), torch.randn(4, 8, 7, 6).double(), pattern="2:4", exclude=()).model[0].weight
     assert ((weight == 0).unflatten(1, (2, 4)).sum(2) == 2).all()
+
+
+def test_padding_that_depends_on_the_image() -> None:
+    same, plain = Conv2dSame(8, 6, 3, stride=2).double(), nn.Conv2d(8, 6, 3, stride=2).double()
+    plain.load_state_dict(same.state_dict())
+    x = torch.randn(3, 8, 7, 6, dtype=torch.float64)  # padded by 1 and 1, and by 0 and 1
+    mine, other = Moments(same), Moments(plain)
+    mine.add(x)
+    other.add(nn.functional.pad(x, (0, 1, 1, 1)))
+    assert torch.equal(mine.hessian(), other.hessian())
+
+
+def test_layers_of_timm_that_pad_or_standardise_by_themselves() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), Conv2dSame(8, 8, 3, stride=2), StdConv2d(8, 8, 3), nn.Conv2d(8, 4, 1)
+    ).eval()
+    x = torch.randn(8, 3, 12, 12)
+    report = prune(net, x, sparsity=0.5, exclude=("first", "3"))
+    assert [(layer.name, layer.zeros) for layer in report.layers] == [("1", 288)]
+    reasons = {skipped.name: skipped.reason for skipped in report.skipped}
+    assert "zeros would not stay zeros" in reasons["2"]
+    masked, network = copy.deepcopy(report.model), report.model
+    assert keep_zeros(masked) == ["1"]
+    assert torch.equal(masked(x), network(x))
+    again = densify(masked)
+    assert type(again.get_submodule("1")) is Conv2dSame
+    assert torch.equal(again(x), network(x))
+    assert prune(masked, x, sparsity=0.6, exclude=("first", "3")).layers[0].zeros == 346

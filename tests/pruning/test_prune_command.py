@@ -10,10 +10,12 @@ import timm
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from revnets.cli import app
 from revnets.layers import convert
+from revnets.models.small_stem import small_stem
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,23 @@ def test_from_a_checkpoint_to_plain_weights(folder: Path, tmp_path: Path) -> Non
     result = prune("test_resnet", "--checkpoint", output, *line[3:], "--pattern", "1:4", "--output", again)
     assert result.exit_code == 0, result.output
     assert json.loads(again.with_suffix(".json").read_text())["sparsity"] >= 0.75
+
+
+def test_network_with_a_small_stem(folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", num_classes=2, channels=[8, 8, 8, 8], stem_width=8)
+    small_stem(model, 2)
+    args = {"model": "resnet18", "model_kwargs": {"channels": [8, 8, 8, 8], "stem_width": 8}, "small_stem": 2}
+    torch.save(
+        {"state_dict": model.state_dict(), "args": {**args, "num_classes": 2, "img_size": 32}}, tmp_path / "a.pth"
+    )
+    output, data = tmp_path / "pruned.safetensors", folder / "data"
+    for checkpoint in (tmp_path / "a.pth", output):
+        line = ("resnet18", "--checkpoint", checkpoint, "--data", data, "--sparsity", "0.5", "--output", output)
+        result = prune(*line, "--method", "magnitude", "--max-passes", "1")
+        assert result.exit_code == 0, result.output
+    model.load_state_dict(load_file(output))
+    assert model.conv1.stride == (2, 2)
 
 
 @pytest.mark.parametrize(
