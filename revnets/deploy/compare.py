@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from .compressed import compress
 from .engines import ENGINES, Runner, get_engine, module_runner, sparse_graph, torch_threads, verify
 from .graph import export_graph
-from .kernel import ConvCall, Geometry, kernel_problem, kernel_target, load_kernel
+from .kernel import Geometry, kernel_problem, kernel_target, load_kernel
+from .plan import ConvCall
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 EAGER, COMPILED = "torch eager", "torch compiled"

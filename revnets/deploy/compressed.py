@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernel import ConvCall, Geometry, kernel_problem, warn_of_dense_path
+from .kernel import Geometry, kernel_problem, warn_of_dense_path
+from .plan import ConvCall
 
 MAX_COLUMNS = 2**15  # of int16
 MAX_POSITIONS = 2**31  # of int32 offsets into the padded input

@@ -1,4 +1,4 @@
-"""The C++ kernel of ``sparse_conv.cpp``: compiled where a compiler is at hand, at its first use, then kept."""
+"""The C++ kernel (``sparse_conv.cpp``, its headers): compiled at its first use where a compiler is, then kept."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from filelock import FileLock
-from torch import Tensor
 
 SOURCE = Path(__file__).with_name("sparse_conv.cpp")
+HEADERS = [SOURCE.with_name(f"{name}.h") for name in ("vectors", "call", "convolution", "depthwise")]
 COMPILER_VARIABLE = "REVNETS_CXX"
 CACHE_VARIABLE = "REVNETS_CACHE"
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "hardsigmoid", "silu", "sigmoid")
@@ -41,14 +40,14 @@ class KernelUnavailable(RuntimeError):
     """The kernel cannot be built here; the message says why."""
 
 
-class _Call(ctypes.Structure):
-    """``Call`` of the source."""
+class CallStruct(ctypes.Structure):
+    """``Call`` of ``call.h``."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "values", "columns", "rows", "bias", "residual", "y")),
         *((name, ctypes.c_int64) for name in ("n", "c_in", "h", "w", "c_out", "h_out", "w_out")),
         *((name, ctypes.c_int64) for name in ("kh", "kw", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w")),
-        *((name, ctypes.c_int64) for name in ("groups", "activation", "threads")),
+        *((name, ctypes.c_int64) for name in ("groups", "activation", "kind", "chunk")),
     ]
 
 
@@ -62,7 +61,7 @@ def load_kernel() -> ctypes.CDLL:
         KernelUnavailable: where there is no compiler, or none that can compile it.
     """
     compiler = _compiler()
-    source = SOURCE.read_bytes()
+    source = b"".join(path.read_bytes() for path in (SOURCE, *HEADERS))
     key = hashlib.sha256(source + "\n".join([*compiler, *_OPTIONS, str(_ATTEMPTS), _machine()]).encode())
     name = f"sparse_conv-{key.hexdigest()[:16]}.so"
     folder = cache_folder()
@@ -171,7 +170,9 @@ def _checked(path: Path) -> ctypes.CDLL:
         raise KernelUnavailable(str(error)) from error
     library.revnets_target.restype = ctypes.c_char_p
     library.revnets_call_size.restype = ctypes.c_int64
-    if library.revnets_call_size() != ctypes.sizeof(_Call):
+    library.revnets_run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+    library.revnets_run.restype = None
+    if library.revnets_call_size() != ctypes.sizeof(CallStruct):
         raise KernelUnavailable(f"{path} was compiled from another version of {SOURCE.name}: delete it")
     return library
 
@@ -205,59 +206,3 @@ class Geometry:
         one_per_group = self.groups == self.in_channels == self.out_channels
         square = self.kernel_size in ((3, 3), (5, 5), (7, 7)) and self.stride in ((1, 1), (2, 2))
         return one_per_group and square and self.dilation == (1, 1)
-
-
-class ConvCall:
-    """A convolution of the kernel with its weights: ``activation(conv(x) + bias + residual)``.
-
-    Args:
-        geometry: of the convolution.
-        values: non-zero weights, row after row; of depthwise ones all, ``(C, 1, k, k)``.
-        columns: int16, where each is in its flattened row ``(C_in / groups, k, k)``; None for depthwise ones.
-        rows: int32, where each output channel's weights begin, and the end; None for depthwise ones.
-        bias: ``(C_out,)`` or None.
-        activation: one of ``ACTIVATIONS``.
-    """
-
-    def __init__(
-        self,
-        geometry: Geometry,
-        values: Tensor,
-        columns: Tensor | None,
-        rows: Tensor | None,
-        bias: Tensor | None,
-        activation: str = "none",
-    ) -> None:
-        library = load_kernel()
-        self.geometry = geometry
-        self._function = library.revnets_depthwise_conv if columns is None else library.revnets_sparse_conv
-        self._kept = [None if t is None else t.contiguous() for t in (values, columns, rows, bias)]
-        self._activation = ACTIVATIONS.index(activation)
-        self._templates: dict[tuple[int, ...], tuple[_Call, tuple[int, ...]]] = {}
-
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``(N, C_in, H, W)`` to ``(N, C_out, H_out, W_out)``, both contiguous; float32, on the CPU."""
-        x = x.contiguous()
-        key = (*x.shape, torch.get_num_threads())
-        template, shape = self._templates.get(key) or self._template(key)
-        y = torch.empty(shape)
-        call = _Call.from_buffer_copy(template)  # calls may come from several threads
-        call.x, call.y = x.data_ptr(), y.data_ptr()
-        if residual is not None:
-            residual = residual.contiguous()
-            call.residual = residual.data_ptr()
-        if y.numel():
-            self._function(ctypes.byref(call))
-        return y
-
-    def _template(self, key: tuple[int, ...]) -> tuple[_Call, tuple[int, ...]]:
-        """What calls on inputs of one shape have in common, and the shape of the output."""
-        g, (n, channels, height, width, threads) = self.geometry, key
-        if channels != g.in_channels:
-            raise ValueError(f"input of {channels} channels: the convolution expects {g.in_channels}")
-        size = g.output_size(height, width)
-        pointers = [0 if t is None else t.data_ptr() for t in self._kept]
-        numbers = (*g.kernel_size, *g.stride, *g.padding, *g.dilation, g.groups, self._activation, threads)
-        template = _Call(None, *pointers, None, None, n, channels, height, width, g.out_channels, *size, *numbers)
-        self._templates[key] = template, (n, g.out_channels, *size)
-        return self._templates[key]

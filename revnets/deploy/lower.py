@@ -10,18 +10,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from .compressed import (
     MAX_COLUMNS,
     MAX_POSITIONS,
     compress,
-    conv_geometry,
     density,
-    depthwise_geometry,
 )
 from .graph import ATEN, add_constant, argument, calls, clean, constant
-from .kernel import ConvCall, Geometry
+from .kernel import Geometry
+from .plan import ConvCall
 
 OPS = torch.ops.revnets
 _ACTIVATIONS: dict[Any, str] = {
@@ -336,56 +335,3 @@ def _replace(graph: fx.GraphModule, first: fx.Node, last: fx.Node, new: fx.Node,
 def _leads_from(first: fx.Node, node: fx.Node) -> bool:
     """Whether a node is the convolution, or is what was fused directly behind it."""
     return node is first or (first in node.all_input_nodes and list(first.users) == [node])
-
-
-# --- the calls -------------------------------------------------------------------------------------------------------
-
-
-class _Bound(nn.Module):
-    """A convolution of the kernel with its weights, ready to be called."""
-
-    def __init__(self, call: ConvCall) -> None:
-        super().__init__()
-        self._call = call
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self._call(x, residual)
-
-    __call__ = forward  # no hooks: layers take microseconds
-
-
-def bind(graph: fx.GraphModule) -> fx.GraphModule:
-    """The graph with the kernel's operators replaced by prepared calls, in place: less time per layer, same numbers."""
-    number = 0
-    for node in calls(graph, OPS.sparse_conv2d.default, OPS.depthwise_conv2d.default):
-        x, residual = node.args[0], argument(node, "residual")
-        call = _prepared(graph, node)
-        if call is None:
-            continue
-        name = f"kernel_{number}"
-        graph.add_module(name, _Bound(call))
-        with graph.graph.inserting_before(node):
-            new = graph.graph.call_module(name, (x, residual))
-        new.meta.update(node.meta)
-        node.replace_all_uses_with(new)
-        graph.graph.erase_node(node)
-        number += 1
-    clean(graph)
-    return graph
-
-
-def _prepared(graph: fx.GraphModule, node: fx.Node) -> ConvCall | None:
-    bias = constant(graph, argument(node, "bias"))
-    activation = argument(node, "activation")
-    if node.target == OPS.depthwise_conv2d.default:
-        weight = constant(graph, argument(node, "weight"))
-        if weight is None:
-            return None
-        geometry = depthwise_geometry(weight, argument(node, "stride"), argument(node, "padding"))
-        return ConvCall(geometry, weight, None, None, bias, activation)
-    values, columns, rows = (constant(graph, argument(node, name)) for name in ("values", "columns", "rows"))
-    source = node.args[0].meta.get("val")  # type: ignore[union-attr]
-    if values is None or columns is None or rows is None or not isinstance(source, Tensor):
-        return None
-    settings = [argument(node, name) for name in ("kernel_size", "stride", "padding", "dilation", "groups")]
-    return ConvCall(conv_geometry(source, rows, *settings), values, columns, rows, bias, activation)

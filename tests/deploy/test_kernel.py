@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from revnets.deploy import kernel
+from revnets.deploy import kernel, plan
 from revnets.deploy.compressed import activate, compress, decompress
-from revnets.deploy.kernel import ACTIVATIONS, ConvCall, Geometry, KernelUnavailable, kernel_problem
+from revnets.deploy.kernel import ACTIVATIONS, Geometry, KernelUnavailable, kernel_problem
+from revnets.deploy.plan import ConvCall
 
 from .nets import pruned_weight
 
@@ -244,7 +245,7 @@ def test_other_vector_widths(flags: str, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(kernel, "_ATTEMPTS", [attempt])
     monkeypatch.setenv(kernel.CACHE_VARIABLE, str(tmp_path))
     library = kernel.load_kernel.__wrapped__()
-    monkeypatch.setattr(kernel, "load_kernel", lambda: library)
+    monkeypatch.setattr(plan, "load_kernel", lambda: library)
     for g in (Geometry(8, 9), Geometry(4, 6, (3, 3), (2, 2), (1, 1)), Geometry(6, 6, (3, 3), (1, 1), (1, 1), groups=6)):
         for size in (3, 7, 20):
             x, weight, bias, residual = operands(g, 2, size, size, 0.5, size)

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 import revnets
+from revnets.deploy.bind import bind
 from revnets.deploy.engines import load
 from revnets.deploy.graph import ATEN, ExportError, calls, export_graph, export_program, worst_error
 from revnets.deploy.kernel import kernel_problem
-from revnets.deploy.lower import OPS, bind, lower
+from revnets.deploy.lower import OPS, lower
 
 from .nets import Net, Odd, evaluated, images, pruned_weight
 

@@ -1,0 +1,85 @@
+// A layer as Python hands it over, and the threads that compute it together.
+
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+#include "vectors.h"
+
+extern "C" {
+
+enum Kind { kConvolution = 0, kDepthwise = 1, kMean = 2 };
+
+// One layer. Weights of a convolution: the flattened (C_in / groups, kh, kw) of a group is cut into chunks of `chunk`
+// inputs; of chunk j and output channel o, values[i] is the weight of input j * chunk + columns[i], for i from
+// rows[j * c_out + o] to rows[j * c_out + o + 1]. Depthwise: values are (C, kh, kw), dense. bias and residual (of the
+// output's shape, added before the activation) may be null.
+struct Call {
+  const float* x;
+  const float* values;
+  const int16_t* columns;
+  const int32_t* rows;
+  const float* bias;
+  const float* residual;
+  float* y;
+  int64_t n, c_in, h, w;
+  int64_t c_out, h_out, w_out;
+  int64_t kh, kw, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups;
+  int64_t activation, kind, chunk;
+};
+
+}  // extern "C"
+
+namespace {
+
+// Waits until all threads have come here. They meet within microseconds, so that they spin; where there are fewer
+// cores than threads, or another program has one of them, they let others run.
+class Barrier {
+ public:
+  explicit Barrier(int threads) : threads_(threads) {}
+  void wait() {
+    const int turn = turn_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      turn_.store(turn + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) {
+      if (spins > kSpins) {
+        std::this_thread::yield();
+      } else {
+#if defined(__x86_64__) || defined(__i386__)
+        __builtin_ia32_pause();
+#endif
+      }
+    }
+  }
+
+ private:
+  static constexpr int kSpins = 4000;  // some 50 to 100 microseconds
+  const int threads_;
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<int> turn_{0};
+};
+
+// One of `size` threads that share a layer.
+struct Member {
+  int64_t id, size;
+  // its part of so many things
+  int64_t begin(int64_t things) const { return things * id / size; }
+  int64_t end(int64_t things) const { return things * (id + 1) / size; }
+};
+
+// Memory of the thread, aligned, kept: allocating pages costs more than a small convolution.
+float* scratch(int64_t size) {
+  static thread_local std::vector<float> floats;
+  size += 2 * kLanes;
+  if (static_cast<int64_t>(floats.size()) < size) floats.resize(size);
+  float* start = floats.data();
+  return start + -reinterpret_cast<uintptr_t>(start) / sizeof(float) % kLanes;
+}
+
+}  // namespace

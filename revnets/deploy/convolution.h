@@ -1,0 +1,225 @@
+// Convolutions with compressed weights: every output channel is a list of (input, weight) pairs.
+//
+// The input stays in CHW order, so that one non-zero weight multiplies a run of neighbouring pixels: a block of up to
+// eight vectors of them stays in registers while the row's weights are broadcast one at a time, zeros never being
+// touched (the layout of Elsen et al., "Fast Sparse ConvNets", arXiv 1911.09723). The pixels of a block are first
+// packed into a panel: a line per input channel and tap, aligned, as many lines as fit into the first cache, where all
+// output channels find them (a load from the second cache takes as long as two multiplications). Kernel size, stride,
+// padding and dilation matter to the packing alone.
+
+#pragma once
+
+#include "call.h"
+
+namespace {
+
+constexpr int kVectors = 8;                    // of a block, at most
+constexpr int64_t kPanel = 10240;              // floats of a panel, about
+constexpr int64_t kBlock = kVectors * kLanes;  // pixels
+
+bool is_pointwise(const Call& c) {
+  return c.kh == 1 && c.kw == 1 && c.stride_h == 1 && c.stride_w == 1 && !c.pad_h && !c.pad_w;
+}
+
+// How the output's plane is cut into blocks of whole vectors, shared out evenly.
+struct Blocks {
+  int64_t pixels, vectors, count, largest;
+  explicit Blocks(const Call& c) {
+    pixels = c.h_out * c.w_out;
+    vectors = (pixels + kLanes - 1) / kLanes;
+    const int64_t most = std::max<int64_t>(4, std::min<int64_t>(kVectors, kPanel / kLanes / c.chunk));
+    count = (vectors + most - 1) / most;
+    largest = (vectors + count - 1) / count;
+  }
+  int64_t first_vector(int64_t block) const { return block * vectors / count; }
+  int64_t start(int64_t block) const { return std::min(first_vector(block) * kLanes, pixels); }
+};
+
+// Neighbouring pixels of the output.
+struct Block {
+  int64_t start, length, vectors;
+};
+
+// Parts of a block that lie in one row of the output.
+struct Run {
+  int64_t row, column, length;
+};
+
+// --- packing ---------------------------------------------------------------------------------------------------------
+
+// The input's pixels under one tap, for a run.
+inline void pack_run(const Call& c, const float* x, const Run& run, int64_t tap_h, int64_t tap_w, float* to) {
+  const int64_t row = run.row * c.stride_h + tap_h - c.pad_h, column = run.column * c.stride_w + tap_w - c.pad_w;
+  if (row < 0 || row >= c.h) {
+    for (int64_t k = 0; k < run.length; ++k) to[k] = 0.0f;
+    return;
+  }
+  const float* line = x + row * c.w + column;  // its pixel k * stride_w belongs to position k
+  int64_t begin = 0, end = run.length;
+  if (column < 0) begin = std::min(end, (-column + c.stride_w - 1) / c.stride_w);
+  if (column + (end - 1) * c.stride_w >= c.w) end = std::max(begin, (c.w - column + c.stride_w - 1) / c.stride_w);
+  for (int64_t k = 0; k < begin; ++k) to[k] = 0.0f;
+  if (c.stride_w == 1) {
+    copy(to + begin, line + begin, end - begin);
+  } else if (c.stride_w == 2) {
+    copy_even(to + begin, line + 2 * begin, end - begin);
+  } else {
+    for (int64_t k = begin; k < end; ++k) to[k] = line[k * c.stride_w];
+  }
+  for (int64_t k = end; k < run.length; ++k) to[k] = 0.0f;
+}
+
+// Lines of the panel for inputs `first` to `last` of the group whose first channel is x. The last vector of a line ends
+// with the block's last pixel: where that is no whole number of vectors, it repeats some of the one before.
+void pack(const Call& c, const Block& b, const float* x, int64_t first, int64_t last, int64_t pitch, float* panel) {
+  const int64_t plane = c.h * c.w, tail = b.length - kLanes, before = (b.vectors - 1) * kLanes;
+  if (is_pointwise(c) && b.length >= kLanes) {
+    for (int64_t i = first; i < last; ++i, panel += pitch) {
+      const float* from = x + i * plane + b.start;
+      for (int64_t p = 0; p < before; p += kLanes) store(panel + p, load(from + p));
+      store(panel + before, load(from + tail));
+    }
+    return;
+  }
+  Run runs[kBlock];
+  int64_t count = 0;
+  for (int64_t p = b.start, end = b.start + b.length; p < end; p += runs[count++].length) {
+    const int64_t row = p / c.w_out, column = p - row * c.w_out;
+    runs[count] = {row, column, std::min(end - p, c.w_out - column)};
+  }
+  const int64_t taps = c.kh * c.kw;
+  for (int64_t k = first; k < last; ++k, panel += pitch) {
+    const int64_t channel = k / taps, tap = k - channel * taps;
+    const int64_t tap_h = tap / c.kw * c.dil_h, tap_w = tap % c.kw * c.dil_w;
+    float* to = panel;
+    for (int64_t r = 0; r < count; to += runs[r++].length) pack_run(c, x + channel * plane, runs[r], tap_h, tap_w, to);
+    if (tail >= 0 && tail < before) store(panel + before, load(panel + tail));
+  }
+}
+
+// --- multiplying -----------------------------------------------------------------------------------------------------
+
+// A chunk of a block.
+struct Work {
+  const float* panel;
+  int64_t pitch;          // of its lines
+  const int32_t* rows;    // of the chunk
+  int64_t begin, end;     // output channels
+  float* sums;            // of the chunks before: kVectors vectors per output channel from `begin`
+  bool first, last;       // chunk
+  int64_t length;         // pixels of the block
+  int64_t plane;          // of the output
+  int64_t y;              // the block's first pixel in the output's first channel
+};
+
+template <int kNumber>
+void multiply(const Call& c, const Work& work) {
+  const int64_t tail = work.length - kLanes, pitch = work.pitch * sizeof(float);
+  const char* panel = reinterpret_cast<const char*>(__builtin_assume_aligned(work.panel, REVNETS_VECTOR));
+  const Range range(c.activation);
+  float* sums = work.sums;
+  int64_t y = work.y + work.begin * work.plane;
+  for (int64_t o = work.begin; o < work.end; ++o, sums += kNumber * kLanes, y += work.plane) {
+    vec sum[kNumber];
+    if (work.first) {
+      const vec first = same(c.bias ? c.bias[o] : 0.0f);
+      for (int j = 0; j < kNumber; ++j) sum[j] = first;
+    } else {
+      for (int j = 0; j < kNumber; ++j) sum[j] = load(sums + j * kLanes);
+    }
+    const int32_t end = work.rows[o + 1];
+    for (int32_t i = work.rows[o]; i < end; ++i) {
+      const vec* from = reinterpret_cast<const vec*>(panel + c.columns[i] * pitch);
+      const vec weight = same(c.values[i]);
+      for (int j = 0; j < kNumber; ++j) sum[j] += weight * from[j];
+    }
+    if (!work.last) {
+      for (int j = 0; j < kNumber; ++j) store(sums + j * kLanes, sum[j]);
+      continue;
+    }
+    const float* residual = c.residual ? c.residual + y : nullptr;
+    if (kNumber == 1 && tail < 0) {
+      store_end(range, sum[0], residual, c.y + y, work.length);
+    } else {
+      if (residual) {
+        for (int j = 0; j < kNumber - 1; ++j) sum[j] += load(residual + j * kLanes);
+        sum[kNumber - 1] += load(residual + tail);
+      }
+      for (int j = 0; j < kNumber - 1; ++j) store(c.y + y + j * kLanes, range(sum[j]));
+      store(c.y + y + tail, range(sum[kNumber - 1]));
+    }
+    finish(c.y + y, work.length, c.activation);
+  }
+}
+
+void multiply_any(const Call& c, const Work& work) {
+  switch ((work.length + kLanes - 1) / kLanes) {
+    case 1: return multiply<1>(c, work);
+    case 2: return multiply<2>(c, work);
+    case 3: return multiply<3>(c, work);
+    case 4: return multiply<4>(c, work);
+    case 5: return multiply<5>(c, work);
+    case 6: return multiply<6>(c, work);
+    case 7: return multiply<7>(c, work);
+    default: return multiply<8>(c, work);
+  }
+}
+
+// --- sharing out -----------------------------------------------------------------------------------------------------
+
+// Output channel where the share `part / parts` of a group's work is reached.
+int64_t boundary(const Call& c, int64_t chunks, int64_t group, int64_t part, int64_t parts) {
+  const int64_t outputs = c.c_out / c.groups, first = group * outputs;
+  const auto work = [&](int64_t outputs_before) {
+    int64_t sum = 2 * chunks * outputs_before;  // a row costs its weights and its store
+    for (int64_t j = 0; j < chunks; ++j) sum += c.rows[j * c.c_out + first + outputs_before] - c.rows[j * c.c_out + first];
+    return sum;
+  };
+  if (part <= 0 || part >= parts) return first + (part <= 0 ? 0 : outputs);
+  const int64_t all = work(outputs);
+  int64_t low = 0, high = outputs;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (work(middle) * parts < all * part) low = middle + 1; else high = middle;
+  }
+  return first + low;
+}
+
+// The member's share: whole blocks, of the first and the last perhaps a part of the output channels.
+void run_convolution(const Call& c, const Member& member) {
+  const int64_t inputs = c.c_in / c.groups * c.kh * c.kw, chunks = (inputs + c.chunk - 1) / c.chunk;
+  const Blocks blocks(c);
+  const int64_t pitch = blocks.largest * kLanes, panel_size = std::min(c.chunk, inputs) * pitch;
+  float* panel = scratch(panel_size + (chunks > 1 ? c.c_out / c.groups * pitch : 0));
+  const int64_t planes = c.n * c.groups, total = planes * blocks.vectors;
+  const int64_t begin = total * member.id, end = total * (member.id + 1);  // in vectors / member.size
+  for (int64_t piece = begin / member.size / blocks.vectors * blocks.count; piece < planes * blocks.count; ++piece) {
+    const int64_t index = piece % blocks.count, image = piece / blocks.count / c.groups;
+    const int64_t group = piece / blocks.count % c.groups;
+    const int64_t vectors = blocks.first_vector(index + 1) - blocks.first_vector(index);
+    const int64_t from = (piece / blocks.count * blocks.vectors + blocks.first_vector(index)) * member.size;
+    if (from >= end) break;
+    const int64_t all = vectors * member.size;
+    if (from + all <= begin) continue;
+    const Block block = {blocks.start(index), blocks.start(index + 1) - blocks.start(index), vectors};
+    Work work;
+    work.panel = panel;
+    work.pitch = pitch;
+    work.begin = boundary(c, chunks, group, begin - from, all);
+    work.end = boundary(c, chunks, group, end - from, all);
+    work.sums = panel + panel_size;
+    work.length = block.length;
+    work.plane = blocks.pixels;
+    work.y = image * c.c_out * blocks.pixels + block.start;
+    const float* x = c.x + (image * c.groups + group) * (c.c_in / c.groups) * c.h * c.w;
+    for (int64_t j = 0; j < std::max<int64_t>(chunks, 1); ++j) {
+      pack(c, block, x, j * c.chunk, std::min(inputs, (j + 1) * c.chunk), pitch, panel);
+      work.rows = c.rows + j * c.c_out;
+      work.first = j == 0;
+      work.last = j + 1 >= chunks;
+      multiply_any(c, work);
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,151 @@
+// Vectors of floats, copies of lines, activations. GCC's vector extensions (also clang's): AVX-512, AVX2, NEON or what
+// else the compiler targets.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#define REVNETS_VECTOR 64
+#define REVNETS_TARGET "AVX-512"
+#elif defined(__AVX__)
+#define REVNETS_VECTOR 32
+#define REVNETS_TARGET "AVX2"
+#elif defined(__ARM_NEON)
+#define REVNETS_VECTOR 16
+#define REVNETS_TARGET "NEON"
+#else
+#define REVNETS_VECTOR 16
+#define REVNETS_TARGET "portable"
+#endif
+
+namespace {
+
+typedef float vec __attribute__((vector_size(REVNETS_VECTOR)));
+typedef float loose __attribute__((vector_size(REVNETS_VECTOR), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(REVNETS_VECTOR)));
+
+constexpr int kLanes = REVNETS_VECTOR / 4;
+
+inline vec load(const float* p) { return *reinterpret_cast<const loose*>(p); }
+inline void store(float* p, vec v) { *reinterpret_cast<loose*>(p) = v; }
+inline vec same(float value) { return value - vec{}; }
+// the order of operands keeps NaN: a comparison with it is false
+inline vec clamp(vec v, vec low, vec high) {
+  v = v < low ? low : v;
+  return v > high ? high : v;
+}
+inline vec clamp(vec v, float low, float high) { return clamp(v, same(low), same(high)); }
+
+inline int64_t round_up(int64_t number, int64_t step) { return (number + step - 1) / step * step; }
+
+// Floats from one place to another, without the call that memcpy is: lines are short.
+inline void copy(float* to, const float* from, int64_t length) {
+  if (length >= kLanes) {
+    for (int64_t k = 0; k + kLanes < length; k += kLanes) store(to + k, load(from + k));
+    store(to + length - kLanes, load(from + length - kLanes));  // the last two may overlap
+  } else if (length >= 8) {
+    std::memcpy(to, from, 32);
+    std::memcpy(to + length - 8, from + length - 8, 32);
+  } else if (length >= 4) {
+    std::memcpy(to, from, 16);
+    std::memcpy(to + length - 4, from + length - 4, 16);
+  } else {
+    for (int64_t k = 0; k < length; ++k) to[k] = from[k];
+  }
+}
+
+// Elements 0, 2, ... of the first vector, then 1, 3, ... of the second.
+inline vec even_of(vec a, vec b) {
+  ivec index;
+  for (int j = 0; j < kLanes; ++j) index[j] = 2 * j < kLanes ? 2 * j : 2 * j + 1;
+#if defined(__clang__)
+  vec out;
+  for (int j = 0; j < kLanes; ++j) out[j] = index[j] < kLanes ? a[index[j]] : b[index[j] - kLanes];
+  return out;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
+// Every other float.
+inline void copy_even(float* __restrict to, const float* __restrict from, int64_t length) {
+  if (length < kLanes) {
+    for (int64_t k = 0; k < length; ++k) to[k] = from[2 * k];
+    return;
+  }
+  for (int64_t k = 0; k < length; k += kLanes) {
+    const int64_t start = std::min(k, length - kLanes);
+    const float* at = from + 2 * start;  // the second vector starts one earlier: nothing beyond the last is read
+    store(to + start, even_of(load(at), load(at + kLanes - 1)));
+  }
+}
+
+// e^v: 2^k * e^r with |r| <= ln(2) / 2, e^r by its Taylor polynomial of degree 7
+inline vec exponential(vec v) {
+  v = clamp(v, -87.0f, 88.0f);
+  const vec t = v * 1.44269504f;
+  const ivec k = __builtin_convertvector(t + (t < 0.0f ? same(-0.5f) : same(0.5f)), ivec);
+  const vec n = __builtin_convertvector(k, vec);
+  const vec r = v - n * 0.693359375f + n * 2.12194440e-4f;
+  vec p = same(1.98412698e-4f);
+  p = p * r + 1.38888889e-3f;
+  p = p * r + 8.33333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 1.66666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return p * reinterpret_cast<vec>((k + 127) << 23);
+}
+
+enum Activation { kNone = 0, kRelu = 1, kRelu6 = 2, kHardswish = 3, kHardsigmoid = 4, kSilu = 5, kSigmoid = 6 };
+
+// ReLU, ReLU6 and none are a range, applied in registers; see also finish.
+struct Range {
+  vec low, high;
+  explicit Range(int64_t activation) {
+    const float infinity = __builtin_inff();
+    low = same(activation == kRelu || activation == kRelu6 ? 0.0f : -infinity);
+    high = same(activation == kRelu6 ? 6.0f : infinity);
+  }
+  vec operator()(vec v) const { return clamp(v, low, high); }
+};
+
+template <typename Function>
+inline void map(float* y, int64_t length, Function function) {
+  int64_t k = 0;
+  for (; k + kLanes <= length; k += kLanes) store(y + k, function(load(y + k)));
+  if (k == length) return;
+  float rest[kLanes] = {};
+  std::memcpy(rest, y + k, (length - k) * sizeof(float));
+  store(rest, function(load(rest)));
+  std::memcpy(y + k, rest, (length - k) * sizeof(float));
+}
+
+// The other activations, on what has just been written and is still in the first cache.
+__attribute__((noinline)) void finish_others(float* y, int64_t length, int64_t activation) {
+  const auto gate = [](vec v) { return clamp(v + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f); };
+  switch (activation) {
+    case kHardswish: return map(y, length, [&](vec v) { return v * gate(v); });
+    case kHardsigmoid: return map(y, length, gate);
+    case kSilu: return map(y, length, [](vec v) { return v / (1.0f + exponential(-v)); });
+    case kSigmoid: return map(y, length, [](vec v) { return 1.0f / (1.0f + exponential(-v)); });
+  }
+}
+
+inline void finish(float* y, int64_t length, int64_t activation) {
+  if (activation > kRelu6) finish_others(y, length, activation);
+}
+
+// A vector of which only the first `length` pixels exist in the output.
+__attribute__((noinline)) void store_end(const Range& range, vec v, const float* residual, float* y, int64_t length) {
+  float buffer[kLanes] = {};
+  if (residual) std::memcpy(buffer, residual, length * sizeof(float));
+  store(buffer, range(v + load(buffer)));
+  std::memcpy(y, buffer, length * sizeof(float));
+}
+
+}  // namespace
