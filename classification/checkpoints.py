@@ -158,7 +158,7 @@ class Saver(CheckpointSaver):
             state[self.amp_scaler.state_dict_key] = self.amp_scaler.state_dict()
         if self.sparsity is not None:
             state["sparsity"] = self.sparsity.state_dict()
-        with writing(save_path), whole_file(Path(save_path)) as path, path.open("wb") as file:
+        with whole_file(Path(save_path)) as path, path.open("wb") as file:
             torch.save(state, file)
 
     def _duplicate(self, src: str, dst: str) -> None:

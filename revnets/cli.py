@@ -3,9 +3,24 @@
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 
+from .training.integrity import NotWritten
+
+
+class _Commands(typer.core.TyperGroup):
+    """Commands that say in one sentence which file could not be written."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except NotWritten as error:
+            _fail(error)
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Memory-efficient vision backbones: measure what they need.",
     no_args_is_help=True,
     add_completion=False,

@@ -1,7 +1,11 @@
 """Damage is found, wherever it is; a full disk is said."""
 
 import errno
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,3 +59,70 @@ def test_a_device_without_space() -> None:
     words = "No space left on device"
     with pytest.raises(NotWritten, match=words), writing("/dev/full"), open("/dev/full", "wb") as file:
         torch.save({"weight": torch.randn(64, 64)}, file)
+
+
+@contextmanager
+def space(size: int) -> Iterator[None]:
+    """Inside, the system refuses files larger than so many bytes, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def summary(folder: Path) -> None:
+    from classification.report import Summary
+
+    Summary(folder).add({"epoch": 0.0, "train_loss": 1.0})
+
+
+def curves(folder: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
+    from classification.report import draw_curves
+
+    draw_curves(folder, [{"epoch": 0.0, "train_loss": 1.0}], "run")
+
+
+def options(folder: Path) -> None:
+    from classification.report import write_args
+
+    write_args(folder, {"model": "resnet18"})
+
+
+def detections(folder: Path) -> None:
+    from detection.report import write_summary
+
+    write_summary(folder, {"coco/bbox_mAP": 0.5})
+
+
+@pytest.mark.parametrize("save", [summary, curves, options, detections])
+def test_reports_that_find_no_space(
+    save: Callable[[Path], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from classification.errors import guarded
+
+    def full() -> None:
+        with space(4):
+            save(tmp_path)
+
+    assert guarded(full) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"error: '{tmp_path}/" in said
+    assert "cannot be written (File too large): free space there" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_commands_that_find_no_space(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from revnets.cli import app
+
+    with space(4):
+        result = CliRunner().invoke(app, ["layers", "test_vit", "sparse_wide:0.75", "--output", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "revnets: '" in result.output
+    assert "cannot be written (File too large): free space there" in result.output
+    assert not list(tmp_path.iterdir())
