@@ -229,7 +229,7 @@ def _require(where: str, kind: str, number: int, entry: Any) -> None:
         else:
             fits = isinstance(value, (int, str)) if key in IDS else value is not None
         if not fits:
-            name = f"{WORDS[kind]} {given.get('id', f'number {number}')}"
+            name = f"{WORDS[kind]} {f'number {number}' if given.get('id') is None else given['id']}"
             expected = "text" if key in TEXTS else "a number"
             problem = f"has no '{key}'" if value is None else f"has {key} {value!r}, expected {expected}"
             raise UserError(f"{where}: {name} {problem}; COCO's format asks for it, correct the file.")

@@ -115,7 +115,7 @@ STOPS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "an object without image": (without("annotations", "image_id"), ("annotation 1", "'image_id'")),
     "a box that is no number": (without("annotations", "bbox", [0, 0, float("nan"), 1]), ("annotation 1", "nan")),
     "an object without mask": (without("annotations", "segmentation"), ("annotation 1", "'segmentation'", "masks")),
-    "an object without id": (without("annotations", "id"), ("train.json", "annotation", "'id'")),
+    "an object without id": (without("annotations", "id"), ("train.json", "annotation number 0 has no 'id'")),
     "two objects of one id": (twice("annotations"), ("train.json", "1 ids", "more than one annotation (1)")),
     "two images of one id": (twice("images"), ("train.json", "1 ids", "more than one image (1)")),
     "two categories of one id": (twice("categories"), ("train.json", "1 ids", "more than one category")),
