@@ -305,7 +305,12 @@ def test_a_run_is_not_overwritten(
     shutil.copy(weights["right"], saved)
     (tmp_path / "last_checkpoint").write_text(str(saved))
     refused(capsys, training.main([str(tiny), "--work-dir", str(tmp_path)]), "already holds a run", "--resume")
+    elsewhere = ["--resume", str(weights["other"])]
+    refused(capsys, training.main([str(tiny), "--work-dir", str(tmp_path), *elsewhere]), "already holds a run")
     assert saved.read_bytes() == weights["right"].read_bytes()
+    for more in (["--resume", str(saved)], [*elsewhere, "--overwrite"]):  # go on to the next check
+        code = training.main([str(tiny), "--work-dir", str(tmp_path), *more])
+        refused(capsys, code, "--resume", "no optimizer" if str(saved) in more else "another network")
 
 
 def test_what_was_overwritten_is_not_resumed(tmp_path: Path) -> None:
