@@ -4,18 +4,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import click
 import typer
+from typer.core import TyperGroup
 
 from .training.integrity import NotWritten
 
 Number = TypeVar("Number", int, float)
 
 
-class _Commands(typer.core.TyperGroup):
+class _Commands(TyperGroup):
     """Commands that say in one sentence which file could not be written."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except NotWritten as error:
