@@ -158,7 +158,7 @@ class Saver(CheckpointSaver):
             state[self.amp_scaler.state_dict_key] = self.amp_scaler.state_dict()
         if self.sparsity is not None:
             state["sparsity"] = self.sparsity.state_dict()
-        with writing(save_path), whole_file(Path(save_path)) as path, path.open("wb") as file:
+        with whole_file(Path(save_path)) as path, path.open("wb") as file:
             torch.save(state, file)
 
     def _duplicate(self, src: str, dst: str) -> None:
@@ -217,20 +217,29 @@ def by_age(folder: Path) -> list[Path]:
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The checkpoint to go on from: the newest whose checksums are right; damaged ones are warned of.
+    """The checkpoint to go on from: the newest that is whole and can be read; damaged ones are warned of.
 
     Raises:
         UserError: There are checkpoints, and all are damaged.
     """
     files = by_age(folder)
     for file in files:
-        problem = damage(file)
+        problem = damage(file) or _unreadable(file)
         if not problem:
             return file
         _logger.warning(f"--resume: '{file}' is damaged ({problem}); trying the one before it")
     if files:
         raise UserError(f"--resume: all checkpoints in '{folder}' are damaged; start anew with --overwrite.")
     return None
+
+
+def _unreadable(path: Path) -> str:
+    """Why a file cannot be read though its checksums are right: they do not cover the directory of the archive."""
+    try:
+        read_checkpoint(path, "--resume")
+    except UserError as error:
+        return one_line(error.__cause__ or error).split(". ")[0][:160]
+    return ""
 
 
 def remove_leftovers(folder: Path) -> None:

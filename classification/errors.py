@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from classification.images import UnreadableImages
-from revnets.training.integrity import NotWritten
+from revnets.training.integrity import NotWritten, writing
 from revnets.training.termination import TERMINATED, Terminated
 
 USER_ERROR = 2
@@ -76,18 +76,22 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     Yields:
         The path to write to.
+
+    Raises:
+        NotWritten: There is no space, say.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix="-" + path.name)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; a log folder is for everyone the umask lets in
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # else a machine that loses power may keep the name and not the content
-        os.replace(temporary, path)
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
+    with writing(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix="-" + path.name)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)  # mkstemp's are private; a log folder is for everyone the umask lets in
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())  # else a machine that loses power may keep the name and not the content
+            os.replace(temporary, path)
+        finally:
+            with suppress(FileNotFoundError):
+                temporary.unlink()

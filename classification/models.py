@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import pickle
 import sys
-import zipfile
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from classification.errors import UserError, did_you_mean, one_line
 from classification.options import TrainOptions, ValidateOptions
 from revnets.layers import convert, parse_layers
 from revnets.models.small_stem import small_stem
-from revnets.training.integrity import damage, forbidden
+from revnets.training.integrity import damage, forbidden, is_archive
 
 _logger = logging.getLogger("classification")
 
@@ -157,7 +156,7 @@ def read_checkpoint(path: str | Path, flag: str) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{flag}: there is no file '{path}'; give an existing checkpoint.")
-    problem = damage(path) if zipfile.is_zipfile(path) else ""
+    problem = damage(path) if is_archive(path) else ""
     if problem:
         raise UserError(f"{flag}: '{path}' cannot be read as a checkpoint: {problem}; give another.")
     try:

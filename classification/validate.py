@@ -29,6 +29,7 @@ from classification.models import build_model, check_model_fits, data_config, lo
 from classification.options import TrainOptions, ValidateOptions, from_checkpoint_args
 from classification.report import table
 from classification.runtime import memory_words, peak_memory, start_runtime
+from revnets.training.integrity import NotWritten, writing
 
 _logger = logging.getLogger("classification")
 DESCRIPTION = "Validate a timm model. With --checkpoint, the model and the data are those of the training unless given."
@@ -124,7 +125,8 @@ def _load(model: Any, checkpoint: Mapping[str, Any], options: ValidateOptions) -
 
 def _write(path: Path, results: Mapping[str, Any]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             if path.suffix == ".json":
                 json.dump(dict(results), file, indent=2)
@@ -132,8 +134,8 @@ def _write(path: Path, results: Mapping[str, Any]) -> None:
                 writer = csv.DictWriter(file, fieldnames=list(results))
                 writer.writeheader()
                 writer.writerow(results)
-    except OSError as error:
-        raise UserError(f"--results-file: '{path}' cannot be written ({error.strerror}); give another path.") from error
+    except NotWritten as error:
+        raise UserError(f"--results-file: {error}.") from error
 
 
 if __name__ == "__main__":

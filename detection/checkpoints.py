@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from classification.errors import UserError, one_line
-from revnets.training.integrity import damage, forbidden
+from revnets.training.integrity import damage, forbidden, is_archive
 
 _logger = logging.getLogger("detection")
 LAST = "last_checkpoint"
@@ -31,7 +30,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The checkpoint to go on from: the newest whose checksums are right; damaged ones are warned of.
+    """The checkpoint to go on from: the newest that is whole and can be read; damaged ones are warned of.
 
     Raises:
         UserError: There are checkpoints, and all are damaged.
@@ -41,11 +40,20 @@ def newest_whole(folder: Path) -> Path | None:
     files = sorted(_of_run(folder), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     last = newest(folder)
     for path in dict.fromkeys([last, *files] if last is not None else files):
-        problem = damage(path)
+        problem = damage(path) or _unreadable(path)
         if not problem:
             return path
         _logger.warning(f"--resume: '{path}' is damaged ({problem}); trying the one before it")
     raise UserError(f"--resume: all checkpoints in '{folder}' are damaged or gone; start anew with --overwrite.")
+
+
+def _unreadable(path: Path) -> str:
+    """Why a file cannot be read though its checksums are right: they do not cover the directory of the archive."""
+    try:
+        read(path, "--resume")
+    except UserError as error:
+        return one_line(error.__cause__ or error).split(". ")[0][:160]
+    return ""
 
 
 def _of_run(folder: Path) -> list[Path]:
@@ -84,12 +92,12 @@ def read(path: str | Path, option: str) -> Checkpoint:
     what = f"{option}: '{path}'"
     if not Path(path).is_file():
         raise UserError(f"{what} does not exist; give a checkpoint, such as epoch_12.pth in the folder of a run.")
-    problem = damage(path) if zipfile.is_zipfile(path) else ""
+    problem = damage(path) if is_archive(path) else ""
     if problem:
         raise UserError(f"{what} is damaged: {problem}; give another file.")
     try:
         with torch.serialization.safe_globals(get_torch_safe_globals()):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive(path))
     except pickle.UnpicklingError as error:
         if code := forbidden(error):
             raise UserError(

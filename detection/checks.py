@@ -22,12 +22,13 @@ from detection.checkpoints import Checkpoint
 
 _logger = logging.getLogger("detection")
 JPEG_END, PNG_END = b"\xff\xd9", b"IEND\xaeB`\x82"
-NEEDED = {  # keys of an entry, besides its id
+NEEDED = {  # keys of an entry
     "images": ("id", "file_name", "width", "height"),
-    "annotations": ("image_id", "category_id", "bbox", "area"),
+    "annotations": ("id", "image_id", "category_id", "bbox", "area"),
     "categories": ("id", "name"),
 }
-NUMBERS, IDS = ("width", "height", "area"), ("id", "image_id", "category_id")
+NUMBERS, IDS, TEXTS = ("width", "height", "area"), ("id", "image_id", "category_id"), ("file_name",)
+WORDS = {"images": "image", "annotations": "annotation", "categories": "category"}
 COCO_PARTS = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l", "mAP_copypaste")
 CELL = 32  # pixels of the coarsest map's cells, to which images are padded
 
@@ -210,6 +211,7 @@ def _read(split: Split) -> dict[str, Any]:
             raise UserError(f"{where} has no list '{key}', which COCO's format asks for; give a COCO file.")
         for number, entry in enumerate(content[key]):
             _require(where, key, number, entry)
+        _check_ids(where, key, content[key])
     if not content["images"]:
         raise UserError(f"{where} lists no images; there is nothing to {'train on' if split.training else 'measure'}.")
     return content
@@ -222,13 +224,25 @@ def _require(where: str, kind: str, number: int, entry: Any) -> None:
         value = given.get(key)
         if key in NUMBERS:
             fits = _is_number(value)
+        elif key in TEXTS:
+            fits = isinstance(value, str)
         else:
             fits = isinstance(value, (int, str)) if key in IDS else value is not None
         if not fits:
-            what = {"images": "image", "annotations": "annotation", "categories": "category"}[kind]
-            name = f"{what} {given.get('id', f'number {number}')}"
-            problem = f"has no '{key}'" if value is None else f"has {key} {value!r}, expected a number"
+            name = f"{WORDS[kind]} {f'number {number}' if given.get('id') is None else given['id']}"
+            expected = "text" if key in TEXTS else "a number"
+            problem = f"has no '{key}'" if value is None else f"has {key} {value!r}, expected {expected}"
             raise UserError(f"{where}: {name} {problem}; COCO's format asks for it, correct the file.")
+
+
+def _check_ids(where: str, kind: str, entries: Sequence[Mapping[str, Any]]) -> None:
+    """No two entries share an id: pycocotools would keep the last one alone, and measure wrongly without a word."""
+    twice = [each for each, count in Counter(entry["id"] for entry in entries).items() if count > 1]
+    if twice:
+        raise UserError(
+            f"{where}: {len(twice)} ids stand for more than one {WORDS[kind]} ({_some(twice)}); COCO's format asks for "
+            "different ones, number them anew."
+        )
 
 
 def _is_number(value: Any) -> bool:
@@ -260,8 +274,8 @@ def _check_annotations(split: Split, content: Mapping[str, Any]) -> Counter[Any]
     where = f"{split.name} data: '{split.annotations}'"
     usable: Counter[Any] = Counter()
     skipped: dict[str, list[Any]] = {}
-    for number, each in enumerate(content["annotations"]):
-        name = each.get("id", f"number {number}")
+    for each in content["annotations"]:
+        name = each["id"]
         image, box = images.get(each["image_id"]), each["bbox"]
         if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
             raise UserError(f"{where}: annotation {name} has bbox {box!r}, expected [x, y, width, height]; correct it.")

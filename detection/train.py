@@ -112,7 +112,7 @@ def train(argv: Sequence[str] | None = None) -> Result:
         if not any(isinstance(each, type(hook)) for each in runner.hooks):  # the configuration's has its own options
             runner.register_hook(hook)
     if runner.rank == 0:
-        if args.overwrite and not resumed:
+        if args.overwrite and not (resumed and _lies_in(cfg.load_from or "", folder)):
             checkpoints.forget(folder, cfg.get("load_from"))
         _announce(runner, cfg, resumed)
     with noise_kept_out(args.verbose):
@@ -132,15 +132,19 @@ def _resume(cfg: Any, args: argparse.Namespace, folder: Path) -> bool:
         else:
             cfg.load_from, cfg.resume = str(last), True
         return last is not None
-    if args.resume:
-        cfg.load_from, cfg.resume = args.resume, True
-        return True
-    if checkpoints.newest(folder) is not None and not args.overwrite:
+    own = args.resume and _lies_in(args.resume, folder)
+    if checkpoints.newest(folder) is not None and not args.overwrite and not own:
         raise UserError(
             f"--work-dir: '{folder}' already holds a run; add --resume to go on with it, --overwrite to start anew, "
             "or give another folder."
         )
+    if args.resume:
+        cfg.load_from, cfg.resume = args.resume, True
     return bool(cfg.get("resume"))
+
+
+def _lies_in(file: str, folder: Path) -> bool:
+    return Path(file).resolve().parent == folder.resolve()
 
 
 def _adapt(cfg: Any, args: argparse.Namespace) -> None:

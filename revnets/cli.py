@@ -1,11 +1,29 @@
 """The ``revnets`` command."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
+from typer.core import TyperGroup
+
+from .training.integrity import NotWritten
+
+Number = TypeVar("Number", int, float)
+
+
+class _Commands(TyperGroup):
+    """Commands that say in one sentence which file could not be written."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except NotWritten as error:
+            _fail(error)
+
 
 app = typer.Typer(
+    cls=_Commands,
     help="Memory-efficient vision backbones: measure what they need.",
     no_args_is_help=True,
     add_completion=False,
@@ -284,13 +302,13 @@ def bench_deploy(
     from .deploy import command
 
     try:
-        numbers = [[float(word) for word in text.replace(",", " ").split()] for text in (sparsity, threads)]
+        shares = _numbers("--sparsity", sparsity, float, "0,0.7,0.9")
+        counts = _numbers("--threads", threads, int, "1,2")
+        if min(counts) < 1:
+            raise ValueError(f"--threads {threads!r}: expected numbers from 1 on, separated by commas, such as 1,2")
         names = [word.strip() for word in engines.split(",") if word.strip()]
-        counts = [int(number) for number in numbers[1] if number >= 1]
-        if not numbers[0] or len(counts) != len(numbers[1]) or not counts:
-            raise ValueError(f"sparsity {sparsity!r}, threads {threads!r}: expected numbers such as 0,0.7,0.9 and 1,2")
         size = (batch_size, img_size, repeats, layers, output)
-        command.bench(command.BenchRequest(models, numbers[0], counts, names, *size))
+        command.bench(command.BenchRequest(models, shares, counts, names, *size))
     except ValueError as error:
         _fail(error)
 
@@ -306,10 +324,22 @@ def bench_two_to_four(
     from .deploy.semi_structured import compare_semi_structured
 
     try:
-        sizes = [int(word) for word in widths.replace(",", " ").split()]
+        sizes = _numbers("--widths", widths, int, "1024,2048")
         command.print_measurements("2:4 on the GPU, float16", compare_semi_structured(sizes, rows, repeats=repeats))
     except ValueError as error:
         _fail(error)
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Number], example: str) -> list[Number]:
+    """The numbers of an option, of which there is at least one."""
+    words = text.replace(",", " ").split()
+    try:
+        if words:
+            return [kind(word) for word in words]
+    except ValueError:
+        pass
+    what = "whole numbers" if kind is int else "numbers"
+    raise ValueError(f"{option} {text!r}: expected {what} separated by commas, such as {example}")
 
 
 def _fail(error: Exception) -> Any:

@@ -50,7 +50,6 @@ def run(source: Source, request: Request, with_data: bool) -> None:
         ValueError: one sentence, before long work where that can be.
     """
     _check(source, request, with_data)
-    folder = open_folder(source.output)
     model, trained = load_model(source)
     model.eval()
     x = _example(model, source, trained, request.batch_size or 1)
@@ -61,12 +60,18 @@ def run(source: Source, request: Request, with_data: bool) -> None:
     if request.int8:
         batches = calibration_batches(source, model, trained, request.images)
         name = f"{options.pop('name')}-int8"
-        small = quantize(model, batches, folder, name, request.images, request.calibration, **options)
+        small = quantize(model, batches, source.output, name, request.images, request.calibration, **options)
         _print_quantized(small)
         path, engine = small.path, "openvino" if request.engine == "openvino" else "onnxruntime"
     else:
         made = deploy(
-            model, x, folder, request.engine, tolerance=request.tolerance, max_density=request.max_density, **options
+            model,
+            x,
+            source.output,
+            request.engine,
+            tolerance=request.tolerance,
+            max_density=request.max_density,
+            **options,
         )
         _print_deployed(made)
         path, engine = made.path, made.engine

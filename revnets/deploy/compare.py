@@ -31,6 +31,7 @@ Progress = Callable[[Iterable[Any]], Iterable[Any]]
 EAGER, COMPILED = "torch eager", "torch compiled"
 EXPLOITS = {EAGER: "none", COMPILED: "none", **{name: engine.exploits for name, engine in ENGINES.items()}}
 
+_WARM_SECONDS = 0.06
 LAYERS = [  # input channels, output channels, side of the image: those of MobileNets and ResNet-50
     (32, 64, 112),
     (64, 128, 56),
@@ -164,11 +165,17 @@ def _compiled(graph: nn.Module, x: Tensor, threads: int) -> Runner:
 
 @torch.no_grad()
 def timed(functions: Sequence[Callable[[], Any]], repeats: int, progress: Progress = iter) -> list[tuple[float, float]]:
-    """Medians of the wall time and of the processor's time of each function, all of them by turns."""
+    """Medians of the wall time and of the processor's time of each function, all of them by turns.
+
+    Each is called for a while before it is timed: threads of the engine before go on spinning, on this one's cores.
+    """
     seconds: list[list[tuple[float, float]]] = [[] for _ in functions]
     for _ in progress(range(repeats)):
         for function, found in zip(functions, seconds, strict=True):
+            end = time.perf_counter() + _WARM_SECONDS
             function()
+            while time.perf_counter() < end:
+                function()
             wall, cpu = time.perf_counter(), time.process_time()
             function()
             found.append((time.perf_counter() - wall, time.process_time() - cpu))

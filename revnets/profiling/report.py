@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..training.integrity import writing
 from .fake import ProfileError
 from .fit import Fit
 from .predict import CATEGORIES
@@ -158,13 +159,18 @@ def open_folder(path: Path) -> Path:
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> Path:
-    """Let ``save`` write a file that appears at ``path`` complete or not at all."""
+    """Let ``save`` write a file that appears at ``path`` complete or not at all.
+
+    Raises:
+        NotWritten: there is no space, say.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        save(temporary)
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        try:
+            save(temporary)
+            temporary.rename(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     return path
 
 

@@ -225,6 +225,28 @@ def test_errors_are_one_sentence(arguments: tuple[Any, ...], message: str, check
     assert not list(tmp_path.iterdir())
 
 
+def test_an_unknown_model_leaves_no_folder(tmp_path: Path) -> None:
+    result = command("deploy", "nope", "--output", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "unknown model 'nope'" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--sparsity", "a", "--sparsity 'a': expected numbers separated by commas, such as 0,0.7,0.9"),
+        ("--sparsity", ",", "--sparsity ',': expected numbers"),
+        ("--threads", "1.5", "--threads '1.5': expected whole numbers separated by commas, such as 1,2"),
+        ("--threads", "0", "--threads '0': expected numbers from 1 on"),
+    ],
+)
+def test_lists_that_are_no_numbers(option: str, value: str, message: str) -> None:
+    result = command("bench-deploy", "test_vit", option, value)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
 @SLOW
 @onnx
 def test_int8_command(checkpoint: Path, tmp_path: Path) -> None:

@@ -94,6 +94,13 @@ def without(kind: str, key: str, value: Any = None) -> Change:
     return change
 
 
+def twice(kind: str) -> Change:
+    def change(content: dict[str, Any], data: Path) -> None:
+        content[kind][1]["id"] = content[kind][0]["id"]
+
+    return change
+
+
 STOPS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "unknown categories": (rename, ("train.json", "'3'", "three", "metainfo.classes")),
     "categories in another order": (swap, ("train.json", "order")),
@@ -108,6 +115,11 @@ STOPS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "an object without image": (without("annotations", "image_id"), ("annotation 1", "'image_id'")),
     "a box that is no number": (without("annotations", "bbox", [0, 0, float("nan"), 1]), ("annotation 1", "nan")),
     "an object without mask": (without("annotations", "segmentation"), ("annotation 1", "'segmentation'", "masks")),
+    "an object without id": (without("annotations", "id"), ("train.json", "annotation number 0 has no 'id'")),
+    "two objects of one id": (twice("annotations"), ("train.json", "1 ids", "more than one annotation (1)")),
+    "two images of one id": (twice("images"), ("train.json", "1 ids", "more than one image (1)")),
+    "two categories of one id": (twice("categories"), ("train.json", "1 ids", "more than one category")),
+    "a file name that is a number": (without("images", "file_name", 5), ("image 1", "file_name 5", "expected text")),
     "a category without name": (without("categories", "name"), ("train.json", "category", "'name'")),
     "missing image": (missing_image, ("00002.png", "No such file")),
     "truncated image": (truncated_image, ("00002.png", "truncated or damaged")),
@@ -293,7 +305,12 @@ def test_a_run_is_not_overwritten(
     shutil.copy(weights["right"], saved)
     (tmp_path / "last_checkpoint").write_text(str(saved))
     refused(capsys, training.main([str(tiny), "--work-dir", str(tmp_path)]), "already holds a run", "--resume")
+    elsewhere = ["--resume", str(weights["other"])]
+    refused(capsys, training.main([str(tiny), "--work-dir", str(tmp_path), *elsewhere]), "already holds a run")
     assert saved.read_bytes() == weights["right"].read_bytes()
+    for more in (["--resume", str(saved)], [*elsewhere, "--overwrite"]):  # go on to the next check
+        code = training.main([str(tiny), "--work-dir", str(tmp_path), *more])
+        refused(capsys, code, "--resume", "no optimizer" if str(saved) in more else "another network")
 
 
 def test_what_was_overwritten_is_not_resumed(tmp_path: Path) -> None:

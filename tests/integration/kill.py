@@ -38,6 +38,7 @@ class Harness:
         seed: Of the moments.
         fresh: A new interpreter for each start, instead of a fork of this process, which has imported everything.
         within: Latest moment of a kill, in seconds; 0.6 times the duration of a run that is let be where not given.
+        limit: Seconds after which a run that neither ends nor is killed is taken for hung.
     """
 
     scenario: Scenario
@@ -45,6 +46,7 @@ class Harness:
     seed: int = 0
     fresh: bool = False
     within: float | None = None
+    limit: float = 3600
     records: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -85,8 +87,7 @@ class Harness:
         folder = self.folder / f"round{number}"
         code, killed = FINISHED, sum(record.get("round") == number for record in self.kills)
         while len(self.kills) < kills:
-            chance = random.Random(f"{self.seed} {self.scenario.name} {len(self.kills)}")
-            writing, delay = chance.random() < 0.5, chance.uniform(0.08, 1.0) * (self.within or 0.6 * seconds)
+            writing, delay = self._moment(seconds, number)
             process, start = self._start(folder), time.perf_counter()
             seen, code = self._kill(process, folder, delay, writing)
             if code is not None:
@@ -105,6 +106,11 @@ class Harness:
         if not differing:
             shutil.rmtree(folder)
             folder.with_suffix(".jsonl").unlink(missing_ok=True)
+
+    def _moment(self, seconds: float, number: int) -> tuple[bool, float]:
+        """Whether to wait for a file, and how long to wait first; another in each round, as one can end unkilled."""
+        chance = random.Random(f"{self.seed} {self.scenario.name} {number} {len(self.kills)}")
+        return chance.random() < 0.5, chance.uniform(0.08, 1.0) * (self.within or 0.6 * seconds)
 
     def _start(self, folder: Path) -> int:
         line = self.scenario.line(folder)
@@ -143,10 +149,23 @@ class Harness:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
                 return seen, None
+            self._end_if_hung(pid, end)
             time.sleep(0.0002 if late else 0.002)
 
     def _wait(self, pid: int) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        start = time.perf_counter()
+        while True:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            self._end_if_hung(pid, start)
+            time.sleep(0.01)
+
+    def _end_if_hung(self, pid: int, since: float) -> None:
+        if time.perf_counter() - since > self.limit:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise TimeoutError(f"{self.scenario.name} did not end within {self.limit:g} s: see {self.folder}/log.txt")
 
     def _require(self, code: int) -> None:
         if code:

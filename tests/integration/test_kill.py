@@ -1,11 +1,13 @@
 """A few kills; the command for many is in `kill.py`."""
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from .kill import Harness
-from .scenarios import classification, detection, differing
+from .scenarios import Scenario, classification, detection, differing
 
 
 @pytest.mark.slow
@@ -20,6 +22,28 @@ def test_killed_runs_end_as_the_one_that_was_let_be(scenario: object, tmp_path: 
     harness.run(3)
     assert len(harness.kills) == 3
     assert harness.differences == []
+
+
+@pytest.fixture
+def harness(tmp_path: Path) -> Harness:
+    """Of runs that are never started."""
+    return Harness(Scenario("none", lambda folder: [], "*.tmp", lambda a, b: []), tmp_path, limit=0.05)
+
+
+def test_a_round_without_a_kill_is_followed_by_other_moments(harness: Harness) -> None:
+    assert len({harness._moment(10, number)[1] for number in range(20)}) == 20
+    assert harness._moment(10, 3) == harness._moment(10, 3)
+
+
+def test_a_run_that_hangs_is_ended(harness: Harness, tmp_path: Path) -> None:
+    waits = (lambda pid: harness._wait(pid), lambda pid: harness._kill(pid, tmp_path, 0.01, True))
+    for wait in waits:
+        process = subprocess.Popen(["sleep", "600"])
+        with pytest.raises(TimeoutError, match=r"none did not end within 0.05 s: see .*log.txt"):
+            wait(process.pid)
+        with pytest.raises(ProcessLookupError):
+            os.kill(process.pid, 0)
+        process.poll()
 
 
 def test_differences_are_found() -> None:
