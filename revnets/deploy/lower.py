@@ -205,8 +205,7 @@ def _decide(
     inputs = torch.Size(known[1][1:]).numel()
     if share > 0.6 and inputs > 64:  # never faster: the kernel needs a load for every multiplication
         return Layer(*known, "dense", f"density {share:.2f}")
-    sparse = make_sparse()
-    slow, fast = interleaved([dense, sparse], repeats)
+    slow, fast = interleaved([dense, make_sparse()], repeats)
     slow += _NEW_MEMORY * 4 * known[1][0] * known[2]
     choice = "sparse" if fast < slow else "dense"
     return Layer(*known, choice, f"measured: {slow / fast:.2f} times as fast", slow, fast)
