@@ -76,7 +76,7 @@ def test_density_and_counts_at_every_step(
             assert all(map(torch.equal, before, after))
             continue
         updates += 1
-        share = fraction * 0.5 * (1 + math.cos(math.pi * step / 30))
+        share = fraction * 0.5 * (1 + math.cos(math.pi * (step / 30)))
         assert update.exchanged == [min(math.floor(share * n), size - n) for n, size in zip(start, sizes, strict=True)]
         for layer, old, new, w, count, changed in zip(
             controller.layers, before, after, weights, update.exchanged, update.changed, strict=True
