@@ -72,12 +72,12 @@ class NotWritten(OSError):
 
 
 @contextmanager
-def writing(path: str | Path, *kinds: type[Exception]) -> Iterator[None]:
+def writing(path: str | Path, kinds: tuple[type[Exception], ...] = (OSError, RuntimeError)) -> Iterator[None]:
     """Says which file it was that could not be written, and why.
 
     Args:
         path: Of the file, for the message.
-        kinds: Errors by which writing fails; not given: OSError and, as of ``torch.save``, RuntimeError.
+        kinds: Errors by which writing fails; ``torch.save`` raises RuntimeError.
 
     Raises:
         NotWritten: The block failed as writing fails.
@@ -86,5 +86,5 @@ def writing(path: str | Path, *kinds: type[Exception]) -> Iterator[None]:
         yield
     except NotWritten:
         raise
-    except kinds or (OSError, RuntimeError) as error:
+    except kinds as error:
         raise NotWritten(path, error) from error
