@@ -216,9 +216,7 @@ def _backward(run: Training, loss: Tensor, due: bool) -> bool:
             run.scaler(
                 loss, run.optimizer, clip_grad=clip, clip_mode=options.clip_mode, parameters=parameters, need_update=due
             )
-        if scaler.skipped:
-            run.guard.failed()
-        return due and not scaler.skipped and run.guard.good(gradients=False)
+        return due and run.guard.good(gradients=False, skipped=scaler.skipped)
     loss.backward()
     if not due or not run.guard.good():
         return False

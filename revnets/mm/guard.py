@@ -42,36 +42,30 @@ class FiniteHook(Hook):
         wrapper = runner.optim_wrapper
         if self.limit <= 0 or not hasattr(wrapper, "optimizer"):  # several optimizers: each would want its own
             return
-        self.guard = FiniteGuard(getattr(runner.model, "module", runner.model), self.limit)
-        self.guard.start()
+        guard = self.guard = FiniteGuard(getattr(runner.model, "module", runner.model), self.limit)
+        guard.start()
         scaled = hasattr(wrapper, "loss_scaler")
         backward, step = type(wrapper).backward, type(wrapper).step
 
         @functools.wraps(backward)
         def noted(loss: torch.Tensor, **more: Any) -> None:
-            if self.guard is not None:
-                self.guard.note(loss / wrapper.loss_scaler.get_scale() if scaled else loss)
+            guard.note(loss / wrapper.loss_scaler.get_scale() if scaled else loss)
             backward(wrapper, loss, **more)
 
         @functools.wraps(step)
         def guarded(**more: Any) -> None:
-            good = self._scaled_step(functools.partial(step, wrapper, **more), wrapper) if scaled else self._is_good()
-            if good and not scaled:
-                step(wrapper, **more)
+            if scaled:
+                with SkippedByScaler(wrapper.loss_scaler) as scaler:
+                    step(wrapper, **more)
+                good = guard.good(gradients=False, skipped=scaler.skipped)
+            else:
+                good = guard.good()
+                if good:
+                    step(wrapper, **more)
             if not good:
                 runner.logger.warning(f"iteration {runner.iter}: loss or gradients are not finite, no update")
 
         wrapper.backward, wrapper.step = noted, guarded
-
-    def _is_good(self, gradients: bool = True) -> bool:
-        return self.guard is None or self.guard.good(gradients)
-
-    def _scaled_step(self, step: Any, wrapper: Any) -> bool:
-        with SkippedByScaler(wrapper.loss_scaler) as scaler:
-            step()
-        if scaler.skipped and self.guard is not None:
-            self.guard.failed()
-        return not scaler.skipped and self._is_good(gradients=False)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Remember the batch, to find out what is wrong with it."""

@@ -76,9 +76,8 @@ class RunFlops:
             return None
         steps, before = self.steps(), flops_before(self.model)
         total, recomputed = self.step.run(self.schedule, steps), self.step.recomputed * steps
-        for name, value in zip(
-            FLOPS, (total, recomputed, before + total) if before else (total, recomputed), strict=False
-        ):
+        found = (total, recomputed, *([before + total] if before else []))
+        for name, value in zip(FLOPS, found, strict=False):
             runner.message_hub.update_info(name, value)
         phases = f"; with the {before:.4g} of what it started from: {before + total:.4g}" if before else ""
         runner.logger.info(

@@ -46,12 +46,16 @@ class FiniteGuard:
         if self.limit:
             self._losses.append(loss.detach())
 
-    def good(self, gradients: bool = True) -> bool:
+    def good(self, gradients: bool = True, skipped: bool = False) -> bool:
         """Whether the update can be made; counts it where not, and puts running statistics back.
 
         Args:
             gradients: Look at them, too; a loss scaler does that itself.
+            skipped: The scaler has left the update out, see ``SkippedByScaler``.
         """
+        if skipped:
+            self.failed()
+            return False
         if not self.limit:
             return True
         numbers = [loss.float().sum() for loss in self._losses]

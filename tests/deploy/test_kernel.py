@@ -18,6 +18,7 @@ from torch import Tensor
 
 from revnets.deploy import kernel, plan
 from revnets.deploy.compressed import activate, compress, decompress
+from revnets.deploy.engines import torch_threads
 from revnets.deploy.kernel import ACTIVATIONS, Geometry, KernelUnavailable, kernel_problem
 from revnets.deploy.plan import ConvCall
 
@@ -261,15 +262,11 @@ def test_other_vector_widths(flags: str, tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(("inputs", "size", "kernel_size"), [(300, 14, 1), (1024, 7, 1), (513, 5, 1), (64, 9, 3)])
 def test_inputs_in_chunks(inputs: int, size: int, kernel_size: int, threads: int) -> None:
     g = Geometry(inputs, 40, (kernel_size,) * 2, padding=(kernel_size // 2,) * 2)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         for sparsity in (0.0, 0.7, 0.95):
             x, weight, bias, residual = operands(g, 2, size, size, sparsity, seed=inputs)
             y = ConvCall(g, *compress(weight), bias, "relu")(x, residual)
             assert_close(y, reference(x, weight, bias, residual, g, "relu"))
-    finally:
-        torch.set_num_threads(before)
 
 
 @needs_kernel
@@ -281,15 +278,11 @@ def test_layers_in_one_call_share_memory(threads: int) -> None:
     # values: 0 is the input, k the output of layer k; layer 4 adds what layer 1 gave, which must still be there
     steps = [plan.Step(call, k, 1 if k == 3 else None) for k, call in enumerate(calls)]
     network = plan.Plan(steps, 1, [2, 5])
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         for seed, size in enumerate((9, 14, 9)):
             values = [torch.randn(2, 24, size, size, generator=torch.Generator().manual_seed(seed))]
             for k, weight in enumerate(weights):
                 residual = values[1] if k == 3 else None
                 values.append(reference(values[-1].float(), weight, None, residual, g, "relu"))
-            for y, expected in zip(network(values[0].float()), (values[2], values[5]), strict=True):
+            for y, expected in zip(network(values[0]), (values[2], values[5]), strict=True):
                 assert_close(y, expected)
-    finally:
-        torch.set_num_threads(before)
