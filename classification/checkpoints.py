@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,8 @@ class Saver(CheckpointSaver):
             state[self.amp_scaler.state_dict_key] = self.amp_scaler.state_dict()
         if self.sparsity is not None:
             state["sparsity"] = self.sparsity.state_dict()
-        with whole_file(Path(save_path)) as path, path.open("wb") as file:
+        failures = (OSError, RuntimeError)  # torch's writer has an error of its own
+        with writing(save_path, failures), whole_file(Path(save_path)) as path, path.open("wb") as file:
             torch.save(state, file)
 
     def _duplicate(self, src: str, dst: str) -> None:
@@ -223,23 +224,34 @@ def newest_whole(folder: Path) -> Path | None:
         UserError: There are checkpoints, and all are damaged.
     """
     files = by_age(folder)
+    return first_whole(files, folder, read_checkpoint) if files else None
+
+
+def first_whole(files: Sequence[Path], folder: Path, read: Callable[[Path, str], Any]) -> Path:
+    """The first of some checkpoints that is whole and can be read; those before it are warned of.
+
+    Args:
+        files: The newest first.
+        folder: Theirs.
+        read: Reads one for an option, or raises UserError: checksums do not cover the directory of the archive.
+
+    Raises:
+        UserError: All are damaged.
+    """
+
+    def unreadable(path: Path) -> str:
+        try:
+            read(path, "--resume")
+        except UserError as error:
+            return one_line(error.__cause__ or error).split(". ")[0][:160]
+        return ""
+
     for file in files:
-        problem = damage(file) or _unreadable(file)
+        problem = damage(file) or unreadable(file)
         if not problem:
             return file
         _logger.warning(f"--resume: '{file}' is damaged ({problem}); trying the one before it")
-    if files:
-        raise UserError(f"--resume: all checkpoints in '{folder}' are damaged; start anew with --overwrite.")
-    return None
-
-
-def _unreadable(path: Path) -> str:
-    """Why a file cannot be read though its checksums are right: they do not cover the directory of the archive."""
-    try:
-        read_checkpoint(path, "--resume")
-    except UserError as error:
-        return one_line(error.__cause__ or error).split(". ")[0][:160]
-    return ""
+    raise UserError(f"--resume: all checkpoints in '{folder}' are damaged or gone; start anew with --overwrite.")
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -80,7 +80,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         NotWritten: There is no space, say.
     """
-    with writing(path, (OSError,)):
+    with writing(path):
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix="-" + path.name)
         os.close(handle)
         temporary = Path(name)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from classification.checkpoints import first_whole
 from classification.errors import UserError, one_line
 from revnets.training.integrity import damage, forbidden, is_archive
 
@@ -39,21 +40,7 @@ def newest_whole(folder: Path) -> Path | None:
         return None
     files = sorted(_of_run(folder), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     last = newest(folder)
-    for path in dict.fromkeys([last, *files] if last is not None else files):
-        problem = damage(path) or _unreadable(path)
-        if not problem:
-            return path
-        _logger.warning(f"--resume: '{path}' is damaged ({problem}); trying the one before it")
-    raise UserError(f"--resume: all checkpoints in '{folder}' are damaged or gone; start anew with --overwrite.")
-
-
-def _unreadable(path: Path) -> str:
-    """Why a file cannot be read though its checksums are right: they do not cover the directory of the archive."""
-    try:
-        read(path, "--resume")
-    except UserError as error:
-        return one_line(error.__cause__ or error).split(". ")[0][:160]
-    return ""
+    return first_whole(list(dict.fromkeys([last, *files] if last is not None else files)), folder, read)
 
 
 def _of_run(folder: Path) -> list[Path]:

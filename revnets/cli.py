@@ -206,7 +206,7 @@ def prune(
         str, typer.Option(help="layers to leave out: these rules, and patterns of names, separated by commas")
     ] = "first,classifier,depthwise,squeeze_excite",
     images: Annotated[int, typer.Option(help="to calibrate on", min=1)] = 1024,
-    split: Annotated[str, typer.Option(help="folder or .tar file inside --data (default: train if there is one)")] = "",
+    split: Annotated[str, typer.Option(help="folder or .tar file inside --data (default: train, train.tar)")] = "",
     img_size: Annotated[int | None, typer.Option(help="default: that of the training, or the published", min=1)] = None,
     model_kwargs: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for timm.create_model")] = None,
     batch_size: Annotated[int, typer.Option(help="images per step", min=1)] = 64,

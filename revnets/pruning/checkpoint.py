@@ -81,10 +81,16 @@ def save_weights(model: nn.Module, path: Path, metadata: Mapping[str, str]) -> P
         model: whose layers are torch's own.
         path: ends in ``.safetensors``.
         metadata: further words for the file's header.
+
+    Raises:
+        NotWritten: there is no space, say.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from ..profiling.report import write
+    from ..training.integrity import writing
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    return write(path, lambda temporary: save_file(tensors, temporary, {"format": "pt", **metadata}))
+    with writing(path, (SafetensorError,)):
+        return write(path, lambda temporary: save_file(tensors, temporary, {"format": "pt", **metadata}))

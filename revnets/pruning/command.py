@@ -190,7 +190,8 @@ def calibration_batches(
         raise ValueError(f"there is no {source.split!r} in {str(source.data)!r}: give a folder or .tar file of it")
     mode = "L" if config["input_size"][0] == 1 else "RGB"
     try:
-        dataset: Any = create_dataset("", root=str(source.data), split=source.split or "train", input_img_mode=mode)
+        split = source.split or ("train.tar" if (source.data / "train.tar").is_file() else "train")
+        dataset: Any = create_dataset("", root=str(source.data), split=split, input_img_mode=mode)
     except (RuntimeError, OSError, ValueError, AssertionError) as error:
         raise ValueError(f"no images in {str(source.data)!r} ({error}): give class folders of them") from error
     return draw_batches(dataset, config, images, source.batch_size, source.seed)

@@ -72,12 +72,12 @@ class NotWritten(OSError):
 
 
 @contextmanager
-def writing(path: str | Path, kinds: tuple[type[Exception], ...] = (OSError, RuntimeError)) -> Iterator[None]:
+def writing(path: str | Path, kinds: tuple[type[Exception], ...] = (OSError,)) -> Iterator[None]:
     """Says which file it was that could not be written, and why.
 
     Args:
         path: Of the file, for the message.
-        kinds: Errors by which writing fails; ``torch.save`` raises RuntimeError.
+        kinds: Errors by which writing fails; of ``torch.save`` RuntimeError, too.
 
     Raises:
         NotWritten: The block failed as writing fails.

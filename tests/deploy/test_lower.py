@@ -13,7 +13,7 @@ from revnets.deploy.bind import bind
 from revnets.deploy.engines import load
 from revnets.deploy.graph import ATEN, ExportError, calls, export_graph, export_program, worst_error
 from revnets.deploy.kernel import kernel_problem
-from revnets.deploy.lower import OPS, lower
+from revnets.deploy.lower import NEW_MEMORY, OPS, lower
 
 from .nets import Net, Odd, evaluated, images, pruned_weight
 
@@ -61,10 +61,11 @@ def test_choice_by_measuring() -> None:
     net = nn.Sequential(nn.Conv2d(64, 64, 1), nn.Conv2d(64, 64, 1))
     nn.init.zeros_(net[0].weight)
     x = images(1, 48, channels=64)
+    new_memory = NEW_MEMORY * 4 * x.numel()  # which torch's output takes, and the kernel's does not
     for layer in lower(export_graph(net, x), x):
         assert layer.dense_seconds is not None
         assert layer.sparse_seconds is not None
-        faster = "sparse" if layer.sparse_seconds < layer.dense_seconds else "dense"
+        faster = "sparse" if layer.sparse_seconds < layer.dense_seconds + new_memory else "dense"
         assert layer.choice == faster, layer.reason
 
 
