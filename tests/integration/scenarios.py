@@ -137,7 +137,7 @@ def _kept(checkpoint: dict[str, Any], folder: Path) -> dict[str, Any]:
     runtime = {
         key: str(value).replace(str(folder), "") if isinstance(value, str) else value
         for key, value in checkpoint.pop("message_hub")["runtime_info"].items()
-        if key not in ("cfg", "experiment_name", "eta", "iter")  # the log's; the iteration is in `meta`, too
+        if key not in ("cfg", "experiment_name", "eta")  # the log's
     }
     meta = checkpoint.pop("meta")
     return {**checkpoint, "runtime": runtime, "epoch": meta["epoch"], "iter": meta["iter"]}
