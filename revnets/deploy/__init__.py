@@ -4,10 +4,10 @@ A kernel of our own for sparse convolutions (``kernel``, ``lower``) and the engi
 pruning lives in ``revnets.pruning``. Nothing here is imported by ``import revnets``.
 """
 
+from ..kernels.build import KernelUnavailable, kernel_problem, kernel_target
 from .compare import Measurement, compare, compare_layers
 from .engines import ENGINES, Engine, deploy, load
 from .graph import ExportError, export_graph
-from .kernel import KernelUnavailable, kernel_problem, kernel_target
 from .lower import Layer, lower
 from .quantize import accuracy, quantize
 

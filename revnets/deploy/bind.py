@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from .compressed import conv_geometry, depthwise_geometry
+from ..kernels.compressed import conv_geometry, depthwise_geometry
+from ..kernels.plan import ConvCall, MeanCall, Plan, Step
 from .graph import ATEN, argument, clean, constant
 from .lower import OPS
-from .plan import ConvCall, MeanCall, Plan, Step
 
 
 class _Bound(nn.Module):

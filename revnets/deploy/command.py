@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.build import kernel_problem
 from ..profiling.command import track
 from ..profiling.report import write
 from ..pruning import prune
@@ -20,7 +21,6 @@ from ..sparsity.masks import check_sparsity
 from .compare import COMPILED, EAGER, EXPLOITS, Measurement, compare, compare_layers, machine, speedups
 from .engines import ENGINES, Deployed, deploy, get_engine, load, open_folder
 from .graph import ExportError
-from .kernel import kernel_problem
 from .quantize import Quantized, accuracy, quantize
 
 

@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .compressed import compress
+from ..kernels.build import Geometry, kernel_problem, kernel_target, load_kernel
+from ..kernels.compressed import compress
+from ..kernels.plan import ConvCall
 from .engines import ENGINES, Runner, get_engine, module_runner, sparse_graph, torch_threads, verify
 from .graph import export_graph
-from .kernel import Geometry, kernel_problem, kernel_target, load_kernel
-from .plan import ConvCall
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 EAGER, COMPILED = "torch eager", "torch compiled"

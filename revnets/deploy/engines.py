@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..kernels.build import kernel_problem
 from .bind import bind
 from .graph import INPUT_NAME, OUTPUT_NAME, ExportError, export_graph, export_program, flat, worst_error
-from .kernel import kernel_problem
 from .lower import Layer, interleaved, lower
 
 Runner = Callable[[Tensor], list[Tensor]]

@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from .compressed import (
+from ..kernels.build import Geometry
+from ..kernels.compressed import (
     MAX_COLUMNS,
     MAX_POSITIONS,
     compress,
     density,
 )
+from ..kernels.plan import ConvCall
 from .graph import ATEN, add_constant, argument, calls, clean, constant
-from .kernel import Geometry
-from .plan import ConvCall
 
 OPS = torch.ops.revnets
 _ACTIVATIONS: dict[Any, str] = {

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from revnets.cli import app
 from revnets.deploy import ENGINES, ExportError, accuracy, compare, deploy, engines, load, quantize
 from revnets.deploy.compare import Measurement, speedups
-from revnets.deploy.kernel import COMPILER_VARIABLE, kernel_problem, load_kernel
+from revnets.kernels.build import COMPILER_VARIABLE, kernel_problem, load_kernel
 
 from .nets import Net, evaluated, images
 

@@ -12,8 +12,8 @@ import revnets
 from revnets.deploy.bind import bind
 from revnets.deploy.engines import load
 from revnets.deploy.graph import ATEN, ExportError, calls, export_graph, export_program, worst_error
-from revnets.deploy.kernel import kernel_problem
 from revnets.deploy.lower import NEW_MEMORY, OPS, lower
+from revnets.kernels.build import kernel_problem
 
 from .nets import Net, Odd, evaluated, images, pruned_weight
 

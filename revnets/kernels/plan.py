@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernel import ACTIVATIONS, CallStruct, Geometry, load_kernel
+from .build import ACTIVATIONS, CallStruct, Geometry, load_kernel
 
 CONVOLUTION, DEPTHWISE, MEAN = range(3)  # ``Kind`` of call.h
 _WEIGHTS_PER_LINE = 24  # of a chunk: fewer, and the sums between two chunks cost more than they save

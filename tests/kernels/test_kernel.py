@@ -16,25 +16,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from revnets.deploy import kernel, plan
-from revnets.deploy.compressed import activate, compress, decompress
 from revnets.deploy.engines import torch_threads
-from revnets.deploy.kernel import ACTIVATIONS, Geometry, KernelUnavailable, kernel_problem
-from revnets.deploy.plan import ConvCall
+from revnets.kernels import build, plan
+from revnets.kernels.build import ACTIVATIONS, Geometry, KernelUnavailable, kernel_problem
+from revnets.kernels.compressed import activate, compress, decompress
+from revnets.kernels.plan import ConvCall
 
-from .nets import pruned_weight
+from ..deploy.nets import pruned_weight
 
 needs_kernel = pytest.mark.skipif(kernel_problem() is not None, reason=f"no kernel: {kernel_problem()}")
 
 
 @pytest.fixture
 def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv(kernel.COMPILER_VARIABLE, "none")
-    kernel.load_kernel.cache_clear()
-    kernel.kernel_problem.cache_clear()
+    monkeypatch.setenv(build.COMPILER_VARIABLE, "none")
+    build.load_kernel.cache_clear()
+    build.kernel_problem.cache_clear()
     yield
-    kernel.load_kernel.cache_clear()
-    kernel.kernel_problem.cache_clear()
+    build.load_kernel.cache_clear()
+    build.kernel_problem.cache_clear()
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, g: Geometry, act: str) -> Tensor:
@@ -213,10 +213,10 @@ def test_without_a_compiler_operators_are_dense_and_say_so() -> None:
     [("none", "REVNETS_CXX=none"), ("no-such-compiler", "no C.. compiler found"), ("false", "cannot compile")],
 )
 def test_reasons(compiler: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(kernel.COMPILER_VARIABLE, compiler)
-    monkeypatch.setenv(kernel.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(build.COMPILER_VARIABLE, compiler)
+    monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path))
     with pytest.raises(KernelUnavailable, match=message):
-        kernel.load_kernel.__wrapped__()
+        build.load_kernel.__wrapped__()
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
 
 
@@ -224,14 +224,14 @@ def test_reasons(compiler: str, message: str, monkeypatch: pytest.MonkeyPatch, t
 def test_a_damaged_kernel_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "kernel.so").write_text("no library")
     with pytest.raises(KernelUnavailable):
-        kernel._checked(tmp_path / "kernel.so")
+        build._checked(tmp_path / "kernel.so")
 
 
 @pytest.mark.slow
 @needs_kernel
 def test_processes_share_one_build(tmp_path: Path) -> None:
-    code = "from revnets.deploy.kernel import load_kernel; load_kernel()"
-    environment = {**os.environ, kernel.CACHE_VARIABLE: str(tmp_path)}
+    code = "from revnets.kernels.build import load_kernel; load_kernel()"
+    environment = {**os.environ, build.CACHE_VARIABLE: str(tmp_path)}
     processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]
     assert len(list(tmp_path.glob("*.so"))) == 1
@@ -243,9 +243,9 @@ def test_processes_share_one_build(tmp_path: Path) -> None:
 def test_other_vector_widths(flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same source for AVX2 and 128-bit vectors, and without ``-march``: as on other machines."""
     attempt = (["-march=native", *flags.split()] if flags else [], [])
-    monkeypatch.setattr(kernel, "_ATTEMPTS", [attempt])
-    monkeypatch.setenv(kernel.CACHE_VARIABLE, str(tmp_path))
-    library = kernel.load_kernel.__wrapped__()
+    monkeypatch.setattr(build, "_ATTEMPTS", [attempt])
+    monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path))
+    library = build.load_kernel.__wrapped__()
     monkeypatch.setattr(plan, "load_kernel", lambda: library)
     for g in (Geometry(8, 9), Geometry(4, 6, (3, 3), (2, 2), (1, 1)), Geometry(6, 6, (3, 3), (1, 1), (1, 1), groups=6)):
         for size in (3, 7, 20):

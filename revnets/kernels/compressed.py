@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernel import Geometry, kernel_problem, warn_of_dense_path
+from .build import Geometry, kernel_problem, warn_of_dense_path
 from .plan import ConvCall
 
 MAX_COLUMNS = 2**15  # of int16
