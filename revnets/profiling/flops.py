@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
 
@@ -17,8 +17,21 @@ def _conv_backward(grad: Any, x: Any, weight: Any, *rest: Any, **_: Any) -> int:
     return conv_flop_count(x, weight, grad, transposed) * (output_mask[0] + output_mask[1])
 
 
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(grad, query, key, value))
+
+
+_OURS = {
+    aten.convolution_backward: _conv_backward,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,  # torch 2.11 has no formula for them
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
 # FlopCounterMode is not entered: its module hooks would keep tensors alive while memory is being followed.
-_FORMULAS = FlopCounterMode(display=False, custom_mapping={aten.convolution_backward: _conv_backward}).flop_registry
+_FORMULAS = FlopCounterMode(display=False, custom_mapping=_OURS).flop_registry
 
 
 def count_flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
