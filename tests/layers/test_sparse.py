@@ -3,7 +3,6 @@
 import copy
 import io
 import pickle
-import sys
 
 import pytest
 import timm
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 import revnets
 from revnets.layers import MBConv, SparseConv2d, SparseLinear, convert
 from revnets.reversible import AdditiveCoupling, RevSequential
-from tests.helpers import assert_same_step, training_step
+from tests.helpers import assert_same_step, guards_work, training_step
 
 MEMBERS = ["sparse", "sparse_parallel", "sparse_factorized", "sparse_doped", "sparse_wide"]
 
@@ -130,10 +129,7 @@ def test_repr_says_what_is_active() -> None:
     assert "sparsity=0.75, weights=216/864" in repr(make("conv"))
 
 
-@pytest.mark.skipif(
-    sys.version_info[:3] == (3, 13, 0) and torch.__version__ < "2.10",
-    reason="torch 2.9's guards do not see attributes that change under Python 3.13.0",
-)
+@guards_work
 def test_compile() -> None:
     layer, x = make("conv"), data("conv")
     compiled = torch.compile(layer, backend="aot_eager")

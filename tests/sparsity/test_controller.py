@@ -18,6 +18,7 @@ from torch.optim import swa_utils
 
 from revnets.sparsity import SCHEDULES, MaskUpdate, SparsityController, apply_masks, sparse_layers
 from revnets.sparsity.report import draw_picture, rows, write_table
+from tests.helpers import guards_work
 
 from .double import MaskedLinear, batch, network, train_step
 
@@ -332,6 +333,7 @@ def test_mistakes(caplog: pytest.LogCaptureFixture) -> None:
     assert "no mask changes in 40 steps" in caplog.text
 
 
+@guards_work
 def test_compiled_model_trains_as_the_plain_one() -> None:
     plain, compiled = parts(), parts()
     wrapped = torch.compile(compiled[0], backend="aot_eager")
