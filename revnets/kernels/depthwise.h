@@ -1,7 +1,8 @@
 // Depthwise convolutions with dense weights, of 3, 5 or 7 pixels and stride 1 or 2, and the mean over the pixels.
 //
-// A strip of a channel is copied with its border into the first cache, columns and rows that a stride of 2 tells apart
-// each by themselves; after which every tap is a constant offset and nothing has to be masked.
+// Nothing is copied: some rows of the output, a vector of each, are summed up in registers from the lines above and
+// below them. At the image's border vectors are read in part, lines outside are a line of zeros. A stride of 2 takes
+// every other pixel of two vectors.
 
 #pragma once
 
@@ -9,125 +10,84 @@
 
 namespace {
 
-constexpr int64_t kStrip = 4096;  // floats of a strip, about
-
-// Where the pixels of a strip lie: row i of the padded input is row i / stride of its phase i % stride, same of columns.
-struct Strip {
-  int64_t rows;            // of the output
-  int64_t pitch;           // of a row of a phase
-  int64_t column_phase, row_phase;  // floats from one to the next
-  int64_t size;
-  bool flat;               // all rows are one run of positions, for lines that are much shorter than a vector
-  int64_t wide, lines;     // floats of a padded line before its columns are told apart, and how many of them
-
-  Strip(const Call& c, int64_t size_, int64_t stride) {
-    flat = 2 * c.w_out <= kLanes;
-    pitch = c.w_out + (size_ - 1) / stride;
-    if (!flat) pitch = round_up(pitch, kLanes);
-    const int64_t most = (kStrip / (pitch * stride) - (size_ - stride)) / stride;
-    rows = std::max<int64_t>(1, std::min(c.h_out, most));
-    const int64_t unit = c.h_out % 7 ? 4 : 7;  // of rows that are computed together
-    if (rows > unit) rows = rows / unit * unit;
-    column_phase = (rows + (size_ - 1) / stride) * pitch + (flat ? kLanes : 0);
-    row_phase = column_phase * stride;
-    size = row_phase * stride + 2 * kLanes;  // vectors reach beyond the last position
-    wide = round_up(std::max(stride * pitch + 1, c.w + c.pad_w) + 2 * kLanes, kLanes);
-    lines = (rows - 1) * stride + size_;
+// Which lanes of the vectors under each tap lie in the image, for a vector of the output. With a stride of 2, those of
+// the two vectors that taps 2 i and 2 i + 1 are taken from.
+template <int kSize, int kStride>
+struct Taps {
+  Part parts[kStride * kSize];
+  bool all;
+  Taps(const Call& c, int64_t column) {
+    all = column >= c.pad_w && (column + kLanes) * kStride + kSize <= c.w + c.pad_w;
+    for (int i = 0; i < kStride * kSize && !all; ++i) {
+      const int64_t first = column * kStride + (kStride == 1 ? i : i & ~1) + (kStride == 1 ? 0 : i % 2 * kLanes) - c.pad_w;
+      parts[i] = Part(-first, c.w - first);
+    }
   }
 };
 
-// Rows of the padded input from `first` into the strip. With a stride of 2 they are first copied to `lines`, all of them
-// before the first is read again: what has just been written in pieces cannot be read at once.
-template <int kSize, int kStride>
-void fill_strip(const Call& c, const Strip& s, const float* x, int64_t first, int64_t rows, float* lines, float* strip) {
-  const int64_t width = std::min(c.w, kStride * s.pitch - c.pad_w), count = (rows - 1) * kStride + kSize;
-  float* to = (kStride == 1 ? strip : lines) + c.pad_w;  // the borders stay zero
-  for (int64_t i = 0; i < count; ++i, to += kStride == 1 ? s.pitch : s.wide) {
-    const int64_t row = first + i - c.pad_h;
-    if (row >= 0 && row < c.h) copy(to, x + row * c.w, width);
-    else std::memset(to, 0, width * sizeof(float));
-  }
-  if (kStride == 1) return;
-  for (int64_t i = 0; i < count; ++i, lines += s.wide) {
-    float* phase = strip + i % kStride * s.row_phase + i / kStride * s.pitch;
-    for (int b = 0; b < kStride; ++b)
-      for (int64_t k = 0; k < s.pitch; k += kLanes)  // a short line writes into the next one, which comes later
-        store(phase + b * s.column_phase + k, even_of(load(lines + b + 2 * k), load(lines + b + 2 * k + kLanes - 1)));
-  }
-}
-
-// kCount rows of the output from `at`, one vector of each.
-template <int kSize, int kStride, int kCount>
-inline void depthwise_vector(const float* at, const Strip& s, const float* weights, float bias, vec* sum) {
+// kCount rows of the output, a vector of each; `lines` are those of the input at the column of the first tap.
+template <int kSize, int kStride, int kCount, bool kAll>
+inline void depthwise_vector(const float* const* lines, int64_t column, const Taps<kSize, kStride>& taps,
+                             const float* weights, float bias, vec* sum) {
   for (int r = 0; r < kCount; ++r) sum[r] = same(bias);
-#pragma GCC unroll 2
-  for (int phase = 0; phase < kStride; ++phase) {
-#pragma GCC unroll 16
-    for (int m = 0; m < kCount + (kSize - 1 - phase) / kStride; ++m) {
-      const float* line = at + phase * s.row_phase + m * s.pitch;
+#pragma GCC unroll 32
+  for (int m = 0; m < (kCount - 1) * kStride + kSize; ++m) {
+    const float* line = lines[m] + column;
 #pragma GCC unroll 8
-      for (int b = 0; b < kSize; ++b) {
-        const vec pixels = load(line + b % kStride * s.column_phase + b / kStride);
+    for (int b = 0; b < kSize; ++b) {
+      const int i = kStride == 1 ? b : b & ~1;
+      vec pixels = kAll ? load(line + i) : load(line + i, taps.parts[i]);
+      if (kStride == 2) {
+        const vec next = kAll ? load(line + i + kLanes) : load(line + i + kLanes, taps.parts[i + 1]);
+        pixels = b % 2 ? odd_of(pixels, next) : even_of(pixels, next);
+      }
+      in_register(pixels);
 #pragma GCC unroll 8
-        for (int r = 0; r < kCount; ++r) {
-          const int tap = (m - r) * kStride + phase;
-          if (tap >= 0 && tap < kSize) sum[r] += same(weights[tap * kSize + b]) * pixels;
-        }
+      for (int r = 0; r < kCount; ++r) {
+        const int tap = m - r * kStride;
+        if (tap >= 0 && tap < kSize) sum[r] += same(weights[tap * kSize + b]) * pixels;
       }
     }
   }
 }
 
-// What the rows of a channel have in common.
+// A channel of an image.
 struct Plane {
+  const float* x;
+  const float* zeros;
   const float* weights;
   float bias;
   float* y;
   const float* residual;
-  int64_t pixels;
 };
 
+// kCount rows of the output from `row`.
 template <int kSize, int kStride, int kCount>
-inline void depthwise_rows(const Call& c, const Plane& plane, const Range& range, const Strip& s, const float* strip,
-                           int64_t row) {
+inline void depthwise_rows(const Call& c, const Plane& plane, const Range& range, int64_t row) {
+  constexpr int kLines = (kCount - 1) * kStride + kSize;
+  const float* lines[kLines];
+  for (int m = 0; m < kLines; ++m) {
+    const int64_t line = row * kStride + m - c.pad_h;
+    lines[m] = line >= 0 && line < c.h ? plane.x + line * c.w : plane.zeros;
+  }
+  const Part part(0, c.w_out);
   for (int64_t start = 0; start < c.w_out; start += kLanes) {
-    // The last vector of a line ends where the line does. Lines shorter than a vector write too much, which the next
-    // lines overwrite, except at the end of the plane.
-    const int64_t column = c.w_out >= kLanes ? std::min(start, c.w_out - kLanes) : 0;
+    const int64_t column = std::max<int64_t>(0, std::min(start, c.w_out - kLanes));  // the last two vectors may overlap
+    const Taps<kSize, kStride> taps(c, column);
+    const int64_t from = column * kStride - c.pad_w;
     vec sum[kCount];
-    depthwise_vector<kSize, kStride, kCount>(strip + column, s, plane.weights, plane.bias, sum);
+    if (taps.all) depthwise_vector<kSize, kStride, kCount, true>(lines, from, taps, plane.weights, plane.bias, sum);
+    else depthwise_vector<kSize, kStride, kCount, false>(lines, from, taps, plane.weights, plane.bias, sum);
 #pragma GCC unroll 8
     for (int r = 0; r < kCount; ++r) {
       const int64_t p = (row + r) * c.w_out + column;
-      const float* residual = plane.residual ? plane.residual + p : nullptr;
-      if (p + kLanes > plane.pixels) {
-        store_end(range, sum[r], residual, plane.y + p, plane.pixels - p);
-      } else {
-        if (residual) sum[r] += load(residual);
+      if (c.w_out >= kLanes) {
+        if (plane.residual) sum[r] += load(plane.residual + p);
         store(plane.y + p, range(sum[r]));
+      } else {
+        if (plane.residual) sum[r] += load(plane.residual + p, part);
+        store(plane.y + p, range(sum[r]), part);
       }
-    }
-  }
-}
-
-// All rows of a strip as one run; `line` has room for it.
-template <int kSize, int kStride>
-void depthwise_flat(const Call& c, const Plane& plane, const Range& range, const Strip& s, const float* strip,
-                    int64_t row, int64_t rows, float* line) {
-  for (int64_t q = 0; q < (rows - 1) * s.pitch + c.w_out; q += kLanes) {
-    vec sum;
-    depthwise_vector<kSize, kStride, 1>(strip + q, s, plane.weights, plane.bias, &sum);
-    store(line + q, sum);
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t p = (row + r) * c.w_out;
-    const float* residual = plane.residual ? plane.residual + p : nullptr;
-    vec sum = load(line + r * s.pitch);
-    if (p + kLanes > plane.pixels) {
-      store_end(range, sum, residual, plane.y + p, std::min(c.w_out, plane.pixels - p));
-    } else {
-      if (residual) sum += load(residual);
-      store(plane.y + p, range(sum));
     }
   }
 }
@@ -135,32 +95,22 @@ void depthwise_flat(const Call& c, const Plane& plane, const Range& range, const
 template <int kSize, int kStride>
 void run_depthwise(const Call& c, const Member& member) {
   const Range range(c.activation);
-  const Strip s(c, kSize, kStride);
-  const int64_t strip_size = round_up(s.size, kLanes), lines_size = kStride == 1 ? 0 : s.lines * s.wide;
-  const int64_t flat_size = s.flat ? s.rows * s.pitch + 2 * kLanes : 0;
-  float* strip = scratch(strip_size + lines_size + flat_size);
-  float *lines = strip + strip_size, *flat = lines + lines_size;
-  std::fill(strip, flat + flat_size, 0.0f);
-  const int64_t planes = c.n * c.c_in;
+  const int64_t planes = c.n * c.c_in, pixels = c.h_out * c.w_out;
+  float* zeros = scratch(c.w);
+  std::fill(zeros, zeros + c.w, 0.0f);
   for (int64_t task = member.begin(planes); task < member.end(planes); ++task) {
-    const int64_t channel = task % c.c_in, pixels = c.h_out * c.w_out;
-    const float* x = c.x + task * c.h * c.w;
-    const Plane plane = {c.values + channel * kSize * kSize, c.bias ? c.bias[channel] : 0.0f, c.y + task * pixels,
-                         c.residual ? c.residual + task * pixels : nullptr, pixels};
-    for (int64_t row = 0; row < c.h_out; row += s.rows) {
-      const int64_t rows = std::min(s.rows, c.h_out - row);
-      fill_strip<kSize, kStride>(c, s, x, row * kStride, rows, lines, strip);
-      if (s.flat) {
-        depthwise_flat<kSize, kStride>(c, plane, range, s, strip, row, rows, flat);
-        continue;
-      }
-      int64_t r = 0;
-      if (rows % 7 == 0)
-        for (; r < rows; r += 7) depthwise_rows<kSize, kStride, 7>(c, plane, range, s, strip + r * s.pitch, row + r);
-      for (; r + 4 <= rows; r += 4)
-        depthwise_rows<kSize, kStride, 4>(c, plane, range, s, strip + r * s.pitch, row + r);
-      for (; r < rows; ++r) depthwise_rows<kSize, kStride, 1>(c, plane, range, s, strip + r * s.pitch, row + r);
-    }
+    const int64_t channel = task % c.c_in;
+    const Plane plane = {c.x + task * c.h * c.w,
+                         zeros,
+                         c.values + channel * kSize * kSize,
+                         c.bias ? c.bias[channel] : 0.0f,
+                         c.y + task * pixels,
+                         c.residual ? c.residual + task * pixels : nullptr};
+    int64_t row = 0;
+    if (c.h_out % 7 == 0)
+      for (; row < c.h_out; row += 7) depthwise_rows<kSize, kStride, 7>(c, plane, range, row);
+    for (; row + 4 <= c.h_out; row += 4) depthwise_rows<kSize, kStride, 4>(c, plane, range, row);
+    for (; row < c.h_out; ++row) depthwise_rows<kSize, kStride, 1>(c, plane, range, row);
     finish(plane.y, pixels, c.activation);
   }
 }

@@ -6,6 +6,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define REVNETS_VECTOR 64
@@ -31,13 +34,74 @@ constexpr int kLanes = REVNETS_VECTOR / 4;
 
 inline vec load(const float* p) { return *reinterpret_cast<const loose*>(p); }
 inline void store(float* p, vec v) { *reinterpret_cast<loose*>(p) = v; }
+// Keeps the compiler from loading a vector again at each use: half of what is not aligned lies in two lines of the cache.
+inline void in_register(vec& v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+}
 inline vec same(float value) { return value - vec{}; }
-// the order of operands keeps NaN: a comparison with it is false
+// NaN stays NaN: in x86's instructions the second operand is what comes out where the comparison is false.
 inline vec clamp(vec v, vec low, vec high) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(high, _mm512_max_ps(low, v));
+#elif defined(__AVX__)
+  return _mm256_min_ps(high, _mm256_max_ps(low, v));
+#else
   v = v < low ? low : v;
   return v > high ? high : v;
+#endif
 }
 inline vec clamp(vec v, float low, float high) { return clamp(v, same(low), same(high)); }
+
+// Some neighbouring lanes of a vector: those outside are neither read, but 0, nor written.
+struct Part {
+#if defined(__AVX512F__)
+  __mmask16 mask;
+#elif defined(__AVX__)
+  __m256i mask;
+#else
+  int64_t from, to;
+#endif
+  Part() = default;
+  Part(int64_t from_, int64_t to_) {
+    const int64_t first = std::max<int64_t>(0, std::min<int64_t>(from_, kLanes)), last = std::max(first, std::min<int64_t>(to_, kLanes));
+#if defined(__AVX512F__)
+    mask = static_cast<__mmask16>((1u << last) - (1u << first));
+#elif defined(__AVX__)
+    ivec lanes;
+    for (int j = 0; j < kLanes; ++j) lanes[j] = j >= first && j < last ? -1 : 0;
+    mask = reinterpret_cast<__m256i>(lanes);
+#else
+    from = first;
+    to = last;
+#endif
+  }
+};
+
+#if defined(__AVX512F__)
+inline vec load(const float* p, const Part& part) { return _mm512_maskz_loadu_ps(part.mask, p); }
+inline void store(float* p, vec v, const Part& part) { _mm512_mask_storeu_ps(p, part.mask, v); }
+#elif defined(__AVX__)
+inline vec load(const float* p, const Part& part) { return _mm256_maskload_ps(p, part.mask); }
+inline void store(float* p, vec v, const Part& part) { _mm256_maskstore_ps(p, part.mask, v); }
+#else
+inline vec load(const float* p, const Part& part) {
+  if (part.to - part.from == kLanes) return load(p);
+  vec v = {};
+#pragma GCC unroll 4
+  for (int j = 0; j < kLanes; ++j)
+    if (j >= part.from && j < part.to) v[j] = p[j];
+  return v;
+}
+inline void store(float* p, vec v, const Part& part) {
+#pragma GCC unroll 16
+  for (int j = 0; j < kLanes; ++j)
+    if (j >= part.from && j < part.to) p[j] = v[j];
+}
+#endif
 
 inline int64_t round_up(int64_t number, int64_t step) { return (number + step - 1) / step * step; }
 
@@ -57,17 +121,24 @@ inline void copy(float* to, const float* from, int64_t length) {
   }
 }
 
-// Elements 0, 2, ... of the first vector, then 1, 3, ... of the second.
-inline vec even_of(vec a, vec b) {
-  ivec index;
-  for (int j = 0; j < kLanes; ++j) index[j] = 2 * j < kLanes ? 2 * j : 2 * j + 1;
+// Lane j is lane index(j) of two vectors one after the other.
+template <typename Index>
+inline vec pick(vec a, vec b, Index index) {
 #if defined(__clang__)
   vec out;
-  for (int j = 0; j < kLanes; ++j) out[j] = index[j] < kLanes ? a[index[j]] : b[index[j] - kLanes];
+  for (int j = 0; j < kLanes; ++j) out[j] = index(j) < kLanes ? a[index(j)] : b[index(j) - kLanes];
   return out;
 #else
-  return __builtin_shuffle(a, b, index);
+  ivec lanes;
+  for (int j = 0; j < kLanes; ++j) lanes[j] = index(j);
+  return __builtin_shuffle(a, b, lanes);
 #endif
+}
+inline vec even_of(vec a, vec b) {
+  return pick(a, b, [](int j) { return 2 * j; });
+}
+inline vec odd_of(vec a, vec b) {
+  return pick(a, b, [](int j) { return 2 * j + 1; });
 }
 
 // Every other float.
@@ -79,7 +150,8 @@ inline void copy_even(float* __restrict to, const float* __restrict from, int64_
   for (int64_t k = 0; k < length; k += kLanes) {
     const int64_t start = std::min(k, length - kLanes);
     const float* at = from + 2 * start;  // the second vector starts one earlier: nothing beyond the last is read
-    store(to + start, even_of(load(at), load(at + kLanes - 1)));
+    const auto index = [](int j) { return 2 * j < kLanes ? 2 * j : 2 * j + 1; };
+    store(to + start, pick(load(at), load(at + kLanes - 1), index));
   }
 }
 
