@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
+from ..kernels.build import Geometry
+from ..kernels.calls import CatCall, ConvCall, MapCall, MaxPoolCall, MeanCall, ScaleCall, SliceCall, UpsampleCall
 from ..kernels.compressed import conv_geometry, depthwise_geometry
-from ..kernels.plan import ConvCall, MeanCall, Plan, Step
-from .graph import ATEN, argument, clean, constant
-from .lower import OPS
+from ..kernels.plan import Call, Plan, Step
+from .graph import ATEN, argument, calls, clean, constant, is_in_place
+from .lower import ACTIVATION_OPS, OPS, pair
 
 
 class _Bound(nn.Module):
@@ -26,32 +29,66 @@ class _Bound(nn.Module):
     __call__ = forward  # no hooks: layers take microseconds
 
 
+class _Layer(NamedTuple):
+    """What the kernel computes for a node, from which nodes."""
+
+    call: Call
+    reads: tuple[fx.Node, ...]
+
+
 def bind(graph: fx.GraphModule) -> fx.GraphModule:
     """The graph with the kernel's operators replaced by prepared calls, in place: less time per layer, same numbers.
 
-    Layers that follow each other become one call.
+    Layers that follow each other become one call; sums, gates, concatenations and the like only where layers are near.
     """
-    run: dict[fx.Node, ConvCall | MeanCall] = {}
+    _split_to_slices(graph)
+    run: dict[fx.Node, _Layer] = {}
     number = 0
     for node in list(graph.graph.nodes):
-        call = _prepared(graph, node)
-        if call is not None:
-            run[node] = call
+        layer = _prepared(graph, node)
+        if layer is not None:
+            run[node] = layer
         elif node.op in ("call_function", "call_module", "call_method", "output") and run:
-            _replace_run(graph, run, f"kernel_{number}")
-            run, number = {}, number + 1
+            if any(_is_weighty(one) for one in run.values()):
+                _replace_run(graph, run, f"kernel_{number}")
+                number += 1
+            run = {}
     clean(graph)
     return graph
 
 
-def _replace_run(graph: fx.GraphModule, run: dict[fx.Node, ConvCall | MeanCall], name: str) -> None:
+def _is_weighty(layer: _Layer) -> bool:
+    return isinstance(layer.call, ConvCall | MeanCall | MaxPoolCall | UpsampleCall)
+
+
+def _split_to_slices(graph: fx.GraphModule) -> None:
+    """Parts of a split, taken one by one, as slices."""
+    for node in calls(graph, ATEN.split_with_sizes.default, ATEN.split.Tensor, ATEN.chunk.default):
+        parts, dim = node.meta.get("val"), argument(node, "dim")
+        if not isinstance(parts, (list, tuple)):
+            continue
+        sizes = [part.shape[dim] for part in parts]
+        for item in list(node.users):
+            index: Any = item.args[1] if item.target is operator.getitem else None
+            if not isinstance(index, int) or not all(isinstance(size, int) for size in sizes):
+                continue
+            first = sum(sizes[:index])
+            with graph.graph.inserting_before(item):
+                part = graph.graph.call_function(ATEN.slice.Tensor, (node.args[0], dim, first, first + sizes[index]))
+            part.meta.update(item.meta)
+            item.replace_all_uses_with(part)
+            graph.graph.erase_node(item)
+        if not node.users:
+            graph.graph.erase_node(node)
+
+
+def _replace_run(graph: fx.GraphModule, run: dict[fx.Node, _Layer], name: str) -> None:
     """Nodes in order, with nothing computed between them, as one."""
-    read = [node for one in run for node in _operands(one)]
-    inputs = [node for node in dict.fromkeys(read) if node is not None and node not in run]
+    inputs = list(dict.fromkeys(node for layer in run.values() for node in layer.reads if node not in run))
     outputs = [node for node in run if any(user not in run for user in node.users)]
-    numbers: dict[fx.Node | None, int | None] = {node: i for i, node in enumerate([*inputs, *run])}
-    steps = [Step(call, *(numbers.get(operand) for operand in _operands(node))) for node, call in run.items()]  # type: ignore[arg-type]
-    graph.add_module(name, _Bound(Plan(steps, len(inputs), [numbers[node] for node in outputs])))  # type: ignore[misc]
+    numbers = {node: i for i, node in enumerate([*inputs, *run])}
+    steps = [Step(layer.call, tuple(numbers[node] for node in layer.reads)) for layer in run.values()]
+    graph.add_module(name, _Bound(Plan(steps, len(inputs), [numbers[node] for node in outputs])))
     with graph.graph.inserting_after(list(run)[-1]):
         new = graph.graph.call_module(name, tuple(inputs))
     with graph.graph.inserting_after(new):
@@ -63,39 +100,139 @@ def _replace_run(graph: fx.GraphModule, run: dict[fx.Node, ConvCall | MeanCall],
         graph.graph.erase_node(node)
 
 
-def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-    """What a layer reads: the input and the residual."""
-    residual = argument(node, "residual") if node.target != ATEN.mean.dim else None
-    return node.args[0], residual  # type: ignore[return-value]
+# --- what the kernel computes ----------------------------------------------------------------------------------------
 
 
-def _prepared(graph: fx.GraphModule, node: fx.Node) -> ConvCall | MeanCall | None:
-    """The call for a node that the kernel computes with weights that are known; None for all others."""
-    if node.op != "call_function":
+def _prepared(graph: fx.GraphModule, node: fx.Node) -> _Layer | None:
+    """The layer for a node that the kernel computes, with weights that are known; None for all others."""
+    if node.op != "call_function" or not _is_image(node):
         return None
-    if node.target == ATEN.mean.dim:
-        return MeanCall() if _is_mean_of_pixels(node) else None
-    if node.target not in (OPS.sparse_conv2d.default, OPS.depthwise_conv2d.default):
-        return None
-    bias = constant(graph, argument(node, "bias"))
-    activation = argument(node, "activation")
+    activation = ACTIVATION_OPS.get(node.target)
+    if activation is not None:
+        return _map(node, activation)
+    prepare = _PREPARE.get(node.target)
+    return None if prepare is None else prepare(graph, node)
+
+
+def _is_image(node: Any) -> bool:
+    """Whether a node's value is (N, C, H, W) of one batch size, float32, on the CPU."""
+    example = node.meta.get("val") if isinstance(node, fx.Node) else None
+    if not isinstance(example, Tensor) or example.dim() != 4:
+        return False
+    return str(example.dtype) == "torch.float32" and example.device.type == "cpu"
+
+
+def _sizes(node: fx.Node) -> list[int]:
+    """Channels, height and width."""
+    return [int(size) for size in node.meta["val"].shape[1:]]
+
+
+def _conv(graph: fx.GraphModule, node: fx.Node) -> _Layer | None:
+    source: Any = node.args[0]
+    bias, activation = constant(graph, argument(node, "bias")), argument(node, "activation")
+    residual = argument(node, "residual")
+    reads = (source,) if residual is None else (source, residual)
     if node.target == OPS.depthwise_conv2d.default:
         weight = constant(graph, argument(node, "weight"))
         if weight is None:
             return None
         geometry = depthwise_geometry(weight, argument(node, "stride"), argument(node, "padding"))
-        return ConvCall(geometry, weight, None, None, bias, activation)
+        return _Layer(ConvCall(geometry, weight, None, None, bias, activation), reads)
     values, columns, rows = (constant(graph, argument(node, name)) for name in ("values", "columns", "rows"))
-    source: Any = node.args[0]
-    example = source.meta.get("val")
-    if values is None or columns is None or rows is None or not isinstance(example, Tensor):
+    if values is None or columns is None or rows is None or not _is_image(source):
         return None
     settings = [argument(node, name) for name in ("kernel_size", "stride", "padding", "dilation", "groups")]
-    return ConvCall(conv_geometry(example, rows, *settings), values, columns, rows, bias, activation)
+    geometry = conv_geometry(source.meta["val"], rows, *settings)
+    return _Layer(ConvCall(geometry, values, columns, rows, bias, activation), reads)
 
 
-def _is_mean_of_pixels(node: fx.Node) -> bool:
-    example = node.args[0].meta.get("val")  # type: ignore[union-attr]
-    if not isinstance(example, Tensor) or example.dim() != 4 or argument(node, "dtype") is not None:
-        return False
-    return sorted(d % 4 for d in argument(node, "dim")) == [2, 3] and bool(argument(node, "keepdim"))
+def _mean(graph: fx.GraphModule, node: fx.Node) -> _Layer | None:
+    source: Any = node.args[0]
+    pixels = sorted(d % 4 for d in argument(node, "dim")) == [2, 3] and bool(argument(node, "keepdim"))
+    is_mean = _is_image(source) and pixels and argument(node, "dtype") is None
+    return _Layer(MeanCall(), (source,)) if is_mean else None
+
+
+def _map(node: fx.Node, activation: str) -> _Layer | None:
+    source: Any = node.args[0]
+    if not _is_image(source) or (is_in_place(node) and list(source.users) != [node]):
+        return None  # others would see the change
+    return _Layer(MapCall(activation), (source,))
+
+
+def _product(graph: fx.GraphModule, node: fx.Node) -> _Layer | None:
+    x, gate = node.args[:2]
+    if not (_is_image(x) and _is_image(gate)):
+        return None
+    if _sizes(x)[1:] == [1, 1]:  # type: ignore[arg-type]
+        x, gate = gate, x
+    same_batch = x.meta["val"].shape[0] == gate.meta["val"].shape[0]  # type: ignore[union-attr]
+    if not same_batch or _sizes(gate) != [_sizes(x)[0], 1, 1]:  # type: ignore[arg-type]
+        return None
+    return _Layer(ScaleCall(), (x, gate))  # type: ignore[arg-type]
+
+
+def _sum(graph: fx.GraphModule, node: fx.Node) -> _Layer | None:
+    a, b = node.args[:2]
+    if not (_is_image(a) and _is_image(b)) or a.meta["val"].shape != b.meta["val"].shape:  # type: ignore[union-attr]
+        return None
+    if argument(node, "alpha") != 1 or (is_in_place(node) and list(a.users) != [node]):  # type: ignore[union-attr]
+        return None
+    return _Layer(MapCall(), (a, b))  # type: ignore[arg-type]
+
+
+def _slice(graph: fx.GraphModule, node: fx.Node) -> _Layer | None:
+    source: Any = node.args[0]
+    first, last, step = argument(node, "start") or 0, argument(node, "end"), argument(node, "step")
+    if not _is_image(source) or argument(node, "dim") % 4 != 1 or step != 1 or not isinstance(last, int):
+        return None
+    if any(is_in_place(user) for user in [*node.users, *source.users]):
+        return None  # a slice is a view, ours is none
+    channels = _sizes(source)[0]
+    last = min(last, channels)
+    return _Layer(SliceCall(first, last - first), (source,)) if 0 <= first < last else None
+
+
+def _cat(graph: fx.GraphModule, node: fx.Node) -> _Layer | None:
+    parts: Any = node.args[0]
+    if argument(node, "dim") % 4 != 1 or not all(_is_image(part) for part in parts):
+        return None
+    return _Layer(CatCall(), tuple(parts))
+
+
+def _upsample(graph: fx.GraphModule, node: fx.Node) -> _Layer | None:
+    source: Any = node.args[0]
+    if not _is_image(source) or argument(node, "align_corners"):
+        return None
+    (_, *small), (_, *large) = _sizes(source), _sizes(node)
+    factors = [b // a for a, b in zip(small, large, strict=True)]
+    if min(factors) < 2 or [a * factor for a, factor in zip(small, factors, strict=True)] != large:
+        return None
+    scales = argument(node, "scale_factors")
+    if scales is not None and [float(scale) for scale in scales] != factors:
+        return None
+    return _Layer(UpsampleCall((factors[0], factors[1])), (source,))
+
+
+def _max_pool(graph: fx.GraphModule, node: fx.Node) -> _Layer | None:
+    source: Any = node.args[0]
+    size = pair(argument(node, "kernel_size"))
+    stride, padding = pair(argument(node, "stride") or size), pair(argument(node, "padding"))
+    if not _is_image(source) or pair(argument(node, "dilation")) != (1, 1) or argument(node, "ceil_mode"):
+        return None
+    channels = _sizes(source)[0]
+    return _Layer(MaxPoolCall(Geometry(channels, channels, size, stride, padding)), (source,))
+
+
+_PREPARE: dict[Any, Callable[[fx.GraphModule, fx.Node], _Layer | None]] = {
+    OPS.sparse_conv2d.default: _conv,
+    OPS.depthwise_conv2d.default: _conv,
+    ATEN.mean.dim: _mean,
+    ATEN.mul.Tensor: _product,
+    ATEN.add.Tensor: _sum,
+    ATEN.add_.Tensor: _sum,
+    ATEN.slice.Tensor: _slice,
+    ATEN.cat.default: _cat,
+    ATEN.upsample_bilinear2d.vec: _upsample,
+    ATEN.max_pool2d.default: _max_pool,
+}

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.build import Geometry, kernel_problem, kernel_target, load_kernel
+from ..kernels.calls import ConvCall
 from ..kernels.compressed import compress
-from ..kernels.plan import ConvCall
 from .engines import ENGINES, Runner, get_engine, module_runner, sparse_graph, torch_threads, verify
 from .graph import export_graph
 

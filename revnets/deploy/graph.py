@@ -103,6 +103,12 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     return default
 
 
+def is_in_place(node: fx.Node) -> bool:
+    """Whether an operator changes its first argument."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
 def add_constant(graph: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
     """Register a buffer and make a node that reads it, where the graph's insertion point is."""
     unique, number = name, 0
@@ -147,13 +153,33 @@ def _only_conv(conv: Any, user: fx.Node) -> bool:
 
 
 def drop_identities(graph: fx.GraphModule) -> None:
-    """Remove dropout, which does nothing in eval mode."""
-    for node in calls(graph, ATEN.dropout.default, ATEN.feature_dropout.default):
-        if not argument(node, "train"):
+    """Remove what does nothing in eval mode: dropout, export's assertions, conversions to the same, whole slices."""
+    for node in calls(graph, ATEN._assert_tensor_metadata.default):
+        graph.graph.erase_node(node)
+    for node in calls(graph, *_IDENTITIES):
+        if _IDENTITIES[node.target](node):
             source: Any = node.args[0]
             node.replace_all_uses_with(source)
             graph.graph.erase_node(node)
     clean(graph)
+
+
+def _is_same_type(node: fx.Node) -> bool:
+    example = node.args[0].meta.get("val")  # type: ignore[union-attr]
+    same = isinstance(example, Tensor) and example.dtype == argument(node, "dtype")
+    return same and not argument(node, "copy")
+
+
+def _is_whole(node: fx.Node) -> bool:
+    return not argument(node, "start") and argument(node, "end") in (None, 2**63 - 1) and argument(node, "step") == 1
+
+
+_IDENTITIES: dict[Any, Callable[[fx.Node], bool]] = {
+    ATEN.dropout.default: lambda node: not argument(node, "train"),
+    ATEN.feature_dropout.default: lambda node: not argument(node, "train"),
+    ATEN.to.dtype: _is_same_type,
+    ATEN.slice.Tensor: _is_whole,
+}
 
 
 def clean(graph: fx.GraphModule) -> None:

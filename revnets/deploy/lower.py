@@ -13,17 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ..kernels.build import Geometry
+from ..kernels.calls import ConvCall
 from ..kernels.compressed import (
     MAX_COLUMNS,
     MAX_POSITIONS,
     compress,
     density,
 )
-from ..kernels.plan import ConvCall
-from .graph import ATEN, add_constant, argument, calls, clean, constant
+from .graph import ATEN, add_constant, argument, calls, clean, constant, is_in_place
 
 OPS = torch.ops.revnets
-_ACTIVATIONS: dict[Any, str] = {
+ACTIVATION_OPS: dict[Any, str] = {  # what the kernel has
     ATEN.relu.default: "relu",
     ATEN.relu_.default: "relu",
     ATEN.relu6.default: "relu6",
@@ -161,9 +161,8 @@ def _decide_conv(
     def dense() -> Tensor:
         return F.conv2d(x, weight, bias, *_numbers(geometry))
 
-    def sparse() -> Callable[[], Tensor]:
-        call = ConvCall(geometry, *compress(weight), bias)
-        return lambda: call(x)
+    def sparse() -> Callable[[], Any]:
+        return ConvCall(geometry, *compress(weight), bias).plan(1).fixed(x)
 
     return _decide(known, dense, sparse, max_density, repeats)
 
@@ -193,7 +192,7 @@ def _decide_linear(
 def _decide(
     known: tuple[str, tuple[int, ...], int, float],
     dense: Callable[[], Tensor],
-    make_sparse: Callable[[], Callable[[], Tensor]],
+    make_sparse: Callable[[], Callable[[], Any]],
     max_density: float | None,
     repeats: int,
 ) -> Layer:
@@ -203,7 +202,7 @@ def _decide(
         relation = "at most" if sparse else "more than"
         return Layer(*known, "sparse" if sparse else "dense", f"density {share:.2f}, {relation} {max_density}")
     inputs = torch.Size(known[1][1:]).numel()
-    if share > 0.6 and inputs > 64:  # never faster: the kernel needs a load for every multiplication
+    if share > 0.6 and inputs > 64 and known[2] > 16:  # never faster: the kernel needs a load for every multiplication
         return Layer(*known, "dense", f"density {share:.2f}")
     slow, fast = interleaved([dense, make_sparse()], repeats)
     saved = NEW_MEMORY * 4 * known[1][0] * known[2]
@@ -229,14 +228,15 @@ def interleaved(functions: Sequence[Callable[[], Any]], repeats: int) -> list[fl
 
 def node_geometry(node: fx.Node, weight: Tensor) -> Geometry:
     """The geometry of a convolution's node."""
-    stride, padding, dilation = (_pair(argument(node, name)) for name in ("stride", "padding", "dilation"))
+    stride, padding, dilation = (pair(argument(node, name)) for name in ("stride", "padding", "dilation"))
     groups = argument(node, "groups")
     return Geometry(
-        weight.shape[1] * groups, weight.shape[0], _pair(weight.shape[2:]), stride, padding, dilation, groups
+        weight.shape[1] * groups, weight.shape[0], pair(weight.shape[2:]), stride, padding, dilation, groups
     )
 
 
-def _pair(value: Any) -> tuple[int, int]:
+def pair(value: Any) -> tuple[int, int]:
+    """Height's and width's of an argument that may be one number for both."""
     values = [int(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
     return values[0], values[-1]
 
@@ -257,7 +257,9 @@ class _Tail:
 def _tail(conv: fx.Node) -> _Tail:
     """The addition and the activation that read the convolution alone."""
     source = argument(conv, "input")
-    if any(_is_in_place(user) for user in source.users):  # the swap would read it later, changed
+    if any(
+        is_in_place(user) and user.args[0] is source for user in source.users
+    ):  # the swap would read it later, changed
         return _Tail(conv, None, "none")
     last: fx.Node = conv
     residual: Any = None
@@ -268,7 +270,7 @@ def _tail(conv: fx.Node) -> _Tail:
             last, residual = user, others[0]
     user = _only_user(last)
     if user is not None:
-        name = _ACTIVATIONS.get(user.target)
+        name = ACTIVATION_OPS.get(user.target)
         if user.target in (ATEN.hardtanh.default, ATEN.hardtanh_.default):
             limits = (argument(user, "min_val"), argument(user, "max_val"))
             name = "relu6" if limits == (0, 6) else None
@@ -282,16 +284,11 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return users[0] if len(users) == 1 and users[0].op == "call_function" else None
 
 
-def _is_in_place(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
-
-
 def _can_be_added(other: Any, addition: fx.Node, conv: fx.Node) -> bool:
     """Whether nothing broadcasts, and nobody else sees that an addition in place changes the other summand."""
     if not isinstance(other, fx.Node):
         return False
-    if _is_in_place(addition) and addition.args[0] is other and list(other.users) != [addition]:
+    if is_in_place(addition) and addition.args[0] is other and list(other.users) != [addition]:
         return False
     values = [node.meta.get("val") for node in (other, conv)]
     return all(isinstance(v, Tensor) for v in values) and values[0].shape == values[1].shape  # type: ignore[union-attr]

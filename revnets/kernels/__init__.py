@@ -5,7 +5,7 @@ Without a compiler every operator computes the same on torch's dense kernels.
 """
 
 from .build import KernelUnavailable, kernel_problem, kernel_target
+from .calls import ConvCall
 from .compressed import compress, decompress
-from .plan import ConvCall
 
 __all__ = ["ConvCall", "KernelUnavailable", "compress", "decompress", "kernel_problem", "kernel_target"]

@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock
 
 SOURCE = Path(__file__).with_name("sparse_conv.cpp")
-HEADERS = [SOURCE.with_name(f"{name}.h") for name in ("vectors", "call", "convolution", "depthwise")]
+HEADERS = [SOURCE.with_name(f"{name}.h") for name in ("vectors", "call", "convolution", "depthwise", "planes")]
 COMPILER_VARIABLE = "REVNETS_CXX"
 CACHE_VARIABLE = "REVNETS_CACHE"
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "hardsigmoid", "silu", "sigmoid")
@@ -48,6 +48,7 @@ class CallStruct(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("n", "c_in", "h", "w", "c_out", "h_out", "w_out")),
         *((name, ctypes.c_int64) for name in ("kh", "kw", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w")),
         *((name, ctypes.c_int64) for name in ("groups", "activation", "kind", "chunk")),
+        *((name, ctypes.c_int64) for name in ("first_in", "first_out", "count")),
     ]
 
 
@@ -202,7 +203,5 @@ class Geometry:
 
     @property
     def is_depthwise(self) -> bool:
-        """Whether the kernel has a loop of its own for it: one channel per group, 3, 5 or 7 pixels, stride 1 or 2."""
-        one_per_group = self.groups == self.in_channels == self.out_channels
-        square = self.kernel_size in ((3, 3), (5, 5), (7, 7)) and self.stride in ((1, 1), (2, 2))
-        return one_per_group and square and self.dilation == (1, 1)
+        """Whether the kernel has loops of its own for it: one channel per group, no dilation."""
+        return self.groups == self.in_channels == self.out_channels and self.dilation == (1, 1)

@@ -11,7 +11,7 @@
 
 extern "C" {
 
-enum Kind { kConvolution = 0, kDepthwise = 1, kMean = 2 };
+enum Kind { kConvolution = 0, kDepthwise, kMean, kScale, kMap, kCopy, kUpsample, kMaxPool };
 
 // One layer. Weights of a convolution: the flattened (C_in / groups, kh, kw) of a group is cut into chunks of `chunk`
 // inputs; of chunk j and output channel o, values[i] is the weight of input j * chunk + columns[i], for i from
@@ -29,6 +29,7 @@ struct Call {
   int64_t c_out, h_out, w_out;
   int64_t kh, kw, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups;
   int64_t activation, kind, chunk;
+  int64_t first_in, first_out, count;  // channels of a copy
 };
 
 }  // extern "C"
@@ -81,5 +82,33 @@ float* scratch(int64_t size) {
   float* start = floats.data();
   return start + -reinterpret_cast<uintptr_t>(start) / sizeof(float) % kLanes;
 }
+
+// Lines of the input in parts: phase f has pixels f, f + stride, f + 2 stride, ... of a padded line, so that what a tap
+// reads for neighbouring outputs are neighbours. `border` stands outside the image.
+class Phases {
+ public:
+  // for so many lines, with `rest` more floats
+  Phases(const Call& c, int64_t lines, int64_t rest, float border)
+      : pitch_(round_up(c.w_out + c.kw / c.stride_w, kLanes) + kLanes), stride_(c.stride_w) {
+    const int64_t size = lines * stride_ * pitch_;
+    start_ = scratch(size + round_up(rest, kLanes));
+    rest_ = start_ + size;
+    std::fill(start_, rest_, border);
+  }
+  const float* phase(int64_t line, int64_t f) const { return start_ + (line * stride_ + f) * pitch_; }
+  float* rest() const { return rest_; }
+  void split(const Call& c, const float* x, int64_t line) {
+    float* to = start_ + line * stride_ * pitch_;
+    for (int64_t f = 0; f < stride_; ++f, to += pitch_) {
+      const int64_t shift = f - c.pad_w, first = shift < 0 ? (stride_ - 1 - shift) / stride_ : 0;
+      const int64_t last = std::min(pitch_, (c.w - shift + stride_ - 1) / stride_);
+      for (int64_t i = first; i < last; ++i) to[i] = x[i * stride_ + shift];
+    }
+  }
+
+ private:
+  int64_t pitch_, stride_;
+  float *start_, *rest_;
+};
 
 }  // namespace

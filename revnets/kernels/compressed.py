@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .build import Geometry, kernel_problem, warn_of_dense_path
-from .plan import ConvCall
+from .calls import ConvCall
 
 MAX_COLUMNS = 2**15  # of int16
 MAX_POSITIONS = 2**31  # of int32 offsets into the padded input

@@ -1,4 +1,4 @@
-// Depthwise convolutions with dense weights, of 3, 5 or 7 pixels and stride 1 or 2, and the mean over the pixels.
+// Depthwise convolutions with dense weights, of 3, 5 or 7 pixels and stride 1 or 2, some rows at once; others one by one.
 //
 // Nothing is copied: some rows of the output, a vector of each, are summed up in registers from the lines above and
 // below them. At the image's border vectors are read in part, lines outside are a line of zeros. A stride of 2 takes
@@ -115,35 +115,47 @@ void run_depthwise(const Call& c, const Member& member) {
   }
 }
 
-// Kernel and stride of those that have a loop.
-inline bool has_depthwise(const Call& c) {
-  const bool square = c.kh == c.kw && c.stride_h == c.stride_w && c.dil_h == 1 && c.dil_w == 1;
-  return square && (c.kh == 3 || c.kh == 5 || c.kh == 7) && (c.stride_h == 1 || c.stride_h == 2);
+// A vector of row `row` of the output, from position `k`.
+inline vec depthwise_taps(const Call& c, const Phases& phases, const float* weights, int64_t row, int64_t k, vec sum) {
+  for (int64_t a = 0; a < c.kh; ++a, weights += c.kw) {
+    const int64_t line = row * c.stride_h + a - c.pad_h;
+    if (line < 0 || line >= c.h) continue;
+    for (int64_t f = 0; f < c.stride_w; ++f)
+      for (int64_t i = k, b = f; b < c.kw; ++i, b += c.stride_w) sum += same(weights[b]) * load(phases.phase(line, f) + i);
+  }
+  return sum;
+}
+
+// Any kernel and stride.
+void run_depthwise_lines(const Call& c, const Member& member) {
+  Phases phases(c, c.h, 0, 0.0f);
+  const Range range(c.activation);
+  for (int64_t task = member.begin(c.n * c.c_in); task < member.end(c.n * c.c_in); ++task) {
+    const int64_t channel = task % c.c_in;
+    const vec bias = same(c.bias ? c.bias[channel] : 0.0f);
+    for (int64_t line = 0; line < c.h; ++line) phases.split(c, c.x + (task * c.h + line) * c.w, line);
+    for (int64_t row = 0; row < c.h_out; ++row) {
+      const int64_t p = (task * c.h_out + row) * c.w_out;
+      for (int64_t k = 0; k < c.w_out; k += kLanes) {
+        const Part part(0, c.w_out - k);
+        const vec first = c.residual ? bias + load(c.residual + p + k, part) : bias;
+        store(c.y + p + k, range(depthwise_taps(c, phases, c.values + channel * c.kh * c.kw, row, k, first)), part);
+      }
+    }
+    finish(c.y + task * c.h_out * c.w_out, c.h_out * c.w_out, c.activation);
+  }
 }
 
 void run_depthwise_any(const Call& c, const Member& member) {
-  switch (c.kh * 10 + c.stride_h) {
+  const bool square = c.kh == c.kw && c.stride_h == c.stride_w;
+  switch (square ? c.kh * 10 + c.stride_h : 0) {
     case 31: return run_depthwise<3, 1>(c, member);
     case 32: return run_depthwise<3, 2>(c, member);
     case 51: return run_depthwise<5, 1>(c, member);
     case 52: return run_depthwise<5, 2>(c, member);
     case 71: return run_depthwise<7, 1>(c, member);
     case 72: return run_depthwise<7, 2>(c, member);
-  }
-}
-
-// The mean of each plane.
-void run_mean(const Call& c, const Member& member) {
-  const int64_t planes = c.n * c.c_in, pixels = c.h * c.w;
-  for (int64_t task = member.begin(planes); task < member.end(planes); ++task) {
-    const float* x = c.x + task * pixels;
-    vec sums = same(0.0f);
-    int64_t k = 0;
-    for (; k + kLanes <= pixels; k += kLanes) sums += load(x + k);
-    double sum = 0.0;
-    for (int j = 0; j < kLanes; ++j) sum += sums[j];
-    for (; k < pixels; ++k) sum += x[k];
-    c.y[task] = static_cast<float>(sum / pixels);
+    default: return run_depthwise_lines(c, member);
   }
 }
 

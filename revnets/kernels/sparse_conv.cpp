@@ -8,6 +8,7 @@
 #include "call.h"
 #include "convolution.h"
 #include "depthwise.h"
+#include "planes.h"
 
 namespace {
 
@@ -16,6 +17,11 @@ void run(const Call& c, const Member& member) {
     case kConvolution: return run_convolution(c, member);
     case kDepthwise: return run_depthwise_any(c, member);
     case kMean: return run_mean(c, member);
+    case kScale: return run_scale(c, member);
+    case kMap: return run_map(c, member);
+    case kCopy: return run_copy(c, member);
+    case kUpsample: return run_upsample(c, member);
+    case kMaxPool: return run_max_pool(c, member);
   }
 }
 

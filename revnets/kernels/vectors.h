@@ -134,6 +134,16 @@ inline vec pick(vec a, vec b, Index index) {
   return __builtin_shuffle(a, b, lanes);
 #endif
 }
+// Lane j is lane index[j] of a vector.
+inline vec lanes_of(vec v, ivec index) {
+#if defined(__clang__)
+  vec out;
+  for (int j = 0; j < kLanes; ++j) out[j] = v[index[j] % kLanes];
+  return out;
+#else
+  return __builtin_shuffle(v, index);
+#endif
+}
 inline vec even_of(vec a, vec b) {
   return pick(a, b, [](int j) { return 2 * j; });
 }

@@ -85,10 +85,31 @@ class Odd(nn.Module):
         return F.relu(v + u) + w * total
 
 
+class Fused(nn.Module):
+    """What stands between convolutions: gates, splits, concatenations, sums, pools, upsampling of coarser maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.pool = nn.Conv2d(3, 16, 3, 2, 1), nn.MaxPool2d(3, 2, 1)
+        self.block = Block(8, 3, nn.Hardswish)
+        self.squeeze, self.excite = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.down = nn.Conv2d(8, 8, 7, 4, 3, groups=8)
+        self.up = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.pool(F.relu(self.stem(x))).split(8, dim=1)
+        a = self.block(a) + b
+        gate = F.hardsigmoid(self.excite(F.hardswish(self.squeeze(a.mean((2, 3), keepdim=True)))))
+        b = torch.cat([a * gate, b], 1)[:, 4:12]
+        coarse = self.up(self.down(b))
+        return torch.cat([a, F.relu(b + F.interpolate(coarse, scale_factor=4, mode="bilinear"))], 1)
+
+
 def images(batch: int = 2, size: int = 24, channels: int = 3, seed: int = 1) -> Tensor:
     return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 def evaluated(model: Any, x: Tensor) -> Tensor:
     with torch.no_grad():
-        return (model.eval() if isinstance(model, (Net, Odd)) else model)(x)
+        return (model.eval() if isinstance(model, (Net, Odd, Fused)) else model)(x)

@@ -15,7 +15,7 @@ from revnets.deploy.graph import ATEN, ExportError, calls, export_graph, export_
 from revnets.deploy.lower import NEW_MEMORY, OPS, lower
 from revnets.kernels.build import kernel_problem
 
-from .nets import Net, Odd, evaluated, images, pruned_weight
+from .nets import Fused, Net, Odd, evaluated, images, pruned_weight
 
 needs_kernel = pytest.mark.skipif(kernel_problem() is not None, reason=f"no kernel: {kernel_problem()}")
 
@@ -56,6 +56,21 @@ def test_only_what_is_safe_is_fused() -> None:
 
 
 @needs_kernel
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_stands_between_layers_is_bound_with_them(batch: int) -> None:
+    """The whole network in one call of the kernel, for other batch sizes as well."""
+    model = Fused().eval()
+    for size in (32, 64):
+        x = images(2, size)
+        graph = export_graph(model, x)
+        lower(graph, x, max_density=1.0)
+        bind(graph)
+        targets = [node.op for node in graph.graph.nodes if node.op.startswith("call") and "getitem" not in node.name]
+        assert targets == ["call_module"]
+        x = images(batch, size, seed=2)
+        torch.testing.assert_close(graph(x), evaluated(model, x), rtol=1e-5, atol=1e-5)
+
+
 def test_choice_by_measuring() -> None:
     """What was measured decides; nothing is said of which is faster, that is the machine's."""
     net = nn.Sequential(nn.Conv2d(64, 64, 1), nn.Conv2d(64, 64, 1))

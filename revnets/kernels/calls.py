@@ -1,0 +1,204 @@
+"""The layers that the kernel computes: what each tells it for operands of given shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .build import ACTIVATIONS, CallStruct, Geometry
+from .plan import Part, Plan, Shape, Step
+
+CONVOLUTION, DEPTHWISE, MEAN, SCALE, MAP, COPY, UPSAMPLE, MAX_POOL = range(8)  # ``Kind`` of call.h
+_WEIGHTS_PER_LINE = 24  # of a chunk: fewer, and the sums between two chunks cost more than they save
+_CHUNKS = (128, 256)  # inputs whose pixels fill the first cache, and the most that do no harm
+
+
+class _Layer:
+    """A layer that can be called by itself, on contiguous float32 tensors on the CPU."""
+
+    def parts(self, shapes: Sequence[Shape]) -> tuple[list[Part], Shape]:
+        """See ``Call``."""
+        raise NotImplementedError
+
+    def plan(self, operands: int) -> Plan:
+        """Of this layer alone."""
+        return Plan([Step(self, tuple(range(operands)))], operands, [operands])
+
+    def __call__(self, *operands: Tensor | None) -> Tensor:
+        plans: dict[int, Plan] = self.__dict__.setdefault("_plans", {})
+        given = [operand for operand in operands if operand is not None]
+        if len(given) not in plans:
+            plans[len(given)] = self.plan(len(given))
+        return plans[len(given)](*given)[0]
+
+
+def _struct(kind: int, shape: Shape, out: Shape, **numbers: int) -> CallStruct:
+    n, channels, height, width = shape
+    sizes = {"n": n, "c_in": channels, "h": height, "w": width, "c_out": out[1], "h_out": out[2], "w_out": out[3]}
+    return CallStruct(kind=kind, **sizes, **numbers)
+
+
+class ConvCall(_Layer):
+    """A layer of the kernel with its weights: ``activation(conv(x) + bias + residual)``.
+
+    Args:
+        geometry: of the convolution.
+        values: non-zero weights, row after row; of depthwise ones all, ``(C, 1, k, k)``.
+        columns: int16, where each is in its flattened row ``(C_in / groups, k, k)``; None for depthwise ones.
+        rows: int32, where each output channel's weights begin, and the end; None for depthwise ones.
+        bias: ``(C_out,)`` or None.
+        activation: one of ``ACTIVATIONS``.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        values: Tensor,
+        columns: Tensor | None,
+        rows: Tensor | None,
+        bias: Tensor | None,
+        activation: str = "none",
+    ) -> None:
+        self.geometry, self.kind = geometry, DEPTHWISE
+        self._chunk = 1
+        if columns is not None and rows is not None:
+            self.kind = CONVOLUTION
+            inputs = geometry.in_channels // geometry.groups * math.prod(geometry.kernel_size)
+            self._chunk = chunk_size(inputs, len(values) / max(inputs * geometry.out_channels, 1))
+            if self._chunk < inputs:
+                values, columns, rows = in_chunks(values, columns, rows, self._chunk, -(-inputs // self._chunk))
+        self._kept = [None if t is None else t.contiguous() for t in (values, columns, rows, bias)]
+        self._activation = ACTIVATIONS.index(activation)
+
+    def parts(self, shapes: Sequence[Shape]) -> tuple[list[Part], Shape]:
+        """See ``Call``; the residual, of the output's shape, is a second operand."""
+        g, (n, channels, height, width) = self.geometry, shapes[0]
+        if channels != g.in_channels:
+            raise ValueError(f"input of {channels} channels: the convolution expects {g.in_channels}")
+        out = (n, g.out_channels, *g.output_size(height, width))
+        names = ("kh", "kw", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w", "groups")
+        numbers = zip(names, (*g.kernel_size, *g.stride, *g.padding, *g.dilation, g.groups), strict=True)
+        struct = _struct(self.kind, shapes[0], out, activation=self._activation, chunk=self._chunk, **dict(numbers))
+        for name, kept in zip(("values", "columns", "rows", "bias"), self._kept, strict=True):
+            setattr(struct, name, 0 if kept is None else kept.data_ptr())
+        return [Part(struct, _x_and_residual(shapes))], out
+
+
+def _x_and_residual(shapes: Sequence[Shape]) -> dict[str, int]:
+    return {"x": 0} if len(shapes) == 1 else {"x": 0, "residual": 1}
+
+
+class MeanCall(_Layer):
+    """The mean over the pixels, ``(N, C, H, W)`` to ``(N, C, 1, 1)``."""
+
+    def parts(self, shapes: Sequence[Shape]) -> tuple[list[Part], Shape]:
+        """See ``Call``."""
+        out = (*shapes[0][:2], 1, 1)
+        return [Part(_struct(MEAN, shapes[0], out), {"x": 0})], out
+
+
+class ScaleCall(_Layer):
+    """Planes ``(N, C, H, W)`` times gates ``(N, C, 1, 1)``."""
+
+    def parts(self, shapes: Sequence[Shape]) -> tuple[list[Part], Shape]:
+        """See ``Call``."""
+        if shapes[1] != (*shapes[0][:2], 1, 1):
+            raise ValueError(f"gates of shape {shapes[1]} for {shapes[0]}: expected one per plane")
+        return [Part(_struct(SCALE, shapes[0], shapes[0]), _x_and_residual(shapes))], shapes[0]
+
+
+class MapCall(_Layer):
+    """``activation(x)``, or ``activation(x + residual)`` of two tensors of one shape."""
+
+    def __init__(self, activation: str = "none") -> None:
+        self._activation = ACTIVATIONS.index(activation)
+
+    def parts(self, shapes: Sequence[Shape]) -> tuple[list[Part], Shape]:
+        """See ``Call``."""
+        if len(set(shapes)) != 1:
+            raise ValueError(f"a sum of shapes {shapes}: expected one shape")
+        struct = _struct(MAP, shapes[0], shapes[0], activation=self._activation)
+        return [Part(struct, _x_and_residual(shapes))], shapes[0]
+
+
+class SliceCall(_Layer):
+    """``count`` channels from ``first`` on."""
+
+    def __init__(self, first: int, count: int) -> None:
+        self._first, self._count = first, count
+
+    def parts(self, shapes: Sequence[Shape]) -> tuple[list[Part], Shape]:
+        """See ``Call``."""
+        n, channels, *size = shapes[0]
+        if self._first + self._count > channels:
+            raise ValueError(f"channels {self._first} to {self._first + self._count} of {channels}")
+        out = (n, self._count, *size)
+        return [Part(_struct(COPY, shapes[0], out, first_in=self._first, count=self._count), {"x": 0})], out
+
+
+class CatCall(_Layer):
+    """The operands' channels one after the other."""
+
+    def parts(self, shapes: Sequence[Shape]) -> tuple[list[Part], Shape]:
+        """See ``Call``."""
+        n, _, *size = shapes[0]
+        if any((shape[0], *shape[2:]) != (n, *size) for shape in shapes):
+            raise ValueError(f"a concatenation of shapes {shapes}: expected one batch size, height and width")
+        out, parts, first = (n, sum(shape[1] for shape in shapes), *size), [], 0
+        for operand, shape in enumerate(shapes):
+            parts.append(Part(_struct(COPY, shape, out, first_out=first, count=shape[1]), {"x": operand}))
+            first += shape[1]
+        return parts, out
+
+
+class UpsampleCall(_Layer):
+    """Bilinear upsampling by whole factors, 2 or more, of height and width, as torch's with ``align_corners=False``."""
+
+    def __init__(self, factors: tuple[int, int]) -> None:
+        self._factors = factors
+
+    def parts(self, shapes: Sequence[Shape]) -> tuple[list[Part], Shape]:
+        """See ``Call``."""
+        n, channels, height, width = shapes[0]
+        out = (n, channels, height * self._factors[0], width * self._factors[1])
+        return [Part(_struct(UPSAMPLE, shapes[0], out), {"x": 0})], out
+
+
+class MaxPoolCall(_Layer):
+    """The largest pixel under a window: ``geometry`` without dilation."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        self._geometry = geometry
+
+    def parts(self, shapes: Sequence[Shape]) -> tuple[list[Part], Shape]:
+        """See ``Call``."""
+        g = self._geometry
+        out = (*shapes[0][:2], *g.output_size(*shapes[0][2:]))
+        names = ("kh", "kw", "stride_h", "stride_w", "pad_h", "pad_w")
+        numbers: dict[str, Any] = dict(zip(names, (*g.kernel_size, *g.stride, *g.padding), strict=True))
+        return [Part(_struct(MAX_POOL, shapes[0], out, **numbers), {"x": 0})], out
+
+
+def chunk_size(inputs: int, density: float) -> int:
+    """How many inputs are multiplied before the next ones come into the first cache."""
+    low, high = _CHUNKS
+    if inputs <= low:
+        return inputs
+    most = min(max(_WEIGHTS_PER_LINE / max(density, 1e-6), low), high)
+    return -(-inputs // math.ceil(inputs / most))
+
+
+def in_chunks(values: Tensor, columns: Tensor, rows: Tensor, size: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Compressed weights chunk after chunk of the inputs, columns counted from the chunk's first."""
+    outputs = len(rows) - 1
+    row = torch.repeat_interleave(torch.arange(outputs), rows.diff().long(), output_size=len(values))
+    chunk = columns.long() // size
+    place, order = (chunk * outputs + row).sort(stable=True)
+    counts = torch.bincount(place, minlength=number * outputs)
+    starts = torch.zeros(number * outputs + 1, dtype=torch.int32)
+    starts[1:] = counts.cumsum(0)
+    return values[order], (columns.long() % size)[order].to(torch.int16), starts
