@@ -49,7 +49,10 @@ class _RoundToGrid(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, constant: float) -> Tensor:
-        return (x + constant).sub_(constant)
+        shifted = x + constant
+        if torch.compiler.is_compiling():  # torch 2.11 compiles a change in place to a gradient of 0
+            return shifted - constant
+        return shifted.sub_(constant)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
