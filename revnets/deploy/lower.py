@@ -39,6 +39,7 @@ ACTIVATION_OPS: dict[Any, str] = {  # what the kernel has
 # Seconds per byte of output that torch writes into pages that it has just been given (0.24 ms of 0.6 in the stem of
 # MobileNet); layers of the kernel share their memory.
 NEW_MEMORY = 1.5e-10
+_TIMES = 8  # that a layer of the kernel is timed in one call: threads are woken once for a whole network
 Sizes = dict[fx.Node, tuple[int, ...]]
 _ADDS = (ATEN.add.Tensor, ATEN.add_.Tensor)
 
@@ -162,9 +163,9 @@ def _decide_conv(
         return F.conv2d(x, weight, bias, *_numbers(geometry))
 
     def sparse() -> Callable[[], Any]:
-        return ConvCall(geometry, *compress(weight), bias).plan(1).fixed(x)
+        return ConvCall(geometry, *compress(weight), bias).plan(1, _TIMES).fixed(x)
 
-    return _decide(known, dense, sparse, max_density, repeats)
+    return _decide(known, dense, sparse, max_density, repeats, _TIMES)
 
 
 def _decide_linear(
@@ -195,6 +196,7 @@ def _decide(
     make_sparse: Callable[[], Callable[[], Any]],
     max_density: float | None,
     repeats: int,
+    times: int = 1,
 ) -> Layer:
     share = known[3]
     if max_density is not None:
@@ -205,6 +207,7 @@ def _decide(
     if share > 0.6 and inputs > 64 and known[2] > 16:  # never faster: the kernel needs a load for every multiplication
         return Layer(*known, "dense", f"density {share:.2f}")
     slow, fast = interleaved([dense, make_sparse()], repeats)
+    fast /= times
     saved = NEW_MEMORY * 4 * known[1][0] * known[2]
     choice = "sparse" if fast < slow + saved else "dense"
     return Layer(*known, choice, f"measured: {slow / fast:.2f} times as fast, without new memory", slow, fast)

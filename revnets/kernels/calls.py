@@ -24,9 +24,9 @@ class _Layer:
         """See ``Call``."""
         raise NotImplementedError
 
-    def plan(self, operands: int) -> Plan:
-        """Of this layer alone."""
-        return Plan([Step(self, tuple(range(operands)))], operands, [operands])
+    def plan(self, operands: int, times: int = 1) -> Plan:
+        """Of this layer alone; to time what it takes among others, so many times in one call."""
+        return Plan([Step(self, tuple(range(operands)))] * times, operands, [operands])
 
     def __call__(self, *operands: Tensor | None) -> Tensor:
         plans: dict[int, Plan] = self.__dict__.setdefault("_plans", {})
