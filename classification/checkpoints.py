@@ -76,12 +76,15 @@ class Saver(CheckpointSaver):
         self.extra: dict[str, float] = {}  # further numbers to store
         self.folder = folder
 
-    def save_checkpoint(self, epoch: int, metric: float | None = None) -> tuple[float | None, int | None]:
+    def save_checkpoint(
+        self, epoch: int, metric: float | None = None, processes: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[float | None, int | None]:
         """Saves after an epoch.
 
         Args:
             epoch: The finished one.
             metric: Ranks it; None: only the last.
+            processes: What each of several has of its own.
 
         Returns:
             The best metric and its epoch.
@@ -89,21 +92,22 @@ class Saver(CheckpointSaver):
         Raises:
             NotWritten: There is no space, say.
         """
-        self._save(str(self.folder / LAST), epoch, metric)
+        self._save(str(self.folder / LAST), epoch, metric, processes=processes)
         self.place(self.folder / LAST, epoch, metric)
         (self.folder / RECOVERY).unlink(missing_ok=True)
         return self.best_metric, self.best_epoch
 
-    def save_position(self, position: Mapping[str, Any]) -> None:
+    def save_position(self, position: Mapping[str, Any], processes: Sequence[Mapping[str, Any]] = ()) -> None:
         """Saves in the middle of an epoch; there is only the latest such file.
 
         Args:
             position: Of which epoch how much is done, as plain values.
+            processes: What each of several has of its own.
 
         Raises:
             NotWritten: There is no space, say.
         """
-        self._save(str(self.folder / RECOVERY), position["epoch"] - 1, position=position)
+        self._save(str(self.folder / RECOVERY), position["epoch"] - 1, position=position, processes=processes)
 
     def place(self, path: Path, epoch: int, metric: float | None) -> None:
         """Gives a file of a finished epoch the other names that it deserves; a run that was killed in it can repeat it.
@@ -131,7 +135,12 @@ class Saver(CheckpointSaver):
             Path(file).unlink(missing_ok=True)
 
     def _save(
-        self, save_path: str, epoch: int, metric: float | None = None, position: Mapping[str, Any] | None = None
+        self,
+        save_path: str,
+        epoch: int,
+        metric: float | None = None,
+        position: Mapping[str, Any] | None = None,
+        processes: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         state: dict[str, Any] = {
             "epoch": epoch,
@@ -150,6 +159,8 @@ class Saver(CheckpointSaver):
         }
         if position is not None:
             state["position"] = dict(position)
+        if processes:
+            state["processes"] = list(processes)
         if self.scheduler is not None:
             state["scheduler"] = _plain(self.scheduler.state_dict())
         if self.model_ema is not None:

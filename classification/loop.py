@@ -69,10 +69,10 @@ class _Losses:
     Those that are not finite are left out of the mean: their updates are skipped.
     """
 
-    def __init__(self, start: Position, primary: bool) -> None:
+    def __init__(self, start: Position) -> None:
         self.meter = AverageMeter()
         self.epoch = start.epoch
-        if primary and start.loss_count:  # of all processes, so only once
+        if start.loss_count:
             self.meter.sum, self.meter.count = start.loss_sum, start.loss_count
             self.meter.avg = start.loss_sum / start.loss_count
         self._waiting: list[tuple[Tensor, int]] = []
@@ -116,7 +116,7 @@ def train_epoch(run: Training, begin: Position) -> tuple[dict[str, float], Posit
     run.model.train()
     run.optimizer.zero_grad()
     reset_peak_memory(runtime.device)
-    losses, total, images_seen = _Losses(begin, runtime.primary), len(run.data.loader), 0
+    losses, total, images_seen = _Losses(begin), len(run.data.loader), 0
     update = run.updates_before(begin)
     start = time.perf_counter()
     with Steps(f"train {epoch}", total, options.log_interval, runtime.primary) as steps:
