@@ -18,7 +18,6 @@ from typing import Any
 if not __package__:  # run by its path: Python then looks for modules in classification/ instead of the project's root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
 from timm.layers import convert_sync_batchnorm
 from timm.utils import distribute_bn, random_seed
 from torch import nn
