@@ -122,6 +122,7 @@ def train(options: TrainOptions) -> Result:
             folder,
             decreasing,
             options.checkpoint_hist,
+            run.guard,
         )
         if checkpoint is not None and path is not None:
             in_place = path.parent.resolve() == folder.resolve()
@@ -176,7 +177,8 @@ def _start(run: Training, model: nn.Module) -> tuple[Path, Path | None, dict[str
     checkpoint, begin = None, Position(0)
     if path is not None:
         optimizer = None if options.no_resume_opt else run.optimizer
-        checkpoint = resume(path, options.model, model, optimizer, run.scheduler, run.ema, run.scaler, run.sparsity)
+        parts = (optimizer, run.scheduler, run.ema, run.scaler, run.sparsity, run.guard)
+        checkpoint = resume(path, options.model, model, *parts)
         begin = Position.of(checkpoint, len(run.data.loader))
     if run.scheduler is not None and (begin.epoch or begin.step):
         if begin.epoch:

@@ -11,6 +11,8 @@ from ..training.drift import EVERY, DriftMonitor, part
 from ..training.drift import LIMIT as HARMLESS
 from ..training.finite import LIMIT, FiniteGuard, SkippedByScaler
 
+COUNTERS = "updates_left_out"  # in the message hub, and so in checkpoints
+
 
 @HOOKS.register_module()
 class FiniteHook(Hook):
@@ -44,6 +46,7 @@ class FiniteHook(Hook):
             return
         guard = self.guard = FiniteGuard(getattr(runner.model, "module", runner.model), self.limit)
         guard.start()
+        guard.load_state_dict(runner.message_hub.runtime_info.get(COUNTERS, {}))
         scaled = hasattr(wrapper, "loss_scaler")
         backward, step = type(wrapper).backward, type(wrapper).step
 
@@ -84,9 +87,11 @@ class FiniteHook(Hook):
         runner.optim_wrapper.zero_grad()
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Give up, if it is time."""
+        """Give up, if it is time; else note the counters, before checkpoints are saved."""
         if self.guard is not None and self.guard.exhausted:
             raise self.guard.give_up(functools.partial(_losses, runner, self._batch))
+        if self.guard is not None and self.guard.skipped:
+            runner.message_hub.update_info(COUNTERS, self.guard.state_dict())
         self._batch = None
 
     def after_train(self, runner: Any) -> None:

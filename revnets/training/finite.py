@@ -1,6 +1,6 @@
 """Numbers that go wrong: updates that are left out, and the layer where it began."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -94,6 +94,14 @@ class FiniteGuard:
             f"{self.in_a_row} updates in a row were left out, as loss or gradients are not finite: "
             f"{diagnose(self.model, forward)}; {REMEDY}"
         )
+
+    def state_dict(self) -> dict[str, int]:
+        """How many updates were left out, and how many since the last good one."""
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Counts on from there; older checkpoints have nothing, which starts at 0."""
+        self.skipped, self.in_a_row = state.get("skipped", 0), state.get("in_a_row", 0)
 
     def start(self) -> None:
         """Keeps the running statistics as they are now."""
