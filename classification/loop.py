@@ -28,6 +28,7 @@ from revnets.reversible import RangeError
 from revnets.sparsity import SparsityController, apply_masks
 from revnets.training.drift import DriftMonitor
 from revnets.training.finite import FiniteGuard, SkippedByScaler
+from revnets.training.ranges import AgreedRangeError, ranges_agreed
 from revnets.training.resumable import MODEL, seed_all
 
 _logger = logging.getLogger("classification")
@@ -181,15 +182,13 @@ def _step(run: Training, images: Tensor, target: Tensor, step: int, total: int) 
     group = every if step <= total - last_group else last_group
     try:
         with _without_exchange(run.model, due):
-            with run.runtime.autocast():
+            with ranges_agreed(), run.runtime.autocast():
                 loss: Tensor = run.task(images, target)["loss"] if run.task else run.loss(run.model(images), target)
             run.guard.note(loss)
             updated = _backward(run, loss / group, due)
     except RangeError as error:  # exact mode's guard
-        if run.runtime.distributed:  # the others wait for gradients that will not come
-            raise UserError(f"step {step}: {one_line(error)}.") from error
         _logger.warning(f"step {step}: {one_line(error)}")
-        run.guard.failed()
+        run.guard.failed(one_line(error) if isinstance(error, AgreedRangeError) else "")
         run.optimizer.zero_grad()
         loss, updated = images.new_full((), math.nan), False
     if due and not updated:

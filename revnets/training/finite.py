@@ -37,6 +37,7 @@ class FiniteGuard:
     def __init__(self, model: nn.Module, limit: int = LIMIT) -> None:
         self.model, self.limit = model, limit
         self.skipped, self.in_a_row = 0, 0
+        self._reason = ""
         self._losses: list[Tensor] = []
         self._buffers: list[Tensor] = []
         self._kept: list[Tensor] = []
@@ -71,9 +72,13 @@ class FiniteGuard:
             self.failed()
         return finite
 
-    def failed(self) -> None:
-        """Counts an update that could not be made, and puts running statistics back."""
-        self._losses = []
+    def failed(self, reason: str = "") -> None:
+        """Counts an update that could not be made, and puts running statistics back.
+
+        Args:
+            reason: If it is known and another process's, where this one would look in vain.
+        """
+        self._losses, self._reason = [], reason
         self.skipped += 1
         self.in_a_row += 1
         if self._kept:
@@ -92,7 +97,7 @@ class FiniteGuard:
         """
         return NonFinite(
             f"{self.in_a_row} updates in a row were left out, as loss or gradients are not finite: "
-            f"{diagnose(self.model, forward)}; {REMEDY}"
+            f"{self._reason or diagnose(self.model, forward)}; {REMEDY}"
         )
 
     def state_dict(self) -> dict[str, int]:

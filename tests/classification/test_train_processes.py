@@ -18,17 +18,25 @@ import os, sys
 sys.path.insert(0, os.getcwd())
 import torch
 from classification import checkpoints, loop, train
+from revnets.reversible import RevSequential
 
-folder, name, stop, hidden, *line = sys.argv[1:]
-stop, rank = int(stop), int(os.environ["RANK"])
+folder, name, stop, hidden, far, *line = sys.argv[1:]
+stop, rank, steps = int(stop), int(os.environ["RANK"]), 0
 step, validate, damage = loop._step, train._validated, checkpoints.damage
 
 def stopped(run, images, target, number, total):
-    global stop
-    stop -= 1
+    global stop, steps
+    stop, steps = stop - 1, steps + 1
     if stop == 0:
         raise KeyboardInterrupt
-    return step(run, images, target, number, total)
+    scale = 1e9 if rank == 1 and str(steps) in far.split(",") else 1
+    chains = [module for module in run.model.modules() if isinstance(module, RevSequential)][:1]
+    hooks = [chain.register_forward_pre_hook(lambda m, xs: tuple(x * scale for x in xs)) for chain in chains]
+    try:
+        return step(run, images, target, number, total)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 def noted(run, loader, end):
     found = validate(run, loader, end)
@@ -44,12 +52,16 @@ sys.exit(train.main([*line, "--output", folder, "--experiment", name, "--resume"
 """
 
 
-def drive(folder: Path, name: str, *line: str, stop: int = 0, hidden: str = "") -> str:
-    """Two processes, stopped before some step; files hidden from the second. Returns what they said."""
+def drive(folder: Path, name: str, *line: str, stop: int = 0, hidden: str = "", far: str = "", code: int = 0) -> str:
+    """Two processes, stopped before some step; of the second, files are hidden, and steps far out of range.
+
+    Returns:
+        What they said.
+    """
     script = folder / "driver.py"
     script.write_text(DRIVER)
-    done = torchrun(str(script), str(folder), name, str(stop), hidden, *SHORT, *line)
-    assert (done.returncode == 0) == (stop == 0), done.stderr
+    done = torchrun(str(script), str(folder), name, str(stop), hidden, far, *SHORT, *line)
+    assert (done.returncode == 0) == (stop == code == 0), done.stderr
     return done.stderr
 
 
@@ -94,3 +106,15 @@ def test_all_processes_go_on_from_what_the_first_chose(digits: Path, tmp_path: P
     assert [row["epoch"] for row in read_summary(tmp_path / "run" / "summary.csv")] == [0, 1, 2]
     states = [torch.load(tmp_path / f"run-2-{rank}.pt", weights_only=False) for rank in (0, 1)]
     assert not differing(states[0], states[1])
+
+
+@pytest.mark.slow
+def test_one_process_out_of_exact_modes_range(digits: Path, tmp_path: Path) -> None:
+    line = ["--data-dir", str(digits), "--batch-size", "8", "--model", "test_revbifpn", "--model-ema"]
+    line += ["--nonfinite-limit", "3"]
+    said = drive(tmp_path, "run", *line, far="2,3,6")
+    assert "step 2: process 1: op " in said, said
+    assert [row["train_skipped"] for row in read_summary(tmp_path / "run" / "summary.csv")] == [2, 3]
+    said = drive(tmp_path, "ends", *line, far="2,3,4", code=2)
+    assert "3 updates in a row were left out" in said
+    assert "process 1: op " in said.split("updates in a row")[1]
