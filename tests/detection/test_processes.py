@@ -11,11 +11,11 @@ import torch.multiprocessing as mp
 
 pytest.importorskip("mmengine", reason="MMDetection is not installed: pip install 'revnets[detection]'")
 
-from mmengine.config import Config  # noqa: E402
+from mmengine.config import Config
 
-from classification.errors import UserError  # noqa: E402
-from detection import checkpoints, train  # noqa: E402
-from detection.config import connect  # noqa: E402
+from classification.errors import UserError
+from detection import checkpoints, train
+from detection.config import connect
 
 
 def work(rank: int, folder: str) -> None:
