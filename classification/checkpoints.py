@@ -17,10 +17,12 @@ from torch import nn
 from classification.errors import UserError, one_line, whole_file
 from classification.models import load_weights, read_checkpoint
 from revnets.sparsity import SparsityController
+from revnets.training.finite import FiniteGuard
 from revnets.training.integrity import damage, writing
 
 _logger = logging.getLogger("classification")
 PATTERN, LAST, RECOVERY = "*.pth.tar", "last.pth.tar", "recovery.pth.tar"
+PATIENCE = ("num_bad_epochs", "cooldown_counter")  # of torch's ReduceLROnPlateau
 
 
 class Saver(CheckpointSaver):
@@ -41,6 +43,7 @@ class Saver(CheckpointSaver):
         folder: Of the run.
         decreasing: Whether a lower metric is better.
         max_history: How many of the best epochs to keep.
+        guard: Counts updates that were left out, or None.
     """
 
     checkpoint_files: list[tuple[str, Any]]  # and their metrics, the best first
@@ -59,6 +62,7 @@ class Saver(CheckpointSaver):
         folder: Path,
         decreasing: bool,
         max_history: int,
+        guard: FiniteGuard | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -72,16 +76,19 @@ class Saver(CheckpointSaver):
             max_history=max_history,
         )
         self.scheduler = scheduler
-        self.sparsity = sparsity
+        self.sparsity, self.guard = sparsity, guard
         self.extra: dict[str, float] = {}  # further numbers to store
         self.folder = folder
 
-    def save_checkpoint(self, epoch: int, metric: float | None = None) -> tuple[float | None, int | None]:
+    def save_checkpoint(
+        self, epoch: int, metric: float | None = None, processes: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[float | None, int | None]:
         """Saves after an epoch.
 
         Args:
             epoch: The finished one.
             metric: Ranks it; None: only the last.
+            processes: What each of several has of its own.
 
         Returns:
             The best metric and its epoch.
@@ -89,21 +96,22 @@ class Saver(CheckpointSaver):
         Raises:
             NotWritten: There is no space, say.
         """
-        self._save(str(self.folder / LAST), epoch, metric)
+        self._save(str(self.folder / LAST), epoch, metric, processes=processes)
         self.place(self.folder / LAST, epoch, metric)
         (self.folder / RECOVERY).unlink(missing_ok=True)
         return self.best_metric, self.best_epoch
 
-    def save_position(self, position: Mapping[str, Any]) -> None:
+    def save_position(self, position: Mapping[str, Any], processes: Sequence[Mapping[str, Any]] = ()) -> None:
         """Saves in the middle of an epoch; there is only the latest such file.
 
         Args:
             position: Of which epoch how much is done, as plain values.
+            processes: What each of several has of its own.
 
         Raises:
             NotWritten: There is no space, say.
         """
-        self._save(str(self.folder / RECOVERY), position["epoch"] - 1, position=position)
+        self._save(str(self.folder / RECOVERY), position["epoch"] - 1, position=position, processes=processes)
 
     def place(self, path: Path, epoch: int, metric: float | None) -> None:
         """Gives a file of a finished epoch the other names that it deserves; a run that was killed in it can repeat it.
@@ -131,7 +139,12 @@ class Saver(CheckpointSaver):
             Path(file).unlink(missing_ok=True)
 
     def _save(
-        self, save_path: str, epoch: int, metric: float | None = None, position: Mapping[str, Any] | None = None
+        self,
+        save_path: str,
+        epoch: int,
+        metric: float | None = None,
+        position: Mapping[str, Any] | None = None,
+        processes: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         state: dict[str, Any] = {
             "epoch": epoch,
@@ -150,14 +163,18 @@ class Saver(CheckpointSaver):
         }
         if position is not None:
             state["position"] = dict(position)
+        if processes:
+            state["processes"] = list(processes)
         if self.scheduler is not None:
-            state["scheduler"] = _plain(self.scheduler.state_dict())
+            state["scheduler"] = {**_plain(self.scheduler.state_dict()), **_patience(self.scheduler)}
         if self.model_ema is not None:
             state["state_dict_ema"] = get_state_dict(self.model_ema, unwrap_model)
         if self.amp_scaler is not None:
             state[self.amp_scaler.state_dict_key] = self.amp_scaler.state_dict()
         if self.sparsity is not None:
             state["sparsity"] = self.sparsity.state_dict()
+        if self.guard is not None:
+            state["guard"] = self.guard.state_dict()
         failures = (OSError, RuntimeError)  # torch's writer has an error of its own
         with writing(save_path, failures), whole_file(Path(save_path)) as path, path.open("wb") as file:
             torch.save(state, file)
@@ -209,6 +226,12 @@ def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in simple.items()
         if isinstance(value, plain) or (isinstance(value, list) and all(isinstance(v, plain) for v in value))
     }
+
+
+def _patience(scheduler: Any) -> dict[str, int]:
+    """What timm's `plateau` leaves out of its state: epochs without a better metric, and epochs to wait."""
+    inner = getattr(scheduler, "lr_scheduler", None)
+    return {} if inner is None else {name: getattr(inner, name) for name in PATIENCE}
 
 
 def by_age(folder: Path) -> list[Path]:
@@ -269,6 +292,7 @@ def resume(
     model_ema: ModelEmaV3 | None,
     amp_scaler: NativeScaler | None,
     sparsity: SparsityController | None,
+    guard: FiniteGuard | None = None,
 ) -> dict[str, Any]:
     """Brings everything back to where a checkpoint was written.
 
@@ -284,6 +308,7 @@ def resume(
         model_ema: The running mean of the weights, or None.
         amp_scaler: The loss scaler, or None.
         sparsity: What changes the masks, or None.
+        guard: Counts updates that were left out, or None.
 
     Returns:
         The checkpoint.
@@ -319,6 +344,11 @@ def resume(
             raise UserError(f"--resume: '{path}': {one_line(error)}.") from error
     if scheduler is not None and "best" in checkpoint.get("scheduler", {}):
         scheduler.load_state_dict(checkpoint["scheduler"])
+        for counter in PATIENCE:
+            if counter in checkpoint["scheduler"]:  # not in older ones
+                setattr(scheduler.lr_scheduler, counter, checkpoint["scheduler"][counter])
+    if guard is not None:
+        guard.load_state_dict(checkpoint.get("guard", {}))
     within = f" and {checkpoint['position']['step']} batches" if "position" in checkpoint else ""
     _logger.info(f"resumed from '{path}', {checkpoint['epoch'] + 1} epochs{within} done")
     return checkpoint

@@ -28,6 +28,7 @@ from revnets.reversible import RangeError
 from revnets.sparsity import SparsityController, apply_masks
 from revnets.training.drift import DriftMonitor
 from revnets.training.finite import FiniteGuard, SkippedByScaler
+from revnets.training.ranges import AgreedRangeError, ranges_agreed
 from revnets.training.resumable import MODEL, seed_all
 
 _logger = logging.getLogger("classification")
@@ -69,10 +70,10 @@ class _Losses:
     Those that are not finite are left out of the mean: their updates are skipped.
     """
 
-    def __init__(self, start: Position, primary: bool) -> None:
+    def __init__(self, start: Position) -> None:
         self.meter = AverageMeter()
         self.epoch = start.epoch
-        if primary and start.loss_count:  # of all processes, so only once
+        if start.loss_count:
             self.meter.sum, self.meter.count = start.loss_sum, start.loss_count
             self.meter.avg = start.loss_sum / start.loss_count
         self._waiting: list[tuple[Tensor, int]] = []
@@ -116,7 +117,7 @@ def train_epoch(run: Training, begin: Position) -> tuple[dict[str, float], Posit
     run.model.train()
     run.optimizer.zero_grad()
     reset_peak_memory(runtime.device)
-    losses, total, images_seen = _Losses(begin, runtime.primary), len(run.data.loader), 0
+    losses, total, images_seen = _Losses(begin), len(run.data.loader), 0
     update = run.updates_before(begin)
     start = time.perf_counter()
     with Steps(f"train {epoch}", total, options.log_interval, runtime.primary) as steps:
@@ -181,15 +182,13 @@ def _step(run: Training, images: Tensor, target: Tensor, step: int, total: int) 
     group = every if step <= total - last_group else last_group
     try:
         with _without_exchange(run.model, due):
-            with run.runtime.autocast():
+            with ranges_agreed(), run.runtime.autocast():
                 loss: Tensor = run.task(images, target)["loss"] if run.task else run.loss(run.model(images), target)
             run.guard.note(loss)
             updated = _backward(run, loss / group, due)
     except RangeError as error:  # exact mode's guard
-        if run.runtime.distributed:  # the others wait for gradients that will not come
-            raise UserError(f"step {step}: {one_line(error)}.") from error
         _logger.warning(f"step {step}: {one_line(error)}")
-        run.guard.failed()
+        run.guard.failed(one_line(error) if isinstance(error, AgreedRangeError) else "")
         run.optimizer.zero_grad()
         loss, updated = images.new_full((), math.nan), False
     if due and not updated:

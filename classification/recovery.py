@@ -6,9 +6,13 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from timm.utils import ModelEmaV3
+from torch import nn
+
 from classification.checkpoints import RECOVERY, Saver
 from classification.errors import UserError
 from classification.runtime import Runtime
+from revnets.training.processes import at_first, own_buffers, put_buffers
 from revnets.training.termination import Terminated, Termination
 
 
@@ -18,7 +22,7 @@ class Position:
 
     epoch: int
     step: int = 0  # batches done
-    loss_sum: float = 0.0  # over their images, of all processes
+    loss_sum: float = 0.0  # over their images, of this process; in a file, of all
     loss_count: float = 0.0
 
     @classmethod
@@ -43,6 +47,44 @@ class Position:
         return cls(**{key: value for key, value in values.items() if key != "steps"})
 
 
+class OwnState:
+    """What each process has of its own: running statistics, also of the EMA, and its share of the epoch's mean loss.
+
+    Args:
+        runtime: Device and processes.
+        model: Not wrapped.
+        ema: The running mean of the weights, or None.
+    """
+
+    def __init__(self, runtime: Runtime, model: nn.Module, ema: ModelEmaV3 | None) -> None:
+        self._runtime = runtime
+        self._modules = {"model": model, **({} if ema is None else {"ema": ema.module})}
+
+    def gather(self, here: Position) -> list[dict[str, Any]]:
+        """What differs from the first process, of each, for the process that writes; all must call it."""
+        buffers = {name: own_buffers(module) for name, module in self._modules.items()}
+        return at_first({"buffers": buffers, "loss": [here.loss_sum, here.loss_count]})
+
+    def restore(self, checkpoint: Mapping[str, Any], begin: Position) -> Position:
+        """Puts this process back; where the number of processes is another, all begin as the first was.
+
+        Args:
+            checkpoint: Of which model and EMA are loaded; the model is wrapped by now, as DDP spreads the first's.
+            begin: Where it was written, with the losses of all.
+
+        Returns:
+            The same, with the losses of this process.
+        """
+        runtime, everyone = self._runtime, checkpoint.get("processes", [])
+        if not runtime.distributed or len(everyone) != runtime.world_size:
+            return begin if runtime.primary else dataclasses.replace(begin, loss_sum=0.0, loss_count=0.0)
+        own = everyone[runtime.rank]
+        for name, module in self._modules.items():
+            put_buffers(module, own["buffers"].get(name, {}))
+        loss_sum, loss_count = own["loss"] if begin.step else (0.0, 0.0)
+        return dataclasses.replace(begin, loss_sum=loss_sum, loss_count=loss_count)
+
+
 class Recovery:
     """Saves a run in the middle of an epoch: every so many batches, and to end it after SIGTERM.
 
@@ -60,6 +102,7 @@ class Recovery:
             )
         self.termination = Termination()
         self.saver: Saver | None = None  # of the process that writes
+        self.own: OwnState | None = None  # known once the model is wrapped
         self._runtime, self._every, self._possible = runtime, every, possible
         self._since = 0
 
@@ -82,9 +125,10 @@ class Recovery:
         if self._possible:
             self._since = 0
             loss_sum, count = self._runtime.sum(here.loss_sum, here.loss_count)
+            processes = self.own.gather(here) if self.own is not None else []
             if self.saver is not None:
                 everywhere = dataclasses.replace(here, loss_sum=loss_sum, loss_count=count)
-                self.saver.save_position({**dataclasses.asdict(everywhere), "steps": steps})
+                self.saver.save_position({**dataclasses.asdict(everywhere), "steps": steps}, processes)
         if ending:
             where = f"batch {here.step} of {steps} of epoch {here.epoch}"
             saved = f"saved in {RECOVERY}" if self._possible else "its epoch is not saved, such data start at the front"

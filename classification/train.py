@@ -18,7 +18,6 @@ from typing import Any
 if not __package__:  # run by its path: Python then looks for modules in classification/ instead of the project's root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
 from timm.layers import convert_sync_batchnorm
 from timm.utils import distribute_bn, random_seed
 from torch import nn
@@ -38,7 +37,7 @@ from classification.errors import UserError, guarded
 from classification.loop import Training, train_epoch, validate
 from classification.models import build_model, check_model_fits, data_config
 from classification.options import TrainOptions, as_dict
-from classification.recovery import Position
+from classification.recovery import OwnState, Position
 from classification.report import SUMMARY, Row, Summary, clock, draw_curves, write_args
 from classification.runtime import Runtime, memory_words, start_runtime
 from classification.setup import start_training
@@ -49,6 +48,7 @@ from revnets.numerics import NumericsMonitor
 from revnets.numerics.report import FILES as NUMERICS_FILES
 from revnets.pruning.checkpoint import FLOPS
 from revnets.sparsity.report import write_table
+from revnets.training.processes import of_first
 
 _logger = logging.getLogger("classification")
 FILES = (SUMMARY, "curves.png", *SPARSITY_FILES, *NUMERICS_FILES)
@@ -104,6 +104,9 @@ def train(options: TrainOptions) -> Result:
         run.model = _distributed(run.model, runtime, options)
         if run.task is not None:
             run.task.trainable_module = run.model
+    run.recovery.own = OwnState(runtime, model, run.ema)
+    if checkpoint is not None:
+        begin = run.recovery.own.restore(checkpoint, begin)
     decreasing = options.eval_metric == "loss"
     saver = None
     if runtime.primary:
@@ -119,6 +122,7 @@ def train(options: TrainOptions) -> Result:
             folder,
             decreasing,
             options.checkpoint_hist,
+            run.guard,
         )
         if checkpoint is not None and path is not None:
             in_place = path.parent.resolve() == folder.resolve()
@@ -169,13 +173,12 @@ def _distributed(model: nn.Module, runtime: Runtime, options: TrainOptions) -> n
 def _start(run: Training, model: nn.Module) -> tuple[Path, Path | None, dict[str, Any] | None, Position]:
     """Finds the run's folder and, when resuming, brings the run back; returns the checkpoint and where it was."""
     options = run.options
-    folder, path = _folder_and_checkpoint(options, model)
-    if run.runtime.distributed:
-        torch.distributed.barrier()  # all have looked before one of them writes
+    folder, path = of_first(lambda: _folder_and_checkpoint(options, model))
     checkpoint, begin = None, Position(0)
     if path is not None:
         optimizer = None if options.no_resume_opt else run.optimizer
-        checkpoint = resume(path, options.model, model, optimizer, run.scheduler, run.ema, run.scaler, run.sparsity)
+        parts = (optimizer, run.scheduler, run.ema, run.scaler, run.sparsity, run.guard)
+        checkpoint = resume(path, options.model, model, *parts)
         begin = Position.of(checkpoint, len(run.data.loader))
     if run.scheduler is not None and (begin.epoch or begin.step):
         if begin.epoch:
@@ -267,10 +270,11 @@ def _epochs(
         metric = metrics.get(options.eval_metric)
         if run.scheduler is not None:
             run.scheduler.step(epoch + 1, metric)
+        processes = run.recovery.own.gather(Position(epoch + 1)) if run.recovery.own is not None else []
         if saver is not None:
             saver.extra = {FLOPS: row.get("train_flops_all_phases", row.get("train_flops", 0.0))}
             summary.add({**row, "lr": lr})  # the row first: a kill in between repeats the epoch and its row
-            saver.save_checkpoint(epoch, metric=metric)
+            saver.save_checkpoint(epoch, metric, processes)
             if run.sparsity is not None:
                 write_table(run.sparsity, Path(saver.checkpoint_dir))
             if run.numerics is not None and run.numerics.records:

@@ -175,3 +175,19 @@ def _processes(cfg: Any, args: argparse.Namespace) -> None:
         "broadcast_buffers": False,
         "find_unused_parameters": unused,
     }
+
+
+def connect(cfg: Any) -> None:
+    """Starts the process group as MMEngine's runner would later, for what the processes decide before it is built.
+
+    Args:
+        cfg: Of `load`.
+    """
+    from mmengine.dist import init_dist
+    from mmengine.utils.dl_utils import set_multi_processing
+
+    if cfg.launcher == "none" or torch.distributed.is_initialized():
+        return
+    environment = cfg.get("env_cfg") or {}
+    set_multi_processing(**environment.get("mp_cfg", {}), distributed=True)  # else init_dist has loaders spawn
+    init_dist(cfg.launcher, **environment.get("dist_cfg", {}))

@@ -27,9 +27,10 @@ from classification.errors import UserError, guarded, one_line
 from classification.report import clock
 from classification.runtime import MB
 from detection import checkpoints, checks
-from detection.config import load, parse, parser, primary
+from detection.config import connect, load, parse, parser, primary
 from detection.noise import noise_kept_out
 from detection.report import draw, show, write_summary
+from revnets.training.processes import of_first
 
 _logger = logging.getLogger("detection")
 DESCRIPTION = "Train a detector on MMEngine's runner. Options are those of MMDetection's tools/train.py, and some more."
@@ -126,7 +127,8 @@ def train(argv: Sequence[str] | None = None) -> Result:
 def _resume(cfg: Any, args: argparse.Namespace, folder: Path) -> bool:
     """Sets what is to be loaded; says whether the run goes on from it."""
     if args.resume == "auto":
-        last = checkpoints.newest_whole(folder)
+        connect(cfg)
+        last = of_first(lambda: checkpoints.newest_whole(folder))
         if last is None:
             _logger.info(f"--resume auto: no checkpoint in '{folder}', starting from the beginning")
         else:

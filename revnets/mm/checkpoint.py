@@ -10,9 +10,11 @@ from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
+from torch import nn
 
 from ..profiling.report import write
 from ..training.integrity import writing
+from ..training.processes import at_first, own_buffers, put_buffers
 
 BACKEND = "revnets.whole_files"
 INTERIM = "interim.pth"
@@ -80,6 +82,7 @@ class WholeCheckpointHook(CheckpointHook):
         super().__init__(**{"backend_args": {"backend": BACKEND}, **options})
         self.interim = interim
         self._due, self._saved_at = False, -1
+        self._processes: list[Any] = []  # while a file is saved
 
     def before_train(self, runner: Any) -> None:
         """Find the folder; remove what a kill left half-written in it."""
@@ -142,10 +145,26 @@ class WholeCheckpointHook(CheckpointHook):
             if path not in best:  # a repeated epoch writes the same file again
                 Path(path).unlink(missing_ok=True)
 
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Put in what each of several processes has of its own."""
+        if self._processes:
+            checkpoint["processes"] = self._processes
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Give it back, if there are as many processes again; comes after ``EMAHook``, and before the model loads."""
+        everyone = checkpoint.pop("processes", [])
+        if not runner._resume or len(everyone) != runner.world_size:
+            return
+        own = everyone[runner.rank]
+        checkpoint["state_dict"].update(own["model"])
+        for name, module in _modules(runner).items():
+            put_buffers(module, own.get(name, {}))
+
     def _save(self, runner: Any, name: str, meta: dict[str, Any]) -> None:
         self._due, self._saved_at = False, meta.get("iter", runner.iter)
         self.last_ckpt = os.path.join(self.out_dir, name)
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
+        self._processes = at_first({name: own_buffers(module) for name, module in _modules(runner).items()})
         runner.save_checkpoint(
             self.out_dir,
             name,
@@ -156,9 +175,17 @@ class WholeCheckpointHook(CheckpointHook):
             backend_args=self.backend_args,
             **self.args,
         )
+        self._processes = []
         if is_main_process():
             text = self.last_ckpt
             write(Path(runner.work_dir, "last_checkpoint"), lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _modules(runner: Any) -> dict[str, nn.Module]:
+    """What has running statistics: the model and, where ``EMAHook`` keeps one, its mean."""
+    found = {"model": getattr(runner.model, "module", runner.model)}
+    means = [hook.ema_model.module for hook in runner.hooks if hasattr(hook, "ema_model")]
+    return {**found, **({"ema": means[0]} if means else {})}
 
 
 def _write_through(path: Path, content: bytes) -> None:

@@ -1,6 +1,8 @@
 """Hooks against numbers that go wrong: updates that are not finite, rebuilt activations that are not the true ones."""
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +12,10 @@ from mmengine.registry import HOOKS
 from ..training.drift import EVERY, DriftMonitor, part
 from ..training.drift import LIMIT as HARMLESS
 from ..training.finite import LIMIT, FiniteGuard, SkippedByScaler
+from ..training.ranges import AgreedRangeError, ranges_agreed
+
+COUNTERS = "updates_left_out"  # in the message hub, and so in checkpoints
+PATCHED = ("backward", "step", "optim_context")  # of the optimizer's wrapper, in training
 
 
 @HOOKS.register_module()
@@ -44,8 +50,18 @@ class FiniteHook(Hook):
             return
         guard = self.guard = FiniteGuard(getattr(runner.model, "module", runner.model), self.limit)
         guard.start()
+        guard.load_state_dict(runner.message_hub.runtime_info.get(COUNTERS, {}))
         scaled = hasattr(wrapper, "loss_scaler")
-        backward, step = type(wrapper).backward, type(wrapper).step
+        backward, step, context = (getattr(type(wrapper), name) for name in PATCHED)
+
+        @contextmanager
+        def together(model: Any) -> Iterator[None]:
+            if model is not runner.model:  # somebody else's look at the network, in one process
+                with context(wrapper, model):
+                    yield
+                return
+            with ranges_agreed(), context(wrapper, model):
+                yield
 
         @functools.wraps(backward)
         def noted(loss: torch.Tensor, **more: Any) -> None:
@@ -65,7 +81,7 @@ class FiniteHook(Hook):
             if not good:
                 runner.logger.warning(f"iteration {runner.iter}: loss or gradients are not finite, no update")
 
-        wrapper.backward, wrapper.step = noted, guarded
+        wrapper.backward, wrapper.step, wrapper.optim_context = noted, guarded, together
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Remember the batch, to find out what is wrong with it."""
@@ -75,18 +91,21 @@ class FiniteHook(Hook):
         """Count an iteration that the range guard of exact mode ended.
 
         Raises:
-            RangeError: in several processes, where the others wait for this one's gradients.
+            RangeError: in one of several processes, where the others wait for this one's gradients.
         """
-        if self.guard is None or runner.world_size > 1:
+        agreed = isinstance(error, AgreedRangeError)
+        if self.guard is None or (runner.world_size > 1 and not agreed):
             raise error
         runner.logger.warning(f"iteration {runner.iter}: {error}: no update")
-        self.guard.failed()
+        self.guard.failed(str(error) if agreed else "")
         runner.optim_wrapper.zero_grad()
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Give up, if it is time."""
+        """Give up, if it is time; else note the counters, before checkpoints are saved."""
         if self.guard is not None and self.guard.exhausted:
             raise self.guard.give_up(functools.partial(_losses, runner, self._batch))
+        if self.guard is not None and self.guard.skipped:
+            runner.message_hub.update_info(COUNTERS, self.guard.state_dict())
         self._batch = None
 
     def after_train(self, runner: Any) -> None:
@@ -95,7 +114,7 @@ class FiniteHook(Hook):
             return
         if self.guard.skipped:
             runner.logger.warning(f"{self.guard.skipped} updates were left out, as loss or gradients were not finite")
-        for name in ("backward", "step"):
+        for name in PATCHED:
             vars(runner.optim_wrapper).pop(name, None)
 
 

@@ -1,5 +1,7 @@
 """The autograd node of one op, and the tape that hands rebuilt activations from node to node."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 from .errors import ReversibleError
 from .grid import check_range, max_abs
 from .op import Grads, ReversibleOp, Step, Tensors
-from .replay import Precision, Recorder, activated, is_fake, parameters_of
+from .replay import Precision, Recorder, activated, active, is_fake, parameters_of
 
 
 class Tape:
@@ -158,7 +160,7 @@ class RangeGuard:
     """Watches that values stay on the grid of exact mode, without making an accelerator wait.
 
     On CPU the check is immediate. Elsewhere the maxima go to pinned memory while the device works on, and are checked
-    when the backward pass arrives.
+    when the backward pass arrives. Within ``range_checks_put_off`` they are checked when the caller wants it.
     """
 
     def __init__(self, grid_bits: int) -> None:
@@ -172,21 +174,30 @@ class RangeGuard:
         for value in values:
             if is_fake(value) or value.device.type == "meta":
                 continue
-            if value.device.type == "cpu":
+            if value.device.type == "cpu" and active.guards is None:
                 check_range(max_abs(value).item(), self.grid_bits, value.dtype, where)
             else:
                 self._seen.append((where, value.dtype, max_abs(value)))
 
     def arm(self, outputs: Tensors) -> None:
         """Start copying the maxima to the host, to be checked when the backward pass reaches ``outputs``."""
-        if self._seen:
-            device = self._seen[0][2].device
-            self._host = torch.stack([m.double() for _, _, m in self._seen]).to("cpu", non_blocking=True)
+        if not self._seen:
+            return
+        maxima, device = torch.stack([m.double() for _, _, m in self._seen]), self.device
+        self._host = maxima.to("cpu", non_blocking=True)
+        if device.type != "cpu":
             self._event = torch.get_device_module(device).Event()
             self._event.record()
-            for output in outputs:
-                if output.requires_grad:
-                    output.register_hook(self.settle)
+        for output in outputs:
+            if output.requires_grad:
+                output.register_hook(self.settle)
+        if active.guards is not None:
+            active.guards.append(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Of what was watched, and is not yet checked."""
+        return self._seen[0][2].device
 
     def settle(self, _: Any = None) -> None:
         """Raise for the first value out of range, once the copy has arrived.
@@ -196,7 +207,16 @@ class RangeGuard:
         """
         if self._host is None:
             return
-        self._event.synchronize()
+        if self._event is not None:
+            self._event.synchronize()
         for (where, dtype, _), value in zip(self._seen, self._host.tolist(), strict=True):
             check_range(value, self.grid_bits, dtype, where)
         self._host, self._seen = None, []
+
+
+@contextmanager
+def range_checks_put_off() -> Iterator[list[RangeGuard]]:
+    """Within, forward passes of exact mode end whatever their values; gives the guards, to be settled after it."""
+    guards: list[RangeGuard] = []
+    with activated(guards=guards):
+        yield guards

@@ -24,6 +24,7 @@ class _Active(threading.local):
     runner: "Runner | None" = None
     record: "BranchRecord | None" = None  # where `once` appends (recording) ...
     playback: "Iterator[Any] | None" = None  # ... or reads (replaying)
+    guards: "list[Any] | None" = None  # where exact mode's guards wait to be looked at together
     in_stack: bool = False  # a RevSequential is training: its ops round, whatever their own train/eval flag
 
     @property

@@ -1,6 +1,6 @@
 """Numbers that go wrong: updates that are left out, and the layer where it began."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class FiniteGuard:
     def __init__(self, model: nn.Module, limit: int = LIMIT) -> None:
         self.model, self.limit = model, limit
         self.skipped, self.in_a_row = 0, 0
+        self._reason = ""
         self._losses: list[Tensor] = []
         self._buffers: list[Tensor] = []
         self._kept: list[Tensor] = []
@@ -71,9 +72,13 @@ class FiniteGuard:
             self.failed()
         return finite
 
-    def failed(self) -> None:
-        """Counts an update that could not be made, and puts running statistics back."""
-        self._losses = []
+    def failed(self, reason: str = "") -> None:
+        """Counts an update that could not be made, and puts running statistics back.
+
+        Args:
+            reason: If it is known and another process's, where this one would look in vain.
+        """
+        self._losses, self._reason = [], reason
         self.skipped += 1
         self.in_a_row += 1
         if self._kept:
@@ -92,8 +97,16 @@ class FiniteGuard:
         """
         return NonFinite(
             f"{self.in_a_row} updates in a row were left out, as loss or gradients are not finite: "
-            f"{diagnose(self.model, forward)}; {REMEDY}"
+            f"{self._reason or diagnose(self.model, forward)}; {REMEDY}"
         )
+
+    def state_dict(self) -> dict[str, int]:
+        """How many updates were left out, and how many since the last good one."""
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Counts on from there; older checkpoints have nothing, which starts at 0."""
+        self.skipped, self.in_a_row = state.get("skipped", 0), state.get("in_a_row", 0)
 
     def start(self) -> None:
         """Keeps the running statistics as they are now."""

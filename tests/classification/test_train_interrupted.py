@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from classification import train
 from classification.checkpoints import by_age, newest_whole
 from classification.errors import UserError
+from classification.report import read_summary
 
 from .short_runs import Trainer
 from .test_train_run import differing, load
@@ -131,3 +133,58 @@ def test_what_a_kill_prevented_after_the_last_file_is_made_up_for(run_train: Tra
     assert run_train("--epochs", "2", "--resume", "auto", "--eval-metric", "loss") == 0
     assert {p.name for p in folder.iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
     assert load(folder / "model_best.pth.tar")["epoch"] == load(tmp_path / "whole" / "model_best.pth.tar")["epoch"]
+
+
+def test_patience_is_kept(run_train: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A schedule by the metric, which never gets better here: two such epochs lower the rate, however they went."""
+    monkeypatch.setattr(train, "_validated", lambda *_: {"loss": 2.0, "top1": 10.0, "top5": 50.0})
+    line = ["--sched", "plateau", "--patience-epochs", "1", "--epochs", "4"]
+    assert run_train(*line, "--experiment", "whole") == 0
+    with monkeypatch.context() as patch:
+        terminate_at(patch, "_step", 4 + 4 + 2)
+        assert run_train(*line, "--experiment", "parts") == 75
+    stopped = load(tmp_path / "parts" / "recovery.pth.tar")["scheduler"]
+    assert (stopped["num_bad_epochs"], stopped["cooldown_counter"]) == (1, 0)
+    assert run_train(*line, "--experiment", "parts", "--resume", "auto") == 0
+    whole, parts = (load(tmp_path / name / "last.pth.tar") for name in ("whole", "parts"))
+    assert whole["scheduler"] == parts["scheduler"]
+    rates = [[row["lr"] for row in read_summary(tmp_path / name / "summary.csv")] for name in ("whole", "parts")]
+    assert rates[0] == rates[1]
+    assert rates[0][3] < rates[0][0]
+
+
+def test_updates_left_out_are_counted_on(run_train: Trainer, tmp_path: Path) -> None:
+    line = ["--sched", "plateau", "--checkpoint-hist", "1"]
+    assert run_train(*line, "--epochs", "1") == 0
+    last = tmp_path / "run" / "last.pth.tar"
+    saved = load(last)
+    assert saved["guard"] == {"skipped": 0, "in_a_row": 0}
+    torch.save({**saved, "guard": {"skipped": 2, "in_a_row": 1}}, last)
+    assert run_train(*line, "--epochs", "2", "--resume", "auto") == 0
+    assert load(last)["guard"] == {"skipped": 2, "in_a_row": 0}
+    older = load(last)
+    del older["guard"], older["scheduler"]["num_bad_epochs"], older["scheduler"]["cooldown_counter"]
+    torch.save(older, last)
+    assert run_train(*line, "--epochs", "3", "--resume", "auto") == 0
+    assert load(last)["guard"] == {"skipped": 0, "in_a_row": 0}
+
+
+def test_another_file_is_left_where_the_newest_names_are_one_file(
+    run_train: Trainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The last, the best and the numbered checkpoint share their blocks on the disk; an older epoch's do not."""
+    assert run_train("--epochs", "3", "--eval-metric", "loss") == 0
+    folder = tmp_path / "run"
+    newest = (folder / "last.pth.tar").stat().st_ino
+    same = [path for path in by_age(folder) if path.stat().st_ino == newest]
+    assert len(same) > 1
+    content = bytearray(same[0].read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 4096] = bytes(4096)
+    with same[0].open("r+b") as file:  # in place, so under all its names
+        file.write(content)
+    found = newest_whole(folder)
+    assert found is not None
+    assert found.stat().st_ino != newest
+    assert load(found)["epoch"] == 1
+    assert all(f"{path.name}' is damaged" in caplog.text for path in same)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.integration.scenarios import ROOT, Scenario, classification, detection
+from tests.integration.scenarios import ROOT, Scenario, classification, detection, float16
 
 FINISHED = -1
 
@@ -198,12 +198,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     line.add_argument("--kills", type=int, default=50, help="over all scripts (default: 50)")
     line.add_argument("--seed", type=int, default=0)
     line.add_argument("--folder", type=Path, required=True, help="of everything that is written; goes on in it")
-    line.add_argument("--only", choices=["classification", "detection"])
+    line.add_argument("--only", choices=["classification", "detection", "float16"], help="float16: classification, too")
     line.add_argument("--fresh", action="store_true", help="a new interpreter for each start (slow), not a fork")
     line.add_argument("--within", type=float, metavar="SECONDS", help="latest moment of a kill after a start")
     args = line.parse_args(argv)
-    scenarios = {"classification": classification, "detection": detection}
-    names = [args.only] if args.only else list(scenarios)
+    scenarios = {"classification": classification, "detection": detection, "float16": float16}
+    names = [args.only] if args.only else ["classification", "detection"]
     bad = 0
     for index, name in enumerate(names):
         scenario = scenarios[name](args.folder / f"data-{name}")

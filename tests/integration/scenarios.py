@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,13 @@ def differing(a: Any, b: Any, path: str = "") -> list[str]:
     return [] if a == b else [path]
 
 
-def classification(data: Path, epochs: int = 3) -> Scenario:
+def classification(data: Path, epochs: int = 3, more: Sequence[str] = ()) -> Scenario:
     """A reversible network with sparse layers that change, EMA, and chance wherever there is some.
 
     Args:
         data: Made here where it is missing.
         epochs: Of 4 batches.
+        more: Options, which come last.
     """
     from classification.digits import make_digits
 
@@ -63,13 +64,19 @@ def classification(data: Path, epochs: int = 3) -> Scenario:
     sparse = "--layers sparse_parallel:0.75 --sparsity-schedule rigl --sparsity-interval 3 --model-ema"
     chance = "--drop 0.2 --drop-path 0.1 --reprob 0.5 --mixup 0.2 --aa rand-m5-mstd0.5 --model-ema-decay 0.9"
     length = f"--epochs {epochs} --warmup-epochs 1 --sched-on-updates --batch-size 16 --recovery-interval 1"
-    more = f"--model test_revbifpn --opt adamw --lr 3e-3 --clip-grad 1 --workers 0 --device cpu --data-dir {data}"
-    common = f"{sparse} {chance} {length} {more} --img-size 32 --checkpoint-hist 2 --eval-metric loss".split()
+    rest = f"--model test_revbifpn --opt adamw --lr 3e-3 --clip-grad 1 --workers 0 --device cpu --data-dir {data}"
+    common = f"{sparse} {chance} {length} {rest} --img-size 32 --checkpoint-hist 2 --eval-metric loss".split()
 
     def line(folder: Path) -> list[str]:
-        return [*common, "--output", str(folder.parent), "--experiment", folder.name, "--resume", "auto"]
+        return [*common, *more, "--output", str(folder.parent), "--experiment", folder.name, "--resume", "auto"]
 
     return Scenario("classification", line, ".tmp-*", _classified)
+
+
+def float16(data: Path) -> Scenario:
+    """The same with a loss scaler, a loading process, and the schedule that goes by the metric."""
+    line = "--amp --amp-dtype float16 --workers 1 --no-sched-on-updates --sched plateau --patience-epochs 0"
+    return classification(data, more=line.split())
 
 
 def _classified(a: Path, b: Path) -> list[str]:

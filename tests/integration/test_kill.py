@@ -2,23 +2,22 @@
 
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from .kill import Harness
-from .scenarios import Scenario, classification, detection, differing
+from .scenarios import Scenario, classification, detection, differing, float16
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario", [classification, detection], ids=lambda make: make.__name__)
-def test_killed_runs_end_as_the_one_that_was_let_be(scenario: object, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scenario", [classification, detection, float16], ids=lambda make: make.__name__)
+def test_killed_runs_end_as_the_one_that_was_let_be(scenario: Callable[[Path], Scenario], tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
     if scenario is detection:
         pytest.importorskip("mmdet", reason="MMDetection is not installed: pip install 'revnets[detection]'")
-        harness = Harness(detection(tmp_path / "data"), tmp_path / "kills", seed=1)
-    else:
-        harness = Harness(classification(tmp_path / "data"), tmp_path / "kills", seed=1)
+    harness = Harness(scenario(tmp_path / "data"), tmp_path / "kills", seed=1)
     harness.run(3)
     assert len(harness.kills) == 3
     assert harness.differences == []

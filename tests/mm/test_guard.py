@@ -11,6 +11,7 @@ from torch import Tensor, nn
 REASON = "MMDetection is not installed: pip install 'revnets[detection]'"
 pytest.importorskip("revnets.mm", reason=REASON, exc_type=ImportError)
 
+from mmengine.hooks import Hook  # noqa: E402
 from mmengine.model import BaseModel  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 
@@ -44,7 +45,17 @@ def collate(items: list[Tensor]) -> dict[str, Any]:
     return {"inputs": items}
 
 
-def train(folder: Path, how: str, bad: range, *hooks: Any, accumulate: int = 1) -> Runner:
+class Stop(Hook):
+    """As if by the keyboard."""
+
+    priority = "LOWEST"
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        if runner.iter == 3:
+            raise KeyboardInterrupt
+
+
+def train(folder: Path, how: str, bad: range, *hooks: Any, accumulate: int = 1, interim: int = 0) -> Runner:
     torch.manual_seed(0)
     loader = torch.utils.data.DataLoader(list(torch.randn(16, 4, 32, 32)), batch_size=2, collate_fn=collate)  # type: ignore[arg-type]
     runner = Runner(
@@ -53,7 +64,8 @@ def train(folder: Path, how: str, bad: range, *hooks: Any, accumulate: int = 1) 
         train_dataloader=loader,
         optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.01}, "accumulative_counts": accumulate},
         train_cfg={"type": "ResumableTrainLoop", "max_epochs": 1},
-        default_hooks={"checkpoint": None},
+        default_hooks={"checkpoint": {"type": "WholeCheckpointHook", "interim": interim} if interim else None},
+        resume=(folder / "last_checkpoint").exists(),
         custom_hooks=list(hooks),
         default_scope="mmengine",
         experiment_name=f"{folder.name}-{how}-{bad}",
@@ -78,6 +90,17 @@ def test_too_many_in_a_row_name_the_layer(tmp_path: Path) -> None:
         train(tmp_path, "nan", range(2, 99), FiniteHook(limit=3))
     with pytest.raises(NonFinite, match=r"op 0: \|output\| reaches .* beyond the range"):
         train(tmp_path, "range", range(2, 99), FiniteHook(limit=3))
+
+
+def test_counters_go_on_after_a_resume(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, "nan", range(2, 4), FiniteHook(limit=3), Stop(), interim=1)
+    with pytest.raises(NonFinite, match="3 updates in a row"):
+        train(tmp_path, "nan", range(1), FiniteHook(limit=3), interim=1)
+    hook = FiniteHook(limit=3)
+    train(tmp_path, "nan", range(0), hook, interim=1)
+    assert hook.guard is not None
+    assert hook.guard.state_dict() == {"skipped": 2, "in_a_row": 0}
 
 
 def test_without_the_hook_the_range_guard_ends_the_run(tmp_path: Path) -> None:

@@ -51,6 +51,17 @@ def test_statistics_are_those_of_the_last_good_update(net: nn.Sequential) -> Non
     assert guard.exhausted
 
 
+def test_counters_go_on_after_a_resume(net: nn.Sequential) -> None:
+    guard, x = FiniteGuard(net, limit=2), torch.full((8, 4), float("nan"))
+    assert not step(net, guard, x)
+    resumed = FiniteGuard(net, limit=2)
+    resumed.load_state_dict(guard.state_dict())
+    assert not step(net, resumed, x)
+    assert (resumed.skipped, resumed.exhausted) == (2, True)
+    resumed.load_state_dict({})  # of an older checkpoint
+    assert (resumed.skipped, resumed.in_a_row) == (0, 0)
+
+
 def test_gradients_alone_count(net: nn.Sequential) -> None:
     guard = FiniteGuard(net)
     net(torch.randn(8, 4)).sum().backward()
