@@ -46,9 +46,9 @@ class ConvCall:
         if columns is not None and rows is not None:
             self.kind = CONVOLUTION
             inputs = geometry.in_channels // geometry.groups * math.prod(geometry.kernel_size)
-            self._chunk = _chunk_size(inputs, len(values) / max(inputs * geometry.out_channels, 1))
+            self._chunk = chunk_size(inputs, len(values) / max(inputs * geometry.out_channels, 1))
             if self._chunk < inputs:
-                values, columns, rows = _in_chunks(values, columns, rows, self._chunk, -(-inputs // self._chunk))
+                values, columns, rows = in_chunks(values, columns, rows, self._chunk, -(-inputs // self._chunk))
         self._kept = [None if t is None else t.contiguous() for t in (values, columns, rows, bias)]
         self._activation = ACTIVATIONS.index(activation)
         self._plans: dict[int, Plan] = {}
@@ -91,7 +91,7 @@ class MeanCall:
         return struct, (n, channels, 1, 1)
 
 
-def _chunk_size(inputs: int, density: float) -> int:
+def chunk_size(inputs: int, density: float) -> int:
     """How many inputs are multiplied before the next ones come into the first cache."""
     low, high = _CHUNKS
     if inputs <= low:
@@ -100,7 +100,7 @@ def _chunk_size(inputs: int, density: float) -> int:
     return -(-inputs // math.ceil(inputs / most))
 
 
-def _in_chunks(values: Tensor, columns: Tensor, rows: Tensor, size: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
+def in_chunks(values: Tensor, columns: Tensor, rows: Tensor, size: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
     """Compressed weights chunk after chunk of the inputs, columns counted from the chunk's first."""
     outputs = len(rows) - 1
     row = torch.repeat_interleave(torch.arange(outputs), rows.diff().long(), output_size=len(values))

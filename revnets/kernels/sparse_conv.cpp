@@ -8,6 +8,7 @@
 #include "call.h"
 #include "convolution.h"
 #include "depthwise.h"
+#include "weight_grad.h"
 
 namespace {
 
@@ -26,6 +27,7 @@ extern "C" {
 const char* revnets_target() { return REVNETS_TARGET; }
 int64_t revnets_call_size() { return sizeof(Call); }
 int64_t revnets_lanes() { return kLanes; }
+int64_t revnets_grad_call_size() { return sizeof(GradCall); }
 
 // Layers in order; each may read what the ones before have written. Threads are woken once, not once per layer.
 void revnets_run(const Call* calls, int64_t count, int64_t threads) {
@@ -47,6 +49,18 @@ void revnets_run(const Call* calls, int64_t count, int64_t threads) {
   }
 #endif
   for (int64_t i = 0; i < count; ++i) run(calls[i], {0, 1});
+}
+
+// Gradient of a layer's weights; `sums` has room for as many floats as there are non-zeros.
+void revnets_weight_grad(const GradCall* call, float* sums, int64_t threads) {
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    run_weight_grad(*call, {omp_get_thread_num(), omp_get_num_threads()}, sums);
+    return;
+  }
+#endif
+  run_weight_grad(*call, {0, 1}, sums);
 }
 
 }  // extern "C"

@@ -57,10 +57,8 @@ inline void copy(float* to, const float* from, int64_t length) {
   }
 }
 
-// Elements 0, 2, ... of the first vector, then 1, 3, ... of the second.
-inline vec even_of(vec a, vec b) {
-  ivec index;
-  for (int j = 0; j < kLanes; ++j) index[j] = 2 * j < kLanes ? 2 * j : 2 * j + 1;
+// Lane j is lane index[j] of both vectors in a row; index is constant once compiled.
+inline vec shuffled(vec a, vec b, ivec index) {
 #if defined(__clang__)
   vec out;
   for (int j = 0; j < kLanes; ++j) out[j] = index[j] < kLanes ? a[index[j]] : b[index[j] - kLanes];
@@ -68,6 +66,13 @@ inline vec even_of(vec a, vec b) {
 #else
   return __builtin_shuffle(a, b, index);
 #endif
+}
+
+// Elements 0, 2, ... of the first vector, then 1, 3, ... of the second.
+inline vec even_of(vec a, vec b) {
+  ivec index;
+  for (int j = 0; j < kLanes; ++j) index[j] = 2 * j < kLanes ? 2 * j : 2 * j + 1;
+  return shuffled(a, b, index);
 }
 
 // Every other float.

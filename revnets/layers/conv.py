@@ -24,7 +24,7 @@ def conv(x: Tensor, module: nn.Module) -> Tensor:
         >>> conv(torch.ones(1, 4, 8, 8), nn.Conv2d(4, 4, 3, groups=4)).shape
         torch.Size([1, 4, 6, 6])
     """
-    if not (torch.is_grad_enabled() and uses_lean_layers() and is_plain_conv(module)):
+    if not (torch.is_grad_enabled() and uses_lean_layers() and is_plain_conv(module)) or uses_kernel(module):
         return module(x)
     return _Conv.apply(dense(x), weight_of(module), module.bias, module)
 
@@ -42,6 +42,11 @@ def is_plain_conv(module: nn.Module) -> bool:
         and not isinstance(module.padding, str)
         and not has_hooks(module)
     )
+
+
+def uses_kernel(module: nn.Module) -> bool:
+    """Whether it computes on the kernel that skips zeros, and keeps its input itself."""
+    return bool(getattr(module, "sparse_kernel", False))
 
 
 def weight_of(conv: Any) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..reversible.replay import once, parameters_of, tree
-from .conv import conv_grads, convolved, is_plain_conv, weight_of
+from .conv import conv_grads, convolved, is_plain_conv, uses_kernel, weight_of
 from .norm_act import ACTIVATIONS, batch_norm_grad, by_parts, dense, has_hooks, is_lean, norm_act, update_statistics
 
 
@@ -37,7 +37,7 @@ def norm_act_conv(x: Tensor, norm: nn.Module, act: nn.Module, se: SEModule | Non
         >>> norm_act_conv(torch.ones(2, 4, 3, 3), nn.BatchNorm2d(4), nn.Hardswish(), SEModule(4), conv).shape
         torch.Size([2, 6, 3, 3])
     """
-    if not (is_lean(norm, act) and is_plain_conv(conv) and (se is None or _is_plain_se(se))):
+    if not (is_lean(norm, act) and is_plain_conv(conv) and (se is None or _is_plain_se(se))) or uses_kernel(conv):
         x = norm_act(x, norm, act)
         return conv(x if se is None else se(x))
     mean, var = once(lambda: update_statistics(x, norm), owner=norm)

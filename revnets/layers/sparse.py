@@ -8,6 +8,8 @@ import torch
 from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 
+from ..kernels.build import load_kernel
+from ..kernels.training import MAX_DENSITY, Structure, StructureCache, kernel_fits, kernel_serves, sparse_conv
 from ..sparsity.masks import check_sparsity, kept, mask_with_count
 
 
@@ -46,6 +48,7 @@ class MaskedWeight(nn.Module):
         sparsity: share of zeros that the mask was made for.
         gather_dense_grad: while True, every backward pass adds the gradient of the unmasked weight to ``dense_grad``.
         dense_grad: that gradient, or None; whoever reads it sets it back to None.
+        sparse_kernel: whether the kernel that skips zeros is used where it can be, see ``use_sparse_kernel``.
     """
 
     weight: nn.Parameter
@@ -55,6 +58,8 @@ class MaskedWeight(nn.Module):
     init_scale: bool
     gather_dense_grad: bool
     dense_grad: Tensor | None
+    sparse_kernel: bool = False
+    _structures: StructureCache | None = None
 
     def __init__(
         self, *args: Any, sparsity: float, init_scale: bool = False, count: int | None = None, **kwargs: Any
@@ -88,6 +93,15 @@ class MaskedWeight(nn.Module):
             return _gathering(self.weight, self.mask, self)
         return self.weight * self.mask
 
+    def _structure(self, x: Tensor) -> Structure | None:
+        """What the kernel needs to compute this layer for an input; None where the dense path is to be taken."""
+        if not self.sparse_kernel or self.gather_dense_grad or not kernel_serves(x, self.weight):
+            return None
+        if self._structures is None:
+            self._structures = StructureCache()
+        structure = self._structures.of(self.mask, getattr(self, "groups", 1))
+        return structure if structure.density <= MAX_DENSITY else None
+
     @torch.no_grad()
     def set_mask(self, mask: Tensor) -> None:
         """Put another mask in place: dropped weights become 0, and grown ones start at 0.
@@ -118,7 +132,7 @@ class MaskedWeight(nn.Module):
         return f"{super().extra_repr()}, sparsity={self.sparsity:.4g}, weights={count}/{self.mask.numel()}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "dense_grad": None}
+        return {**self.__dict__, "dense_grad": None, "_structures": None}
 
 
 class SparseConv2d(MaskedWeight, nn.Conv2d):  # type: ignore[misc]
@@ -141,6 +155,9 @@ class SparseConv2d(MaskedWeight, nn.Conv2d):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x: ``(N, C_in, H, W)``. Returns: ``(N, C_out, H', W')``."""
+        structure = self._structure(x) if x.ndim == 4 else None
+        if structure is not None:
+            return sparse_conv(x, self.weight, self.bias, structure)
         return self._conv_forward(x, self.effective_weight(), self.bias)
 
 
@@ -178,6 +195,41 @@ class SparseLinear(MaskedWeight, nn.Linear):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         """Args: x: ``(..., in_features)``. Returns: ``(..., out_features)``."""
         return nn.functional.linear(x, self.effective_weight(), self.bias)
+
+
+def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
+    """Have sparse 1x1 convolutions of stride 1 train on a kernel that multiplies the non-zeros only, on the CPU.
+
+    Gradients are those of the masked path to float32 accuracy, and are differentiable once. Other layers stay as they
+    are. A layer takes the masked path by itself where the kernel does not apply: more than half of the weights there,
+    not float32 or not on the CPU, autocast, ``torch.compile``, ``torch.func``, while RigL gathers dense gradients. The
+    choice belongs to the module: it is copied and pickled with it, and is no part of ``state_dict``.
+
+    Args:
+        model: with sparse layers.
+        enabled: False goes back to the masked path everywhere.
+
+    Returns:
+        How many layers use the kernel now.
+
+    Raises:
+        KernelUnavailable: where it cannot be compiled; the message says why.
+
+    Example:
+        >>> use_sparse_kernel(nn.Sequential(SparseConv2d(8, 8, 1, sparsity=0.9), SparseConv2d(8, 8, 3, sparsity=0.9)))
+        1
+    """
+    if enabled:
+        load_kernel()
+    layers = [module for module in model.modules() if type(module) in (SparseConv2d, SparseConv2dSame)]
+    for layer in layers:
+        layer.sparse_kernel = enabled and _pointwise(layer)  # type: ignore[assignment]
+    return sum(bool(layer.sparse_kernel) for layer in layers)
+
+
+def _pointwise(layer: Any) -> bool:
+    padding = layer.padding in (0, (0, 0), "valid", "same")  # "same" adds nothing to a 1x1 kernel
+    return layer.kernel_size == (1, 1) and layer.stride == (1, 1) and padding and kernel_fits(layer.weight)
 
 
 def sparse_kind(layer: nn.Module) -> type[SparseConv2d] | type[SparseLinear]:
