@@ -151,6 +151,9 @@ class SparsityOptions:
         "how the sparsity is shared out among the layers; er and erk keep the number of weights, not the FLOPs",
         choices=("uniform", "er", "erk"),
     )
+    sparse_kernel: bool = option(
+        False, "1x1 sparse convolutions on our CPU kernel, which multiplies the weights that are there only"
+    )
 
 
 @dataclasses.dataclass

@@ -15,6 +15,9 @@ from .compressed import MAX_COLUMNS, compress
 from .plan import chunk_size, in_chunks
 
 MAX_DENSITY = 0.5  # above it torch's dense kernels are about as fast
+MIN_PRODUCTS = (
+    2**20
+)  # of a dense layer in its forward pass: below, what it costs to call the kernel is more than it saves
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class Structure:
 
     def values(self, weight: Tensor) -> Tensor:
         """The weights that stay, in the kernel's order."""
-        return weight.reshape(-1)[self.places]
+        return weight.reshape(-1).index_select(0, self.places)
 
     def convolve(self, x: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
         """``(N, C_in, H, W)``, contiguous, to ``(N, C_out, H, W)``."""
@@ -108,7 +111,7 @@ class Structure:
 
     def input_grad(self, dy: Tensor, values: Tensor) -> Tensor:
         """``(N, C_out, H, W)``, contiguous, to ``(N, C_in, H, W)``."""
-        return self._transposed.convolve(dy, values[self._order], None)
+        return self._transposed.convolve(dy, values.index_select(0, self._order), None)
 
     def weight_grad(self, x: Tensor, dy: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of a weight of that shape, 0 where the mask is False; both tensors contiguous.

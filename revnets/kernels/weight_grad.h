@@ -26,11 +26,7 @@ struct GradCall {
 
 namespace {
 
-#if defined(__AVX__) && !defined(__AVX512F__)
-constexpr int kGradVectors = 8;  // of a line, at most: half of the registers
-#else
-constexpr int kGradVectors = 16;
-#endif
+constexpr int kGradVectors = 8;  // of a line, at most; they and four sums fit the 16 registers of AVX2
 
 typedef float quad __attribute__((vector_size(16)));
 typedef float loose_quad __attribute__((vector_size(16), aligned(4), may_alias));

@@ -9,7 +9,15 @@ from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 
 from ..kernels.build import load_kernel
-from ..kernels.training import MAX_DENSITY, Structure, StructureCache, kernel_fits, kernel_serves, sparse_conv
+from ..kernels.training import (
+    MAX_DENSITY,
+    MIN_PRODUCTS,
+    Structure,
+    StructureCache,
+    kernel_fits,
+    kernel_serves,
+    sparse_conv,
+)
 from ..sparsity.masks import check_sparsity, kept, mask_with_count
 
 
@@ -95,7 +103,11 @@ class MaskedWeight(nn.Module):
 
     def _structure(self, x: Tensor) -> Structure | None:
         """What the kernel needs to compute this layer for an input; None where the dense path is to be taken."""
-        if not self.sparse_kernel or self.gather_dense_grad or not kernel_serves(x, self.weight):
+        if not self.sparse_kernel or self.gather_dense_grad or x.ndim != 4:
+            return None
+        if x.shape[0] * x.shape[2] * x.shape[3] * self.weight.numel() < MIN_PRODUCTS or not kernel_serves(
+            x, self.weight
+        ):
             return None
         if self._structures is None:
             self._structures = StructureCache()
@@ -155,7 +167,7 @@ class SparseConv2d(MaskedWeight, nn.Conv2d):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x: ``(N, C_in, H, W)``. Returns: ``(N, C_out, H', W')``."""
-        structure = self._structure(x) if x.ndim == 4 else None
+        structure = self._structure(x)
         if structure is not None:
             return sparse_conv(x, self.weight, self.bias, structure)
         return self._conv_forward(x, self.effective_weight(), self.bias)
@@ -202,8 +214,9 @@ def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
 
     Gradients are those of the masked path to float32 accuracy, and are differentiable once. Other layers stay as they
     are. A layer takes the masked path by itself where the kernel does not apply: more than half of the weights there,
-    not float32 or not on the CPU, autocast, ``torch.compile``, ``torch.func``, while RigL gathers dense gradients. The
-    choice belongs to the module: it is copied and pickled with it, and is no part of ``state_dict``.
+    less than a million products, not float32 or not on the CPU, autocast, ``torch.compile``, ``torch.func``, while
+    RigL gathers dense gradients. Inputs that are not contiguous (channels last) are copied. The choice belongs to the
+    module: it is copied and pickled with it, and is no part of ``state_dict``.
 
     Args:
         model: with sparse layers.

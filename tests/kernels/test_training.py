@@ -40,6 +40,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     return seen
 
 
+@pytest.fixture(autouse=True)
+def _small_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(revnets.layers.sparse, "MIN_PRODUCTS", 0)
+
+
 @pytest.fixture
 def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv(build.COMPILER_VARIABLE, "none")
@@ -288,6 +293,17 @@ def test_masked_path_for_dense_masks(calls: list[torch.Size]) -> None:
     assert not calls
     made.set_mask(made.mask & (torch.rand(made.mask.shape) < 0.4))
     made(images())
+    assert len(calls) == 1
+
+
+@needs_kernel
+def test_masked_path_for_small_layers(calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
+    made, x = layer(), images()
+    monkeypatch.setattr(revnets.layers.sparse, "MIN_PRODUCTS", 2 * 36 * 16 * 24 + 1)
+    made(x)
+    assert not calls
+    monkeypatch.setattr(revnets.layers.sparse, "MIN_PRODUCTS", 2 * 36 * 16 * 24)
+    made(x)
     assert len(calls) == 1
 
 
