@@ -152,7 +152,7 @@ class SparsityOptions:
         choices=("uniform", "er", "erk"),
     )
     sparse_kernel: bool = option(
-        False, "1x1 sparse convolutions on our CPU kernel, which multiplies the weights that are there only"
+        False, "sparse 1x1 convolutions and linear layers on our CPU kernel, which skips zeros"
     )
 
 

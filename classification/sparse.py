@@ -137,8 +137,8 @@ def start_sparse_kernel(options: TrainOptions, model: nn.Module, device: torch.d
         raise UserError(f"--sparse-kernel: {one_line(error)}; or leave it out.") from error
     if not count:
         raise UserError(
-            f"--sparse-kernel: {options.model} has no sparse 1x1 convolutions of stride 1; add --layers sparse:0.9, "
-            "say, or leave it out."
+            f"--sparse-kernel: {options.model} has neither sparse 1x1 convolutions of stride 1 nor sparse linear "
+            "layers; add --layers sparse:0.9, say, or leave it out."
         )
     copies = "; channels-last inputs are copied for it, --no-channels-last spares that" if options.channels_last else ""
     _logger.info(

@@ -19,7 +19,10 @@ from pathlib import Path
 from filelock import FileLock
 
 SOURCE = Path(__file__).with_name("sparse_conv.cpp")
-HEADERS = [SOURCE.with_name(f"{name}.h") for name in ("vectors", "call", "convolution", "depthwise", "weight_grad")]
+HEADERS = [
+    SOURCE.with_name(f"{name}.h")
+    for name in ("vectors", "call", "convolution", "depthwise", "transpose", "weight_grad")
+]
 COMPILER_VARIABLE = "REVNETS_CXX"
 CACHE_VARIABLE = "REVNETS_CACHE"
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "hardsigmoid", "silu", "sigmoid")
@@ -183,6 +186,8 @@ def _checked(path: Path) -> ctypes.CDLL:
     library.revnets_run.restype = None
     library.revnets_weight_grad.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     library.revnets_weight_grad.restype = None
+    library.revnets_transpose.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 2, ctypes.c_void_p, ctypes.c_int64]
+    library.revnets_transpose.restype = None
     library.revnets_grad_call_size.restype = ctypes.c_int64
     sizes = library.revnets_call_size(), library.revnets_grad_call_size()
     if sizes != (ctypes.sizeof(CallStruct), ctypes.sizeof(GradStruct)):

@@ -8,6 +8,7 @@
 #include "call.h"
 #include "convolution.h"
 #include "depthwise.h"
+#include "transpose.h"
 #include "weight_grad.h"
 
 namespace {
@@ -18,6 +19,19 @@ void run(const Call& c, const Member& member) {
     case kDepthwise: return run_depthwise_any(c, member);
     case kMean: return run_mean(c, member);
   }
+}
+
+template <typename Work>
+void together(int64_t threads, const Work& work) {
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    work(Member{omp_get_thread_num(), omp_get_num_threads()});
+    return;
+  }
+#endif
+  (void)threads;
+  work(Member{0, 1});
 }
 
 }  // namespace
@@ -53,14 +67,12 @@ void revnets_run(const Call* calls, int64_t count, int64_t threads) {
 
 // Gradient of a layer's weights; `sums` has room for as many floats as there are non-zeros.
 void revnets_weight_grad(const GradCall* call, float* sums, int64_t threads) {
-#ifdef _OPENMP
-  if (threads > 1) {
-#pragma omp parallel num_threads(static_cast<int>(threads))
-    run_weight_grad(*call, {omp_get_thread_num(), omp_get_num_threads()}, sums);
-    return;
-  }
-#endif
-  run_weight_grad(*call, {0, 1}, sums);
+  together(threads, [&](const Member& member) { run_weight_grad(*call, member, sums); });
+}
+
+// A matrix of `height` lines of `width` numbers.
+void revnets_transpose(const float* x, int64_t height, int64_t width, float* y, int64_t threads) {
+  together(threads, [&](const Member& member) { run_transpose(x, height, width, y, member); });
 }
 
 }  // extern "C"

@@ -17,6 +17,7 @@ from ..kernels.training import (
     kernel_fits,
     kernel_serves,
     sparse_conv,
+    sparse_linear,
 )
 from ..sparsity.masks import check_sparsity, kept, mask_with_count
 
@@ -101,13 +102,11 @@ class MaskedWeight(nn.Module):
             return _gathering(self.weight, self.mask, self)
         return self.weight * self.mask
 
-    def _structure(self, x: Tensor) -> Structure | None:
+    def _structure(self, x: Tensor, pixels: int) -> Structure | None:
         """What the kernel needs to compute this layer for an input; None where the dense path is to be taken."""
-        if not self.sparse_kernel or self.gather_dense_grad or x.ndim != 4:
+        if not self.sparse_kernel or self.gather_dense_grad or pixels * self.weight.numel() < MIN_PRODUCTS:
             return None
-        if x.shape[0] * x.shape[2] * x.shape[3] * self.weight.numel() < MIN_PRODUCTS or not kernel_serves(
-            x, self.weight
-        ):
+        if not kernel_serves(x, self.weight):
             return None
         if self._structures is None:
             self._structures = StructureCache()
@@ -167,7 +166,7 @@ class SparseConv2d(MaskedWeight, nn.Conv2d):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x: ``(N, C_in, H, W)``. Returns: ``(N, C_out, H', W')``."""
-        structure = self._structure(x)
+        structure = self._structure(x, x.numel() // self.in_channels) if x.ndim == 4 else None
         if structure is not None:
             return sparse_conv(x, self.weight, self.bias, structure)
         return self._conv_forward(x, self.effective_weight(), self.bias)
@@ -206,11 +205,14 @@ class SparseLinear(MaskedWeight, nn.Linear):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x: ``(..., in_features)``. Returns: ``(..., out_features)``."""
+        structure = self._structure(x, x.numel() // self.in_features)
+        if structure is not None:
+            return sparse_linear(x, self.weight, self.bias, structure)
         return nn.functional.linear(x, self.effective_weight(), self.bias)
 
 
 def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
-    """Have sparse 1x1 convolutions of stride 1 train on a kernel that multiplies the non-zeros only, on the CPU.
+    """Have sparse 1x1 convolutions of stride 1, and linear layers, train on a kernel that skips zeros, on the CPU.
 
     Gradients are those of the masked path to float32 accuracy, and are differentiable once. Other layers stay as they
     are. A layer takes the masked path by itself where the kernel does not apply: more than half of the weights there,
@@ -234,15 +236,20 @@ def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
     """
     if enabled:
         load_kernel()
-    layers = [module for module in model.modules() if type(module) in (SparseConv2d, SparseConv2dSame)]
+    layers = [module for module in model.modules() if type(module) in (SparseConv2d, SparseConv2dSame, SparseLinear)]
     for layer in layers:
-        layer.sparse_kernel = enabled and _pointwise(layer)  # type: ignore[assignment]
+        layer.sparse_kernel = enabled and _served(layer)  # type: ignore[assignment]
     return sum(bool(layer.sparse_kernel) for layer in layers)
 
 
-def _pointwise(layer: Any) -> bool:
-    padding = layer.padding in (0, (0, 0), "valid", "same")  # "same" adds nothing to a 1x1 kernel
-    return layer.kernel_size == (1, 1) and layer.stride == (1, 1) and padding and kernel_fits(layer.weight)
+def _served(layer: Any) -> bool:
+    """Whether the kernel has a loop for the layer."""
+    pointwise = isinstance(layer, SparseLinear) or (
+        layer.kernel_size == (1, 1)
+        and layer.stride == (1, 1)
+        and layer.padding in ((0, 0), "valid", "same")  # "same" adds nothing to a 1x1 kernel
+    )
+    return pointwise and kernel_fits(layer.weight)
 
 
 def sparse_kind(layer: nn.Module) -> type[SparseConv2d] | type[SparseLinear]:

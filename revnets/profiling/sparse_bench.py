@@ -123,7 +123,9 @@ def _network(name: str, input_size: tuple[int, int, int], sparsity: float) -> di
     masked = convert(copy.deepcopy(dense), f"sparse:{sparsity}", input_size=input_size).model
     kernel = copy.deepcopy(masked)
     if not use_sparse_kernel(kernel):
-        raise ValueError(f"{name} has no 1x1 convolutions of stride 1 that can be sparse: nothing to measure")
+        raise ValueError(
+            f"{name} has neither 1x1 convolutions of stride 1 nor linear layers that can be sparse: nothing to measure"
+        )
     return {DENSE: dense, MASKED: masked, KERNEL: kernel}
 
 

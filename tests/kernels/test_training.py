@@ -1,6 +1,7 @@
 """The kernel in training: gradients against float64, masks that change, and when a layer takes the masked path."""
 
 import copy
+import math
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
@@ -113,6 +114,27 @@ def test_gradients(channels: Any, size: Any, sparsity: float, bias: bool, seed: 
     expected.backward(dy.double())
     assert_close([y, *(t.grad for t in ours)], [expected, *(t.grad for t in theirs)])  # type: ignore[misc]
     assert not ours[1].grad[~mask].any()  # type: ignore[index]
+
+
+@needs_kernel
+@settings(max_examples=40, deadline=None)
+@given(height=st.integers(1, 150), width=st.integers(1, 150))
+def test_transposed(height: int, width: int) -> None:
+    x = torch.randn(height, width)
+    assert torch.equal(training._Transposed.apply(x), x.t())
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", [(12,), (1, 12), (50, 12), (2, 3, 17, 12)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_layers(calls: list[torch.Size], shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    made, x = SparseLinear(12, 20, bias=bias, sparsity=0.75), torch.randn(shape)
+    expected = step(copy.deepcopy(made).double(), x.double())
+    assert use_sparse_kernel(made) == 1
+    assert_close(step(made, x), expected)
+    assert_close(step(made, x.mT.contiguous().mT) if x.ndim > 1 else [], expected if x.ndim > 1 else [])
+    assert [math.prod(s) for s in calls] == [x.numel()] * (1 + (x.ndim > 1))
 
 
 @needs_kernel
@@ -308,7 +330,7 @@ def test_masked_path_for_small_layers(calls: list[torch.Size], monkeypatch: pyte
 
 
 @needs_kernel
-def test_use_sparse_kernel_takes_pointwise_convolutions_only(calls: list[torch.Size]) -> None:
+def test_use_sparse_kernel_takes_what_the_kernel_serves(calls: list[torch.Size]) -> None:
     shape: dict[str, Any] = {"sparsity": 0.9}
     odd = [
         SparseConv2d(16, 16, 3, padding=1, **shape),
@@ -318,18 +340,18 @@ def test_use_sparse_kernel_takes_pointwise_convolutions_only(calls: list[torch.S
     ]
     model = nn.Sequential(SparseConv2d(16, 16, 1, **shape), SparseConv2d(16, 16, 1, padding="same", **shape), *odd)
     model.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), SparseLinear(16, 4, **shape)))
-    assert revnets.use_sparse_kernel(model) == 2
+    assert revnets.use_sparse_kernel(model) == 3
     model(images())
-    assert len(calls) == 2
+    assert len(calls) == 3
     keys = list(model.state_dict())
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     assert use_sparse_kernel(model, enabled=False) == 0
     assert list(model.state_dict()) == keys
     model(images())
-    assert len(calls) == 2
+    assert len(calls) == 3
     for other in copies:
         assert_close(step(other, images()), step(model, images()))
-    assert len(calls) == 6
+    assert len(calls) == 9
 
 
 @needs_kernel

@@ -43,7 +43,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--sparsity", "much"], "--sparsity 'much': expected numbers"),
         (["--threads", "0"], "threads [0]: expected numbers from 1 on"),
         (["nonsense"], "unknown model 'nonsense'"),
-        (["test_vit", "--img-size", "160", "--no-layers"], "test_vit has no 1x1 convolutions"),
+        (["resnet18", "--img-size", "64", "--no-layers"], "resnet18 has neither 1x1 convolutions"),
     ],
 )
 def test_mistakes(arguments: list[str], words: str) -> None:
