@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,18 +107,28 @@ class Structure:
         return weight.reshape(-1).index_select(0, self.places)
 
     def convolve(self, x: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``(N, C_in, H, W)``, contiguous, to ``(N, C_out, H, W)``."""
-        return self._forward.convolve(x, values, bias)
+        """``(N, C_in, H, W)`` to ``(N, C_out, H, W)``, contiguous."""
+        return self._forward.convolve(x.contiguous(), values, bias)
 
-    def input_grad(self, dy: Tensor, values: Tensor) -> Tensor:
-        """``(N, C_out, H, W)``, contiguous, to ``(N, C_in, H, W)``."""
-        return self._transposed.convolve(dy, values.index_select(0, self._order), None)
+    def grads(
+        self, grad: Tensor, x: Tensor | None, values: Tensor, shape: torch.Size, needed: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of input, weight and bias, where they are needed.
 
-    def weight_grad(self, x: Tensor, dy: Tensor, shape: torch.Size) -> Tensor:
-        """The gradient of a weight of that shape, 0 where the mask is False; both tensors contiguous.
-
-        Sums are made in one order, whatever the number of threads.
+        Args:
+            grad: of the output, ``(N, C_out, H, W)``.
+            x: ``(N, C_in, H, W)``; read for the weight's gradient only.
+            values: see ``values()``.
+            shape: of the weight, whose gradient is 0 where the mask is False.
+            needed: three.
         """
+        grad = grad.contiguous()
+        grad_x = self._transposed.convolve(grad, values.index_select(0, self._order), None) if needed[0] else None
+        grad_weight = self._weight_grad(x.contiguous(), grad, shape) if needed[1] and x is not None else None
+        return grad_x, grad_weight, grad.sum((0, 2, 3)) if needed[2] else None
+
+    def _weight_grad(self, x: Tensor, dy: Tensor, shape: torch.Size) -> Tensor:
+        """Sums are made in one order, whatever the number of threads."""
         f = self._forward
         gradient, sums = torch.zeros(shape), torch.empty(len(self.places))
         pointers = (x, dy, f.columns, f.rows, self._places, gradient)
@@ -141,11 +152,7 @@ class _SparseConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, values = ctx.saved_tensors
-        structure, grad = ctx.structure, grad.contiguous()
-        grad_x = structure.input_grad(grad, values) if ctx.needs_input_grad[0] else None
-        grad_weight = structure.weight_grad(x, grad, ctx.shape) if ctx.needs_input_grad[1] else None
-        grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
-        return grad_x, grad_weight, grad_bias, None
+        return *ctx.structure.grads(grad, x, values, ctx.shape, ctx.needs_input_grad), None
 
 
 def sparse_conv(x: Tensor, weight: Tensor, bias: Tensor | None, structure: Structure) -> Tensor:

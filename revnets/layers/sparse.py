@@ -103,7 +103,7 @@ class MaskedWeight(nn.Module):
         return self.weight * self.mask
 
     def _structure(self, x: Tensor, pixels: int) -> Structure | None:
-        """What the kernel needs to compute this layer for an input; None where the dense path is to be taken."""
+        """The mask's, where the kernel is to be used for so many pixels or tokens; else None."""
         if not self.sparse_kernel or self.gather_dense_grad or pixels * self.weight.numel() < MIN_PRODUCTS:
             return None
         if not kernel_serves(x, self.weight):
@@ -166,10 +166,14 @@ class SparseConv2d(MaskedWeight, nn.Conv2d):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x: ``(N, C_in, H, W)``. Returns: ``(N, C_out, H', W')``."""
-        structure = self._structure(x, x.numel() // self.in_channels) if x.ndim == 4 else None
+        structure = self.structure(x)
         if structure is not None:
             return sparse_conv(x, self.weight, self.bias, structure)
         return self._conv_forward(x, self.effective_weight(), self.bias)
+
+    def structure(self, x: Tensor) -> Structure | None:
+        """What the kernel needs to compute this layer for an input; None where the masked path is to be taken."""
+        return self._structure(x, x.numel() // self.in_channels) if x.ndim == 4 else None
 
 
 class SparseConv2dSame(SparseConv2d):

@@ -64,7 +64,8 @@ class Row:
         threads: of torch and of the kernel.
         way: ``dense`` (plain layers), ``masked`` (weights times masks), ``kernel``.
         layout: ``contiguous`` or ``channels last``.
-        seconds: of forward pass, backward pass and, of networks, the optimizer's step.
+        seconds: of forward pass, backward pass and, of networks, the optimizer's step; wall time.
+        cpu_seconds: the processor's time for it, which other programs disturb less.
     """
 
     case: str
@@ -73,6 +74,7 @@ class Row:
     way: str
     layout: str
     seconds: float
+    cpu_seconds: float
 
 
 def run(request: Request, progress: Progress = iter) -> tuple[list[Row], list[Row]]:
@@ -103,7 +105,7 @@ def run(request: Request, progress: Progress = iter) -> tuple[list[Row], list[Ro
     for threads, sparsity, (whole, case, make, shape) in progress(cases):
         with torch_threads(threads):
             seconds = _measure(make(sparsity), shape, whole, request.repeats)
-        found[whole].extend(Row(case, sparsity, threads, *key, each) for key, each in seconds.items())
+        found[whole].extend(Row(case, sparsity, threads, *key, *each) for key, each in seconds.items())
     return found
 
 
@@ -131,25 +133,28 @@ def _network(name: str, input_size: tuple[int, int, int], sparsity: float) -> di
 
 def _measure(
     models: dict[str, nn.Module], shape: tuple[int, ...], whole: bool, repeats: int
-) -> dict[tuple[str, str], float]:
-    """Median seconds by way and layout."""
+) -> dict[tuple[str, str], tuple[float, float]]:
+    """Median seconds, of wall and processor, by way and layout."""
     x, make = torch.randn(shape), _network_step if whole else _layer_step
     steps: dict[tuple[str, str], Callable[[], None]] = {}
     for (way, model), (name, layout) in itertools.product(models.items(), LAYOUTS.items()):
         placed: Any = copy.deepcopy(model)
         placed.to(memory_format=layout)
         steps[way, name] = make(placed, x.to(memory_format=layout))
-    taken: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
+    taken: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in steps}
     for _ in range(repeats):
         for key, step in steps.items():
             end = time.perf_counter() + _WARM_SECONDS
             step()
             while time.perf_counter() < end:
                 step()
-            start = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             step()
-            taken[key].append(time.perf_counter() - start)
-    return {key: statistics.median(times) for key, times in taken.items()}
+            taken[key].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return {
+        key: (statistics.median(wall for wall, _ in times), statistics.median(cpu for _, cpu in times))
+        for key, times in taken.items()
+    }
 
 
 def _layer_step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
@@ -176,39 +181,43 @@ def _network_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
     return step
 
 
-def best(rows: Sequence[Row]) -> list[tuple[Row, float]]:
-    """Each way in its faster layout, with how many times as fast it is as the dense one of its case.
+def best(rows: Sequence[Row], cpu: bool = False) -> dict[tuple[str, float, int], dict[str, float]]:
+    """Seconds by case, sparsity and threads, then by way, each in its faster layout.
+
+    Args:
+        rows: measured.
+        cpu: the processor's time instead of wall time.
 
     Example:
         >>> def row(way, layout, seconds):
-        ...     return Row("a", 0.9, 1, way, layout, seconds)
+        ...     return Row("a", 0.9, 1, way, layout, seconds, seconds)
         >>> rows = [row("dense", "contiguous", 3.0), row("dense", "channels last", 2.0)]
-        >>> [(r.way, r.layout, ratio) for r, ratio in best([*rows, row("kernel", "contiguous", 0.5)])]
-        [('dense', 'channels last', 1.0), ('kernel', 'contiguous', 4.0)]
+        >>> best([*rows, row("kernel", "contiguous", 0.5)])
+        {('a', 0.9, 1): {'dense': 2.0, 'kernel': 0.5}}
     """
-    fastest: dict[tuple[Any, ...], Row] = {}
+    found: dict[tuple[str, float, int], dict[str, float]] = {}
     for row in rows:
-        key = (row.case, row.sparsity, row.threads, row.way)
-        if key not in fastest or row.seconds < fastest[key].seconds:
-            fastest[key] = row
-    return [(row, fastest[(*key[:3], DENSE)].seconds / row.seconds) for key, row in fastest.items()]
+        ways = found.setdefault((row.case, row.sparsity, row.threads), {})
+        seconds = row.cpu_seconds if cpu else row.seconds
+        ways[row.way] = min(ways.get(row.way, seconds), seconds)
+    return found
 
 
 def print_rows(title: str, rows: Sequence[Row]) -> None:
-    """A line per case: milliseconds of every way in its faster layout, and the kernel's ratio to dense."""
+    """A line per case: milliseconds of every way in its faster layout, and the others' ratios to the kernel."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{title}: ms per step, medians by turns, each way in its faster layout ({machine()})")
-    for column in ("case", "sparsity", "threads", DENSE, MASKED, KERNEL, "kernel x dense", "kernel x masked"):
+    ratios = ("x dense", "x masked", "x dense (CPU)", "x masked (CPU)")
+    for column in ("case", "sparsity", "threads", DENSE, MASKED, KERNEL, *ratios):
         table.add_column(column, justify="left" if column == "case" else "right")
-    cases: dict[tuple[str, float, int], dict[str, Row]] = {}
-    for row, _ in best(rows):
-        cases.setdefault((row.case, row.sparsity, row.threads), {})[row.way] = row
-    for (case, sparsity, threads), ways in cases.items():
-        milliseconds = [f"{1e3 * ways[way].seconds:.2f}" for way in (DENSE, MASKED, KERNEL)]
-        ratios = [f"{ways[way].seconds / ways[KERNEL].seconds:.2f}" for way in (DENSE, MASKED)]
-        table.add_row(case, f"{sparsity:g}", str(threads), *milliseconds, *ratios)
+    of_cpu = best(rows, cpu=True)
+    for (case, sparsity, threads), wall in best(rows).items():
+        times = [f"{1e3 * wall[way]:.2f}" for way in (DENSE, MASKED, KERNEL)]
+        both = (wall, of_cpu[case, sparsity, threads])
+        faster = [f"{seconds[way] / seconds[KERNEL]:.2f}" for seconds in both for way in (DENSE, MASKED)]
+        table.add_row(case, f"{sparsity:g}", str(threads), *times, *faster)
     Console(width=170).print(table)
 
 

@@ -13,14 +13,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import SEModule
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 import revnets
 from revnets.kernels import build, training
 from revnets.kernels.build import KernelUnavailable, kernel_problem
 from revnets.kernels.training import Structure, sparse_conv
-from revnets.layers import SparseConv2d, SparseLinear, convert, use_sparse_kernel
+from revnets.layers import SparseConv2d, SparseLinear, convert, norm_act_conv, use_sparse_kernel
 from revnets.reversible import AdditiveCoupling, RevSequential
 from revnets.sparsity import SparsityController
 
@@ -395,6 +397,38 @@ def test_rigl_trains_as_on_the_masked_path(calls: list[torch.Size]) -> None:
     assert histories[0] == histories[1]
     assert_close(*weights)
     assert len(calls) == 2 * 10  # two steps gathered dense gradients
+
+
+@needs_kernel
+@pytest.mark.parametrize("se", [False, True])
+def test_lean_norm_act_conv(monkeypatch: pytest.MonkeyPatch, se: bool) -> None:
+    """It keeps as little with the kernel as without it, and is differentiable again."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.act, self.conv = nn.BatchNorm2d(16), nn.Hardswish(), layer(bias=False)
+            self.se = SEModule(16, rd_channels=4) if se else None
+
+        def forward(self, x: Tensor) -> Tensor:
+            return norm_act_conv(x, self.norm, self.act, self.se, self.conv)
+
+    net, found, again = Net(), [], []
+    convolutions = []
+    plain = Structure.convolve
+    monkeypatch.setattr(Structure, "convolve", lambda *args: convolutions.append(1) or plain(*args))
+    for net.conv.sparse_kernel in (True, False):
+        with saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            saved: list[int] = []
+            found.append(step(net, images()))
+        assert sum(size >= images().numel() for size in saved) == 1
+        x = images().requires_grad_()
+        (grad,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+        again.append(torch.autograd.grad(grad.square().sum(), [x, net.conv.weight]))
+    assert len(convolutions) == 2
+    assert_close(*found)
+    for ours, theirs in zip(*again, strict=True):
+        assert float((ours - theirs).norm()) <= 1e-3 * float(theirs.norm())
 
 
 @needs_kernel
