@@ -140,10 +140,7 @@ def start_sparse_kernel(options: TrainOptions, model: nn.Module, device: torch.d
             f"--sparse-kernel: {options.model} has neither sparse 1x1 convolutions of stride 1 nor sparse linear "
             "layers; add --layers sparse:0.9, say, or leave it out."
         )
-    copies = "; channels-last inputs are copied for it, --no-channels-last spares that" if options.channels_last else ""
-    _logger.info(
-        f"--sparse-kernel: {count} layers skip their zeros where those are half of the weights or more{copies}"
-    )
+    _logger.info(f"--sparse-kernel: {count} layers skip their zeros where those are half of the weights or more")
 
 
 def sparsity_words(sparsity: SparsityController) -> str:

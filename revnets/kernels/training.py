@@ -107,8 +107,8 @@ class Structure:
         return weight.reshape(-1).index_select(0, self.places)
 
     def convolve(self, x: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``(N, C_in, H, W)`` to ``(N, C_out, H, W)``, contiguous."""
-        return self._forward.convolve(x.contiguous(), values, bias)
+        """``(N, C_in, H, W)`` to ``(N, C_out, H, W)`` in the same memory layout."""
+        return _laid_out(self._forward.convolve(_planes(x), values, bias), x)
 
     def grads(
         self, grad: Tensor, x: Tensor | None, values: Tensor, shape: torch.Size, needed: Sequence[bool]
@@ -122,10 +122,14 @@ class Structure:
             shape: of the weight, whose gradient is 0 where the mask is False.
             needed: three.
         """
-        grad = grad.contiguous()
-        grad_x = self._transposed.convolve(grad, values.index_select(0, self._order), None) if needed[0] else None
-        grad_weight = self._weight_grad(x.contiguous(), grad, shape) if needed[1] and x is not None else None
-        return grad_x, grad_weight, grad.sum((0, 2, 3)) if needed[2] else None
+        dy = _planes(grad)
+        grad_x = grad_weight = None
+        if needed[0]:
+            found = self._transposed.convolve(dy, values.index_select(0, self._order), None)
+            grad_x = _laid_out(found, grad)
+        if needed[1] and x is not None:
+            grad_weight = self._weight_grad(_planes(x, like=grad), dy, shape)
+        return grad_x, grad_weight, dy.sum((0, 2, 3)) if needed[2] else None
 
     def _weight_grad(self, x: Tensor, dy: Tensor, shape: torch.Size) -> Tensor:
         """Sums are made in one order, whatever the number of threads."""
@@ -138,12 +142,47 @@ class Structure:
         return gradient
 
 
+def _by_pixel(x: Tensor) -> bool:
+    """Whether the channels of a pixel are neighbours in memory."""
+    return x.shape[2:] == (1, 1) or (x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous())
+
+
+def _planes(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """The pixels of each channel one after the other: x, or ``(1, C, 1, N H W)`` where it is (``like`` is) by pixel."""
+    if not _by_pixel(x if like is None else like):
+        return x.contiguous()
+    matrix = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    return transposed(matrix)[None, :, None]
+
+
+def _laid_out(y: Tensor, like: Tensor) -> Tensor:
+    """What was computed from ``_planes(like)``, of its shape and in its layout."""
+    if not _by_pixel(like):
+        return y
+    n, _, height, width = like.shape
+    return transposed(y[0, :, 0]).view(n, height, width, -1).permute(0, 3, 1, 2)
+
+
+def transposed(x: Tensor) -> Tensor:
+    """A contiguous float32 matrix, transposed and contiguous; torch takes two to three times as long.
+
+    Example:
+        >>> transposed(torch.tensor([[1.0, 2.0]]))
+        tensor([[1.],
+                [2.]])
+    """
+    height, width = x.shape
+    y = torch.empty(width, height)
+    load_kernel().revnets_transpose(x.data_ptr(), height, width, y.data_ptr(), torch.get_num_threads())
+    return y
+
+
 class _SparseConv(torch.autograd.Function):
     """Keeps the input and the values."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, structure: Structure) -> Tensor:
-        x, values = x.contiguous(), structure.values(weight.detach())
+        values = structure.values(weight.detach())
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values)
         ctx.structure, ctx.shape = structure, weight.shape
         return structure.convolve(x, values, bias)
@@ -159,7 +198,7 @@ def sparse_conv(x: Tensor, weight: Tensor, bias: Tensor | None, structure: Struc
     """``conv2d(x, weight * mask, bias)`` of a 1x1 convolution, with its gradients; differentiable once.
 
     Args:
-        x: ``(N, C_in, H, W)``, float32 on the CPU; copied where it is not contiguous.
+        x: ``(N, C_in, H, W)``, float32 on the CPU, contiguous or channels last; the output is laid out alike.
         weight: ``(C_out, C_in / groups, 1, 1)``; what it holds where the mask is False has no effect.
         bias: ``(C_out,)`` or None.
         structure: of the mask.
@@ -176,25 +215,8 @@ def sparse_conv(x: Tensor, weight: Tensor, bias: Tensor | None, structure: Struc
     return y
 
 
-class _Transposed(torch.autograd.Function):
-    """A matrix, transposed and contiguous; torch takes two to three times as long."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        height, width = x.shape
-        y = torch.empty(width, height)
-        load_kernel().revnets_transpose(x.data_ptr(), height, width, y.data_ptr(), torch.get_num_threads())
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _Transposed.apply(grad)
-
-
 def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, structure: Structure) -> Tensor:
-    """``linear(x, weight * mask, bias)``, as ``sparse_conv``: the rows of x are its pixels, once transposed.
+    """``linear(x, weight * mask, bias)``, as ``sparse_conv``.
 
     Args:
         x: ``(..., in_features)``, float32 on the CPU.
@@ -210,8 +232,7 @@ def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, structure: Str
         >>> sparse_linear(torch.ones(3, 2), torch.tensor([[2.0, 3.0]]), None, Structure(mask)).flatten()
         tensor([2., 2., 2.])
     """
-    pixels = _Transposed.apply(x.reshape(-1, x.shape[-1]))
-    y = _Transposed.apply(sparse_conv(pixels[None, :, None], weight, bias, structure)[0, :, 0])
+    y = sparse_conv(x.reshape(-1, x.shape[-1], 1, 1), weight, bias, structure)
     return y.view(*x.shape[:-1], -1)
 
 

@@ -221,8 +221,8 @@ def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
     Gradients are those of the masked path to float32 accuracy, and are differentiable once. Other layers stay as they
     are. A layer takes the masked path by itself where the kernel does not apply: more than half of the weights there,
     less than a million products, not float32 or not on the CPU, autocast, ``torch.compile``, ``torch.func``, while
-    RigL gathers dense gradients. Inputs that are not contiguous (channels last) are copied. The choice belongs to the
-    module: it is copied and pickled with it, and is no part of ``state_dict``.
+    RigL gathers dense gradients. Inputs that are channels last are transposed for it and back. The choice belongs to
+    the module: it is copied and pickled with it, and is no part of ``state_dict``.
 
     Args:
         model: with sparse layers.
