@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 
 from .build import CallStruct, GradStruct, kernel_problem, load_kernel, warn_of_dense_path
 from .compressed import MAX_COLUMNS, compress
@@ -59,7 +60,7 @@ class Compressed:
     def convolve(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution of ``(N, C_in, H, W)``, contiguous, with these values of the non-zeros."""
         n, _, height, width = x.shape
-        y = torch.empty(n, self.out_channels, height, width)
+        y = x.new_empty(n, self.out_channels, height, width)
         pointers = (x, values, self.columns, self.rows, bias, None, y)
         sizes = (n, self.in_channels, height, width, self.out_channels, height, width)
         call = CallStruct(
@@ -134,7 +135,7 @@ class Structure:
     def _weight_grad(self, x: Tensor, dy: Tensor, shape: torch.Size) -> Tensor:
         """Sums are made in one order, whatever the number of threads."""
         f = self._forward
-        gradient, sums = torch.zeros(shape), torch.empty(len(self.places))
+        gradient, sums = dy.new_zeros(shape), dy.new_empty(len(self.places))
         pointers = (x, dy, f.columns, f.rows, self._places, gradient)
         sizes = (len(x), f.in_channels, f.out_channels, x.shape[2] * x.shape[3], f.groups, f.chunk)
         call = GradStruct(*(t.data_ptr() for t in pointers), *sizes)
@@ -172,7 +173,7 @@ def transposed(x: Tensor) -> Tensor:
                 [2.]])
     """
     height, width = x.shape
-    y = torch.empty(width, height)
+    y = x.new_empty(width, height)
     load_kernel().revnets_transpose(x.data_ptr(), height, width, y.data_ptr(), torch.get_num_threads())
     return y
 
@@ -267,6 +268,7 @@ def kernel_serves(x: Tensor, weight: Tensor) -> bool:
     """
     return (
         type(x) is Tensor
+        and type(weight) in (Tensor, Parameter)
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and x.numel() > 0
