@@ -151,6 +151,9 @@ class SparsityOptions:
         "how the sparsity is shared out among the layers; er and erk keep the number of weights, not the FLOPs",
         choices=("uniform", "er", "erk"),
     )
+    sparse_kernel: bool = option(
+        False, "sparse 1x1 convolutions and linear layers on our CPU kernel, which skips zeros"
+    )
 
 
 @dataclasses.dataclass

@@ -18,7 +18,7 @@ from classification.loop import Training
 from classification.options import TrainOptions
 from classification.recovery import Recovery
 from classification.runtime import Runtime
-from classification.sparse import start_sparsity
+from classification.sparse import start_sparse_kernel, start_sparsity
 from revnets.training.drift import DriftMonitor
 from revnets.training.finite import FiniteGuard
 
@@ -76,6 +76,7 @@ def start_training(options: TrainOptions, runtime: Runtime, model: nn.Module, da
         raise UserError(f"--sched: timm refuses '{options.sched}' ({one_line(error)}); give cosine, say.") from error
     if options.sched != "none" and run.scheduler is None:
         raise UserError(f"--sched: timm knows no schedule '{options.sched}'; give cosine, step, poly or none, say.")
+    start_sparse_kernel(options, model, runtime.device)
     run.sparsity = start_sparsity(options, model, optimizer, int(epochs) * run.updates_per_epoch)
     if options.teacher or options.teacher_checkpoint:
         run.task = distillation(options, runtime, model, run.loss)

@@ -11,7 +11,8 @@ from torch import nn
 from classification.errors import UserError, one_line
 from classification.models import data_config
 from classification.options import TrainOptions
-from revnets.layers import ModelCost, count_costs
+from revnets.kernels import KernelUnavailable
+from revnets.layers import ModelCost, count_costs, use_sparse_kernel
 from revnets.layers.trace import TraceError
 from revnets.layers.training_flops import FILES as FLOPS_FILES
 from revnets.layers.training_flops import FlopsReport, by_schedule, training_flops
@@ -116,6 +117,30 @@ class RunFlops:
             return None
         unit = f"run of {updates} steps of {self._images:.4g} images"
         return FlopsReport(self.costs, by_schedule(self._step, self._schedule, updates), unit)
+
+
+def start_sparse_kernel(options: TrainOptions, model: nn.Module, device: torch.device) -> None:
+    """Has the model's sparse 1x1 convolutions train on the kernel that skips zeros, where that is asked for.
+
+    Raises:
+        UserError: It cannot be used: not on the CPU, mixed precision, no such layers, no compiler.
+    """
+    if not options.sparse_kernel:
+        return
+    if device.type != "cpu":
+        raise UserError(f"--sparse-kernel: it runs on CPUs, the training on {device.type}; leave it out.")
+    if options.amp:
+        raise UserError("--sparse-kernel: it computes in float32, --amp does not; leave one of the two out.")
+    try:
+        count = use_sparse_kernel(model)
+    except KernelUnavailable as error:
+        raise UserError(f"--sparse-kernel: {one_line(error)}; or leave it out.") from error
+    if not count:
+        raise UserError(
+            f"--sparse-kernel: {options.model} has neither sparse 1x1 convolutions of stride 1 nor sparse linear "
+            "layers; add --layers sparse:0.9, say, or leave it out."
+        )
+    _logger.info(f"--sparse-kernel: {count} layers skip their zeros where those are half of the weights or more")
 
 
 def sparsity_words(sparsity: SparsityController) -> str:

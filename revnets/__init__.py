@@ -4,7 +4,7 @@ Importing this package registers the networks with timm, and nothing heavier: no
 """
 
 from . import models
-from .layers import convert, mus_param_groups
+from .layers import convert, mus_param_groups, use_sparse_kernel
 from .pruning import densify, prune
 from .reversible import check_reversibility, compile_branches, set_mode
 from .version import __version__
@@ -19,4 +19,5 @@ __all__ = [
     "mus_param_groups",
     "prune",
     "set_mode",
+    "use_sparse_kernel",
 ]

@@ -313,6 +313,44 @@ def bench_deploy(
         _fail(error)
 
 
+@app.command()
+def bench_sparse_training(
+    models: Annotated[list[str] | None, typer.Argument(help="any timm models; random weights", metavar="MODEL")] = None,
+    sparsity: Annotated[str, typer.Option(help="of the masks, separated by commas")] = "0.7,0.8,0.9",
+    threads: Annotated[str, typer.Option(help="numbers of threads, separated by commas")] = "1",
+    img_size: Annotated[int, typer.Option(help="of the networks' images", min=1)] = 224,
+    batch_size: Annotated[int, typer.Option(help="images per step", min=1)] = 8,
+    repeats: Annotated[int, typer.Option(help="timed steps per case; their median counts", min=1)] = 15,
+    layers: Annotated[bool, typer.Option(help="single 1x1 convolutions as well")] = True,
+    output: Annotated[Path | None, typer.Option(help="folder for CSV and JSON")] = None,
+) -> None:
+    """Training steps on the CPU, dense, masked and on the kernel that skips zeros: interleaved, medians."""
+    import revnets  # noqa: F401 - registers the models
+
+    from .deploy.engines import open_folder
+    from .kernels import KernelUnavailable
+    from .profiling import sparse_bench
+    from .profiling.command import track
+    from .pruning.command import check_known
+
+    try:
+        shares = _numbers("--sparsity", sparsity, float, "0.7,0.9")
+        counts = _numbers("--threads", threads, int, "1,2")
+        for name in models or ():
+            check_known(name)
+        request = sparse_bench.Request(models or (), shares, counts, batch_size, img_size, repeats, layers)
+        folder = None if output is None else open_folder(output)
+        of_layers, of_networks = sparse_bench.run(request, lambda work: track(list(work), "measuring"))
+    except (ValueError, KernelUnavailable) as error:
+        _fail(error)
+    for title, rows in (("1x1 convolutions", of_layers), ("Whole networks", of_networks)):
+        if rows:
+            sparse_bench.print_rows(title, rows)
+    if folder is not None:
+        for path in sparse_bench.save(of_layers, of_networks, folder):
+            typer.echo(f"wrote {path}")
+
+
 @app.command(name="bench-2to4")
 def bench_two_to_four(
     widths: Annotated[str, typer.Option(help="inputs and outputs of the layers")] = "1024,2048,4096,8192",

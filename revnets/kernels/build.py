@@ -19,7 +19,10 @@ from pathlib import Path
 from filelock import FileLock
 
 SOURCE = Path(__file__).with_name("sparse_conv.cpp")
-HEADERS = [SOURCE.with_name(f"{name}.h") for name in ("vectors", "call", "convolution", "depthwise", "planes")]
+HEADERS = [
+    SOURCE.with_name(f"{name}.h")
+    for name in ("vectors", "call", "convolution", "depthwise", "planes", "transpose", "weight_grad")
+]
 COMPILER_VARIABLE = "REVNETS_CXX"
 CACHE_VARIABLE = "REVNETS_CACHE"
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "hardsigmoid", "silu", "sigmoid")
@@ -49,6 +52,15 @@ class CallStruct(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("kh", "kw", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w")),
         *((name, ctypes.c_int64) for name in ("groups", "activation", "kind", "chunk")),
         *((name, ctypes.c_int64) for name in ("first_in", "first_out", "count")),
+    ]
+
+
+class GradStruct(ctypes.Structure):
+    """``GradCall`` of ``weight_grad.h``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "dy", "columns", "rows", "places", "gradient")),
+        *((name, ctypes.c_int64) for name in ("n", "c_in", "c_out", "plane", "groups", "chunk")),
     ]
 
 
@@ -173,7 +185,13 @@ def _checked(path: Path) -> ctypes.CDLL:
     library.revnets_call_size.restype = ctypes.c_int64
     library.revnets_run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
     library.revnets_run.restype = None
-    if library.revnets_call_size() != ctypes.sizeof(CallStruct):
+    library.revnets_weight_grad.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    library.revnets_weight_grad.restype = None
+    library.revnets_transpose.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 2, ctypes.c_void_p, ctypes.c_int64]
+    library.revnets_transpose.restype = None
+    library.revnets_grad_call_size.restype = ctypes.c_int64
+    sizes = library.revnets_call_size(), library.revnets_grad_call_size()
+    if sizes != (ctypes.sizeof(CallStruct), ctypes.sizeof(GradStruct)):
         raise KernelUnavailable(f"{path} was compiled from another version of {SOURCE.name}: delete it")
     return library
 

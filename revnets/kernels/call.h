@@ -74,6 +74,24 @@ struct Member {
   int64_t end(int64_t things) const { return things * (id + 1) / size; }
 };
 
+// Output channel, of `outputs` from `first` on, where the share `part / parts` of their work is reached.
+int64_t boundary(const int32_t* rows, int64_t c_out, int64_t chunks, int64_t first, int64_t outputs, int64_t part,
+                 int64_t parts) {
+  const auto work = [&](int64_t outputs_before) {
+    int64_t sum = 2 * chunks * outputs_before;  // a row costs its weights and its store
+    for (int64_t j = 0; j < chunks; ++j) sum += rows[j * c_out + first + outputs_before] - rows[j * c_out + first];
+    return sum;
+  };
+  if (part <= 0 || part >= parts) return first + (part <= 0 ? 0 : outputs);
+  const int64_t all = work(outputs);
+  int64_t low = 0, high = outputs;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (work(middle) * parts < all * part) low = middle + 1; else high = middle;
+  }
+  return first + low;
+}
+
 // Memory of the thread, aligned, kept: allocating pages costs more than a small convolution.
 float* scratch(int64_t size) {
   static thread_local std::vector<float> floats;

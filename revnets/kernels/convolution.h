@@ -167,30 +167,13 @@ void multiply_any(const Call& c, const Work& work) {
 
 // --- sharing out -----------------------------------------------------------------------------------------------------
 
-// Output channel where the share `part / parts` of a group's work is reached.
-int64_t boundary(const Call& c, int64_t chunks, int64_t group, int64_t part, int64_t parts) {
-  const int64_t outputs = c.c_out / c.groups, first = group * outputs;
-  const auto work = [&](int64_t outputs_before) {
-    int64_t sum = 2 * chunks * outputs_before;  // a row costs its weights and its store
-    for (int64_t j = 0; j < chunks; ++j) sum += c.rows[j * c.c_out + first + outputs_before] - c.rows[j * c.c_out + first];
-    return sum;
-  };
-  if (part <= 0 || part >= parts) return first + (part <= 0 ? 0 : outputs);
-  const int64_t all = work(outputs);
-  int64_t low = 0, high = outputs;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (work(middle) * parts < all * part) low = middle + 1; else high = middle;
-  }
-  return first + low;
-}
-
 // The member's share: whole blocks, of the first and the last perhaps a part of the output channels.
 void run_convolution(const Call& c, const Member& member) {
   const int64_t inputs = c.c_in / c.groups * c.kh * c.kw, chunks = (inputs + c.chunk - 1) / c.chunk;
+  const int64_t outputs = c.c_out / c.groups;
   const Blocks blocks(c);
   const int64_t pitch = blocks.largest * kLanes, panel_size = std::min(c.chunk, inputs) * pitch;
-  float* panel = scratch(panel_size + (chunks > 1 ? c.c_out / c.groups * pitch : 0));
+  float* panel = scratch(panel_size + (chunks > 1 ? outputs * pitch : 0));
   const int64_t planes = c.n * c.groups, total = planes * blocks.vectors;
   const int64_t begin = total * member.id, end = total * (member.id + 1);  // in vectors / member.size
   for (int64_t piece = begin / member.size / blocks.vectors * blocks.count; piece < planes * blocks.count; ++piece) {
@@ -205,8 +188,8 @@ void run_convolution(const Call& c, const Member& member) {
     Work work;
     work.panel = panel;
     work.pitch = pitch;
-    work.begin = boundary(c, chunks, group, begin - from, all);
-    work.end = boundary(c, chunks, group, end - from, all);
+    work.begin = boundary(c.rows, c.c_out, chunks, group * outputs, outputs, begin - from, all);
+    work.end = boundary(c.rows, c.c_out, chunks, group * outputs, outputs, end - from, all);
     work.sums = panel + panel_size;
     work.length = block.length;
     work.plane = blocks.pixels;

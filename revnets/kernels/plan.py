@@ -97,7 +97,7 @@ class Plan:
 
     def _point(self, ready: _Ready, inputs: Sequence[Tensor]) -> list[Tensor]:
         """New outputs; all pointers to them and to the inputs."""
-        outputs = [torch.empty(ready.shapes[v]) for v in self._outputs]
+        outputs = [torch.empty(ready.shapes[v], dtype=torch.float32) for v in self._outputs]
         for part, name, value in ready.inputs_at:
             setattr(ready.structs[part], name, inputs[value].data_ptr())
         for part, name, place in ready.outputs_at:
@@ -116,7 +116,7 @@ class Plan:
                 structs.append(part.struct)
             shapes.append(shape)
         offsets, size = self._arrange(shapes)
-        memory = torch.empty(size + _ALIGNMENT)
+        memory = torch.empty(size + _ALIGNMENT, dtype=torch.float32)
         start = -(-memory.data_ptr() // (4 * _ALIGNMENT)) * 4 * _ALIGNMENT
         array = (CallStruct * len(structs))(*structs)
         for at, name, value in pointers:

@@ -9,6 +9,8 @@
 #include "convolution.h"
 #include "depthwise.h"
 #include "planes.h"
+#include "transpose.h"
+#include "weight_grad.h"
 
 namespace {
 
@@ -25,6 +27,19 @@ void run(const Call& c, const Member& member) {
   }
 }
 
+template <typename Work>
+void together(int64_t threads, const Work& work) {
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    work(Member{omp_get_thread_num(), omp_get_num_threads()});
+    return;
+  }
+#endif
+  (void)threads;
+  work(Member{0, 1});
+}
+
 }  // namespace
 
 extern "C" {
@@ -32,6 +47,7 @@ extern "C" {
 const char* revnets_target() { return REVNETS_TARGET; }
 int64_t revnets_call_size() { return sizeof(Call); }
 int64_t revnets_lanes() { return kLanes; }
+int64_t revnets_grad_call_size() { return sizeof(GradCall); }
 
 // Layers in order; each may read what the ones before have written. Threads are woken once, not once per layer.
 void revnets_run(const Call* calls, int64_t count, int64_t threads) {
@@ -53,6 +69,16 @@ void revnets_run(const Call* calls, int64_t count, int64_t threads) {
   }
 #endif
   for (int64_t i = 0; i < count; ++i) run(calls[i], {0, 1});
+}
+
+// Gradient of a layer's weights; `sums` has room for as many floats as there are non-zeros.
+void revnets_weight_grad(const GradCall* call, float* sums, int64_t threads) {
+  together(threads, [&](const Member& member) { run_weight_grad(*call, member, sums); });
+}
+
+// A matrix of `height` lines of `width` numbers.
+void revnets_transpose(const float* x, int64_t height, int64_t width, float* y, int64_t threads) {
+  together(threads, [&](const Member& member) { run_transpose(x, height, width, y, member); });
 }
 
 }  // extern "C"

@@ -121,18 +121,21 @@ inline void copy(float* to, const float* from, int64_t length) {
   }
 }
 
-// Lane j is lane index(j) of two vectors one after the other.
-template <typename Index>
-inline vec pick(vec a, vec b, Index index) {
+// Lane j is lane index[j] of two vectors one after the other.
+inline vec shuffled(vec a, vec b, ivec index) {
 #if defined(__clang__)
   vec out;
-  for (int j = 0; j < kLanes; ++j) out[j] = index(j) < kLanes ? a[index(j)] : b[index(j) - kLanes];
+  for (int j = 0; j < kLanes; ++j) out[j] = index[j] < kLanes ? a[index[j]] : b[index[j] - kLanes];
   return out;
 #else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+template <typename Index>
+inline vec pick(vec a, vec b, Index index) {
   ivec lanes;
   for (int j = 0; j < kLanes; ++j) lanes[j] = index(j);
-  return __builtin_shuffle(a, b, lanes);
-#endif
+  return shuffled(a, b, lanes);
 }
 // Lane j is lane index[j] of a vector.
 inline vec lanes_of(vec v, ivec index) {

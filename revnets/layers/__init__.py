@@ -21,7 +21,7 @@ from .norm_act_conv import norm_act_conv
 from .parallel import SparseParallelConv2d, SparseParallelLinear
 from .registry import LayerConfig, SparseConfig, list_layers, parse_layers, register_layer
 from .sites import Site, Unsuitable
-from .sparse import SparseConv2d, SparseLinear
+from .sparse import SparseConv2d, SparseLinear, use_sparse_kernel
 
 __all__ = [
     "ConversionReport",
@@ -66,5 +66,6 @@ __all__ = [
     "quantize",
     "register_layer",
     "save_sparse",
+    "use_sparse_kernel",
     "wide",
 ]

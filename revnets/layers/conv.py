@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.training import Structure
 from .norm_act import dense, has_hooks, uses_lean_layers
 
 
@@ -24,7 +25,7 @@ def conv(x: Tensor, module: nn.Module) -> Tensor:
         >>> conv(torch.ones(1, 4, 8, 8), nn.Conv2d(4, 4, 3, groups=4)).shape
         torch.Size([1, 4, 6, 6])
     """
-    if not (torch.is_grad_enabled() and uses_lean_layers() and is_plain_conv(module)):
+    if not (torch.is_grad_enabled() and uses_lean_layers() and is_plain_conv(module)) or uses_kernel(module):
         return module(x)
     return _Conv.apply(dense(x), weight_of(module), module.bias, module)
 
@@ -44,20 +45,41 @@ def is_plain_conv(module: nn.Module) -> bool:
     )
 
 
-def weight_of(conv: Any) -> Tensor:
+def uses_kernel(module: nn.Module) -> bool:
+    """Whether it computes on the kernel that skips zeros, and keeps its input itself."""
+    return bool(getattr(module, "sparse_kernel", False))
+
+
+def structure_of(conv: Any, x: Tensor) -> Structure | None:
+    """What the kernel that skips zeros needs for the convolution of x; None where torch computes it."""
+    return conv.structure(x) if uses_kernel(conv) else None
+
+
+def weight_of(conv: Any, structure: Structure | None = None) -> Tensor:
     """The weight that the convolution uses: the parameter, or what the module makes of it."""
-    return conv.effective_weight() if hasattr(conv, "effective_weight") else conv.weight
+    return conv.effective_weight() if structure is None and hasattr(conv, "effective_weight") else conv.weight
 
 
-def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, conv: nn.Conv2d) -> Tensor:
+def convolved(
+    x: Tensor, weight: Tensor, bias: Tensor | None, conv: nn.Conv2d, structure: Structure | None = None
+) -> Tensor:
     """The bare convolution with the module's settings."""
+    if structure is not None:
+        return structure.convolve(x, structure.values(weight), bias)
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def conv_grads(
-    grad: Tensor, x: Tensor, weight: Tensor, conv: nn.Conv2d, needed: tuple[bool, bool, bool]
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    conv: nn.Conv2d,
+    needed: tuple[bool, bool, bool],
+    structure: Structure | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of input, weight and bias; computed in the forward pass's precision (that of ``grad``)."""
+    if structure is not None:
+        return structure.grads(grad, x, structure.values(weight), weight.shape, needed)
     sizes = [conv.out_channels] if needed[2] else None
     fixed = (sizes, conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups)
     operands = (grad, x.to(grad.dtype), weight.to(grad.dtype))

@@ -8,8 +8,9 @@ from timm.layers import SEModule
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..kernels.training import Structure
 from ..reversible.replay import once, parameters_of, tree
-from .conv import conv_grads, convolved, is_plain_conv, weight_of
+from .conv import conv_grads, convolved, is_plain_conv, structure_of, weight_of
 from .norm_act import ACTIVATIONS, batch_norm_grad, by_parts, dense, has_hooks, is_lean, norm_act, update_statistics
 
 
@@ -41,10 +42,12 @@ def norm_act_conv(x: Tensor, norm: nn.Module, act: nn.Module, se: SEModule | Non
         x = norm_act(x, norm, act)
         return conv(x if se is None else se(x))
     mean, var = once(lambda: update_statistics(x, norm), owner=norm)
-    settings = _Settings(norm.eps, ACTIVATIONS[type(act)], se, conv, torch.is_grad_enabled())  # type: ignore[arg-type]
+    structure = structure_of(conv, x)
+    kind: Any = ACTIVATIONS[type(act)]
+    settings = _Settings(norm.eps, kind, se, conv, torch.is_grad_enabled(), structure)  # type: ignore[arg-type]
     gate_parameters = () if se is None else tuple(parameters_of(se))
     return _NormActConv.apply(
-        x, norm.weight, norm.bias, mean, var, settings, weight_of(conv), conv.bias, *gate_parameters
+        x, norm.weight, norm.bias, mean, var, settings, weight_of(conv, structure), conv.bias, *gate_parameters
     )
 
 
@@ -59,9 +62,16 @@ class _Settings:
     """What the function needs besides tensors."""
 
     def __init__(
-        self, eps: float, kind: tuple[Any, Any], se: SEModule | None, conv: nn.Conv2d, differentiable: bool
+        self,
+        eps: float,
+        kind: tuple[Any, Any],
+        se: SEModule | None,
+        conv: nn.Conv2d,
+        differentiable: bool,
+        structure: Structure | None,
     ) -> None:
         self.eps, self.kind, self.se, self.conv, self.differentiable = eps, kind, se, conv, differentiable
+        self.structure = structure
 
     def normed(self, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
@@ -109,7 +119,7 @@ class _NormActConv(torch.autograd.Function):
             ctx.gate = (pooled, gate)
         ctx.save_for_backward(x, weight, bias, mean, var, conv_weight, conv_bias, *gate_parameters)
         ctx.settings = settings
-        return convolved(p, conv_weight, conv_bias, settings.conv)
+        return convolved(p, conv_weight, conv_bias, settings.conv, settings.structure)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -122,10 +132,11 @@ class _NormActConv(torch.autograd.Function):
         p = act(y)
         if settings.se is not None:
             p.mul_(ctx.gate[1].detach())
-        of_conv = conv_grads(grad, p, conv_weight, settings.conv, (False, needed[6], needed[7]))[1:]
+        conv = (settings.conv, settings.structure)
+        of_conv = conv_grads(grad, p, conv_weight, conv[0], (False, needed[6], needed[7]), conv[1])[1:]
         del p
         # of the input, its own gradient needs the shape only, and y has that
-        grad_h: Any = conv_grads(grad, y, conv_weight, settings.conv, (True, False, False))[0]
+        grad_h: Any = conv_grads(grad, y, conv_weight, conv[0], (True, False, False), conv[1])[0]
         del grad
         gate_grads: list[Tensor | None] = []
         if settings.se is not None:
@@ -149,7 +160,8 @@ def _differentiable_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     h = settings.kind[0](F.batch_norm(x, None, None, weight, bias, True, 0.0, settings.eps))
     if settings.se is not None:
         h = h * settings.gate(h.mean((2, 3), keepdim=True))
-    y = convolved(h, conv_weight, conv_bias, settings.conv)
+    used = conv_weight if settings.structure is None else conv_weight * settings.conv.mask
+    y = convolved(h, used, conv_bias, settings.conv)
     inputs = [x, weight, bias, conv_weight, conv_bias, *gate_parameters]
     wanted = [t for t in inputs if t is not None and t.requires_grad]
     found = iter(torch.autograd.grad(y, wanted, grad.to(y.dtype), create_graph=True))

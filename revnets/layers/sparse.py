@@ -8,6 +8,17 @@ import torch
 from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 
+from ..kernels.build import load_kernel
+from ..kernels.training import (
+    MAX_DENSITY,
+    MIN_PRODUCTS,
+    Structure,
+    StructureCache,
+    kernel_fits,
+    kernel_serves,
+    sparse_conv,
+    sparse_linear,
+)
 from ..sparsity.masks import check_sparsity, kept, mask_with_count
 
 
@@ -46,6 +57,7 @@ class MaskedWeight(nn.Module):
         sparsity: share of zeros that the mask was made for.
         gather_dense_grad: while True, every backward pass adds the gradient of the unmasked weight to ``dense_grad``.
         dense_grad: that gradient, or None; whoever reads it sets it back to None.
+        sparse_kernel: whether the kernel that skips zeros is used where it can be, see ``use_sparse_kernel``.
     """
 
     weight: nn.Parameter
@@ -55,6 +67,8 @@ class MaskedWeight(nn.Module):
     init_scale: bool
     gather_dense_grad: bool
     dense_grad: Tensor | None
+    sparse_kernel: bool = False
+    _structures: StructureCache | None = None
 
     def __init__(
         self, *args: Any, sparsity: float, init_scale: bool = False, count: int | None = None, **kwargs: Any
@@ -88,6 +102,17 @@ class MaskedWeight(nn.Module):
             return _gathering(self.weight, self.mask, self)
         return self.weight * self.mask
 
+    def _structure(self, x: Tensor, pixels: int) -> Structure | None:
+        """The mask's, where the kernel is to be used for so many pixels or tokens; else None."""
+        if not self.sparse_kernel or self.gather_dense_grad or pixels * self.weight.numel() < MIN_PRODUCTS:
+            return None
+        if not kernel_serves(x, self.weight):
+            return None
+        if self._structures is None:
+            self._structures = StructureCache()
+        structure = self._structures.of(self.mask, getattr(self, "groups", 1))
+        return structure if structure.density <= MAX_DENSITY else None
+
     @torch.no_grad()
     def set_mask(self, mask: Tensor) -> None:
         """Put another mask in place: dropped weights become 0, and grown ones start at 0.
@@ -118,7 +143,7 @@ class MaskedWeight(nn.Module):
         return f"{super().extra_repr()}, sparsity={self.sparsity:.4g}, weights={count}/{self.mask.numel()}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "dense_grad": None}
+        return {**self.__dict__, "dense_grad": None, "_structures": None}
 
 
 class SparseConv2d(MaskedWeight, nn.Conv2d):  # type: ignore[misc]
@@ -141,7 +166,14 @@ class SparseConv2d(MaskedWeight, nn.Conv2d):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x: ``(N, C_in, H, W)``. Returns: ``(N, C_out, H', W')``."""
+        structure = self.structure(x)
+        if structure is not None:
+            return sparse_conv(x, self.weight, self.bias, structure)
         return self._conv_forward(x, self.effective_weight(), self.bias)
+
+    def structure(self, x: Tensor) -> Structure | None:
+        """What the kernel needs to compute this layer for an input; None where the masked path is to be taken."""
+        return self._structure(x, x.numel() // self.in_channels) if x.ndim == 4 else None
 
 
 class SparseConv2dSame(SparseConv2d):
@@ -177,7 +209,51 @@ class SparseLinear(MaskedWeight, nn.Linear):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x: ``(..., in_features)``. Returns: ``(..., out_features)``."""
+        structure = self._structure(x, x.numel() // self.in_features)
+        if structure is not None:
+            return sparse_linear(x, self.weight, self.bias, structure)
         return nn.functional.linear(x, self.effective_weight(), self.bias)
+
+
+def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
+    """Have sparse 1x1 convolutions of stride 1, and linear layers, train on a kernel that skips zeros, on the CPU.
+
+    Gradients are those of the masked path to float32 accuracy, and are differentiable once. Other layers stay as they
+    are. A layer takes the masked path by itself where the kernel does not apply: more than half of the weights there,
+    less than a million products, not float32 or not on the CPU, autocast, ``torch.compile``, ``torch.func``, while
+    RigL gathers dense gradients. Inputs that are channels last are transposed for it and back. The choice belongs to
+    the module: it is copied and pickled with it, and is no part of ``state_dict``.
+
+    Args:
+        model: with sparse layers.
+        enabled: False goes back to the masked path everywhere.
+
+    Returns:
+        How many layers use the kernel now.
+
+    Raises:
+        KernelUnavailable: where it cannot be compiled; the message says why.
+
+    Example:
+        >>> use_sparse_kernel(nn.Sequential(SparseConv2d(8, 8, 1, sparsity=0.9), SparseConv2d(8, 8, 3, sparsity=0.9)))
+        1
+    """
+    if enabled:
+        load_kernel()
+    layers = [module for module in model.modules() if type(module) in (SparseConv2d, SparseConv2dSame, SparseLinear)]
+    for layer in layers:
+        layer.sparse_kernel = enabled and _served(layer)  # type: ignore[assignment]
+    return sum(bool(layer.sparse_kernel) for layer in layers)
+
+
+def _served(layer: Any) -> bool:
+    """Whether the kernel has a loop for the layer."""
+    pointwise = isinstance(layer, SparseLinear) or (
+        layer.kernel_size == (1, 1)
+        and layer.stride == (1, 1)
+        and layer.padding in ((0, 0), "valid", "same")  # "same" adds nothing to a 1x1 kernel
+    )
+    return pointwise and kernel_fits(layer.weight)
 
 
 def sparse_kind(layer: nn.Module) -> type[SparseConv2d] | type[SparseLinear]:

@@ -14,6 +14,7 @@ import torch
 from classification import train, validate
 from classification.errors import whole_file
 from classification.report import read_summary
+from revnets.kernels import build
 
 from .short_runs import ROOT, SHORT, TINY, Trainer
 
@@ -44,6 +45,8 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
         (["--initial-checkpoint", "nowhere.pth.tar"], ["--initial-checkpoint", "nowhere.pth.tar"]),
         (["--pretrained-path", "nowhere.pth.tar"], ["--pretrained-path", "nowhere.pth.tar"]),
         (["--model", "test_vit", "--img-size", "50"], ["test_vit", "50"]),
+        (["--sparse-kernel"], ["--sparse-kernel", "test_efficientnet", "--layers"]),
+        (["--sparse-kernel", "--layers", "sparse:0.9", "--amp"], ["--sparse-kernel", "--amp"]),
     ],
     ids=lambda value: "-".join(value).strip("-") if isinstance(value, list) else None,
 )
@@ -53,6 +56,20 @@ def test_mistakes_write_nothing(
     assert run_train(*more) == 2
     message = sentence(capsys)
     assert all(word in message for word in words), message
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sparse_kernel_without_compiler(
+    run_train: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(build.COMPILER_VARIABLE, "none")
+    build.load_kernel.cache_clear()
+    try:
+        assert run_train("--sparse-kernel", "--layers", "sparse:0.9") == 2
+    finally:
+        build.load_kernel.cache_clear()
+    message = sentence(capsys)
+    assert all(word in message for word in ("--sparse-kernel", "REVNETS_CXX=none", "leave it out")), message
     assert not list(tmp_path.iterdir())
 
 

@@ -12,7 +12,8 @@ import torch
 from classification import train, validate
 from classification.report import read_summary
 from classification.sparse import RunFlops, start_sparsity
-from revnets.layers import count_costs
+from revnets.kernels import kernel_problem
+from revnets.layers import count_costs, sparse
 from revnets.sparsity import sparse_layers
 
 from .short_runs import Trainer
@@ -78,6 +79,32 @@ def test_summary_tells_the_flops_of_the_schedule(run_train: Trainer, tmp_path: P
     assert {row["step"] for row in rows} == {"0", "2", "4"}
     assert all(abs(float(row["density"]) - 0.25) * int(row["weights"]) <= 0.5 for row in rows)
     assert sum(int(row["changed"]) for row in rows) > 0
+
+
+@pytest.mark.skipif(kernel_problem() is not None, reason=f"no kernel: {kernel_problem()}")
+def test_sparse_kernel(run_train: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same training as without it, but for the last bits; resumed, the same to the bit."""
+    monkeypatch.setattr(sparse, "MIN_PRODUCTS", 0)
+    line = ["--layers", "sparse:0.75", "--sparsity-interval", "2", "--batch-size", "8", "--sparsity-schedule", "rigl"]
+    line += ["--epochs", "2"]
+    assert run_train(*line, "--experiment", "masked") == 0
+    assert run_train(*line, "--sparse-kernel", "--experiment", "kernel") == 0
+
+    def interrupted(run: Any, begin: Any) -> Any:
+        if begin.epoch == 1:
+            raise KeyboardInterrupt
+        return real(run, begin)
+
+    real = train.train_epoch
+    monkeypatch.setattr(train, "train_epoch", interrupted)
+    assert run_train(*line, "--sparse-kernel", "--experiment", "parts") == 130
+    monkeypatch.setattr(train, "train_epoch", real)
+    assert run_train(*line, "--sparse-kernel", "--experiment", "parts", "--resume", "auto") == 0
+    masked, kernel, parts = (load(tmp_path / name / "last.pth.tar") for name in ("masked", "kernel", "parts"))
+    assert not differing(kernel["state_dict"], parts["state_dict"])
+    assert differing(kernel["state_dict"], masked["state_dict"])  # the kernel has computed
+    losses = [read_summary(tmp_path / name / "summary.csv")[0]["train_loss"] for name in ("masked", "kernel")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 def built(*line: str) -> torch.nn.Module:

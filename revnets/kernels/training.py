@@ -1,0 +1,300 @@
+"""The kernel in training: 1x1 convolutions and linear layers whose passes touch the non-zeros only."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+
+from .build import CallStruct, GradStruct, kernel_problem, load_kernel, warn_of_dense_path
+from .calls import chunk_size, in_chunks
+from .compressed import MAX_COLUMNS, compress
+
+MAX_DENSITY = 0.5  # above it torch's dense kernels are about as fast
+MIN_PRODUCTS = (
+    2**20
+)  # of a dense layer in its forward pass: below, what it costs to call the kernel is more than it saves
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """Where the non-zeros of a 1x1 convolution are, in the order in which the kernel reads them.
+
+    Attributes:
+        in_channels: of the convolution.
+        out_channels: likewise.
+        groups: likewise.
+        columns: int16, input channel within its chunk.
+        rows: int32, where each output channel's non-zeros of each chunk begin, and the end.
+        chunk: input channels of a group that are read at a time.
+    """
+
+    in_channels: int
+    out_channels: int
+    groups: int
+    columns: Tensor
+    rows: Tensor
+    chunk: int
+
+    @classmethod
+    def of(cls, matrix: Tensor, groups: int) -> tuple[Compressed, Tensor]:
+        """From an int32 matrix ``(C_out, C_in / groups)`` with 0 where there is no weight, else any number.
+
+        Returns:
+            Itself, and those numbers in its order.
+        """
+        kept = matrix != 0
+        _, columns, rows = compress(kept)
+        numbers, (outputs, inputs) = matrix[kept], matrix.shape
+        chunk = chunk_size(inputs, len(numbers) / max(matrix.numel(), 1))
+        if chunk < inputs:
+            numbers, columns, rows = in_chunks(numbers, columns, rows, chunk, -(-inputs // chunk))
+        return cls(inputs * groups, outputs, groups, columns, rows, chunk), numbers
+
+    def convolve(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution of ``(N, C_in, H, W)``, contiguous, with these values of the non-zeros."""
+        n, _, height, width = x.shape
+        y = x.new_empty(n, self.out_channels, height, width)
+        pointers = (x, values, self.columns, self.rows, bias, None, y)
+        sizes = (n, self.in_channels, height, width, self.out_channels, height, width)
+        call = CallStruct(
+            *(None if t is None else t.data_ptr() for t in pointers), *sizes, 1, 1, 1, 1, 0, 0, 1, 1, self.groups
+        )
+        call.chunk = self.chunk
+        if y.numel():
+            load_kernel().revnets_run(ctypes.byref(call), 1, torch.get_num_threads())
+        return y
+
+
+class Structure:
+    """What the kernel has to know of a mask, for the convolution and for its transpose.
+
+    Args:
+        mask: bool, ``(C_out, C_in / groups, ...)``, on the CPU; further sizes are 1.
+        groups: of the convolution.
+
+    Attributes:
+        density: share of True.
+        places: int64, where the non-zeros are in the flattened weight, in the order of their values.
+
+    Example:
+        >>> structure = Structure(torch.tensor([[True, False], [True, False]]))
+        >>> structure.density, structure.places.tolist()
+        (0.5, [0, 2])
+    """
+
+    def __init__(self, mask: Tensor, groups: int = 1) -> None:
+        outputs, inputs = mask.shape[:2]
+        matrix = mask.reshape(outputs, inputs)
+        places = torch.arange(1, matrix.numel() + 1, dtype=torch.int32).view_as(matrix) * matrix
+        self._forward, found = Compressed.of(places, groups)
+        self._places = found - 1
+        self.places = self._places.long()
+        self.density = len(found) / max(mask.numel(), 1)
+        ranks = torch.zeros(matrix.numel(), dtype=torch.int32)
+        ranks[self.places] = torch.arange(1, len(found) + 1, dtype=torch.int32)
+        turned = ranks.view(groups, -1, inputs).transpose(1, 2).reshape(groups * inputs, -1)
+        self._transposed, found = Compressed.of(turned, groups)
+        self._order = found.long() - 1
+
+    def values(self, weight: Tensor) -> Tensor:
+        """The weights that stay, in the kernel's order."""
+        return weight.reshape(-1).index_select(0, self.places)
+
+    def convolve(self, x: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``(N, C_in, H, W)`` to ``(N, C_out, H, W)`` in the same memory layout."""
+        return _laid_out(self._forward.convolve(_planes(x), values, bias), x)
+
+    def grads(
+        self, grad: Tensor, x: Tensor | None, values: Tensor, shape: torch.Size, needed: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of input, weight and bias, where they are needed.
+
+        Args:
+            grad: of the output, ``(N, C_out, H, W)``.
+            x: ``(N, C_in, H, W)``; read for the weight's gradient only.
+            values: see ``values()``.
+            shape: of the weight, whose gradient is 0 where the mask is False.
+            needed: three.
+        """
+        dy = _planes(grad)
+        grad_x = grad_weight = None
+        if needed[0]:
+            found = self._transposed.convolve(dy, values.index_select(0, self._order), None)
+            grad_x = _laid_out(found, grad)
+        if needed[1] and x is not None:
+            grad_weight = self._weight_grad(_planes(x, like=grad), dy, shape)
+        return grad_x, grad_weight, dy.sum((0, 2, 3)) if needed[2] else None
+
+    def _weight_grad(self, x: Tensor, dy: Tensor, shape: torch.Size) -> Tensor:
+        """Sums are made in one order, whatever the number of threads."""
+        f = self._forward
+        gradient, sums = dy.new_zeros(shape), dy.new_empty(len(self.places))
+        pointers = (x, dy, f.columns, f.rows, self._places, gradient)
+        sizes = (len(x), f.in_channels, f.out_channels, x.shape[2] * x.shape[3], f.groups, f.chunk)
+        call = GradStruct(*(t.data_ptr() for t in pointers), *sizes)
+        load_kernel().revnets_weight_grad(ctypes.byref(call), sums.data_ptr(), torch.get_num_threads())
+        return gradient
+
+
+def _by_pixel(x: Tensor) -> bool:
+    """Whether the channels of a pixel are neighbours in memory."""
+    return x.shape[2:] == (1, 1) or (x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous())
+
+
+def _planes(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """The pixels of each channel one after the other: x, or ``(1, C, 1, N H W)`` where it is (``like`` is) by pixel."""
+    if not _by_pixel(x if like is None else like):
+        return x.contiguous()
+    matrix = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    return transposed(matrix)[None, :, None]
+
+
+def _laid_out(y: Tensor, like: Tensor) -> Tensor:
+    """What was computed from ``_planes(like)``, of its shape and in its layout."""
+    if not _by_pixel(like):
+        return y
+    n, _, height, width = like.shape
+    return transposed(y[0, :, 0]).view(n, height, width, -1).permute(0, 3, 1, 2)
+
+
+def transposed(x: Tensor) -> Tensor:
+    """A contiguous float32 matrix, transposed and contiguous; torch takes two to three times as long.
+
+    Example:
+        >>> transposed(torch.tensor([[1.0, 2.0]]))
+        tensor([[1.],
+                [2.]])
+    """
+    height, width = x.shape
+    y = x.new_empty(width, height)
+    load_kernel().revnets_transpose(x.data_ptr(), height, width, y.data_ptr(), torch.get_num_threads())
+    return y
+
+
+class _SparseConv(torch.autograd.Function):
+    """Keeps the input and the values."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, structure: Structure) -> Tensor:
+        values = structure.values(weight.detach())
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values)
+        ctx.structure, ctx.shape = structure, weight.shape
+        return structure.convolve(x, values, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, values = ctx.saved_tensors
+        return *ctx.structure.grads(grad, x, values, ctx.shape, ctx.needs_input_grad), None
+
+
+def sparse_conv(x: Tensor, weight: Tensor, bias: Tensor | None, structure: Structure) -> Tensor:
+    """``conv2d(x, weight * mask, bias)`` of a 1x1 convolution, with its gradients; differentiable once.
+
+    Args:
+        x: ``(N, C_in, H, W)``, float32 on the CPU, contiguous or channels last; the output is laid out alike.
+        weight: ``(C_out, C_in / groups, 1, 1)``; what it holds where the mask is False has no effect.
+        bias: ``(C_out,)`` or None.
+        structure: of the mask.
+
+    Raises:
+        KernelUnavailable: where there is no compiler.
+
+    Example:
+        >>> mask = torch.tensor([[True, False]])
+        >>> sparse_conv(torch.ones(1, 2, 1, 1), torch.tensor([[2.0, 3.0]]), None, Structure(mask)).flatten()
+        tensor([2.])
+    """
+    y: Tensor = _SparseConv.apply(x, weight, bias, structure)
+    return y
+
+
+def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, structure: Structure) -> Tensor:
+    """``linear(x, weight * mask, bias)``, as ``sparse_conv``.
+
+    Args:
+        x: ``(..., in_features)``, float32 on the CPU.
+        weight: ``(out_features, in_features)``.
+        bias: ``(out_features,)`` or None.
+        structure: of the mask.
+
+    Raises:
+        KernelUnavailable: where there is no compiler.
+
+    Example:
+        >>> mask = torch.tensor([[True, False]])
+        >>> sparse_linear(torch.ones(3, 2), torch.tensor([[2.0, 3.0]]), None, Structure(mask)).flatten()
+        tensor([2., 2., 2.])
+    """
+    y = sparse_conv(x.reshape(-1, x.shape[-1], 1, 1), weight, bias, structure)
+    return y.view(*x.shape[:-1], -1)
+
+
+class StructureCache:
+    """The structure of a mask that may change, made anew when it has.
+
+    Seen are another tensor and changes in place, but for those through ``mask.data``.
+    """
+
+    def __init__(self) -> None:
+        self._mask: Tensor | None = None
+        self._version = 0
+        self._known: Tensor | None = None
+        self._structure: Structure | None = None
+
+    def of(self, mask: Tensor, groups: int) -> Structure:
+        """The structure of the mask as it is now."""
+        version = -1 if mask.is_inference() else mask._version
+        if self._structure is None or mask is not self._mask or version != self._version or version < 0:
+            # DistributedDataParallel copies buffers onto themselves in every step
+            if self._structure is None or self._known is None or not torch.equal(self._known, mask):
+                self._known, self._structure = mask.clone(), Structure(mask, groups)
+            self._mask, self._version = mask, version
+        return self._structure
+
+
+def kernel_serves(x: Tensor, weight: Tensor) -> bool:
+    """Whether ``sparse_conv`` computes what torch would here: plain float32 tensors on the CPU, nothing that looks on.
+
+    Not under autocast, ``torch.compile``, ``torch.func`` and forward-mode gradients, not while operators are recorded
+    or counted, and not without a compiler, of which a warning tells.
+    """
+    return (
+        type(x) is Tensor
+        and type(weight) in (Tensor, Parameter)
+        and x.dtype == weight.dtype == torch.float32
+        and x.device.type == weight.device.type == "cpu"
+        and x.numel() > 0
+        and not _watched()
+        and _available()
+    )
+
+
+def kernel_fits(weight: Tensor) -> bool:
+    """Whether the kernel's numbers can count the weights of a layer."""
+    return weight.numel() < 2**31 and max(weight.shape[:2]) <= MAX_COLUMNS
+
+
+def _watched() -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def _available() -> bool:
+    if kernel_problem() is None:
+        return True
+    warn_of_dense_path()
+    return False

@@ -1,0 +1,467 @@
+"""The kernel in training: gradients against float64, masks that change, and when a layer takes the masked path."""
+
+import copy
+import math
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers import SEModule
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+import revnets
+from revnets.kernels import build, training
+from revnets.kernels.build import KernelUnavailable, kernel_problem
+from revnets.kernels.training import Structure, sparse_conv
+from revnets.layers import SparseConv2d, SparseLinear, convert, norm_act_conv, use_sparse_kernel
+from revnets.reversible import AdditiveCoupling, RevSequential
+from revnets.sparsity import SparsityController
+
+needs_kernel = pytest.mark.skipif(kernel_problem() is not None, reason=f"no kernel: {kernel_problem()}")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Shapes of the inputs that the kernel has convolved."""
+    seen: list[torch.Size] = []
+    plain = training._SparseConv.forward
+
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
+        seen.append(x.shape)
+        return plain(ctx, x, *rest)
+
+    monkeypatch.setattr(training._SparseConv, "forward", staticmethod(forward))
+    return seen
+
+
+@pytest.fixture(autouse=True)
+def _small_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(revnets.layers.sparse, "MIN_PRODUCTS", 0)
+
+
+@pytest.fixture
+def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv(build.COMPILER_VARIABLE, "none")
+    build.load_kernel.cache_clear()
+    build.kernel_problem.cache_clear()
+    yield
+    build.load_kernel.cache_clear()
+    build.kernel_problem.cache_clear()
+
+
+def layer(
+    inputs: int = 16, outputs: int = 24, sparsity: float = 0.8, enabled: bool = True, **more: Any
+) -> SparseConv2d:
+    torch.manual_seed(0)
+    made = SparseConv2d(inputs, outputs, 1, sparsity=sparsity, **more)
+    made.sparse_kernel = enabled
+    return made
+
+
+def images(n: int = 2, channels: int = 16, side: int = 6) -> Tensor:
+    return torch.randn(n, channels, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def step(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Output, and gradients of the input and of all parameters."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    model.zero_grad()
+    y = model(x)
+    (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+    return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters())]  # type: ignore[list-item,union-attr]
+
+
+def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == theirs.shape
+        assert float((ours - theirs).detach().abs().max()) <= 2e-5 * max(1.0, float(theirs.detach().abs().max()))
+
+
+# --- the function ----------------------------------------------------------------------------------------------------
+
+
+@needs_kernel
+@settings(max_examples=80, deadline=None)
+@given(
+    channels=st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 3)),
+    size=st.tuples(st.integers(1, 5), st.integers(1, 20), st.integers(1, 20)),
+    sparsity=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    bias=st.booleans(),
+    layouts=st.tuples(*[st.sampled_from([torch.contiguous_format, torch.channels_last])] * 2),
+    seed=st.integers(0, 99),
+)
+def test_gradients(channels: Any, size: Any, sparsity: float, bias: bool, layouts: Any, seed: int) -> None:
+    """Planes smaller than a vector, one pixel, several blocks; rows and columns without weights; no weights at all."""
+    inputs, outputs, groups = channels
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(outputs * groups, inputs, 1, 1, generator=generator) >= sparsity
+    mask[:, 0] = False
+    operands = [torch.randn(size[0], inputs * groups, *size[1:], generator=generator).to(memory_format=layouts[0])]
+    operands += [torch.randn(mask.shape, generator=generator)]
+    operands += [torch.randn(len(mask), generator=generator)] if bias else []
+    ours = [t.clone().requires_grad_() for t in operands]
+    theirs = [t.double().requires_grad_() for t in operands]
+    y = sparse_conv(ours[0], ours[1], ours[2] if bias else None, Structure(mask, groups))
+    expected = F.conv2d(theirs[0], theirs[1] * mask, theirs[2] if bias else None, groups=groups)
+    dy = torch.randn(y.shape, generator=generator).to(memory_format=layouts[1])
+    y.backward(dy)
+    expected.backward(dy.double())
+    assert_close([y, *(t.grad for t in ours)], [expected, *(t.grad for t in theirs)])  # type: ignore[misc]
+    assert not ours[1].grad[~mask].any()  # type: ignore[index]
+
+
+@needs_kernel
+@settings(max_examples=40, deadline=None)
+@given(height=st.integers(1, 150), width=st.integers(1, 150))
+def test_transposed(height: int, width: int) -> None:
+    x = torch.randn(height, width)
+    assert torch.equal(training.transposed(x), x.t())
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", [(12,), (1, 12), (50, 12), (2, 3, 17, 12)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_layers(calls: list[torch.Size], shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    made, x = SparseLinear(12, 20, bias=bias, sparsity=0.75), torch.randn(shape)
+    expected = step(copy.deepcopy(made).double(), x.double())
+    assert use_sparse_kernel(made) == 1
+    assert_close(step(made, x), expected)
+    assert_close(step(made, x.mT.contiguous().mT) if x.ndim > 1 else [], expected if x.ndim > 1 else [])
+    assert [math.prod(s) for s in calls] == [x.numel()] * (1 + (x.ndim > 1))
+
+
+@needs_kernel
+@pytest.mark.parametrize("inputs", [128, 300, 700])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_channels_in_chunks(inputs: int, channels_last: bool) -> None:
+    torch.manual_seed(0)
+    made = SparseConv2d(inputs, 260, 1, sparsity=0.9)
+    x = torch.randn(3, inputs, 7, 7)
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    expected = step(copy.deepcopy(made).double(), x.double())
+    use_sparse_kernel(made)
+    assert_close(step(made, x), expected)
+
+
+@needs_kernel
+@pytest.mark.parametrize("side", [1, 7, 32])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_threads_do_not_change_gradients(side: int, batch: int, groups: int) -> None:
+    made, x = layer(32, 48, groups=groups), images(batch, 32, side)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(step(made, x))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@needs_kernel
+def test_only_what_is_needed_is_computed() -> None:
+    made, x = layer(), images()
+    made.weight.requires_grad_(False)
+    y = made(x.requires_grad_())
+    assert y.grad_fn.saved_tensors[0] is None  # without a gradient of the weight the input is not kept
+    y.sum().backward()
+    assert x.grad is not None
+    assert made.weight.grad is None
+    made.weight.requires_grad_()
+    made.bias = None
+    made(x.detach()).sum().backward()
+    assert made.weight.grad is not None
+
+
+@needs_kernel
+def test_differentiable_once() -> None:
+    made, x = layer(), images().requires_grad_()
+    (grad,) = torch.autograd.grad(made(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+# --- the layer -------------------------------------------------------------------------------------------------------
+
+
+@needs_kernel
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_layer_equals_the_masked_path(calls: list[torch.Size], channels_last: bool) -> None:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    made, x = layer(groups=2).to(memory_format=layout), images().to(memory_format=layout)
+    found = step(made, x)
+    assert len(calls) == 1
+    assert made(x).is_contiguous(memory_format=layout)
+    made.sparse_kernel = False
+    assert_close(found, step(made, x))
+    assert len(calls) == 2
+
+
+@needs_kernel
+@pytest.mark.parametrize("change", ["set_mask", "in place", "load", "assign", "new tensor"])
+def test_changed_masks_are_seen(calls: list[torch.Size], change: str) -> None:
+    made, other, x = layer(), layer(), images()
+    step(made, x)
+    mask = made.mask.roll(1, 0)
+    other.set_mask(mask)
+    if change == "set_mask":
+        made.set_mask(mask)
+    elif change == "in place":
+        made.mask.copy_(mask)
+    elif change == "new tensor":
+        made.mask = mask
+    else:
+        made.load_state_dict(other.state_dict(), assign=change == "assign")
+    found = step(made, x)
+    made.sparse_kernel = False
+    assert_close(found, step(made, x))
+    assert len(calls) == 2
+
+
+@needs_kernel
+def test_masks_without_versions() -> None:
+    """Tensors made in inference mode have none."""
+    with torch.inference_mode():
+        made = layer()
+        made(images())
+        made.set_mask(made.mask.roll(1, 0))
+        made.weight.normal_()
+        y = made(images())
+        made.sparse_kernel = False
+        assert_close([y], [made(images())])
+
+
+@needs_kernel
+def test_a_mask_copied_onto_itself_is_not_compressed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, x = layer(), images()
+    made(x)
+    monkeypatch.setattr(training, "Structure", None)
+    made.mask.copy_(made.mask.clone())
+    made(x)
+
+
+def _compiled(made: nn.Module, x: Tensor) -> Any:
+    return torch.compile(made, backend="eager", fullgraph=True)(x)
+
+
+def _autocast(made: nn.Module, x: Tensor) -> Any:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return made(x)
+
+
+def _counted(made: nn.Module, x: Tensor) -> Any:
+    with FlopCounterMode(display=False) as counter:
+        y = made(x)
+    assert counter.get_total_flops() == 2 * x.numel() * 24
+    return y
+
+
+def _gathering(made: Any, x: Tensor) -> Any:
+    made.gather_dense_grad = True
+    y = made(x)
+    y.sum().backward()
+    assert made.dense_grad is not None
+    return y
+
+
+def _forward_mode(made: nn.Module, x: Tensor) -> Any:
+    return torch.func.jvp(made, (x,), (x,))[0]
+
+
+def _dual(made: nn.Module, x: Tensor) -> Any:
+    with torch.autograd.forward_ad.dual_level():
+        return torch.autograd.forward_ad.unpack_dual(made(torch.autograd.forward_ad.make_dual(x, x))).primal
+
+
+OTHER_WAYS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "compiled": _compiled,
+    "autocast": _autocast,
+    "counted": _counted,
+    "gathering": _gathering,
+    "jvp": _forward_mode,
+    "dual": _dual,
+    "vmap": lambda made, x: torch.func.vmap(made)(x[:, None])[:, 0],
+    "grad": lambda made, x: torch.func.grad(lambda t: made(t).sum())(x),
+    "traced": lambda made, x: torch.jit.trace(made, x, check_trace=False)(x),
+    "exported": lambda made, x: torch.export.export(made, (x,)).module()(x),
+    "double": lambda made, x: made.double()(x.double()),
+    "meta": lambda made, x: made.to("meta")(x.to("meta")),
+    "unbatched": lambda made, x: made(x[0]),
+    "empty": lambda made, x: made(x[:0]),
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize("way", OTHER_WAYS)
+def test_masked_path_where_the_kernel_does_not_apply(calls: list[torch.Size], way: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.jit, which is deprecated
+        y = OTHER_WAYS[way](layer(), images())
+    assert not calls
+    assert isinstance(y, Tensor)
+
+
+@needs_kernel
+def test_masked_path_for_dense_masks(calls: list[torch.Size]) -> None:
+    made = layer(sparsity=0.2)
+    made(images())
+    assert not calls
+    made.set_mask(made.mask & (torch.rand(made.mask.shape) < 0.4))
+    made(images())
+    assert len(calls) == 1
+
+
+@needs_kernel
+def test_masked_path_for_small_layers(calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
+    made, x = layer(), images()
+    monkeypatch.setattr(revnets.layers.sparse, "MIN_PRODUCTS", 2 * 36 * 16 * 24 + 1)
+    made(x)
+    assert not calls
+    monkeypatch.setattr(revnets.layers.sparse, "MIN_PRODUCTS", 2 * 36 * 16 * 24)
+    made(x)
+    assert len(calls) == 1
+
+
+@needs_kernel
+def test_use_sparse_kernel_takes_what_the_kernel_serves(calls: list[torch.Size]) -> None:
+    shape: dict[str, Any] = {"sparsity": 0.9}
+    odd = [
+        SparseConv2d(16, 16, 3, padding=1, **shape),
+        SparseConv2d(16, 16, 1, padding=1, **shape),
+        SparseConv2d(16, 16, 1, stride=2, **shape),
+        nn.Conv2d(16, 16, 1),
+    ]
+    model = nn.Sequential(SparseConv2d(16, 16, 1, **shape), SparseConv2d(16, 16, 1, padding="same", **shape), *odd)
+    model.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), SparseLinear(16, 4, **shape)))
+    assert revnets.use_sparse_kernel(model) == 3
+    model(images())
+    assert len(calls) == 3
+    keys = list(model.state_dict())
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    assert use_sparse_kernel(model, enabled=False) == 0
+    assert list(model.state_dict()) == keys
+    model(images())
+    assert len(calls) == 3
+    for other in copies:
+        assert_close(step(other, images()), step(model, images()))
+    assert len(calls) == 9
+
+
+@needs_kernel
+@pytest.mark.parametrize("mode", ["reversible", "checkpoint"])
+def test_recomputed_gradients_equal_stored_ones(calls: list[torch.Size], mode: str) -> None:
+    """To the bit: the kernel gives the same in both evaluations of a branch."""
+
+    class Net(RevSequential):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return torch.cat(super().forward(*x.chunk(2, 1)), 1)
+
+    def branch() -> nn.Module:
+        return nn.Sequential(layer(8, 16), nn.BatchNorm2d(16), nn.ReLU(), layer(16, 8))
+
+    net, found = Net([AdditiveCoupling(branch(), branch()) for _ in range(2)], exact=True), []
+    for net.mode in ("store", mode):
+        found.append(step(net, images()))
+    assert len(calls) == 3 * 8  # once stored, twice recomputed
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@needs_kernel
+def test_rigl_trains_as_on_the_masked_path(calls: list[torch.Size]) -> None:
+    histories, weights = [], []
+    for enabled in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), layer(enabled=enabled), nn.ReLU(), layer(24, 16))
+        model[4].sparse_kernel = enabled
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+        controller = SparsityController(model, optimizer, "rigl", total_steps=12, interval=3)
+        for number in range(12):
+            optimizer.zero_grad()
+            x = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(number))
+            (model(x).square().mean() - 1).square().backward()
+            optimizer.step()
+            controller.step()
+        histories.append(controller.history)
+        weights.append([p.detach().clone() for p in model.parameters()])
+        assert not model[2].weight.detach()[~model[2].mask].any()
+    assert len(histories[0]) == 2
+    assert histories[0] == histories[1]
+    assert_close(*weights)
+    assert len(calls) == 2 * 10  # two steps gathered dense gradients
+
+
+@needs_kernel
+@pytest.mark.parametrize("se", [False, True])
+def test_lean_norm_act_conv(monkeypatch: pytest.MonkeyPatch, se: bool) -> None:
+    """It keeps as little with the kernel as without it, and is differentiable again."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.act, self.conv = nn.BatchNorm2d(16), nn.Hardswish(), layer(bias=False)
+            self.se = SEModule(16, rd_channels=4) if se else None
+
+        def forward(self, x: Tensor) -> Tensor:
+            return norm_act_conv(x, self.norm, self.act, self.se, self.conv)
+
+    net, found, again, kept = Net(), [], [], []
+    convolutions: list[int] = []
+    saved: list[int] = []
+    plain = Structure.convolve
+    monkeypatch.setattr(Structure, "convolve", lambda *args: convolutions.append(1) or plain(*args))
+    for net.conv.sparse_kernel in (True, False):
+        with saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            saved.clear()
+            found.append(step(net, images()))
+        kept.append(sum(size >= images().numel() for size in saved))
+        x = images().requires_grad_()
+        (grad,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+        again.append(torch.autograd.grad(grad.square().sum(), [x, net.conv.weight]))
+    assert len(convolutions) == 2
+    assert kept[0] == kept[1]
+    assert_close(*found)
+    for ours, theirs in zip(*again, strict=True):
+        assert float((ours - theirs).norm()) <= 1e-3 * float(theirs.norm())
+
+
+@needs_kernel
+def test_a_converted_revbifpn(calls: list[torch.Size]) -> None:
+    """Its gradients are those of stored activations to the bit, and nearly those of the masked path."""
+    torch.manual_seed(0)
+    model = timm.create_model("revbifpn_s0", num_classes=4, exact=True).train()
+    model = convert(model, "sparse:0.9", input_size=(3, 64, 64)).model
+    x, found = torch.randn(2, 3, 64, 64), []
+    assert use_sparse_kernel(model) > 10
+    for mode, enabled in (("reversible", True), ("store", True), ("store", False)):
+        use_sparse_kernel(model, enabled)
+        revnets.set_mode(model, mode)
+        torch.manual_seed(1)  # of stochastic depth
+        found.append(step(model, x))
+    assert calls
+    for ours, stored, masked in zip(*found, strict=True):
+        assert torch.equal(ours, stored)
+        # batch statistics of four pixels magnify the last bits
+        assert float((ours - masked).norm()) <= 0.02 * max(float(masked.norm()), 0.1)
+
+
+@pytest.mark.usefixtures("_no_compiler")
+def test_without_a_compiler() -> None:
+    with pytest.raises(KernelUnavailable, match="REVNETS_CXX=none"):
+        use_sparse_kernel(layer())
+    made = layer()  # such as a pickled one
+    with pytest.warns(UserWarning, match="dense kernels"):
+        found = step(made, images())
+    assert_close(found, step(layer(enabled=False), images()))
