@@ -34,7 +34,7 @@ class Job:
         line = [*SHORT, "--epochs", str(epochs), "--batch-size", "4", "--recovery-interval", "1", "--resume", "auto"]
         script = ["classification/train.py", *line, "--data-dir", str(data), "--output", str(folder)]
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--max-restarts={restarts}", "--standalone"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # distributed.md
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *launcher, *script], cwd=ROOT, stdout=log, stderr=log, env=environment
