@@ -56,10 +56,11 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         self.runner.message_hub.update_info(BATCHES, len(self.dataloader))
         with self._termination:
             self.runner.call_hook("before_train")
-            if self._epoch > 0 and done == 0:  # stopped between this epoch's end and its validation's
-                hub = self.runner.message_hub  # then checkpoints say where the last iteration was, not the next one
-                hub.update_info("epoch", self._epoch - 1)
+            hub = self.runner.message_hub
+            if self._iter > 0:  # checkpoints say where the last iteration was, even if no other comes before them
                 hub.update_info("iter", self._iter - 1)
+            if self._epoch > 0 and done == 0:  # stopped between this epoch's end and its validation's
+                hub.update_info("epoch", self._epoch - 1)
                 self._validate()
             while self._epoch < self._max_epochs and not self.stop_training:
                 self.run_epoch()
