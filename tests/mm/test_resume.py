@@ -115,7 +115,7 @@ def run(
     return runner
 
 
-@pytest.mark.parametrize("stops", [(4,), (2, 5, 6, 11)])
+@pytest.mark.parametrize("stops", [(4,), (8,), (2, 5, 6, 11)])
 def test_same_losses_as_without_interruption(tmp_path: Path, stops: tuple[int, ...]) -> None:
     whole: list[tuple[int, float]] = []
     parts: list[tuple[int, float]] = []
@@ -128,6 +128,10 @@ def test_same_losses_as_without_interruption(tmp_path: Path, stops: tuple[int, .
     for a, b in zip(expected.model.parameters(), found.model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert expected.optim_wrapper.get_lr() == found.optim_wrapper.get_lr()
+    for file in (tmp_path / "whole").glob("epoch_*.pth"):
+        a, b = (torch.load(tmp_path / name / file.name, weights_only=False) for name in ("whole", "parts"))
+        for key in ("iter", "epoch"):
+            assert a["message_hub"]["runtime_info"][key] == b["message_hub"]["runtime_info"][key]
 
 
 @pytest.mark.parametrize("epoch", [1, 3])
