@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install quickstart quickstart-detection test test-slow test-compat test-kill lint format clean
+.PHONY: help install quickstart quickstart-detection test test-slow test-compat test-kill test-asan lint format clean
 
 help:
 	@echo "make quickstart   install, train RevBiFPN on real digits, print accuracy and memory (CPU, minutes)"
@@ -14,6 +14,7 @@ help:
 	@echo "make test         lint, types and the quick tests;  make test-slow: the long ones"
 	@echo "make test-compat  the quick tests on other versions: make test-compat PYTHON=python3.13 TORCH=2.9"
 	@echo "make test-kill    50 runs killed at random moments, and compared with one that was let be"
+	@echo "make test-asan    the C++ kernel under AddressSanitizer (g++), at three widths of vectors"
 	@echo "make format       rewrite the sources as ruff wants them"
 
 install: $(INSTALLED)
@@ -52,6 +53,15 @@ test-compat:
 
 test-kill: $(INSTALLED)
 	$(BIN)/python -m tests.integration.kill --kills 50 --folder output/kills
+
+# Tensors lie in memory that the sanitizer watches: a read or write past one ends the run. Leaks are Python's affair.
+LIBRARY = $(shell g++ -print-file-name=$(1))
+test-asan: $(INSTALLED)
+	for width in "" -mno-avx512f -mno-avx; do \
+		REVNETS_CXX=g++ REVNETS_CXXFLAGS="-fsanitize=address -O1 -g1 $$width" REVNETS_CACHE=$(CURDIR)/output/asan \
+		ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(call LIBRARY,libasan.so) $(call LIBRARY,libstdc++.so)" \
+		$(BIN)/python -m pytest -m "not slow" tests/kernels tests/deploy || exit; \
+	done
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -24,6 +24,7 @@ HEADERS = [
     for name in ("vectors", "call", "convolution", "depthwise", "planes", "transpose", "weight_grad")
 ]
 COMPILER_VARIABLE = "REVNETS_CXX"
+FLAGS_VARIABLE = "REVNETS_CXXFLAGS"
 CACHE_VARIABLE = "REVNETS_CACHE"
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "hardsigmoid", "silu", "sigmoid")
 
@@ -68,14 +69,16 @@ class GradStruct(ctypes.Structure):
 def load_kernel() -> ctypes.CDLL:
     """The compiled kernel; the first call on a machine compiles it, in seconds, into ``cache_folder()``.
 
-    The environment variable ``REVNETS_CXX`` names the compiler (``none``: do without), ``REVNETS_CACHE`` the folder.
+    The environment variable ``REVNETS_CXX`` names the compiler (``none``: do without), ``REVNETS_CXXFLAGS`` more flags
+    to compile and to link with (after the library's own, so that they win), ``REVNETS_CACHE`` the folder.
 
     Raises:
         KernelUnavailable: where there is no compiler, or none that can compile it.
     """
     compiler = _compiler()
     source = b"".join(path.read_bytes() for path in (SOURCE, *HEADERS))
-    key = hashlib.sha256(source + "\n".join([*compiler, *_OPTIONS, str(_ATTEMPTS), _machine()]).encode())
+    build = [*compiler, *_OPTIONS, *_more_flags(), str(_ATTEMPTS), _machine()]
+    key = hashlib.sha256(source + "\n".join(build).encode())
     name = f"sparse_conv-{key.hexdigest()[:16]}.so"
     folder = cache_folder()
     path = folder / name
@@ -138,6 +141,10 @@ def _compiler() -> list[str]:
     raise KernelUnavailable(f"no C++ compiler found ({names}): install one, or name it in {COMPILER_VARIABLE}")
 
 
+def _more_flags() -> list[str]:
+    return shlex.split(os.environ.get(FLAGS_VARIABLE, ""))
+
+
 def _machine() -> str:
     """What ``-march=native`` means here: homes are shared between machines."""
     try:
@@ -155,8 +162,8 @@ def _build(compiler: Sequence[str], path: Path) -> None:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
             part, whole = f"{folder}/kernel.o", Path(folder) / "kernel.so"
             try:
-                _run([*compiler, *_OPTIONS, *flags, "-c", str(SOURCE), "-o", part])
-                _run([*compiler, "-shared", part, "-o", str(whole), *link_flags])
+                _run([*compiler, *_OPTIONS, *flags, *_more_flags(), "-c", str(SOURCE), "-o", part])
+                _run([*compiler, "-shared", part, "-o", str(whole), *link_flags, *_more_flags()])
                 _checked(whole)
                 whole.replace(path)
                 return

@@ -221,6 +221,21 @@ def test_reasons(compiler: str, message: str, monkeypatch: pytest.MonkeyPatch, t
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
 
 
+def test_more_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """``REVNETS_CXXFLAGS`` reaches the compiler and the linker, after the library's own flags."""
+    log = tmp_path / "log"
+    (tmp_path / "compiler").write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
+    (tmp_path / "compiler").chmod(0o755)
+    monkeypatch.setenv(build.COMPILER_VARIABLE, str(tmp_path / "compiler"))
+    monkeypatch.setenv(build.FLAGS_VARIABLE, "-O1 '-DA=b c'")
+    monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path))
+    with pytest.raises(KernelUnavailable):  # this compiler writes nothing
+        build.load_kernel.__wrapped__()
+    compiling, linking = log.read_text().splitlines()[:2]
+    assert compiling.index("-O3") < compiling.index("-O1 -DA=b c")
+    assert linking.endswith("-O1 -DA=b c")
+
+
 @needs_kernel
 def test_a_damaged_kernel_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "kernel.so").write_text("no library")
