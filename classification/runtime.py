@@ -10,8 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from timm.utils import NativeScaler, init_distributed_device, setup_default_logging
-from torch import Tensor
+from timm.utils import NativeScaler, distribute_bn, init_distributed_device, setup_default_logging
+from torch import Tensor, nn
 
 from classification.errors import UserError, one_line
 from classification.options import DeviceOptions
@@ -63,6 +63,26 @@ class Runtime:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(total)
         return total.tolist()
+
+    def share_statistics(self, module: nn.Module, how: str) -> None:
+        """Gives every process the same running statistics.
+
+        Args:
+            module: Model or EMA of it; its `running_mean` and `running_var` are changed.
+            how: `reduce`, their mean over the processes; `broadcast`, those of the first; `none`.
+        """
+        if not self.distributed or how == "none":
+            return
+        if how == "broadcast":
+            distribute_bn(module, self.world_size)
+            return
+        for name, buffer in module.named_buffers():
+            if "running_mean" in name or "running_var" in name:
+                # In float64 the mean of equal float32 numbers is that number: who resumes in a validation, where they
+                # are shared already, shares them again and has the same bits, with 5 processes, too.
+                total = buffer.double()
+                torch.distributed.all_reduce(total)
+                buffer.copy_(total / self.world_size)
 
     def synchronize(self) -> None:
         """Waits until the device has done all that was asked of it."""

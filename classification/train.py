@@ -19,7 +19,7 @@ if not __package__:  # run by its path: Python then looks for modules in classif
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from timm.layers import convert_sync_batchnorm
-from timm.utils import distribute_bn, random_seed
+from timm.utils import random_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -299,14 +299,12 @@ def _validated(run: Training, loader: Any, end: Position) -> dict[str, float]:
     options, runtime, epoch = run.options, run.runtime, end.epoch
     every, check = options.log_interval, functools.partial(run.recovery.check, lambda: end, end.step)
     model = run.model.module if isinstance(run.model, DistributedDataParallel) else run.model
-    if runtime.distributed and options.dist_bn != "none":
-        distribute_bn(model, runtime.world_size, options.dist_bn == "reduce")
+    runtime.share_statistics(model, options.dist_bn)
     wanted = ("loss", "top1", "top5")
     plain = validate(model, loader, runtime, f"validate {epoch}", every, check)
     metrics = {name: plain[name] for name in wanted}
     if run.ema is not None and not options.model_ema_force_cpu:
-        if runtime.distributed and options.dist_bn != "none":
-            distribute_bn(run.ema, runtime.world_size, options.dist_bn == "reduce")
+        runtime.share_statistics(run.ema, options.dist_bn)
         ema = validate(run.ema.module, loader, runtime, f"validate {epoch} (EMA)", every, check)
         metrics = {name: ema[name] for name in wanted} | {f"raw_{name}": plain[name] for name in wanted}
     return metrics
