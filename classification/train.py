@@ -48,7 +48,7 @@ from revnets.numerics import NumericsMonitor
 from revnets.numerics.report import FILES as NUMERICS_FILES
 from revnets.pruning.checkpoint import FLOPS
 from revnets.sparsity.report import write_table
-from revnets.training.processes import of_first
+from revnets.training.processes import of_first, settle_buckets
 
 _logger = logging.getLogger("classification")
 FILES = (SUMMARY, "curves.png", *SPARSITY_FILES, *NUMERICS_FILES)
@@ -167,7 +167,9 @@ def _distributed(model: nn.Module, runtime: Runtime, options: TrainOptions) -> n
     more: dict[str, Any] = (
         {"broadcast_buffers": False} if options.no_ddp_bb else {}
     )  # newer torch warns where the default is named
-    return DistributedDataParallel(model, device_ids=devices, **more)
+    model = DistributedDataParallel(model, device_ids=devices, **more)
+    settle_buckets(model)
+    return model
 
 
 def _start(run: Training, model: nn.Module) -> tuple[Path, Path | None, dict[str, Any] | None, Position]:

@@ -15,6 +15,7 @@ from mmengine.runner import EpochBasedTrainLoop
 from torch.utils.data import DataLoader
 
 from ..reversible import RangeError
+from ..training.processes import settle_buckets
 from ..training.resumable import MODEL, resumable, seed_all
 from ..training.termination import Terminated, Termination
 
@@ -53,6 +54,7 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
             sampler.seed = seed
         self._batches.seed = seed
         done = self.batches_done()
+        settle_buckets(self.runner.model)
         self.runner.message_hub.update_info(BATCHES, len(self.dataloader))
         with self._termination:
             self.runner.call_hook("before_train")

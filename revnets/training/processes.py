@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
@@ -67,6 +68,47 @@ def at_first(value: T) -> list[T]:
     values: list[Any] | None = [None] * torch.distributed.get_world_size() if first else None
     torch.distributed.gather_object(value, values)
     return values or []
+
+
+def settle_buckets(model: nn.Module) -> None:
+    """Have DDP group the gradients now as it will in every step, so that a resumed run sums them like a whole one.
+
+    After the first backward pass DDP groups the gradients anew, in the order in which they came. Where in a group a
+    gradient is decides in which order three or more processes sum it, and so its last bits: a run's first step, also
+    after it was resumed, would round differently from the same step later. This is a first backward pass without the
+    network: the gradients come from the last parameter to the first, as they do in training.
+
+    All processes must call it, before hooks that watch gradients are added to the parameters.
+
+    Args:
+        model: What is trained; anything but a fresh ``DistributedDataParallel`` is left alone.
+
+    Example:
+        >>> settle_buckets(nn.Linear(2, 2))
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return
+    network, device = model.module, next(model.parameters()).device
+    model.module = _Sum(network)
+    try:
+        model(torch.zeros((), device=device)).backward()
+    finally:
+        model.module = network
+    model.zero_grad()
+
+
+class _Sum(nn.Module):
+    """All parameters that are trained: the last gets its gradient first. Buffers are the network's, for DDP to find."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, total: Tensor) -> Tensor:
+        for parameter in self.network.parameters():
+            if parameter.requires_grad:
+                total = total + parameter.sum()
+        return total
 
 
 def own_buffers(model: nn.Module) -> dict[str, Tensor]:

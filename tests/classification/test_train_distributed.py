@@ -16,8 +16,8 @@ from .short_runs import ROOT, SHORT
 from .test_train_run import differing, load
 
 
-def torchrun(*line: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *line]
+def torchrun(*line: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *line]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 

@@ -1,4 +1,4 @@
-"""What two processes decide together, and what each gets back of its own."""
+"""What two or more processes decide together, and what each gets back of its own."""
 
 from __future__ import annotations
 
@@ -52,36 +52,48 @@ sys.exit(train.main([*line, "--output", folder, "--experiment", name, "--resume"
 """
 
 
-def drive(folder: Path, name: str, *line: str, stop: int = 0, hidden: str = "", far: str = "", code: int = 0) -> str:
-    """Two processes, stopped before some step; of the second, files are hidden, and steps far out of range.
+def drive(
+    folder: Path,
+    name: str,
+    *line: str,
+    stop: int = 0,
+    hidden: str = "",
+    far: str = "",
+    code: int = 0,
+    processes: int = 2,
+) -> str:
+    """Processes, stopped before some step; of the second, files are hidden, and steps far out of range.
 
     Returns:
         What they said.
     """
     script = folder / "driver.py"
     script.write_text(DRIVER)
-    done = torchrun(str(script), str(folder), name, str(stop), hidden, far, *SHORT, *line)
+    done = torchrun(str(script), str(folder), name, str(stop), hidden, far, *SHORT, *line, processes=processes)
     assert (done.returncode == 0) == (stop == code == 0), done.stderr
     return done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--no-ddp-bb", "--dist-bn", "none"]], ids=["synchronised", "each its own"])
-def test_a_resumed_run_is_the_same_in_every_process(digits: Path, tmp_path: Path, more: list[str]) -> None:
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_a_resumed_run_is_the_same_in_every_process(
+    digits: Path, tmp_path: Path, more: list[str], processes: int
+) -> None:
     """Weights, EMA, running statistics and mean losses of each, where runs are stopped in the middle of an epoch."""
-    line = ["--data-dir", str(digits), "--batch-size", "8", "--recovery-interval", "1", "--val-interval", "1"]
+    line = ["--data-dir", str(digits), "--batch-size", "4", "--recovery-interval", "1", "--val-interval", "1"]
     line += ["--model-ema", "--model-ema-decay", "0.5", *more]
-    drive(tmp_path, "whole", *line)
-    drive(tmp_path, "parts", *line, stop=3)
-    assert "0 epochs and 2 batches done" in drive(tmp_path, "parts", *line)
+    drive(tmp_path, "whole", *line, processes=processes)
+    drive(tmp_path, "parts", *line, stop=3, processes=processes)
+    assert "0 epochs and 2 batches done" in drive(tmp_path, "parts", *line, processes=processes)
     states = {
         (name, epoch, rank): torch.load(tmp_path / f"{name}-{epoch}-{rank}.pt", weights_only=False)
         for name in ("whole", "parts")
         for epoch in (0, 1)
-        for rank in (0, 1)
+        for rank in range(processes)
     }
     for epoch in (0, 1):
-        for rank in (0, 1):
+        for rank in range(processes):
             assert not differing(states["whole", epoch, rank], states["parts", epoch, rank]), (epoch, rank)
     whole, parts = (load(tmp_path / name / "last.pth.tar") for name in ("whole", "parts"))
     for key in whole.keys() - {"args"}:
