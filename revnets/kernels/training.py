@@ -59,7 +59,9 @@ class Compressed:
 
     def convolve(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution of ``(N, C_in, H, W)``, contiguous, with these values of the non-zeros."""
-        n, _, height, width = x.shape
+        n, channels, height, width = x.shape
+        if channels != self.in_channels:
+            raise ValueError(f"input of {channels} channels: the sparse layer expects {self.in_channels}")
         y = x.new_empty(n, self.out_channels, height, width)
         pointers = (x, values, self.columns, self.rows, bias, None, y)
         sizes = (n, self.in_channels, height, width, self.out_channels, height, width)
@@ -108,7 +110,12 @@ class Structure:
         return weight.reshape(-1).index_select(0, self.places)
 
     def convolve(self, x: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``(N, C_in, H, W)`` to ``(N, C_out, H, W)`` in the same memory layout."""
+        """``(N, C_in, H, W)`` to ``(N, C_out, H, W)`` in the same memory layout.
+
+        Raises:
+            ValueError: for another number of channels.
+        """
+        bias = None if bias is None else bias.contiguous()
         return _laid_out(self._forward.convolve(_planes(x), values, bias), x)
 
     def grads(
@@ -160,8 +167,11 @@ def _laid_out(y: Tensor, like: Tensor) -> Tensor:
     """What was computed from ``_planes(like)``, of its shape and in its layout."""
     if not _by_pixel(like):
         return y
-    n, _, height, width = like.shape
-    return transposed(y[0, :, 0]).view(n, height, width, -1).permute(0, 3, 1, 2)
+    size = (len(like), y.shape[1], *like.shape[2:])
+    # no view of what `transposed` makes: autograd refuses changes in place of a view that a Function returns
+    laid_out = torch.empty(size, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
+    _transpose(y[0, :, 0], laid_out)
+    return laid_out
 
 
 def transposed(x: Tensor) -> Tensor:
@@ -172,10 +182,14 @@ def transposed(x: Tensor) -> Tensor:
         tensor([[1.],
                 [2.]])
     """
-    height, width = x.shape
-    y = x.new_empty(width, height)
-    load_kernel().revnets_transpose(x.data_ptr(), height, width, y.data_ptr(), torch.get_num_threads())
+    y = x.new_empty(x.shape[1], x.shape[0])
+    _transpose(x, y)
     return y
+
+
+def _transpose(x: Tensor, y: Tensor) -> None:
+    """A matrix, transposed into the memory of y."""
+    load_kernel().revnets_transpose(x.data_ptr(), *x.shape, y.data_ptr(), torch.get_num_threads())
 
 
 class _SparseConv(torch.autograd.Function):
@@ -260,7 +274,7 @@ class StructureCache:
         return self._structure
 
 
-def kernel_serves(x: Tensor, weight: Tensor) -> bool:
+def kernel_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether ``sparse_conv`` computes what torch would here: plain float32 tensors on the CPU, nothing that looks on.
 
     Not under autocast, ``torch.compile``, ``torch.func`` and forward-mode gradients, not while operators are recorded
@@ -268,9 +282,8 @@ def kernel_serves(x: Tensor, weight: Tensor) -> bool:
     """
     return (
         type(x) is Tensor
-        and type(weight) in (Tensor, Parameter)
-        and x.dtype == weight.dtype == torch.float32
-        and x.device.type == weight.device.type == "cpu"
+        and _is_plain(x)
+        and all(type(t) in (Tensor, Parameter) and _is_plain(t) for t in (weight, bias) if t is not None)
         and x.numel() > 0
         and not _watched()
         and _available()
@@ -280,6 +293,10 @@ def kernel_serves(x: Tensor, weight: Tensor) -> bool:
 def kernel_fits(weight: Tensor) -> bool:
     """Whether the kernel's numbers can count the weights of a layer."""
     return weight.numel() < 2**31 and max(weight.shape[:2]) <= MAX_COLUMNS
+
+
+def _is_plain(t: Tensor) -> bool:
+    return t.dtype == torch.float32 and t.device.type == "cpu"
 
 
 def _watched() -> bool:

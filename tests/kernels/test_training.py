@@ -210,6 +210,61 @@ def test_layer_equals_the_masked_path(calls: list[torch.Size], channels_last: bo
     assert len(calls) == 2
 
 
+class Lean(nn.Module):
+    """A layer behind the norm and the activation with which it is one function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.act, self.conv = nn.BatchNorm2d(16), nn.ReLU(), layer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return norm_act_conv(x, self.norm, self.act, None, self.conv)
+
+
+@needs_kernel
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("side", [1, 6])
+@pytest.mark.parametrize("kind", ["plain", "lean", "linear"])
+def test_outputs_can_be_changed_in_place(kind: str, side: int, channels_last: bool) -> None:
+    x = images(4, side=side)
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    made = {"plain": layer(), "lean": Lean(), "linear": SparseLinear(side, 8, sparsity=0.5)}[kind]
+    net = nn.Sequential(made, nn.ReLU(inplace=True))
+    expected = step(copy.deepcopy(net).double(), x.double())
+    assert use_sparse_kernel(net) == 1
+    assert_close(step(net, x), expected)
+
+
+@needs_kernel
+def test_other_numbers_of_channels_are_refused(calls: list[torch.Size]) -> None:
+    linear = SparseLinear(16, 8, sparsity=0.8)
+    use_sparse_kernel(linear)
+    for channels in (8, 32):
+        with pytest.raises(RuntimeError, match="16"):
+            layer()(images(channels=channels))
+        with pytest.raises(RuntimeError, match="16"):
+            linear(torch.zeros(2, channels))
+        with pytest.raises(ValueError, match=f"input of {channels} channels: the sparse layer expects 16"):
+            sparse_conv(images(channels=channels), layer().weight, None, Structure(layer().mask))
+    with pytest.raises(RuntimeError):
+        linear(torch.tensor(1.0))
+    assert len(calls) == 2
+
+
+@needs_kernel
+def test_biases_of_other_layouts_and_types(calls: list[torch.Size]) -> None:
+    made, x = layer(), images()
+    made.bias = nn.Parameter(torch.randn(48)[::2])
+    assert made.bias.stride() == (2,)
+    found = step(made, x)
+    assert len(calls) == 1
+    made.sparse_kernel = False
+    assert_close(found, step(made, x))
+    made.sparse_kernel, made.bias = True, nn.Parameter(torch.randn(24).double())
+    with pytest.raises(RuntimeError, match="bias type"):
+        made(x)
+
+
 @needs_kernel
 @pytest.mark.parametrize("change", ["set_mask", "in place", "load", "assign", "new tensor"])
 def test_changed_masks_are_seen(calls: list[torch.Size], change: str) -> None:
