@@ -157,7 +157,7 @@ def _decide_conv(
     if weight[0].numel() > MAX_COLUMNS or geometry.in_channels * pads[0] * pads[1] >= MAX_POSITIONS:
         return Layer(*known, "dense", "too large for the kernel's offsets")
     bias = constant(graph, argument(node, "bias"))
-    x = torch.randn(size)
+    x = torch.randn(size, device=weight.device)
 
     def dense() -> Tensor:
         return F.conv2d(x, weight, bias, *_numbers(geometry))
@@ -181,7 +181,7 @@ def _decide_linear(
     if weight.shape[1] > MAX_COLUMNS:
         return Layer(*known, "dense", "too large for the kernel's offsets")
     bias = constant(graph, argument(node, "bias"))
-    x = torch.randn(size)
+    x = torch.randn(size, device=weight.device)
 
     def sparse() -> Callable[[], Tensor]:
         parts = compress(weight)

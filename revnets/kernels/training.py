@@ -94,13 +94,13 @@ class Structure:
     def __init__(self, mask: Tensor, groups: int = 1) -> None:
         outputs, inputs = mask.shape[:2]
         matrix = mask.reshape(outputs, inputs)
-        places = torch.arange(1, matrix.numel() + 1, dtype=torch.int32).view_as(matrix) * matrix
+        places = torch.arange(1, matrix.numel() + 1, dtype=torch.int32, device=mask.device).view_as(matrix) * matrix
         self._forward, found = Compressed.of(places, groups)
         self._places = found - 1
         self.places = self._places.long()
         self.density = len(found) / max(mask.numel(), 1)
-        ranks = torch.zeros(matrix.numel(), dtype=torch.int32)
-        ranks[self.places] = torch.arange(1, len(found) + 1, dtype=torch.int32)
+        ranks = torch.zeros(matrix.numel(), dtype=torch.int32, device=mask.device)
+        ranks[self.places] = torch.arange(1, len(found) + 1, dtype=torch.int32, device=mask.device)
         turned = ranks.view(groups, -1, inputs).transpose(1, 2).reshape(groups * inputs, -1)
         self._transposed, found = Compressed.of(turned, groups)
         self._order = found.long() - 1

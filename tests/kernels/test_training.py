@@ -287,6 +287,16 @@ def test_changed_masks_are_seen(calls: list[torch.Size], change: str) -> None:
 
 
 @needs_kernel
+def test_another_default_device(calls: list[torch.Size]) -> None:
+    made, x = layer(160, 24), images(channels=160)
+    with torch.device("meta"):
+        y = made(x)
+    assert len(calls) == 1
+    made.sparse_kernel = False
+    assert_close([y], [made(x)])
+
+
+@needs_kernel
 def test_masks_without_versions() -> None:
     """Tensors made in inference mode have none."""
     with torch.inference_mode():
