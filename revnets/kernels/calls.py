@@ -75,7 +75,7 @@ class ConvCall(_Layer):
             self._chunk = chunk_size(inputs, len(values) / max(inputs * geometry.out_channels, 1))
             if self._chunk < inputs:
                 values, columns, rows = in_chunks(values, columns, rows, self._chunk, -(-inputs // self._chunk))
-        self._kept = [None if t is None else t.contiguous() for t in (values, columns, rows, bias)]
+        self._kept = [None if t is None else t.detach().contiguous() for t in (values, columns, rows, bias)]
         self._activation = ACTIVATIONS.index(activation)
 
     def parts(self, shapes: Sequence[Shape]) -> tuple[list[Part], Shape]:

@@ -76,6 +76,9 @@ class Plan:
         self._run = load_kernel().revnets_run
         self._free: dict[tuple[Shape, ...], list[_Ready]] = {}
 
+    def __reduce__(self) -> Any:
+        return Plan, (self._steps, self._inputs, self._outputs)  # memory and pointers are this object's
+
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         """Float32 tensors on the CPU to the values of ``outputs``, contiguous.
 

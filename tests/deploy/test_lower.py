@@ -160,6 +160,39 @@ def test_what_stands_between_layers_is_bound_with_them(batch: int) -> None:
         torch.testing.assert_close(graph(x), evaluated(model, x), rtol=1e-5, atol=1e-5)
 
 
+@needs_kernel
+def test_bound_graphs_are_copied_and_refuse_what_they_cannot_compute() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)).eval()
+    x = images(2, 9)
+    graph = export_graph(net, x)
+    lower(graph, x, max_density=1.0)
+    bound = bind(graph)
+    for one in (bound, copy.deepcopy(bound)):
+        with torch.device("meta"):
+            y = evaluated(one, x)
+        torch.testing.assert_close(y, evaluated(net, x))
+    for other in (x.double(), x.half(), x.bool()):
+        with pytest.raises(ValueError, match=r"expected torch.float32"):
+            bound(other)
+    for size in (3, 4):
+        with pytest.raises(ValueError, match=r"too small"):
+            bound(images(2, size))
+
+
+@needs_kernel
+@pytest.mark.parametrize("act", [nn.ReLU, nn.GELU])
+def test_under_autocast(act: type[nn.Module]) -> None:
+    """Dense layers compute in bfloat16 there; what the kernel reads of them is converted."""
+    model, x = Net(act), images(2)
+    graph = export_graph(model, x)
+    lower(graph, x, max_density=0.3)
+    bound = bind(copy.deepcopy(graph))
+    assert list(calls(bound, ATEN.conv2d.default))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for one in (graph, bound):
+            assert worst_error(evaluated(one, x), evaluated(model, x)) < 0.05
+
+
 def test_choice_by_measuring() -> None:
     """What was measured decides; nothing is said of which is faster, that is the machine's."""
     net = nn.Sequential(nn.Conv2d(64, 64, 1), nn.Conv2d(64, 64, 1))
