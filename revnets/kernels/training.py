@@ -254,7 +254,9 @@ def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, structure: Str
 class StructureCache:
     """The structure of a mask that may change, made anew when it has.
 
-    Seen are another tensor and changes in place, but for those through ``mask.data``.
+    Seen are another tensor and changes in place, but for those that torch does not count: through ``mask.data``, and by
+    ``torch.distributed.broadcast(mask)`` and the like (receive into another tensor, then ``mask.copy_``; that is what
+    ``DistributedDataParallel`` does).
     """
 
     def __init__(self) -> None:
