@@ -287,6 +287,21 @@ def test_changed_masks_are_seen(calls: list[torch.Size], change: str) -> None:
 
 
 @needs_kernel
+@pytest.mark.parametrize("outputs", [7, 24])
+def test_masks_received_from_other_processes(monkeypatch: pytest.MonkeyPatch, outputs: int) -> None:
+    """Torch does not count them as changes, no more than those of ``data``."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    made, x = layer(9, outputs), images(channels=9)
+    made(x)
+    version = made.mask._version
+    made.mask.data.copy_(made.mask.roll(1, 0))
+    assert made.mask._version == version
+    y = made(x)
+    made.sparse_kernel = False
+    assert_close([y], [made(x)])
+
+
+@needs_kernel
 def test_another_default_device(calls: list[torch.Size]) -> None:
     made, x = layer(160, 24), images(channels=160)
     with torch.device("meta"):
