@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,16 +24,6 @@ from revnets.kernels.compressed import activate, compress, decompress
 from ..deploy.nets import pruned_weight
 
 needs_kernel = pytest.mark.skipif(kernel_problem() is not None, reason=f"no kernel: {kernel_problem()}")
-
-
-@pytest.fixture
-def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv(build.COMPILER_VARIABLE, "none")
-    build.load_kernel.cache_clear()
-    build.kernel_problem.cache_clear()
-    yield
-    build.load_kernel.cache_clear()
-    build.kernel_problem.cache_clear()
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, g: Geometry, act: str) -> Tensor:
