@@ -168,9 +168,10 @@ def _laid_out(y: Tensor, like: Tensor) -> Tensor:
     """What was computed from ``_planes(like)``, of its shape and in its layout."""
     if not _by_pixel(like):
         return y
-    size = (len(like), y.shape[1], *like.shape[2:])
+    n, _, height, width = like.shape
     # no view of what `transposed` makes: autograd refuses changes in place of a view that a Function returns
-    laid_out = torch.empty(size, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
+    channels, pixels = y.shape[1], height * width
+    laid_out = y.new_empty_strided((n, channels, height, width), (pixels * channels, 1, width * channels, channels))
     _transpose(y[0, :, 0], laid_out)
     return laid_out
 
@@ -307,7 +308,7 @@ def kernel_fits(weight: Tensor) -> bool:
 
 
 def _is_plain(t: Tensor) -> bool:
-    return t.dtype == torch.float32 and t.device.type == "cpu"
+    return t.dtype is torch.float32 and t.is_cpu
 
 
 def _watched() -> bool:
