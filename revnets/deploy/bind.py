@@ -12,7 +12,7 @@ from ..kernels.build import Geometry
 from ..kernels.calls import CatCall, ConvCall, MapCall, MaxPoolCall, MeanCall, ScaleCall, SliceCall, UpsampleCall
 from ..kernels.compressed import conv_geometry, depthwise_geometry
 from ..kernels.plan import Call, Plan, Step
-from .graph import ATEN, argument, calls, clean, constant, is_in_place
+from .graph import ATEN, argument, calls, clean, constant, is_changed, is_in_place, is_known, sole_name
 from .lower import ACTIVATION_OPS, OPS, pair
 
 
@@ -130,6 +130,8 @@ def _sizes(node: fx.Node) -> list[int]:
 def _conv(graph: fx.GraphModule, node: fx.Node) -> _Layer | None:
     source: Any = node.args[0]
     bias, activation = constant(graph, argument(node, "bias")), argument(node, "activation")
+    if not is_known(graph, argument(node, "bias")):
+        return None
     residual = argument(node, "residual")
     reads = (source,) if residual is None else (source, residual)
     if node.target == OPS.depthwise_conv2d.default:
@@ -155,7 +157,7 @@ def _mean(graph: fx.GraphModule, node: fx.Node) -> _Layer | None:
 
 def _map(node: fx.Node, activation: str) -> _Layer | None:
     source: Any = node.args[0]
-    if not _is_image(source) or (is_in_place(node) and list(source.users) != [node]):
+    if not _is_image(source) or (is_in_place(node) and not sole_name(source, node)):
         return None  # others would see the change
     return _Layer(MapCall(activation), (source,))
 
@@ -176,7 +178,7 @@ def _sum(graph: fx.GraphModule, node: fx.Node) -> _Layer | None:
     a, b = node.args[:2]
     if not (_is_image(a) and _is_image(b)) or a.meta["val"].shape != b.meta["val"].shape:  # type: ignore[union-attr]
         return None
-    if argument(node, "alpha") != 1 or (is_in_place(node) and list(a.users) != [node]):  # type: ignore[union-attr]
+    if argument(node, "alpha") != 1 or (is_in_place(node) and not sole_name(a, node)):
         return None
     return _Layer(MapCall(), (a, b))  # type: ignore[arg-type]
 
@@ -186,7 +188,7 @@ def _slice(graph: fx.GraphModule, node: fx.Node) -> _Layer | None:
     first, last, step = argument(node, "start") or 0, argument(node, "end"), argument(node, "step")
     if not _is_image(source) or argument(node, "dim") % 4 != 1 or step != 1 or not isinstance(last, int):
         return None
-    if any(is_in_place(user) for user in [*node.users, *source.users]):
+    if is_changed(node, after=node):
         return None  # a slice is a view, ours is none
     channels = _sizes(source)[0]
     last = min(last, channels)

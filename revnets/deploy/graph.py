@@ -92,6 +92,11 @@ def constant(graph: fx.GraphModule, node: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def is_known(graph: fx.GraphModule, node: Any) -> bool:
+    """Whether a node is a parameter or buffer, or no argument was given at all."""
+    return node is None or constant(graph, node) is not None
+
+
 def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     """An argument of an operator's call by the name in its schema."""
     schema = node.target._schema  # type: ignore[union-attr]
@@ -107,6 +112,38 @@ def is_in_place(node: fx.Node) -> bool:
     """Whether an operator changes its first argument."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
+
+
+def sole_name(node: Any, user: fx.Node) -> bool:
+    """Whether what a node computes is read by that user alone, by no other name either: it may be lost.
+
+    False for inputs and weights.
+    """
+    if not isinstance(node, fx.Node) or not node.op.startswith("call") or list(node.users) != [user]:
+        return False
+    return all(sole_name(source, node) for source in _shared(node))
+
+
+def is_changed(node: fx.Node, after: fx.Node, before: fx.Node | None = None) -> bool:
+    """Whether an operator between the two changes, in place, the memory that a node reads, by whatever name."""
+    names, new = {node}, [node]
+    while new:
+        name = new.pop()
+        near = [*_shared(name), *(user for user in name.users if name in _shared(user))]
+        new += [other for other in near if other not in names]
+        names.update(near)
+    return any(is_in_place(name) and after < name and (before is None or name < before) for name in names)
+
+
+def _shared(node: fx.Node) -> list[fx.Node]:
+    """Arguments whose memory an operator's result is, or changes: those of views and of operators in place."""
+    if node.target is operator.getitem:
+        found = [node.args[0]]
+    else:
+        schema = getattr(node.target, "_schema", None)
+        declared = [] if schema is None else [a.name for a in schema.arguments if a.alias_info is not None]
+        found = [argument(node, name) for name in declared]
+    return [source for source in found if isinstance(source, fx.Node)]
 
 
 def add_constant(graph: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
@@ -130,7 +167,8 @@ def fold_norms(graph: fx.GraphModule) -> int:
         weight, bias = (constant(graph, argument(conv, name)) for name in ("weight", "bias"))
         mean, var = (constant(graph, argument(norm, name)) for name in ("running_mean", "running_var"))
         scale, shift = (constant(graph, argument(norm, name)) for name in ("weight", "bias"))
-        if weight is None or mean is None or var is None:
+        optional = (argument(conv, "bias"), argument(norm, "weight"), argument(norm, "bias"))
+        if weight is None or mean is None or var is None or not all(is_known(graph, value) for value in optional):
             continue
         new_weight, new_bias = fuse_conv_bn_weights(weight, bias, mean, var, argument(norm, "eps"), scale, shift)
         with graph.graph.inserting_before(conv):

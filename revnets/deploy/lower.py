@@ -20,7 +20,7 @@ from ..kernels.compressed import (
     compress,
     density,
 )
-from .graph import ATEN, add_constant, argument, calls, clean, constant, is_in_place
+from .graph import ATEN, add_constant, argument, calls, clean, constant, is_changed, is_in_place, sole_name
 
 OPS = torch.ops.revnets
 ACTIVATION_OPS: dict[Any, str] = {  # what the kernel has
@@ -96,9 +96,9 @@ def lower(graph: fx.GraphModule, x: Tensor, max_density: float | None = None, re
     layers = []
     for node in calls(graph, ATEN.conv2d.default, ATEN.linear.default):
         weight = constant(graph, argument(node, "weight"))
-        if weight is None or argument(node, "input") not in shapes:
+        size, is_conv = shapes.get(argument(node, "input")), node.target == ATEN.conv2d.default
+        if weight is None or size is None or (is_conv and len(size) != 4):  # without a batch: torch's
             continue
-        is_conv = node.target == ATEN.conv2d.default
         decide = _decide_conv if is_conv else _decide_linear
         layer = decide(graph, node, weight, shapes, max_density, repeats)
         layers.append(layer)
@@ -157,7 +157,7 @@ def _decide_conv(
     if weight[0].numel() > MAX_COLUMNS or geometry.in_channels * pads[0] * pads[1] >= MAX_POSITIONS:
         return Layer(*known, "dense", "too large for the kernel's offsets")
     bias = constant(graph, argument(node, "bias"))
-    x = torch.randn(size)
+    x = torch.randn(size, device=weight.device)
 
     def dense() -> Tensor:
         return F.conv2d(x, weight, bias, *_numbers(geometry))
@@ -181,7 +181,7 @@ def _decide_linear(
     if weight.shape[1] > MAX_COLUMNS:
         return Layer(*known, "dense", "too large for the kernel's offsets")
     bias = constant(graph, argument(node, "bias"))
-    x = torch.randn(size)
+    x = torch.randn(size, device=weight.device)
 
     def sparse() -> Callable[[], Tensor]:
         parts = compress(weight)
@@ -259,27 +259,27 @@ class _Tail:
 
 def _tail(conv: fx.Node) -> _Tail:
     """The addition and the activation that read the convolution alone."""
-    source = argument(conv, "input")
-    if any(
-        is_in_place(user) and user.args[0] is source for user in source.users
-    ):  # the swap would read it later, changed
-        return _Tail(conv, None, "none")
-    last: fx.Node = conv
+    source, last = argument(conv, "input"), conv  # the swap reads later what may be changed by then
     residual: Any = None
     user = _only_user(last)
     if user is not None and user.target in _ADDS and argument(user, "alpha") == 1:
         others = [arg for arg in user.args[:2] if arg is not last]
-        if len(others) == 1 and _can_be_added(others[0], user, conv):
+        if len(others) == 1 and _can_be_added(others[0], user, conv) and not is_changed(source, conv, user):
             last, residual = user, others[0]
     user = _only_user(last)
-    if user is not None:
-        name = ACTIVATION_OPS.get(user.target)
-        if user.target in (ATEN.hardtanh.default, ATEN.hardtanh_.default):
-            limits = (argument(user, "min_val"), argument(user, "max_val"))
-            name = "relu6" if limits == (0, 6) else None
-        if name is not None:
-            return _Tail(user, residual, name)
-    return _Tail(last, residual, "none")
+    name = None if user is None else _activation(user)
+    if user is None or name is None or is_changed(source, conv, user):
+        return _Tail(last, residual, "none")
+    if residual is not None and is_changed(residual, last, user):
+        return _Tail(last, residual, "none")
+    return _Tail(user, residual, name)
+
+
+def _activation(node: fx.Node) -> str | None:
+    """The kernel's name for what a node computes."""
+    if node.target in (ATEN.hardtanh.default, ATEN.hardtanh_.default):
+        return "relu6" if (argument(node, "min_val"), argument(node, "max_val")) == (0, 6) else None
+    return ACTIVATION_OPS.get(node.target)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -288,13 +288,13 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _can_be_added(other: Any, addition: fx.Node, conv: fx.Node) -> bool:
-    """Whether nothing broadcasts, and nobody else sees that an addition in place changes the other summand."""
+    """Whether both summands are alike, and nobody else sees that an addition in place changes the other one."""
     if not isinstance(other, fx.Node):
         return False
-    if is_in_place(addition) and addition.args[0] is other and list(other.users) != [addition]:
+    if is_in_place(addition) and addition.args[0] is other and not sole_name(other, addition):
         return False
-    values = [node.meta.get("val") for node in (other, conv)]
-    return all(isinstance(v, Tensor) for v in values) and values[0].shape == values[1].shape  # type: ignore[union-attr]
+    a, b = (node.meta.get("val") for node in (other, conv))
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype
 
 
 def _swap_conv(graph: fx.GraphModule, node: fx.Node, weight: Tensor, choice: str, shapes: Sizes) -> None:

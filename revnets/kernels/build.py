@@ -190,6 +190,8 @@ def _checked(path: Path) -> ctypes.CDLL:
         raise KernelUnavailable(str(error)) from error
     library.revnets_target.restype = ctypes.c_char_p
     library.revnets_call_size.restype = ctypes.c_int64
+    library.revnets_fits.argtypes = [*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3]
+    library.revnets_fits.restype = ctypes.c_int64
     library.revnets_run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
     library.revnets_run.restype = None
     library.revnets_weight_grad.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]

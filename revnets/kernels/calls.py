@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .build import ACTIVATIONS, CallStruct, Geometry
+from .build import ACTIVATIONS, CallStruct, Geometry, load_kernel
 from .plan import Part, Plan, Shape, Step
 
 CONVOLUTION, DEPTHWISE, MEAN, SCALE, MAP, COPY, UPSAMPLE, MAX_POOL = range(8)  # ``Kind`` of call.h
@@ -52,6 +52,9 @@ class ConvCall(_Layer):
         rows: int32, where each output channel's weights begin, and the end; None for depthwise ones.
         bias: ``(C_out,)`` or None.
         activation: one of ``ACTIVATIONS``.
+
+    Raises:
+        ValueError: for weights of other types, or that do not fit the geometry.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class ConvCall(_Layer):
         activation: str = "none",
     ) -> None:
         self.geometry, self.kind = geometry, DEPTHWISE
+        _check_weights(geometry, values, columns, rows, bias)
         self._chunk = 1
         if columns is not None and rows is not None:
             self.kind = CONVOLUTION
@@ -71,7 +75,7 @@ class ConvCall(_Layer):
             self._chunk = chunk_size(inputs, len(values) / max(inputs * geometry.out_channels, 1))
             if self._chunk < inputs:
                 values, columns, rows = in_chunks(values, columns, rows, self._chunk, -(-inputs // self._chunk))
-        self._kept = [None if t is None else t.contiguous() for t in (values, columns, rows, bias)]
+        self._kept = [None if t is None else t.detach().contiguous() for t in (values, columns, rows, bias)]
         self._activation = ACTIVATIONS.index(activation)
 
     def parts(self, shapes: Sequence[Shape]) -> tuple[list[Part], Shape]:
@@ -80,12 +84,44 @@ class ConvCall(_Layer):
         if channels != g.in_channels:
             raise ValueError(f"input of {channels} channels: the convolution expects {g.in_channels}")
         out = (n, g.out_channels, *g.output_size(height, width))
+        if len(shapes) > 1 and tuple(shapes[1]) != out:
+            raise ValueError(f"residual of shape {tuple(shapes[1])}: expected {out}, that of the output")
         names = ("kh", "kw", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w", "groups")
         numbers = zip(names, (*g.kernel_size, *g.stride, *g.padding, *g.dilation, g.groups), strict=True)
         struct = _struct(self.kind, shapes[0], out, activation=self._activation, chunk=self._chunk, **dict(numbers))
         for name, kept in zip(("values", "columns", "rows", "bias"), self._kept, strict=True):
             setattr(struct, name, 0 if kept is None else kept.data_ptr())
         return [Part(struct, _x_and_residual(shapes))], out
+
+
+def _check_weights(
+    g: Geometry, values: Tensor, columns: Tensor | None, rows: Tensor | None, bias: Tensor | None
+) -> None:
+    """What the kernel relies on when it runs: else it would read elsewhere."""
+    if g.in_channels % g.groups or g.out_channels % g.groups:
+        raise ValueError(
+            f"{g.groups} groups of {g.in_channels} inputs and {g.out_channels} outputs: expected whole ones"
+        )
+    inputs = g.in_channels // g.groups * math.prod(g.kernel_size)
+    expected = {"values": torch.float32, "columns": torch.int16, "rows": torch.int32, "bias": torch.float32}
+    lengths = {"values": inputs * g.out_channels, "bias": g.out_channels}
+    if columns is not None and rows is not None:
+        lengths = {"columns": len(values), "rows": g.out_channels + 1, "bias": g.out_channels}
+    for (name, dtype), tensor in zip(expected.items(), (values, columns, rows, bias), strict=True):
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype or not tensor.is_cpu:
+            raise ValueError(f"{name} of {tensor.dtype} on {tensor.device}: expected {dtype} on cpu")
+        if tensor.numel() != lengths.get(name, tensor.numel()):
+            raise ValueError(f"{name} of {tensor.numel()} numbers: expected {lengths[name]}")
+    if columns is None or rows is None:
+        return
+    pointers = columns.contiguous().data_ptr(), rows.contiguous().data_ptr()
+    if not load_kernel().revnets_fits(*pointers, g.out_channels, len(values), inputs):
+        raise ValueError(
+            f"columns or rows out of range: expected columns from 0 to {inputs - 1}, and rows that grow from 0 to "
+            f"{len(values)}, the number of values; are they of a layer of {g.in_channels} inputs?"
+        )
 
 
 def _x_and_residual(shapes: Sequence[Shape]) -> dict[str, int]:
@@ -187,7 +223,7 @@ def chunk_size(inputs: int, density: float) -> int:
     """How many inputs are multiplied before the next ones come into the first cache."""
     low, high = _CHUNKS
     if inputs <= low:
-        return inputs
+        return max(inputs, 1)
     most = min(max(_WEIGHTS_PER_LINE / max(density, 1e-6), low), high)
     return -(-inputs // math.ceil(inputs / most))
 
@@ -195,10 +231,12 @@ def chunk_size(inputs: int, density: float) -> int:
 def in_chunks(values: Tensor, columns: Tensor, rows: Tensor, size: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
     """Compressed weights chunk after chunk of the inputs, columns counted from the chunk's first."""
     outputs = len(rows) - 1
-    row = torch.repeat_interleave(torch.arange(outputs), rows.diff().long(), output_size=len(values))
+    row = torch.repeat_interleave(
+        torch.arange(outputs, device=rows.device), rows.diff().long(), output_size=len(values)
+    )
     chunk = columns.long() // size
     place, order = (chunk * outputs + row).sort(stable=True)
     counts = torch.bincount(place, minlength=number * outputs)
-    starts = torch.zeros(number * outputs + 1, dtype=torch.int32)
+    starts = torch.zeros(number * outputs + 1, dtype=torch.int32, device=rows.device)
     starts[1:] = counts.cumsum(0)
     return values[order], (columns.long() % size)[order].to(torch.int16), starts

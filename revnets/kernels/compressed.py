@@ -40,7 +40,7 @@ def compress(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if matrix.shape[1] > MAX_COLUMNS:
         raise ValueError(f"a weight of shape {tuple(weight.shape)}: expected at most {MAX_COLUMNS} per output channel")
     kept = matrix != 0
-    rows = torch.zeros(matrix.shape[0] + 1, dtype=torch.int32)
+    rows = torch.zeros(matrix.shape[0] + 1, dtype=torch.int32, device=matrix.device)
     rows[1:] = kept.sum(1).cumsum(0)
     return matrix[kept], kept.nonzero()[:, 1].to(torch.int16), rows
 
@@ -54,7 +54,9 @@ def decompress(values: Tensor, columns: Tensor, rows: Tensor, shape: Sequence[in
         True
     """
     dense = values.new_zeros(tuple(shape)).reshape(shape[0], -1)
-    index = torch.repeat_interleave(torch.arange(shape[0]), rows.diff().long(), output_size=len(values))
+    index = torch.repeat_interleave(
+        torch.arange(shape[0], device=rows.device), rows.diff().long(), output_size=len(values)
+    )
     dense[index, columns.long()] = values
     return dense.reshape(tuple(shape))
 

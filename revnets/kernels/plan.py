@@ -51,6 +51,17 @@ class _Ready:
     outputs_at: list[tuple[int, str, int]]
 
 
+def _readable(x: Tensor) -> Tensor:
+    """Contiguous float32 on the CPU."""
+    if x.dtype is not torch.float32 or not x.is_cpu:
+        if not (x.is_cpu and x.is_floating_point() and torch.is_autocast_enabled("cpu")):
+            raise ValueError(
+                f"input of {x.dtype} on {x.device}: expected torch.float32 on cpu; convert it by .float().cpu()"
+            )
+        x = x.float()
+    return x.contiguous()
+
+
 class Plan:
     """Layers in order as one call of the kernel, which wakes its threads once; what is between them is kept.
 
@@ -65,9 +76,18 @@ class Plan:
         self._run = load_kernel().revnets_run
         self._free: dict[tuple[Shape, ...], list[_Ready]] = {}
 
+    def __reduce__(self) -> Any:
+        return Plan, (self._steps, self._inputs, self._outputs)  # memory and pointers are this object's
+
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        """Float32 tensors on the CPU to the values of ``outputs``, contiguous."""
-        inputs = tuple(x.contiguous() for x in inputs)
+        """Float32 tensors on the CPU to the values of ``outputs``, contiguous.
+
+        Under autocast, where layers of torch before them give other types, inputs are converted.
+
+        Raises:
+            ValueError: for other tensors, and for sizes that the layers cannot take.
+        """
+        inputs = tuple(_readable(x) for x in inputs)
         key = tuple(x.shape for x in inputs)
         free = self._free.get(key)
         if free is None:
@@ -79,14 +99,14 @@ class Plan:
         except IndexError:
             ready = self._prepare(key)
         outputs = self._point(ready, inputs)
-        if outputs[0].numel():
+        if any(output.numel() for output in outputs):
             self._run(ready.structs, len(ready.structs), torch.get_num_threads())
         free.append(ready)
         return outputs
 
     def fixed(self, *inputs: Tensor) -> Callable[[], None]:
         """The plan for these tensors alone, to be timed: nothing is prepared or returned."""
-        inputs = tuple(x.contiguous() for x in inputs)
+        inputs = tuple(_readable(x) for x in inputs)
         ready = self._prepare(tuple(x.shape for x in inputs))
         kept = (inputs, self._point(ready, inputs))
 
@@ -97,7 +117,7 @@ class Plan:
 
     def _point(self, ready: _Ready, inputs: Sequence[Tensor]) -> list[Tensor]:
         """New outputs; all pointers to them and to the inputs."""
-        outputs = [torch.empty(ready.shapes[v], dtype=torch.float32) for v in self._outputs]
+        outputs = [torch.empty(ready.shapes[v], dtype=torch.float32, device="cpu") for v in self._outputs]
         for part, name, value in ready.inputs_at:
             setattr(ready.structs[part], name, inputs[value].data_ptr())
         for part, name, place in ready.outputs_at:
@@ -108,15 +128,20 @@ class Plan:
         shapes: list[Shape] = [tuple(shape) for shape in key]
         structs: list[CallStruct] = []
         pointers: list[tuple[int, str, int]] = []  # of which call, its field, the value
+        for given in shapes:
+            if len(given) != 4 or min(given[2:]) < 1:
+                raise ValueError(f"input of shape {given}: expected (N, C, H, W), H and W at least 1")
         for step in self._steps:
             parts, shape = step.call.parts([shapes[v] for v in step.reads])
             for part in parts:
                 pointers += [(len(structs), name, step.reads[operand]) for name, operand in part.reads.items()]
                 pointers.append((len(structs), "y", len(shapes)))
                 structs.append(part.struct)
+            if min(shape[2:]) < 1:
+                raise ValueError(f"input of shape {shapes[0]}: too small, of a layer's output {shape} would be left")
             shapes.append(shape)
         offsets, size = self._arrange(shapes)
-        memory = torch.empty(size + _ALIGNMENT, dtype=torch.float32)
+        memory = torch.empty(size + _ALIGNMENT, dtype=torch.float32, device="cpu")
         start = -(-memory.data_ptr() // (4 * _ALIGNMENT)) * 4 * _ALIGNMENT
         array = (CallStruct * len(structs))(*structs)
         for at, name, value in pointers:

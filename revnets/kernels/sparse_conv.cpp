@@ -49,6 +49,14 @@ int64_t revnets_call_size() { return sizeof(Call); }
 int64_t revnets_lanes() { return kLanes; }
 int64_t revnets_grad_call_size() { return sizeof(GradCall); }
 
+// Whether a layer's structure, see Call, stays within `values` weights and `inputs` inputs of an output channel.
+int64_t revnets_fits(const int16_t* columns, const int32_t* rows, int64_t outputs, int64_t values, int64_t inputs) {
+  bool fits = rows[0] == 0 && rows[outputs] == values;
+  for (int64_t o = 0; o < outputs; ++o) fits &= rows[o] <= rows[o + 1];
+  for (int64_t i = 0; i < values; ++i) fits &= columns[i] >= 0 && columns[i] < inputs;
+  return fits;
+}
+
 // Layers in order; each may read what the ones before have written. Threads are woken once, not once per layer.
 void revnets_run(const Call* calls, int64_t count, int64_t threads) {
 #ifdef _OPENMP

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
@@ -59,7 +60,9 @@ class Compressed:
 
     def convolve(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution of ``(N, C_in, H, W)``, contiguous, with these values of the non-zeros."""
-        n, _, height, width = x.shape
+        n, channels, height, width = x.shape
+        if channels != self.in_channels:
+            raise ValueError(f"input of {channels} channels: the sparse layer expects {self.in_channels}")
         y = x.new_empty(n, self.out_channels, height, width)
         pointers = (x, values, self.columns, self.rows, bias, None, y)
         sizes = (n, self.in_channels, height, width, self.out_channels, height, width)
@@ -92,13 +95,13 @@ class Structure:
     def __init__(self, mask: Tensor, groups: int = 1) -> None:
         outputs, inputs = mask.shape[:2]
         matrix = mask.reshape(outputs, inputs)
-        places = torch.arange(1, matrix.numel() + 1, dtype=torch.int32).view_as(matrix) * matrix
+        places = torch.arange(1, matrix.numel() + 1, dtype=torch.int32, device=mask.device).view_as(matrix) * matrix
         self._forward, found = Compressed.of(places, groups)
         self._places = found - 1
         self.places = self._places.long()
         self.density = len(found) / max(mask.numel(), 1)
-        ranks = torch.zeros(matrix.numel(), dtype=torch.int32)
-        ranks[self.places] = torch.arange(1, len(found) + 1, dtype=torch.int32)
+        ranks = torch.zeros(matrix.numel(), dtype=torch.int32, device=mask.device)
+        ranks[self.places] = torch.arange(1, len(found) + 1, dtype=torch.int32, device=mask.device)
         turned = ranks.view(groups, -1, inputs).transpose(1, 2).reshape(groups * inputs, -1)
         self._transposed, found = Compressed.of(turned, groups)
         self._order = found.long() - 1
@@ -108,7 +111,12 @@ class Structure:
         return weight.reshape(-1).index_select(0, self.places)
 
     def convolve(self, x: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``(N, C_in, H, W)`` to ``(N, C_out, H, W)`` in the same memory layout."""
+        """``(N, C_in, H, W)`` to ``(N, C_out, H, W)`` in the same memory layout.
+
+        Raises:
+            ValueError: for another number of channels.
+        """
+        bias = None if bias is None else bias.contiguous()
         return _laid_out(self._forward.convolve(_planes(x), values, bias), x)
 
     def grads(
@@ -161,7 +169,11 @@ def _laid_out(y: Tensor, like: Tensor) -> Tensor:
     if not _by_pixel(like):
         return y
     n, _, height, width = like.shape
-    return transposed(y[0, :, 0]).view(n, height, width, -1).permute(0, 3, 1, 2)
+    # no view of what `transposed` makes: autograd refuses changes in place of a view that a Function returns
+    channels, pixels = y.shape[1], height * width
+    laid_out = y.new_empty_strided((n, channels, height, width), (pixels * channels, 1, width * channels, channels))
+    _transpose(y[0, :, 0], laid_out)
+    return laid_out
 
 
 def transposed(x: Tensor) -> Tensor:
@@ -172,10 +184,14 @@ def transposed(x: Tensor) -> Tensor:
         tensor([[1.],
                 [2.]])
     """
-    height, width = x.shape
-    y = x.new_empty(width, height)
-    load_kernel().revnets_transpose(x.data_ptr(), height, width, y.data_ptr(), torch.get_num_threads())
+    y = x.new_empty(x.shape[1], x.shape[0])
+    _transpose(x, y)
     return y
+
+
+def _transpose(x: Tensor, y: Tensor) -> None:
+    """A matrix, transposed into the memory of y."""
+    load_kernel().revnets_transpose(x.data_ptr(), *x.shape, y.data_ptr(), torch.get_num_threads())
 
 
 class _SparseConv(torch.autograd.Function):
@@ -240,7 +256,9 @@ def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, structure: Str
 class StructureCache:
     """The structure of a mask that may change, made anew when it has.
 
-    Seen are another tensor and changes in place, but for those through ``mask.data``.
+    Seen are another tensor and changes in place, but for those through ``mask.data``. Where ``torch.distributed`` is in
+    use the mask is compared every time: what it receives (``broadcast(mask)``, the buffers that
+    ``DistributedDataParallel`` sends in every step) does not count as a change.
     """
 
     def __init__(self) -> None:
@@ -251,16 +269,24 @@ class StructureCache:
 
     def of(self, mask: Tensor, groups: int) -> Structure:
         """The structure of the mask as it is now."""
-        version = -1 if mask.is_inference() else mask._version
+        uncounted = mask.is_inference() or (dist.is_available() and dist.is_initialized())
+        version = -1 if uncounted else mask._version
         if self._structure is None or mask is not self._mask or version != self._version or version < 0:
-            # DistributedDataParallel copies buffers onto themselves in every step
-            if self._structure is None or self._known is None or not torch.equal(self._known, mask):
+            if self._structure is None or self._known is None or not _equal(self._known, mask):
                 self._known, self._structure = mask.clone(), Structure(mask, groups)
             self._mask, self._version = mask, version
         return self._structure
 
 
-def kernel_serves(x: Tensor, weight: Tensor) -> bool:
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two masks are the same: eight numbers at a time where that can be, in a seventh of the time."""
+    whole = all(t.is_contiguous() and t.numel() % 8 == 0 and t.storage_offset() % 8 == 0 for t in (a, b))
+    if whole and a.dtype == b.dtype == torch.bool and a.shape == b.shape:
+        a, b = a.view(-1).view(torch.int64), b.view(-1).view(torch.int64)
+    return torch.equal(a, b)
+
+
+def kernel_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether ``sparse_conv`` computes what torch would here: plain float32 tensors on the CPU, nothing that looks on.
 
     Not under autocast, ``torch.compile``, ``torch.func`` and forward-mode gradients, not while operators are recorded
@@ -268,9 +294,8 @@ def kernel_serves(x: Tensor, weight: Tensor) -> bool:
     """
     return (
         type(x) is Tensor
-        and type(weight) in (Tensor, Parameter)
-        and x.dtype == weight.dtype == torch.float32
-        and x.device.type == weight.device.type == "cpu"
+        and _is_plain(x)
+        and all(type(t) in (Tensor, Parameter) and _is_plain(t) for t in (weight, bias) if t is not None)
         and x.numel() > 0
         and not _watched()
         and _available()
@@ -280,6 +305,10 @@ def kernel_serves(x: Tensor, weight: Tensor) -> bool:
 def kernel_fits(weight: Tensor) -> bool:
     """Whether the kernel's numbers can count the weights of a layer."""
     return weight.numel() < 2**31 and max(weight.shape[:2]) <= MAX_COLUMNS
+
+
+def _is_plain(t: Tensor) -> bool:
+    return t.dtype is torch.float32 and t.is_cpu
 
 
 def _watched() -> bool:

@@ -102,11 +102,13 @@ class MaskedWeight(nn.Module):
             return _gathering(self.weight, self.mask, self)
         return self.weight * self.mask
 
-    def _structure(self, x: Tensor, pixels: int) -> Structure | None:
-        """The mask's, where the kernel is to be used for so many pixels or tokens; else None."""
-        if not self.sparse_kernel or self.gather_dense_grad or pixels * self.weight.numel() < MIN_PRODUCTS:
+    def _structure(self, x: Tensor, channels: int, expected: int) -> Structure | None:
+        """The mask's, where the kernel is to be used for so many channels or features; else None."""
+        if not self.sparse_kernel or self.gather_dense_grad or channels != expected:  # of which torch complains
             return None
-        if not kernel_serves(x, self.weight):
+        if x.numel() // expected * self.weight.numel() < MIN_PRODUCTS:
+            return None
+        if not kernel_serves(x, self.weight, self.bias):
             return None
         if self._structures is None:
             self._structures = StructureCache()
@@ -173,7 +175,7 @@ class SparseConv2d(MaskedWeight, nn.Conv2d):  # type: ignore[misc]
 
     def structure(self, x: Tensor) -> Structure | None:
         """What the kernel needs to compute this layer for an input; None where the masked path is to be taken."""
-        return self._structure(x, x.numel() // self.in_channels) if x.ndim == 4 else None
+        return self._structure(x, x.shape[1], self.in_channels) if x.ndim == 4 else None
 
 
 class SparseConv2dSame(SparseConv2d):
@@ -209,7 +211,7 @@ class SparseLinear(MaskedWeight, nn.Linear):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x: ``(..., in_features)``. Returns: ``(..., out_features)``."""
-        structure = self._structure(x, x.numel() // self.in_features)
+        structure = self._structure(x, x.shape[-1], self.in_features) if x.ndim else None
         if structure is not None:
             return sparse_linear(x, self.weight, self.bias, structure)
         return nn.functional.linear(x, self.effective_weight(), self.bias)

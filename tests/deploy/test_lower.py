@@ -1,12 +1,14 @@
 """Graphs: batch norms folded, layers swapped for the kernel, what follows them computed along, same outputs."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import timm
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import revnets
 from revnets.deploy.bind import bind
@@ -55,6 +57,93 @@ def test_only_what_is_safe_is_fused() -> None:
     assert worst_error(evaluated(graph, x.clone()), expected) < 1e-5
 
 
+def _other_half(net: Any, x: Tensor) -> Tensor:
+    y = net.a(x)
+    y.chunk(2, 1)[0].relu_()
+    return net.b(y)
+
+
+def _viewed(net: Any, x: Tensor) -> Tensor:
+    y = net.a(x)
+    y.view(x.shape[0], 4, 24, 12).relu_()
+    return net.b(y)
+
+
+def _sum_in_a_view(net: Any, x: Tensor) -> Tensor:
+    y = net.a(x)
+    view = y.view(y.shape)
+    view += net.b(x)
+    return y * 2.0
+
+
+def _input_changed_by_a_view(net: Any, x: Tensor) -> Tensor:
+    u = x * 1.0
+    view, y = u.view(u.shape), net.a(u)
+    view.relu_()
+    return F.relu(y) + u
+
+
+def _residual_changed(net: Any, x: Tensor) -> Tensor:
+    r = x * 1.0
+    y = net.a(x) + r
+    r.relu_()
+    return F.relu(y) + r
+
+
+def _residual_changed_by_a_view(net: Any, x: Tensor) -> Tensor:
+    r = x * 1.0
+    view, y = r.view(r.shape), net.a(x) + r
+    view.sigmoid_()
+    return F.relu(y) * 2.0
+
+
+ODD_WAYS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a computed bias": lambda net, x: F.conv2d(x, net.a.weight, net.a.bias * 3.0),
+    "a computed bias before a norm": lambda net, x: net.norm(F.conv2d(x, net.a.weight, net.a.bias * 3.0)),
+    "a computed bias of a depthwise layer": lambda net, x: F.conv2d(x, net.d.weight, net.d.bias * 3.0, 1, 1, groups=8),
+    "a norm of computed weights": lambda net, x: F.batch_norm(
+        net.a(x), net.norm.running_mean, net.norm.running_var, net.norm.weight * 3.0, net.norm.bias - 1.0
+    ),
+    "a sum with bools": lambda net, x: net.a(x) + (x > 0),
+    "a sum with whole numbers": lambda net, x: F.relu(net.a(x) + (4 * x).long()),
+    "without a batch": lambda net, x: F.relu(net.a(x[0])),
+    "a half is changed": _other_half,
+    "a view is changed": _viewed,
+    "a sum in a view": _sum_in_a_view,
+    "the input is changed by a view": _input_changed_by_a_view,
+    "the residual is changed": _residual_changed,
+    "the residual is changed by a view": _residual_changed_by_a_view,
+}
+
+
+class OddWay(nn.Module):
+    """Convolutions for ``ODD_WAYS``."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.d = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, 1, 1, groups=8)
+        self.norm = nn.BatchNorm2d(8)
+        nn.init.normal_(self.norm.running_mean)  # type: ignore[arg-type]
+        self.way = ODD_WAYS[way]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.way(self, x)
+
+
+@pytest.mark.parametrize("way", ODD_WAYS)
+def test_numbers_stay_the_same(way: str) -> None:
+    """Whatever is read late, changed in place or computed: by the graph, lowered, and bound."""
+    model, x = OddWay(way).eval(), images(2, 12, channels=8)
+    expected = evaluated(model, x)
+    graph = export_graph(model, x, any_batch=False)
+    torch.testing.assert_close(evaluated(graph, x), expected, rtol=1e-5, atol=1e-5)
+    lower(graph, x, max_density=1.0)
+    torch.testing.assert_close(evaluated(graph, x), expected, rtol=1e-5, atol=1e-5)
+    if kernel_problem() is None:
+        torch.testing.assert_close(evaluated(bind(graph), x), expected, rtol=1e-5, atol=1e-5)
+
+
 @needs_kernel
 @pytest.mark.parametrize("batch", [1, 3])
 def test_what_stands_between_layers_is_bound_with_them(batch: int) -> None:
@@ -69,6 +158,39 @@ def test_what_stands_between_layers_is_bound_with_them(batch: int) -> None:
         assert targets == ["call_module"]
         x = images(batch, size, seed=2)
         torch.testing.assert_close(graph(x), evaluated(model, x), rtol=1e-5, atol=1e-5)
+
+
+@needs_kernel
+def test_bound_graphs_are_copied_and_refuse_what_they_cannot_compute() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)).eval()
+    x = images(2, 9)
+    graph = export_graph(net, x)
+    lower(graph, x, max_density=1.0)
+    bound = bind(graph)
+    for one in (bound, copy.deepcopy(bound)):
+        with torch.device("meta"):
+            y = evaluated(one, x)
+        torch.testing.assert_close(y, evaluated(net, x))
+    for other in (x.double(), x.half(), x.bool()):
+        with pytest.raises(ValueError, match=r"expected torch.float32"):
+            bound(other)
+    for size in (3, 4):
+        with pytest.raises(ValueError, match=r"too small"):
+            bound(images(2, size))
+
+
+@needs_kernel
+@pytest.mark.parametrize("act", [nn.ReLU, nn.GELU])
+def test_under_autocast(act: type[nn.Module]) -> None:
+    """Dense layers compute in bfloat16 there; what the kernel reads of them is converted."""
+    model, x = Net(act), images(2)
+    graph = export_graph(model, x)
+    lower(graph, x, max_density=0.3)
+    bound = bind(copy.deepcopy(graph))
+    assert list(calls(bound, ATEN.conv2d.default))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for one in (graph, bound):
+            assert worst_error(evaluated(one, x), evaluated(model, x)) < 0.05
 
 
 def test_choice_by_measuring() -> None:

@@ -1,5 +1,7 @@
 """What stands between convolutions, computed by the kernel, against torch: any sizes, one thread and two."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +14,8 @@ from torch import Tensor
 
 from revnets.deploy.engines import torch_threads
 from revnets.kernels.build import ACTIVATIONS, Geometry, kernel_problem
-from revnets.kernels.calls import CatCall, MapCall, MaxPoolCall, MeanCall, ScaleCall, SliceCall, UpsampleCall
-from revnets.kernels.compressed import activate
+from revnets.kernels.calls import CatCall, ConvCall, MapCall, MaxPoolCall, MeanCall, ScaleCall, SliceCall, UpsampleCall
+from revnets.kernels.compressed import activate, compress
 from revnets.kernels.plan import Plan, Step
 
 pytestmark = pytest.mark.skipif(kernel_problem() is not None, reason=f"no kernel: {kernel_problem()}")
@@ -98,6 +100,17 @@ def test_a_plan_reuses_memory_and_returns_what_is_asked_for() -> None:
         scaled = x * x.mean((2, 3), keepdim=True)
         for y, expected in zip(plan(x), [scaled, torch.cat([scaled, x], 1)[:, 1:4]], strict=True):
             torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda plan: pickle.loads(pickle.dumps(plan))])
+def test_plans_are_copied_and_pickled(copied: Callable[[Plan], Plan]) -> None:
+    """After a call, when they hold memory."""
+    weight = torch.nn.Parameter(images((3, 9)).t()[:, :, None, None])
+    conv = ConvCall(Geometry(3, 9), *compress(weight), torch.nn.Parameter(torch.randn(18))[::2])
+    plan, x = Plan([Step(conv, (0,)), Step(MeanCall(), (1,))], 1, [1, 2]), images((2, 3, 5, 7))
+    expected = plan(x)
+    for ours, theirs in zip(copied(plan)(x), expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(

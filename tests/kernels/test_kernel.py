@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,22 +18,12 @@ from torch import Tensor
 from revnets.deploy.engines import torch_threads
 from revnets.kernels import build, plan
 from revnets.kernels.build import ACTIVATIONS, Geometry, KernelUnavailable, kernel_problem
-from revnets.kernels.calls import ConvCall
+from revnets.kernels.calls import ConvCall, MaxPoolCall, MeanCall
 from revnets.kernels.compressed import activate, compress, decompress
 
 from ..deploy.nets import pruned_weight
 
 needs_kernel = pytest.mark.skipif(kernel_problem() is not None, reason=f"no kernel: {kernel_problem()}")
-
-
-@pytest.fixture
-def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv(build.COMPILER_VARIABLE, "none")
-    build.load_kernel.cache_clear()
-    build.kernel_problem.cache_clear()
-    yield
-    build.load_kernel.cache_clear()
-    build.kernel_problem.cache_clear()
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, g: Geometry, act: str) -> Tensor:
@@ -173,6 +162,93 @@ def test_strided_inputs_and_empty_batches() -> None:
     call = ConvCall(g, *compress(weight), bias)
     assert_close(call(x.to(memory_format=torch.channels_last)), reference(x, weight, bias, None, g, "none"))
     assert call(x[:0]).shape == (0, 4, 8, 8)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64])
+def test_inputs_of_other_types(dtype: torch.dtype) -> None:
+    """Refused, but for what autocast makes of layers before."""
+    g = Geometry(4, 4)
+    x, weight, bias, residual = operands(g, 2, 8, 8, 0.5, 0)
+    call = ConvCall(g, *compress(weight), bias)
+    for pair in ((x.to(dtype), residual), (x, residual.to(dtype))):
+        with pytest.raises(ValueError, match=rf"input of {dtype} on cpu: expected torch.float32"):
+            call(*pair)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        if dtype.is_floating_point:
+            x = x.to(dtype)
+            assert_close(call(x, residual), reference(x, weight, bias, residual, g, "none"))
+        else:
+            with pytest.raises(ValueError, match=r"input of torch.int64"):
+                call(x.to(dtype))
+
+
+@needs_kernel
+@pytest.mark.parametrize("size", [1, 2])
+def test_images_that_are_too_small(size: int) -> None:
+    """Two negative sizes would make a positive number of pixels."""
+    weight = torch.ones(2, 2, 3, 3)
+    for call in (ConvCall(Geometry(2, 2, (3, 3)), *compress(weight), None), MaxPoolCall(Geometry(2, 2, (3, 3)))):
+        layers = [plan.Step(call, (0,)), plan.Step(MeanCall(), (1,))]
+        with pytest.raises(ValueError, match=rf"shape \(1, 2, {size}, {size}\): too small"):
+            plan.Plan(layers, 1, [2])(torch.zeros(1, 2, size, size))
+        with pytest.raises(ValueError, match=r"H and W at least 1"):
+            call(torch.zeros(1, 2, 0, 4))
+        with pytest.raises(ValueError, match=r"expected \(N, C, H, W\)"):
+            call(torch.zeros(2, 4, 4))
+
+
+@needs_kernel
+def test_all_outputs_are_computed() -> None:
+    """The first may be of an empty batch."""
+    network = plan.Plan([plan.Step(MeanCall(), (0,)), plan.Step(MeanCall(), (1,))], 2, [2, 3])
+    empty, means = network(torch.zeros(0, 3, 4, 4), torch.ones(2, 3, 4, 4))
+    assert empty.shape == (0, 3, 1, 1)
+    assert torch.equal(means, torch.ones(2, 3, 1, 1))
+
+
+@needs_kernel
+def test_weights_that_do_not_fit() -> None:
+    """The operators are public: what they are given is checked before the kernel reads it."""
+    op, linear = torch.ops.revnets.sparse_conv2d, torch.ops.revnets.sparse_linear
+    x, weight, bias, residual = operands(Geometry(6, 8), 2, 5, 5, 0.5, 0)
+    values, columns, rows = compress(weight)
+    numbers: Any = ([1, 1], [1, 1], [0, 0], [1, 1], 1, "none")
+    wrong: list[tuple[Any, str]] = [
+        ((x, values.double(), columns, rows, None, None), "values of torch.float64"),
+        ((x, values, columns.long(), rows, None, None), "columns of torch.int64"),
+        ((x, values, columns, rows.long(), None, None), "rows of torch.int64"),
+        ((x, values, columns, rows, bias.half(), None), "bias of torch.float16"),
+        ((x, values, columns, rows, bias[:3], None), "bias of 3 numbers: expected 8"),
+        ((x, values, columns[1:], rows, bias, None), "columns of"),
+        ((x, values[1:], columns[1:], rows, bias, None), "out of range"),
+        ((x, values, columns, rows.flip(0), bias, None), "out of range"),
+        ((x, values, columns - 1, rows, bias, None), "out of range"),
+        ((x[:, :5], values, columns, rows, bias, None), "columns from 0 to 4"),
+        ((x, values, columns, rows, bias, residual[:1, :1, :1, :1]), r"residual of shape \(1, 1, 1, 1\)"),
+    ]
+    for arguments, words in wrong:
+        with pytest.raises(ValueError, match=words):
+            op(*arguments, *numbers)
+    with pytest.raises(ValueError, match="columns from 0 to 4"):
+        linear(torch.zeros(3, 5), values, columns, rows, None)
+    with pytest.raises(ValueError, match="4 groups of 6 inputs"):
+        op(x, values, columns, rows, bias, None, *numbers[:4], 4, "none")
+    with pytest.raises(ValueError, match="values of 32 numbers: expected 48"):
+        ConvCall(Geometry(3, 3, (4, 4), groups=3), torch.zeros(2, 1, 4, 4), None, None, None)
+    assert torch.equal(op(x[:, :0], values[:0], columns[:0], rows * 0, bias, None, *numbers)[0, :, 0, 0], bias)
+
+
+@needs_kernel
+def test_another_default_device() -> None:
+    g = Geometry(200, 8)
+    x, weight, bias, residual = operands(g, 2, 5, 5, 0.5, 0)
+    with torch.device("meta"):
+        parts = compress(weight)
+        y = ConvCall(g, *parts, bias)(x, residual)
+        again = decompress(*parts, weight.shape)
+    assert_close(y, reference(x, weight, bias, residual, g, "none"))
+    assert torch.equal(again, weight)
 
 
 @settings(max_examples=30, deadline=None)

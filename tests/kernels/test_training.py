@@ -1,10 +1,7 @@
-"""The kernel in training: gradients against float64, masks that change, and when a layer takes the masked path."""
+"""The kernel in training: gradients against float64, and networks that train as on the masked path."""
 
 import copy
 import math
-import pickle
-import warnings
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,75 +13,16 @@ from hypothesis import strategies as st
 from timm.layers import SEModule
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
 import revnets
-from revnets.kernels import build, training
-from revnets.kernels.build import KernelUnavailable, kernel_problem
+from revnets.kernels import training
+from revnets.kernels.build import KernelUnavailable
 from revnets.kernels.training import Structure, sparse_conv
 from revnets.layers import SparseConv2d, SparseLinear, convert, norm_act_conv, use_sparse_kernel
 from revnets.reversible import AdditiveCoupling, RevSequential
 from revnets.sparsity import SparsityController
 
-needs_kernel = pytest.mark.skipif(kernel_problem() is not None, reason=f"no kernel: {kernel_problem()}")
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """Shapes of the inputs that the kernel has convolved."""
-    seen: list[torch.Size] = []
-    plain = training._SparseConv.forward
-
-    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
-        seen.append(x.shape)
-        return plain(ctx, x, *rest)
-
-    monkeypatch.setattr(training._SparseConv, "forward", staticmethod(forward))
-    return seen
-
-
-@pytest.fixture(autouse=True)
-def _small_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(revnets.layers.sparse, "MIN_PRODUCTS", 0)
-
-
-@pytest.fixture
-def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv(build.COMPILER_VARIABLE, "none")
-    build.load_kernel.cache_clear()
-    build.kernel_problem.cache_clear()
-    yield
-    build.load_kernel.cache_clear()
-    build.kernel_problem.cache_clear()
-
-
-def layer(
-    inputs: int = 16, outputs: int = 24, sparsity: float = 0.8, enabled: bool = True, **more: Any
-) -> SparseConv2d:
-    torch.manual_seed(0)
-    made = SparseConv2d(inputs, outputs, 1, sparsity=sparsity, **more)
-    made.sparse_kernel = enabled
-    return made
-
-
-def images(n: int = 2, channels: int = 16, side: int = 6) -> Tensor:
-    return torch.randn(n, channels, side, side, generator=torch.Generator().manual_seed(1))
-
-
-def step(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """Output, and gradients of the input and of all parameters."""
-    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    model.zero_grad()
-    y = model(x)
-    (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
-    return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters())]  # type: ignore[list-item,union-attr]
-
-
-def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.shape == theirs.shape
-        assert float((ours - theirs).detach().abs().max()) <= 2e-5 * max(1.0, float(theirs.detach().abs().max()))
-
+from .nets import assert_close, images, layer, needs_kernel, step
 
 # --- the function ----------------------------------------------------------------------------------------------------
 
@@ -210,154 +148,29 @@ def test_layer_equals_the_masked_path(calls: list[torch.Size], channels_last: bo
     assert len(calls) == 2
 
 
-@needs_kernel
-@pytest.mark.parametrize("change", ["set_mask", "in place", "load", "assign", "new tensor"])
-def test_changed_masks_are_seen(calls: list[torch.Size], change: str) -> None:
-    made, other, x = layer(), layer(), images()
-    step(made, x)
-    mask = made.mask.roll(1, 0)
-    other.set_mask(mask)
-    if change == "set_mask":
-        made.set_mask(mask)
-    elif change == "in place":
-        made.mask.copy_(mask)
-    elif change == "new tensor":
-        made.mask = mask
-    else:
-        made.load_state_dict(other.state_dict(), assign=change == "assign")
-    found = step(made, x)
-    made.sparse_kernel = False
-    assert_close(found, step(made, x))
-    assert len(calls) == 2
+class Lean(nn.Module):
+    """A layer behind the norm and the activation with which it is one function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.act, self.conv = nn.BatchNorm2d(16), nn.ReLU(), layer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return norm_act_conv(x, self.norm, self.act, None, self.conv)
 
 
 @needs_kernel
-def test_masks_without_versions() -> None:
-    """Tensors made in inference mode have none."""
-    with torch.inference_mode():
-        made = layer()
-        made(images())
-        made.set_mask(made.mask.roll(1, 0))
-        made.weight.normal_()
-        y = made(images())
-        made.sparse_kernel = False
-        assert_close([y], [made(images())])
-
-
-@needs_kernel
-def test_a_mask_copied_onto_itself_is_not_compressed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, x = layer(), images()
-    made(x)
-    monkeypatch.setattr(training, "Structure", None)
-    made.mask.copy_(made.mask.clone())
-    made(x)
-
-
-def _compiled(made: nn.Module, x: Tensor) -> Any:
-    return torch.compile(made, backend="eager", fullgraph=True)(x)
-
-
-def _autocast(made: nn.Module, x: Tensor) -> Any:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        return made(x)
-
-
-def _counted(made: nn.Module, x: Tensor) -> Any:
-    with FlopCounterMode(display=False) as counter:
-        y = made(x)
-    assert counter.get_total_flops() == 2 * x.numel() * 24
-    return y
-
-
-def _gathering(made: Any, x: Tensor) -> Any:
-    made.gather_dense_grad = True
-    y = made(x)
-    y.sum().backward()
-    assert made.dense_grad is not None
-    return y
-
-
-def _forward_mode(made: nn.Module, x: Tensor) -> Any:
-    return torch.func.jvp(made, (x,), (x,))[0]
-
-
-def _dual(made: nn.Module, x: Tensor) -> Any:
-    with torch.autograd.forward_ad.dual_level():
-        return torch.autograd.forward_ad.unpack_dual(made(torch.autograd.forward_ad.make_dual(x, x))).primal
-
-
-OTHER_WAYS: dict[str, Callable[[Any, Tensor], Any]] = {
-    "compiled": _compiled,
-    "autocast": _autocast,
-    "counted": _counted,
-    "gathering": _gathering,
-    "jvp": _forward_mode,
-    "dual": _dual,
-    "vmap": lambda made, x: torch.func.vmap(made)(x[:, None])[:, 0],
-    "grad": lambda made, x: torch.func.grad(lambda t: made(t).sum())(x),
-    "traced": lambda made, x: torch.jit.trace(made, x, check_trace=False)(x),
-    "exported": lambda made, x: torch.export.export(made, (x,)).module()(x),
-    "double": lambda made, x: made.double()(x.double()),
-    "meta": lambda made, x: made.to("meta")(x.to("meta")),
-    "unbatched": lambda made, x: made(x[0]),
-    "empty": lambda made, x: made(x[:0]),
-}
-
-
-@needs_kernel
-@pytest.mark.parametrize("way", OTHER_WAYS)
-def test_masked_path_where_the_kernel_does_not_apply(calls: list[torch.Size], way: str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch.jit, which is deprecated
-        y = OTHER_WAYS[way](layer(), images())
-    assert not calls
-    assert isinstance(y, Tensor)
-
-
-@needs_kernel
-def test_masked_path_for_dense_masks(calls: list[torch.Size]) -> None:
-    made = layer(sparsity=0.2)
-    made(images())
-    assert not calls
-    made.set_mask(made.mask & (torch.rand(made.mask.shape) < 0.4))
-    made(images())
-    assert len(calls) == 1
-
-
-@needs_kernel
-def test_masked_path_for_small_layers(calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
-    made, x = layer(), images()
-    monkeypatch.setattr(revnets.layers.sparse, "MIN_PRODUCTS", 2 * 36 * 16 * 24 + 1)
-    made(x)
-    assert not calls
-    monkeypatch.setattr(revnets.layers.sparse, "MIN_PRODUCTS", 2 * 36 * 16 * 24)
-    made(x)
-    assert len(calls) == 1
-
-
-@needs_kernel
-def test_use_sparse_kernel_takes_what_the_kernel_serves(calls: list[torch.Size]) -> None:
-    shape: dict[str, Any] = {"sparsity": 0.9}
-    odd = [
-        SparseConv2d(16, 16, 3, padding=1, **shape),
-        SparseConv2d(16, 16, 1, padding=1, **shape),
-        SparseConv2d(16, 16, 1, stride=2, **shape),
-        nn.Conv2d(16, 16, 1),
-    ]
-    model = nn.Sequential(SparseConv2d(16, 16, 1, **shape), SparseConv2d(16, 16, 1, padding="same", **shape), *odd)
-    model.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), SparseLinear(16, 4, **shape)))
-    assert revnets.use_sparse_kernel(model) == 3
-    model(images())
-    assert len(calls) == 3
-    keys = list(model.state_dict())
-    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
-    assert use_sparse_kernel(model, enabled=False) == 0
-    assert list(model.state_dict()) == keys
-    model(images())
-    assert len(calls) == 3
-    for other in copies:
-        assert_close(step(other, images()), step(model, images()))
-    assert len(calls) == 9
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("side", [1, 6])
+@pytest.mark.parametrize("kind", ["plain", "lean", "linear"])
+def test_outputs_can_be_changed_in_place(kind: str, side: int, channels_last: bool) -> None:
+    x = images(4, side=side)
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    made = {"plain": layer(), "lean": Lean(), "linear": SparseLinear(side, 8, sparsity=0.5)}[kind]
+    net = nn.Sequential(made, nn.ReLU(inplace=True))
+    expected = step(copy.deepcopy(net).double(), x.double())
+    assert use_sparse_kernel(net) == 1
+    assert_close(step(net, x), expected)
 
 
 @needs_kernel
