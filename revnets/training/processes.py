@@ -81,12 +81,13 @@ def settle_buckets(model: nn.Module) -> None:
     All processes must call it, before hooks that watch gradients are added to the parameters.
 
     Args:
-        model: What is trained; anything but a fresh ``DistributedDataParallel`` is left alone.
+        model: What is trained; anything but a fresh ``DistributedDataParallel`` is left alone, and one with
+            ``static_graph=True``, for which the first backward pass has to be as all others.
 
     Example:
         >>> settle_buckets(nn.Linear(2, 2))
     """
-    if not isinstance(model, DistributedDataParallel):
+    if not isinstance(model, DistributedDataParallel) or model.static_graph:
         return
     network, device = model.module, next(model.parameters()).device
     model.module = _Sum(network)
