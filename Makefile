@@ -55,11 +55,14 @@ test-kill: $(INSTALLED)
 	$(BIN)/python -m tests.integration.kill --kills 50 --folder output/kills
 
 # Tensors lie in memory that the sanitizer watches: a read or write past one ends the run. Leaks are Python's affair.
+# The kernel is built before the tests: without one they would be skipped, and prove nothing.
 LIBRARY = $(shell g++ -print-file-name=$(1))
 test-asan: $(INSTALLED)
+	export REVNETS_CXX=g++ REVNETS_CACHE=$(CURDIR)/output/asan ASAN_OPTIONS=detect_leaks=0; \
+	export LD_PRELOAD="$(call LIBRARY,libasan.so) $(call LIBRARY,libstdc++.so)"; \
 	for width in "" -mno-avx512f -mno-avx; do \
-		REVNETS_CXX=g++ REVNETS_CXXFLAGS="-fsanitize=address -O1 -g1 $$width" REVNETS_CACHE=$(CURDIR)/output/asan \
-		ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(call LIBRARY,libasan.so) $(call LIBRARY,libstdc++.so)" \
+		export REVNETS_CXXFLAGS="-fsanitize=address -O1 -g1 $$width"; \
+		$(BIN)/python -c "from revnets.kernels.build import kernel_target; print('the kernel for', kernel_target())" && \
 		$(BIN)/python -m pytest -m "not slow" tests/kernels tests/deploy || exit; \
 	done
 

@@ -228,12 +228,16 @@ def chunk_size(inputs: int, density: float) -> int:
     return -(-inputs // math.ceil(inputs / most))
 
 
+def row_of_each(rows: Tensor, count: int) -> Tensor:
+    """The output channel of each of ``count`` compressed weights: int64."""
+    return torch.repeat_interleave(
+        torch.arange(len(rows) - 1, device=rows.device), rows.diff().long(), output_size=count
+    )
+
+
 def in_chunks(values: Tensor, columns: Tensor, rows: Tensor, size: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
     """Compressed weights chunk after chunk of the inputs, columns counted from the chunk's first."""
-    outputs = len(rows) - 1
-    row = torch.repeat_interleave(
-        torch.arange(outputs, device=rows.device), rows.diff().long(), output_size=len(values)
-    )
+    outputs, row = len(rows) - 1, row_of_each(rows, len(values))
     chunk = columns.long() // size
     place, order = (chunk * outputs + row).sort(stable=True)
     counts = torch.bincount(place, minlength=number * outputs)

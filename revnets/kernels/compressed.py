@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .build import Geometry, kernel_problem, warn_of_dense_path
-from .calls import ConvCall
+from .calls import ConvCall, row_of_each
 
 MAX_COLUMNS = 2**15  # of int16
 MAX_POSITIONS = 2**31  # of int32 offsets into the padded input
@@ -54,10 +54,7 @@ def decompress(values: Tensor, columns: Tensor, rows: Tensor, shape: Sequence[in
         True
     """
     dense = values.new_zeros(tuple(shape)).reshape(shape[0], -1)
-    index = torch.repeat_interleave(
-        torch.arange(shape[0], device=rows.device), rows.diff().long(), output_size=len(values)
-    )
-    dense[index, columns.long()] = values
+    dense[row_of_each(rows, len(values)), columns.long()] = values
     return dense.reshape(tuple(shape))
 
 

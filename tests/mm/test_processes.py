@@ -79,9 +79,7 @@ def run(folder: Path, stop: int = 0) -> dict[str, Any]:
         randomness={"seed": 5},
         log_level="ERROR",
         experiment_name=f"{folder.name}-{stop}",
-        cfg={
-            "model_wrapper_cfg": {"type": "MMDistributedDataParallel", "device_ids": None, "broadcast_buffers": False}
-        },
+        cfg=WRAPPER,
     )
     if stop:
         with pytest.raises(KeyboardInterrupt):
