@@ -14,11 +14,13 @@ import torch
 from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler, get_state_dict, unwrap_model
 from torch import nn
 
-from classification.errors import UserError, one_line, whole_file
+from revnets.training.errors import UserError, one_line
+from revnets.training.files import whole_file
 from classification.models import load_weights, read_checkpoint
 from revnets.sparsity import SparsityController
 from revnets.training.finite import FiniteGuard
-from revnets.training.integrity import damage, writing
+from revnets.training.files import writing
+from revnets.training.integrity import damage
 
 _logger = logging.getLogger("classification")
 PATTERN, LAST, RECOVERY = "*.pth.tar", "last.pth.tar", "recovery.pth.tar"

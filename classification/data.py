@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, RandomSampler
 from torchvision.transforms import RandomCrop
 
-from classification.errors import UserError, one_line
+from revnets.training.errors import UserError, one_line
 from classification.images import Images
 from classification.options import DataOptions, TrainOptions, ValidateOptions
 from classification.runtime import Runtime

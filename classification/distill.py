@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from classification.errors import UserError, one_line
+from revnets.training.errors import UserError, one_line
 from classification.models import build_model, check_model_fits, data_config, load_weights, read_checkpoint
 from classification.options import ModelOptions, TrainOptions, from_checkpoint_args
 from classification.runtime import Runtime

@@ -10,13 +10,15 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
+from revnets.training.errors import UserError
+
 _logger = logging.getLogger("classification")
 IN_A_ROW = 50
 ORIENTATION = 0x0112  # of EXIF
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
-class UnreadableImages(RuntimeError):
+class UnreadableImages(UserError, RuntimeError):
     """Nothing but files that are no images."""
 
     def __init__(self, message: str) -> None:

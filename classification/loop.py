@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from classification.data import TrainData
-from classification.errors import UserError, one_line
+from revnets.training.errors import UserError, one_line
 from classification.options import TrainOptions
 from classification.recovery import Position, Recovery
 from classification.report import Steps

@@ -33,8 +33,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import revnets
-from classification.config import Parser
-from classification.errors import UserError, guarded, one_line, whole_file
+from revnets.training.options import Parser
+from revnets.training.errors import UserError, guarded, one_line
+from revnets.training.files import whole_file
 from classification.report import clock
 from classification.series import new_figure, positive, save_figure, writable
 

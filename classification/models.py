@@ -16,7 +16,7 @@ from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 from torch import nn
 
-from classification.errors import UserError, did_you_mean, one_line
+from revnets.training.errors import UserError, did_you_mean, one_line
 from classification.options import TrainOptions, ValidateOptions
 from revnets.layers import convert, parse_layers
 from revnets.models.small_stem import small_stem

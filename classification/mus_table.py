@@ -22,8 +22,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from classification.config import parse
-from classification.errors import guarded, whole_file
+from revnets.training.options import parse
+from revnets.training.errors import guarded
+from revnets.training.files import whole_file
 from classification.options import TrainOptions
 from classification.report import Row, read_summary
 from classification.series import (

@@ -23,9 +23,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from classification.config import Parser, parse
+from revnets.training.options import Parser, parse
 from classification.data import class_names, open_dataset, validation_loader
-from classification.errors import UserError, guarded, one_line, whole_file
+from revnets.training.errors import UserError, guarded, one_line
+from revnets.training.files import whole_file
 from classification.loop import validate
 from classification.models import build_model, data_config, load_weights
 from classification.options import TrainOptions, as_dict

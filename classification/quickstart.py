@@ -20,10 +20,11 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from repor
 import torch
 from torch import Tensor, nn
 
-from classification.config import option, parse
+from revnets.training.options import option, parse
 from classification.data import open_dataset, validation_loader
 from classification.digits import make_digits
-from classification.errors import UserError, guarded, whole_file
+from revnets.training.errors import UserError, guarded
+from revnets.training.files import whole_file
 from classification.models import build_model, data_config, load_weights, read_checkpoint
 from classification.options import TrainOptions, ValidateOptions
 from classification.report import Row, clock, plot_rows

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from classification.errors import UserError, whole_file
+from revnets.training.errors import UserError
+from revnets.training.files import whole_file
 
 _logger = logging.getLogger("classification")
 SUMMARY = "summary.csv"

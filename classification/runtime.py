@@ -13,7 +13,7 @@ import torch
 from timm.utils import NativeScaler, distribute_bn, init_distributed_device, setup_default_logging
 from torch import Tensor, nn
 
-from classification.errors import UserError, one_line
+from revnets.training.errors import UserError, one_line
 from classification.options import DeviceOptions
 
 _logger = logging.getLogger("classification")

@@ -18,8 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from classification.config import Parser
-from classification.errors import UserError, whole_file
+from revnets.training.options import Parser
+from revnets.training.errors import UserError
+from revnets.training.files import whole_file
 from classification.options import TrainOptions, as_dict
 from classification.report import Row, read_summary
 from revnets.sparsity.masks import check_sparsity

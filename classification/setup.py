@@ -13,7 +13,7 @@ from torch import nn
 
 import revnets
 from classification.distill import distillation
-from classification.errors import UserError, did_you_mean, one_line
+from revnets.training.errors import UserError, did_you_mean, one_line
 from classification.loop import Training
 from classification.options import TrainOptions
 from classification.recovery import Recovery

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from classification.errors import UserError, one_line
+from revnets.training.errors import UserError, one_line
 from classification.models import data_config
 from classification.options import TrainOptions
 from revnets.kernels import KernelUnavailable

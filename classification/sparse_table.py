@@ -21,8 +21,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from classification.config import parse
-from classification.errors import UserError, guarded
+from revnets.training.options import parse
+from revnets.training.errors import UserError, guarded
 from classification.options import TrainOptions
 from classification.series import (
     Stage,

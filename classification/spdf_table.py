@@ -21,8 +21,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from classification.config import Parser, parse
-from classification.errors import guarded
+from revnets.training.options import Parser, parse
+from revnets.training.errors import guarded
 from classification.options import TrainOptions, as_dict
 from classification.series import (
     Stage,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from classification.errors import UserError, one_line
+from revnets.training.errors import UserError, one_line
 from classification.models import load_weights, read_checkpoint
 from classification.options import TrainOptions
 from revnets.pruning import densify, keep_zeros

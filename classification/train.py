@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from classification.checkpoints import LAST, PATTERN, Saver, by_age, newest_whole, remove_leftovers, resume
-from classification.config import parse
+from revnets.training.options import parse
 from classification.data import (
     check_labels,
     check_same_classes,
@@ -33,7 +33,7 @@ from classification.data import (
     train_data,
     validation_loader,
 )
-from classification.errors import UserError, guarded
+from revnets.training.errors import UserError, guarded
 from classification.loop import Training, train_epoch, validate
 from classification.models import build_model, check_model_fits, data_config
 from classification.options import TrainOptions, as_dict

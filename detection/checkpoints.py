@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from classification.checkpoints import first_whole
-from classification.errors import UserError, one_line
+from revnets.training.errors import UserError, one_line
 from revnets.training.integrity import damage, forbidden, is_archive
 
 _logger = logging.getLogger("detection")

@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
-from classification.errors import UserError, did_you_mean, one_line
+from revnets.training.errors import UserError, did_you_mean, one_line
 from detection.checkpoints import Checkpoint
 
 _logger = logging.getLogger("detection")

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from classification.config import Parser
-from classification.errors import UserError, did_you_mean, one_line
+from revnets.training.options import Parser
+from revnets.training.errors import UserError, did_you_mean, one_line
 from detection.noise import noise_kept_out
 
 try:

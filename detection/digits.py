@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from classification.digits import digit_scans
-from classification.errors import UserError, guarded
+from revnets.training.errors import UserError, guarded
 
 MARKER = "scenes.json"
 CLASSES = tuple(str(digit) for digit in range(10))

@@ -20,8 +20,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from repor
 import torch
 from torch import Tensor, nn
 
-from classification.config import Parser
-from classification.errors import UserError, guarded
+from revnets.training.options import Parser
+from revnets.training.errors import UserError, guarded
 from classification.report import clock
 from classification.runtime import MB
 from detection.config import CONFIGS

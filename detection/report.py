@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from classification.errors import whole_file
+from revnets.training.files import whole_file
 from detection.progress import name
 
 _logger = logging.getLogger("detection")

@@ -14,7 +14,7 @@ from mmengine.registry import OPTIMIZERS as TORCH_OPTIMIZERS
 from mmengine.runner import Runner
 from torch import nn
 
-from classification.errors import UserError, did_you_mean, one_line
+from revnets.training.errors import UserError, did_you_mean, one_line
 from classification.runtime import start_logging
 from detection.config import primary
 from detection.noise import noise_kept_out

@@ -17,7 +17,7 @@ if not __package__:  # run by its path, see train.py
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from reporting that there is no GPU
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from classification.errors import guarded
+from revnets.training.errors import guarded
 from detection import checkpoints, checks
 from detection.config import load, parse, parser, primary
 from detection.noise import noise_kept_out

@@ -23,7 +23,7 @@ if not __package__:  # run by its path: Python then looks for modules in detecti
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from reporting that there is no GPU
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from classification.errors import UserError, guarded, one_line
+from revnets.training.errors import UserError, guarded, one_line
 from classification.report import clock
 from classification.runtime import MB
 from detection import checkpoints, checks

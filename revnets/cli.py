@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from typer.core import TyperGroup
 
-from .training.integrity import NotWritten
+from .training.files import NotWritten
 
 Number = TypeVar("Number", int, float)
 

@@ -13,7 +13,7 @@ from mmengine.registry import HOOKS
 from torch import nn
 
 from ..profiling.report import write
-from ..training.integrity import writing
+from ..training.files import writing
 from ..training.processes import at_first, own_buffers, put_buffers
 
 BACKEND = "revnets.whole_files"

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..training.integrity import writing
+from ..training.files import writing
 from .fake import ProfileError
 from .fit import Fit
 from .predict import CATEGORIES

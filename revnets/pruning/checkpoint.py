@@ -89,7 +89,7 @@ def save_weights(model: nn.Module, path: Path, metadata: Mapping[str, str]) -> P
     from safetensors.torch import save_file
 
     from ..profiling.report import write
-    from ..training.integrity import writing
+    from ..training.files import writing
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     with writing(path, (SafetensorError,)):

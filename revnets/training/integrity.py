@@ -1,10 +1,8 @@
-"""Whether a checkpoint is still what was written, and why one could not be."""
+"""Whether a checkpoint is still what was written."""
 
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -55,36 +53,3 @@ def forbidden(error: BaseException) -> str:
         r"Unsupported class (\S+)", str(error)
     )
     return found[1] if found else ""
-
-
-class NotWritten(OSError):
-    """A file could not be written, for want of space mostly; what was there before is whole."""
-
-    def __init__(self, path: str | Path, error: BaseException) -> None:
-        cause: BaseException | None = error
-        while cause is not None and not (isinstance(cause, OSError) and cause.errno):
-            cause = cause.__cause__ or cause.__context__  # torch's writer hides it behind an error of its own
-        reason = cause.strerror if isinstance(cause, OSError) else " ".join(str(error).split())[:120]
-        super().__init__(
-            f"'{path}' cannot be written ({reason}): free space there, or give another folder; what was saved before "
-            "is whole"
-        )
-
-
-@contextmanager
-def writing(path: str | Path, kinds: tuple[type[Exception], ...] = (OSError,)) -> Iterator[None]:
-    """Says which file it was that could not be written, and why.
-
-    Args:
-        path: Of the file, for the message.
-        kinds: Errors by which writing fails; of ``torch.save`` RuntimeError, too.
-
-    Raises:
-        NotWritten: The block failed as writing fails.
-    """
-    try:
-        yield
-    except NotWritten:
-        raise
-    except kinds as error:
-        raise NotWritten(path, error) from error

@@ -9,7 +9,7 @@ from timm.data import create_dataset
 
 from classification import digits as script
 from classification.digits import make_digits
-from classification.errors import UserError
+from revnets.training.errors import UserError
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from classification import lr_transfer, mus_table, train
-from classification.config import options_of, read_yaml
+from revnets.training.options import options_of, read_yaml
 from classification.lr_transfer import Best, Proxy
 from classification.mus_table import Outcome
 from classification.options import TrainOptions, ValidateOptions

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from classification import sparse_table, train
-from classification.config import options_of, read_yaml
+from revnets.training.options import options_of, read_yaml
 from classification.options import TrainOptions, ValidateOptions
 from revnets.sparsity import sparse_layers
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from classification import train, validate
-from classification.errors import whole_file
+from revnets.training.files import whole_file
 from classification.report import read_summary
 from revnets.kernels import build
 

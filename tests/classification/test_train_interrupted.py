@@ -15,7 +15,7 @@ import torch
 
 from classification import train
 from classification.checkpoints import by_age, newest_whole
-from classification.errors import UserError
+from revnets.training.errors import UserError
 from classification.report import read_summary
 
 from .short_runs import Trainer

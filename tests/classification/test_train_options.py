@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from classification.config import options_of, parse, read_yaml
-from classification.errors import UserError
+from revnets.training.options import options_of, parse, read_yaml
+from revnets.training.errors import UserError
 from classification.options import TrainOptions, ValidateOptions, as_dict
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "classification"
@@ -162,7 +162,7 @@ def test_written_options_read_back(tmp_path: Path) -> None:
 
 
 def test_every_option_has_help_and_a_default_that_fits_it() -> None:
-    from classification.config import convert
+    from revnets.training.options import convert
 
     for schema in (TrainOptions, ValidateOptions):
         for option in options_of(schema).values():

@@ -12,8 +12,8 @@ import timm
 import torch
 
 from classification import prune_table, spdf_table, train, validate
-from classification.config import options_of, read_yaml
-from classification.errors import UserError
+from revnets.training.options import options_of, read_yaml
+from revnets.training.errors import UserError
 from classification.options import TrainOptions, ValidateOptions
 from classification.report import read_summary
 from classification.series import part_of

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from classification.errors import UserError
+from revnets.training.errors import UserError
 from detection import checkpoints
 from detection import test as testing
 from detection import train as training

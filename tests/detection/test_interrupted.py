@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from classification.errors import UserError, guarded
+from revnets.training.errors import UserError, guarded
 from detection import checkpoints
 from tests.mm import test_resume as toy
 

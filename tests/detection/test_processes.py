@@ -13,7 +13,7 @@ pytest.importorskip("mmengine", reason="MMDetection is not installed: pip instal
 
 from mmengine.config import Config
 
-from classification.errors import UserError
+from revnets.training.errors import UserError
 from detection import checkpoints, train
 from detection.config import connect
 

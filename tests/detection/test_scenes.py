@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from classification.errors import UserError
+from revnets.training.errors import UserError
 from detection.digits import CLASSES, OVERLAP, SceneOptions, _shared, _splits, main, make_scenes
 
 OPTIONS = SceneOptions(train=8, val=2, test=2)

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from revnets.training.integrity import NotWritten, damage, writing
+from revnets.training.files import NotWritten, writing
+from revnets.training.integrity import damage
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def flipped(whole: bytes, place: int, bit: int) -> bytes:
 
 
 def test_a_bit_that_says_several_disks(saved: Path) -> None:
-    from classification.errors import UserError
+    from revnets.training.errors import UserError
     from classification.models import read_checkpoint
 
     whole = saved.read_bytes()
@@ -166,7 +167,7 @@ def pruned(folder: Path) -> None:
 def test_reports_that_find_no_space(
     save: Callable[[Path], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from classification.errors import guarded
+    from revnets.training.errors import guarded
 
     def full() -> None:
         with space(4):

@@ -1,18 +1,13 @@
-"""User mistakes as one sentence and exit code 2, and files that are either written whole or not at all."""
+"""User mistakes as one sentence and exit code 2."""
 
 from __future__ import annotations
 
 import difflib
-import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
-from classification.images import UnreadableImages
-from revnets.training.integrity import NotWritten, writing
-from revnets.training.termination import TERMINATED, Terminated
+from .files import NotWritten
+from .termination import TERMINATED, Terminated
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -39,7 +34,7 @@ def guarded(run: Callable[[], object]) -> int:
     """
     try:
         run()
-    except (UserError, UnreadableImages, NotWritten) as error:
+    except (UserError, NotWritten) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return USER_ERROR
     except Terminated as ended:
@@ -63,35 +58,3 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the closest known name, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean '{close[0]}'?)" if close else ""
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path`; it takes the name `path` only when the block ends without an exception.
-
-    The temporary name keeps the ending of `path`, since some writers choose the format by it.
-
-    Args:
-        path: The file to write; its folder must exist.
-
-    Yields:
-        The path to write to.
-
-    Raises:
-        NotWritten: There is no space, say.
-    """
-    with writing(path):
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix="-" + path.name)
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            yield temporary
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)  # mkstemp's are private; a log folder is for everyone the umask lets in
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())  # else a machine that loses power may keep the name and not the content
-            os.replace(temporary, path)
-        finally:
-            with suppress(FileNotFoundError):
-                temporary.unlink()

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar, Union
 
 import yaml
 
-from classification.errors import UserError, did_you_mean, one_line
+from .errors import UserError, did_you_mean, one_line
 
 T = TypeVar("T")
 _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
