@@ -21,6 +21,7 @@ from classification.options import TrainOptions, ValidateOptions
 from revnets.layers import convert, parse_layers
 from revnets.models.small_stem import small_stem
 from revnets.training.integrity import damage, forbidden, is_archive
+from revnets.training.weights import odd, unfit
 
 _logger = logging.getLogger("classification")
 
@@ -48,6 +49,7 @@ def build_model(options: TrainOptions | ValidateOptions) -> nn.Module:
     if path:
         if not Path(path).is_file():
             raise UserError(f"--pretrained-path: there is no file '{path}'; give one with published weights.")
+        _check_numbers(path)
         arguments["pretrained_cfg_overlay"] = {"file": path}
     try:
         model = timm.create_model(options.model, pretrained=options.pretrained or bool(path), **arguments)
@@ -69,6 +71,18 @@ def build_model(options: TrainOptions | ValidateOptions) -> nn.Module:
         except ValueError as error:
             raise UserError(f"--small-stem: {options.model} is {error}; leave it out.") from error
     return _converted(model, options) if options.layers else model
+
+
+def _check_numbers(path: str) -> None:
+    """Refuses a file whose tensors timm would cast into other numbers."""
+    if Path(path).suffix.lower() in (".npz", ".npy"):  # of JAX, which timm reads itself
+        return
+    content = read_checkpoint(path, "--pretrained-path")
+    for key in ("state_dict_ema", "state_dict"):
+        weights = content.get(key)
+        problem = odd(weights) if isinstance(weights, Mapping) else ""
+        if problem:
+            raise UserError(f"--pretrained-path: '{path}' cannot be loaded: {problem}; give a file of plain weights.")
 
 
 def _check_keeps_weights(options: TrainOptions | ValidateOptions) -> None:
@@ -199,7 +213,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: 
         name: The model's name.
 
     Raises:
-        UserError: A name or a shape differs; the first one is named.
+        UserError: A name or a shape differs, or a tensor's numbers are none for the model's, such as complex, quantised
+            or NaN; the first one is named.
     """
     weights = clean_state_dict(weights)
     problem = _difference(model, weights)
@@ -211,6 +226,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: 
         raise UserError(
             f"{source} is of another model than {name}: {problem}; give the same --model, --model-kwargs and --layers."
         )
+    problem = unfit(model.state_dict(), weights)
+    if problem:
+        raise UserError(f"{source} cannot be loaded: {problem}; give a file of plain weights.")
     model.load_state_dict(dict(weights))
 
 

@@ -43,6 +43,7 @@ from classification.runtime import Runtime, memory_words, start_runtime
 from classification.setup import start_training
 from classification.sparse import FILES as SPARSITY_FILES
 from classification.sparse import RunFlops, draw_sparsity, sparsity_words
+from classification.sources import check_apart
 from classification.start import load_start
 from revnets.numerics import NumericsMonitor
 from revnets.numerics.report import FILES as NUMERICS_FILES
@@ -84,6 +85,7 @@ def train(options: TrainOptions) -> Result:
     """
     options.check()
     runtime = start_runtime(options)
+    check_apart(options)
     random_seed(options.seed, 0)  # the same weights in every process
     train_set = open_dataset(
         options, options.train_split, training=True, repeats=options.epoch_repeats, seed=options.seed

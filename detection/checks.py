@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 
 from revnets.training.errors import UserError, did_you_mean, one_line
+from revnets.training.weights import unfit
 from detection.checkpoints import Checkpoint
 
 _logger = logging.getLogger("detection")
@@ -144,11 +145,14 @@ def check_weights(model: nn.Module, checkpoint: Checkpoint, *, whole: bool) -> N
         whole: Everything must fit; otherwise, as for fine-tuning, only the backbone must, and the rest is counted.
 
     Raises:
-        UserError: It is of another architecture.
+        UserError: It is of another architecture, or its numbers are none for the model's: complex, quantised, NaN.
     """
     state, what = checkpoint.state, checkpoint.what
     model = getattr(model, "module", model)
     own = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+    odd = [key for key in own if key in state and not hasattr(state[key], "shape")]
+    if odd:
+        raise UserError(f"{what} holds {type(state[odd[0]]).__name__} as '{odd[0]}', a tensor was expected.")
     bad = [key for key, value in own.items() if key not in state or state[key].shape != value.shape]
     stray = [key for key in state if key not in own and not key.endswith("num_batches_tracked")]
     fatal = bad + stray if whole else [key for key in bad if key.startswith("backbone.")]
@@ -160,6 +164,9 @@ def check_weights(model: nn.Module, checkpoint: Checkpoint, *, whole: bool) -> N
             f"{what} is of another network{checkpoint.trained_as}: {len(fatal)} of its tensors do not fit, '{key}' is "
             f"{there} there and {here} here; give the configuration it was trained with."
         )
+    problem = unfit({key: value for key, value in own.items() if key not in bad}, state)
+    if problem:
+        raise UserError(f"{what} cannot be loaded: {problem}; give a file of plain weights.")
     if bad:
         _logger.warning(
             f"{what}: {len(bad)} tensors outside the backbone do not fit and start anew, such as '{bad[0]}'"

@@ -87,7 +87,11 @@ def load_sparse(model: nn.Module, path: str | Path) -> None:
         ) from None
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{str(path)!r} is of format {metadata.get('format')!r}, expected {FORMAT!r} (save_sparse)")
-    model.load_state_dict(_expanded(model, stored, str(path)))
+    state = _expanded(model, stored, str(path))
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() != state[name].is_floating_point():  # a cast would change the numbers silently
+            raise ValueError(f"{path}: {name} is {state[name].dtype}, the model's {tensor.dtype}: give one of its kind")
+    model.load_state_dict(state)
 
 
 def _expanded(model: nn.Module, stored: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:

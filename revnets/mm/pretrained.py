@@ -15,6 +15,7 @@ from ..profiling.target import first_line
 from ..pruning import densify
 from ..pruning.checkpoint import flops_of, read_checkpoint
 from ..sparsity import sparse_layers
+from ..training.weights import unfit
 
 SCHEME = "timm://"
 
@@ -114,3 +115,5 @@ def _check(state: Mapping[str, Any], net: nn.Module, name: str, checkpoint: str)
             f"checkpoint {checkpoint} is not of {name}: {len(missing) + len(wrong)} of {len(own)} tensors do not fit, "
             f"for example {reason}, expected {tuple(own[key].shape)}"
         )
+    if problem := unfit(own, state):
+        raise ValueError(f"checkpoint {checkpoint} cannot be loaded: {problem}")

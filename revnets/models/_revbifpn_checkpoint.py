@@ -12,6 +12,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
+from ..training.weights import unfit
+
 _URL = "https://cerebras-public.s3.us-west-2.amazonaws.com/revbifpn/revbifpn_s{n}.pth.tar"
 _SHA256 = (
     "a9ee012a2670003ea18deca1afaed7c1323ffaafc83b0a30874d262bf2403cfa",
@@ -172,6 +174,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         outputs = _silo_outputs(state)
         state = {_rename(key, outputs): value for key, value in state.items()}
     _check_fits(state, model)
+    if problem := unfit(model.state_dict(), state):
+        raise ValueError(f"the checkpoint cannot be loaded: {problem}; pass a file of plain weights")
     return state
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..models.small_stem import small_stem
 from ..sparsity.masks import check_sparsity
+from ..training.weights import unfit
 from .checkpoint import best_weights, read_checkpoint, save_weights
 from .densify import densify
 from .one_shot import prune
@@ -159,8 +160,11 @@ def _model(source: Source, checkpoint: Mapping[str, Any], trained: Mapping[str, 
         reason = " ".join(str(error).split())
         raise ValueError(f"{source.model} cannot be made ({reason}): give --checkpoint and --model-kwargs") from error
     if checkpoint:
+        weights = densify(best_weights(checkpoint))
+        if problem := unfit(model.state_dict(), weights):
+            raise ValueError(f"{str(source.checkpoint)!r} cannot be loaded: {problem}: give a file of plain weights")
         try:
-            model.load_state_dict(densify(best_weights(checkpoint)))
+            model.load_state_dict(weights)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[1].strip()[:200]
             raise ValueError(
