@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import tarfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -155,13 +154,13 @@ def open_dataset(options: DataOptions, split: str, training: bool, **more: Any) 
             f"--data-dir: cannot open {where} ({one_line(error)}); correct --data-dir or {flag}."
         ) from error
     if names is not None and "search_split" in source:
-        _warn_of_unmapped(names, Path(source["root"]), flag)
+        _warn_of_unmapped(names, source, flag)
     return Images(dataset, mode) if isinstance(dataset, ImageDataset) else dataset
 
 
-def _warn_of_unmapped(class_map: Mapping[str, int], root: Path, flag: str) -> None:
+def _warn_of_unmapped(class_map: Mapping[str, int], source: Mapping[str, Any], flag: str) -> None:
     """Says which classes' images `--class-map` leaves out, and which of its classes have none."""
-    found = class_names(create_dataset("", root=str(root), search_split=False)) or []
+    found = class_names(create_dataset("", **source)) or []
     out, empty = sorted(set(found) - set(class_map)), sorted(set(class_map) - set(found))
     if out:
         _logger.warning(f"--class-map: images of {len(out)} classes of {flag} are left out ({', '.join(out[:5])})")

@@ -298,7 +298,8 @@ def validate(
             if after_batch is not None:
                 after_batch()
     loss_sum, top1_sum, top5_sum, count = runtime.sum(*sums.tolist())
-    count = max(count, 1.0)
+    if not count:
+        raise UserError("--val-split: there was no image in it to validate on; give another.")
     seconds = time.perf_counter() - start
     result = {"loss": loss_sum / count, "top1": 100 * top1_sum / count, "top5": 100 * top5_sum / count}
     return {**result, "images": count, "images_per_s": count / seconds}

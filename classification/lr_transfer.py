@@ -36,6 +36,7 @@ import revnets
 from revnets.training.options import Parser
 from revnets.training.errors import UserError, guarded, one_line
 from revnets.training.files import whole_file
+from revnets.training.splits import check_split
 from classification.report import clock
 from classification.series import new_figure, positive, save_figure, writable
 
@@ -162,7 +163,8 @@ def _images(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """As many images and labels as are needed, in an order that depends on the seed alone."""
     wanted = args.steps * args.batch_size
     try:
-        dataset: Any = create_dataset("", root=args.data)
+        check_split(args.data)
+        dataset: Any = create_dataset("", root=args.data, search_split=False)
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         raise UserError(f"--data: '{args.data}' cannot be read ({one_line(error)}); give class folders.") from error
     if len(dataset) < wanted:

@@ -20,6 +20,7 @@ from detection.config import primary
 from detection.noise import noise_kept_out
 from detection.progress import Progress
 from revnets.mm import ResumableTrainLoop
+from revnets.mm.coco import use_checked
 
 BUILDING = (KeyError, TypeError, ValueError, AttributeError, ImportError, OSError, AssertionError)
 LATE = (  # what MMEngine builds and reads only when it is about to train or test
@@ -99,17 +100,19 @@ class QuietRunner(CheckedRunner):
         return logger
 
 
-def build(cfg: Any, verbose: bool) -> Runner:
+def build(cfg: Any, verbose: bool, checked: bool = True) -> Runner:
     """The runner of a configuration.
 
     Args:
         cfg: The configuration.
         verbose: MMEngine's whole log in the terminal.
+        checked: The data were looked at, so that data sets need not report what they skip.
 
     Raises:
         UserError: The configuration asks for what is not there, or for what CPUs cannot do.
     """
     start_logging(primary())
+    use_checked(cfg, report=not checked)
     with noise_kept_out(verbose), _configuring(cfg):
         runner = (CheckedRunner if verbose else QuietRunner).from_cfg(cfg)
     check_norms(runner.model, runner.world_size)

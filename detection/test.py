@@ -64,7 +64,7 @@ def run_test(argv: Sequence[str] | None = None) -> dict[str, float]:
         checks.check_data(cfg, ["test"])
     checkpoint = checkpoints.read(args.checkpoint, "CHECKPOINT")
     cfg.load_from, cfg.resume = args.checkpoint, False
-    runner = build(cfg, args.verbose)
+    runner = build(cfg, args.verbose, checked=not args.no_check)
     checks.check_neck(runner.model)
     checks.check_weights(runner.model, checkpoint, whole=True)
     progress(runner)

@@ -104,7 +104,7 @@ def train(argv: Sequence[str] | None = None) -> Result:
     if not args.no_check and primary():
         checks.check_data(cfg, ["train", "val"])
     checkpoint = _read_checkpoint(cfg, resumed)
-    runner = build(cfg, args.verbose)
+    runner = build(cfg, args.verbose, checked=not args.no_check)
     checks.check_neck(runner.model)
     if checkpoint is not None:
         checks.check_weights(runner.model, checkpoint, whole=resumed)
@@ -183,7 +183,7 @@ def _measures_boxes(cfg: Any) -> bool:
     evaluators = cfg.get("val_evaluator") or []
     for each in evaluators if isinstance(evaluators, list) else [evaluators]:
         metrics = each.get("metric", "bbox")
-        if each.get("type") == "CocoMetric" and "bbox" in ([metrics] if isinstance(metrics, str) else metrics):
+        if each.get("type") in checks.METRICS and "bbox" in ([metrics] if isinstance(metrics, str) else metrics):
             return True
     return False
 

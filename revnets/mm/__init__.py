@@ -18,6 +18,7 @@ except ImportError as error:
 from .amp import Bf16OptimWrapper
 from .backbone import RevBiFPN, TimmBackbone
 from .checkpoint import WholeCheckpointHook
+from .coco import CheckedCocoDataset, CheckedCocoMetric
 from .guard import DriftHook, FiniteHook
 from .hooks import MemoryReportHook
 from .hrfpn import LeanHRFPN
@@ -33,6 +34,8 @@ register_conv_layers()
 
 __all__ = [
     "Bf16OptimWrapper",
+    "CheckedCocoDataset",
+    "CheckedCocoMetric",
     "DriftHook",
     "FiniteHook",
     "LeanHRFPN",

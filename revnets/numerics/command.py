@@ -140,14 +140,14 @@ def _open(path: Path, split: str) -> Any:
     """
     from timm.data import create_dataset
 
+    from ..training.splits import check_split, split_or_root
+
     if not path.exists():
         raise ProfileError(f"--data: there is no folder or .tar file {str(path)!r}: give the one that holds the images")
-    for candidate in (path / f"{split}.tar", path / split):
-        if path.is_dir() and candidate.exists():
-            path = candidate
-            break
     try:
-        return create_dataset("", root=str(path), split=split, is_training=True)
+        path = split_or_root(path, split)
+        check_split(path)
+        return create_dataset("", root=str(path), search_split=False, is_training=True)
     except (RuntimeError, OSError, ValueError, AssertionError) as error:
         raise ProfileError(
             f"--data: cannot open images in {str(path)!r} ({first_line(error)}): expected one folder per class"

@@ -187,15 +187,16 @@ def calibration_batches(
     """
     from timm.data import create_dataset, resolve_data_config
 
+    from ..training.splits import check_split, find_split, split_or_root
+
     config = resolve_data_config({name: trained.get(name) for name in _DATA}, model=model)
     if not source.data.exists():
         raise ValueError(f"there is no folder or .tar file {str(source.data)!r}: give the one that holds the images")
-    if source.split and not (source.data / source.split).exists():
-        raise ValueError(f"there is no {source.split!r} in {str(source.data)!r}: give a folder or .tar file of it")
     mode = "L" if config["input_size"][0] == 1 else "RGB"
     try:
-        split = source.split or ("train.tar" if (source.data / "train.tar").is_file() else "train")
-        dataset: Any = create_dataset("", root=str(source.data), split=split, input_img_mode=mode)
+        path = find_split(source.data, source.split) if source.split else split_or_root(source.data, "train")
+        check_split(path)
+        dataset: Any = create_dataset("", root=str(path), search_split=False, input_img_mode=mode)
     except (RuntimeError, OSError, ValueError, AssertionError) as error:
         raise ValueError(f"no images in {str(source.data)!r} ({error}): give class folders of them") from error
     return draw_batches(dataset, config, images, source.batch_size, source.seed)

@@ -25,7 +25,7 @@ def find_split(root: str | Path, split: str) -> Path:
     Example:
         >>> find_split(Path(__file__).parent, "trainnig")
         Traceback (most recent call last):
-        ValueError: there is no split 'trainnig' in ...
+        ValueError: there is no 'trainnig' in ...
     """
     root = Path(root)
     if root.is_file():
@@ -43,13 +43,27 @@ def find_split(root: str | Path, split: str) -> Path:
             return _archive(found)
     known = sorted(path.name for path in root.iterdir() if path.is_dir() or path.suffix == ".tar")
     has = f"it has {', '.join(known[:8])}" if known else "it has neither folders nor .tar files"
-    raise ValueError(f"there is no split '{split}' in '{root}'{did_you_mean(split, known)}; {has}")
+    raise ValueError(f"there is no '{split}' in '{root}'{did_you_mean(split, known)}; {has}")
 
 
 def _archive(path: Path) -> Path:
     if path.suffix != ".tar":  # timm looks for folders in everything else, and finds none
         raise ValueError(f"'{path}' is neither a folder nor a .tar file (unpacked, and called so)")
     return path
+
+
+def split_or_root(root: str | Path, split: str) -> Path:
+    """As ``find_split``; a folder that has no splits at all is itself one, of class folders.
+
+    Raises:
+        ValueError: There are other splits, but not this one.
+    """
+    root = Path(root)
+    names = [name + end for name in (*TRAIN, *VALIDATION, "test") for end in ("", ".tar")]
+    if root.is_dir() and not any((root / name).exists() for name in (split, f"{split}.tar", *names)):
+        return root
+    packed = root / f"{split}.tar"
+    return packed if packed.is_file() else find_split(root, split)
 
 
 def check_split(path: str | Path) -> list[str]:
