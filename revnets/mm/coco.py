@@ -2,16 +2,20 @@
 
 import logging
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmdet.datasets import CocoDataset
-from mmdet.evaluation import CocoMetric
 from mmdet.registry import DATASETS, METRICS
 from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 from PIL import Image
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of what MMDetection's other metrics would need
+    from mmdet.datasets import CocoDataset
+    from mmdet.evaluation import CocoMetric
 
 ORIENTATION = 0x0112  # of EXIF
 QUARTER_TURNS = (5, 6, 7, 8)

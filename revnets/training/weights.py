@@ -44,9 +44,13 @@ def odd(weights: Mapping[str, Any]) -> str:
     for name, value in tensors.items():
         weight = name.rpartition(".")[2] in ("weight", "bias") or value.is_complex() or value.is_floating_point()
         like = torch.zeros((), dtype=value.dtype if value.is_floating_point() else torch.float32)
-        if (weight or value.layout != torch.strided or value.is_quantized) and (problem := _unfit(like, value)):
+        if (weight or _is_special(value)) and (problem := _unfit(like, value)):
             return f"'{name}' {problem}"
     return ""
+
+
+def _is_special(value: Tensor) -> bool:
+    return value.layout != torch.strided or bool(getattr(value, "is_quantized", False))
 
 
 def _unfit(mine: Tensor, value: Any) -> str:
@@ -54,8 +58,8 @@ def _unfit(mine: Tensor, value: Any) -> str:
     if not isinstance(value, Tensor):
         return f"is {type(value).__name__}, a tensor was expected"
     kind, wanted = str(value.dtype).removeprefix("torch."), str(mine.dtype).removeprefix("torch.")
-    if value.is_quantized or value.layout != torch.strided:
-        how = "quantised" if value.is_quantized else str(value.layout).removeprefix("torch.")
+    if _is_special(value):
+        how = "quantised" if value.layout == torch.strided else str(value.layout).removeprefix("torch.")
         return f"is a {how} tensor, the model's is dense: save it as dense {wanted}"
     if value.is_meta:
         return "holds no numbers (it is on the meta device)"

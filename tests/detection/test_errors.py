@@ -57,10 +57,6 @@ def bad_box(content: dict[str, Any], data: Path) -> None:
     content["annotations"][0]["bbox"] = [1, 2, 3]
 
 
-def no_width(content: dict[str, Any], data: Path) -> None:
-    del content["images"][0]["width"]
-
-
 def missing_image(content: dict[str, Any], data: Path) -> None:
     (data / "train" / "00002.png").unlink()
 
@@ -84,7 +80,14 @@ def text_as_image(content: dict[str, Any], data: Path) -> None:
 
 def all_too_small(content: dict[str, Any], data: Path) -> None:
     for image in content["images"]:
-        image["width"] = 8
+        shrink(image, data / "train")
+
+
+def shrink(image: dict[str, Any], folder: Path, width: int = 8) -> None:
+    """An image that is narrower than it was, and a file of that size."""
+    image["width"] = width
+    with Image.open(folder / image["file_name"]) as picture:
+        picture.resize((width, image["height"])).save(folder / image["file_name"])
 
 
 def without(kind: str, key: str, value: Any = None) -> Change:
@@ -108,8 +111,6 @@ STOPS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "no objects": (no_objects, ("train.json", "no image with an object")),
     "no annotations": (no_list, ("train.json", "'annotations'")),
     "a box of three numbers": (bad_box, ("annotation 1", "[1, 2, 3]", "[x, y, width, height]")),
-    "an image without width": (no_width, ("image 1", "'width'")),
-    "an image of a width that is null": (without("images", "width"), ("image 1", "'width'")),
     "an object without area": (without("annotations", "area"), ("train.json", "annotation 1", "'area'")),
     "an object without category": (without("annotations", "category_id"), ("annotation 1", "'category_id'")),
     "an object without image": (without("annotations", "image_id"), ("annotation 1", "'image_id'")),
@@ -173,7 +174,9 @@ def test_what_mmdetection_skips_is_counted(own: Path, tmp_path: Path, caplog: py
         annotations[4]["category_id"] = 99
         annotations[5]["image_id"] = 1234
         content["images"].append({**content["images"][7], "id": 77})
-        content["images"].append({**content["images"][7], "id": 78, "width": 20})
+        shutil.copy(data / "train" / "00007.png", data / "train" / "narrow.png")
+        content["images"].append({**content["images"][7], "id": 78, "file_name": "narrow.png"})
+        shrink(content["images"][-1], data / "train", 20)
 
     changed(own, change)
     check_data(read(str(tiny_config(tmp_path, own))), ["train"])
@@ -181,15 +184,16 @@ def test_what_mmdetection_skips_is_counted(own: Path, tmp_path: Path, caplog: py
     assert "4 annotations with a box without area, or outside of its image are skipped (ids 1, 2, 3, 4)" in said
     assert "1 annotations of a category that the file does not list are skipped (ids 5)" in said
     assert "1 annotations of an image that the file does not list are skipped (ids 6)" in said
-    assert "1 images with a side under 32 pixels are skipped (00007.png)" in said
-    assert "2 images without an object are skipped" in said
+    assert "1 images with a side under 32 pixels are skipped (narrow.png)" in said
+    assert "2 images without an object are skipped (1 have no annotation: 00007.png; 1 none that can be used: " in said
+    assert "1 image files are listed more than once (00007.png)" in said
 
 
 def test_small_images_that_are_kept_are_named(own: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from detection.checks import check_data
     from detection.config import read
 
-    changed(own, lambda content, data: content["images"][0].update(width=20), "val")
+    changed(own, lambda content, data: shrink(content["images"][0], data / "val", 20), "val")
     check_data(read(str(tiny_config(tmp_path, own))), ["val"])
     assert "1 images are smaller than one cell of the coarsest map (32 pixels)" in caplog.text
 
