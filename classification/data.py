@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, RandomSampler
 from torchvision.transforms import RandomCrop
 
-from revnets.training.errors import UserError, one_line
 from classification.images import Images
 from classification.options import DataOptions, TrainOptions, ValidateOptions
 from classification.runtime import Runtime
 from classification.sources import class_map, find_source
+from revnets.training.errors import UserError, one_line
 from revnets.training.resumable import BATCH, Batches, Items, apart, resumable, seed_all
 
 _logger = logging.getLogger("classification")

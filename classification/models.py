@@ -16,10 +16,10 @@ from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 from torch import nn
 
-from revnets.training.errors import UserError, did_you_mean, one_line
 from classification.options import TrainOptions, ValidateOptions
 from revnets.layers import convert, parse_layers
 from revnets.models.small_stem import small_stem
+from revnets.training.errors import UserError, did_you_mean, one_line
 from revnets.training.integrity import damage, forbidden, is_archive
 from revnets.training.weights import odd, unfit
 

@@ -36,9 +36,7 @@ def check_objects(split: Split, content: Mapping[str, Any]) -> None:
     why = "; ".join(f"{len(names)} annotations {reason}" for reason, names in skipped.items())
     why = f" ({why})" if why else ""
     if split.training and not any(usable.get(image["id"]) for image in seen):
-        raise UserError(
-            f"{split.where} has no image with an object to train on{why}; give another file or correct it."
-        )
+        raise UserError(f"{split.where} has no image with an object to train on{why}; give another file or correct it.")
     if split.measures and not usable:
         raise UserError(f"{split.where} has no object to measure on{why}; give another file or correct it.")
 
@@ -53,6 +51,12 @@ def _sorted(split: Split, content: Mapping[str, Any]) -> tuple[Counter[Any], Cou
     for each in content["annotations"]:
         check_box(split.where, each)
         image, box = images.get(each["image_id"]), each["bbox"]
+        if image is not None and image["unturned"] and _beyond(box, image):
+            raise UserError(
+                f"{split.where}: annotation {each['id']} reaches out of '{image['file_name']}' as it is turned by its "
+                "EXIF data; boxes are of the image before that: turn the file itself, or set LoadImageFromFile's "
+                "color_type='color_ignore_orientation'."
+            )
         if image is None:
             reason = "of an image that the file does not list"
         elif each["category_id"] not in wanted:
@@ -72,7 +76,7 @@ def _sorted(split: Split, content: Mapping[str, Any]) -> tuple[Counter[Any], Cou
             crowds[each["image_id"]] += bool(each.get("iscrowd"))
             continue
         skipped.setdefault(reason, []).append(each["id"])
-    _check_beyond(split, beyond, images, sum(usable.values()))
+    _warn_of_beyond(split, beyond, sum(usable.values()))
     return usable, crowds, skipped
 
 
@@ -86,16 +90,8 @@ def _beyond(box: Sequence[float], image: Entry) -> bool:
     return x + width > image["width"] + 1 or y + height > image["height"] + 1 or min(x, y) < -1
 
 
-def _check_beyond(split: Split, beyond: Sequence[Entry], images: Mapping[Any, Entry], total: int) -> None:
-    """Boxes that reach out of their images: a few are cut off, but they show where coordinates mean something else."""
-    unturned = [each for each in beyond if images[each["image_id"]]["unturned"]]
-    if unturned:
-        image = images[unturned[0]["image_id"]]
-        raise UserError(
-            f"{split.where}: annotation {unturned[0]['id']} reaches out of '{image['file_name']}' as it is turned by "
-            "its EXIF data; boxes are of the image before that: turn the file itself, or set "
-            "LoadImageFromFile's color_type='color_ignore_orientation'."
-        )
+def _warn_of_beyond(split: Split, beyond: Sequence[Entry], total: int) -> None:
+    """Boxes that reach out of their images: a few are cut off, but many show that coordinates mean something else."""
     corners = [each for each in beyond if each["bbox"][2] > each["bbox"][0] and each["bbox"][3] > each["bbox"][1]]
     if beyond:
         hint = "; are they [x1, y1, x2, y2]?" if 2 * len(corners) > total else ""

@@ -14,13 +14,13 @@ from mmengine.registry import OPTIMIZERS as TORCH_OPTIMIZERS
 from mmengine.runner import Runner
 from torch import nn
 
-from revnets.training.errors import UserError, did_you_mean, one_line
 from classification.runtime import start_logging
 from detection.config import primary
 from detection.noise import noise_kept_out
 from detection.progress import Progress
 from revnets.mm import ResumableTrainLoop
 from revnets.mm.coco import use_checked
+from revnets.training.errors import UserError, did_you_mean, one_line
 
 BUILDING = (KeyError, TypeError, ValueError, AttributeError, ImportError, OSError, AssertionError)
 LATE = (  # what MMEngine builds and reads only when it is about to train or test

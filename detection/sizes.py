@@ -81,9 +81,7 @@ def look(path: Path, turned: bool) -> Found:
     return Found("", upright if turned else stored, stored)
 
 
-def _compared(
-    split: Split, images: Sequence[Mapping[str, Any]], found: Sequence[Found]
-) -> Iterator[dict[str, Any]]:
+def _compared(split: Split, images: Sequence[Mapping[str, Any]], found: Sequence[Found]) -> Iterator[dict[str, Any]]:
     from revnets.mm.coco import has_sizes
 
     unknown, near, unturned, wrong = [], [], [], []

@@ -48,7 +48,9 @@ def _check(file: IO[bytes], where: str, nested: bool = False) -> int:
     """Args: file: at its start. where: in words. nested: within another one. Returns: the number of images."""
     start = file.read(_BLOCK)
     if start[:2] == b"\x1f\x8b" or start[:3] == b"BZh" or start[:6] == b"\xfd7zXZ\x00" or start[:4] == b"(\xb5/\xfd":
-        raise ValueError(f"{where} is compressed, which cannot be read at random places: unpack it to a plain .tar file")
+        raise ValueError(
+            f"{where} is compressed, which cannot be read at random places: unpack it to a plain .tar file"
+        )
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     cut = f"{where} is cut off after {size:,} bytes: copy or download it again"

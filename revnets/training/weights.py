@@ -69,7 +69,9 @@ def _unfit(mine: Tensor, value: Any) -> str:
         return f"holds {kind}, the model's {wanted}: a part of each number would be lost"
     if mine.is_floating_point() and value.dtype != mine.dtype:
         if not value.is_floating_point() or value.dtype in _SCALED:
-            return f"holds {kind}, the model's {wanted}: a quantised network's numbers are no weights without their scale"
+            return (
+                f"holds {kind}, the model's {wanted}: a quantised network's numbers are no weights without their scale"
+            )
     elif value.dtype != mine.dtype and not _same_numbers(value, mine.dtype):
         return f"holds {kind}, the model's {wanted}: numbers would be changed"
     return _not_finite(mine, value)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from revnets.training.errors import UserError
 from detection import checkpoints
 from detection import test as testing
 from detection import train as training
+from revnets.training.errors import UserError
 
 from .conftest import tiny_config
 
