@@ -84,7 +84,10 @@ def look(path: Path, turned: bool) -> Found:
 def _compared(split: Split, images: Sequence[Mapping[str, Any]], found: Sequence[Found]) -> Iterator[dict[str, Any]]:
     from revnets.mm.coco import has_sizes
 
-    unknown, near, unturned, wrong = [], [], [], []
+    unknown: list[Mapping[str, Any]] = []
+    unturned: list[Mapping[str, Any]] = []
+    near: list[tuple[Mapping[str, Any], Found]] = []
+    wrong: list[tuple[Mapping[str, Any], Found]] = []
     for image, file in zip(images, found, strict=True):
         declared = (image.get("width"), image.get("height"))
         entry = {**image, "width": file.size[0], "height": file.size[1], "unturned": False}
@@ -94,7 +97,7 @@ def _compared(split: Split, images: Sequence[Mapping[str, Any]], found: Sequence
             unturned.append(image)
             entry["unturned"] = True
         elif declared != file.size:
-            close = all(abs(a - b) <= 1 for a, b in zip(declared, file.size, strict=True))
+            close = abs(image["width"] - file.size[0]) <= 1 and abs(image["height"] - file.size[1]) <= 1
             (near if close else wrong).append((image, file))
         yield entry
     if unknown and not split.measured:
