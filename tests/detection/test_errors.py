@@ -81,6 +81,7 @@ def text_as_image(content: dict[str, Any], data: Path) -> None:
 def all_too_small(content: dict[str, Any], data: Path) -> None:
     for image in content["images"]:
         shrink(image, data / "train")
+    polygons(content)
 
 
 def shrink(image: dict[str, Any], folder: Path, width: int = 8) -> None:
@@ -88,6 +89,12 @@ def shrink(image: dict[str, Any], folder: Path, width: int = 8) -> None:
     image["width"] = width
     with Image.open(folder / image["file_name"]) as picture:
         picture.resize((width, image["height"])).save(folder / image["file_name"])
+
+
+def polygons(content: dict[str, Any]) -> None:
+    """Masks that fit an image of any size, where those of the scenes are of a certain one."""
+    for each in content["annotations"]:
+        each["segmentation"] = [[1, 1, 5, 1, 5, 5]]
 
 
 def without(kind: str, key: str, value: Any = None) -> Change:
@@ -193,7 +200,11 @@ def test_small_images_that_are_kept_are_named(own: Path, tmp_path: Path, caplog:
     from detection.checks import check_data
     from detection.config import read
 
-    changed(own, lambda content, data: shrink(content["images"][0], data / "val", 20), "val")
+    def change(content: dict[str, Any], data: Path) -> None:
+        shrink(content["images"][0], data / "val", 20)
+        polygons(content)
+
+    changed(own, change, "val")
     check_data(read(str(tiny_config(tmp_path, own))), ["val"])
     assert "1 images are smaller than one cell of the coarsest map (32 pixels)" in caplog.text
 
