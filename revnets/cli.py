@@ -21,7 +21,7 @@ app = typer.Typer(
 _command = partial(app.command, cls=Command)
 
 
-_SIZED = "where every MODEL has its own: leave one of them out"
+_SIZED = "where every MODEL has its own: take it out of one"
 _PLAIN = "on networks without reversible parts: name one that has some"
 
 
@@ -123,7 +123,7 @@ def profile(
 @needs("output", "model")
 def layers(
     model: Annotated[str | None, argument("convert this one, any timm model", "[MODEL")] = None,
-    spec: Annotated[str, argument("such as sparse_wide:0.75", "SPEC]")] = "",
+    spec: Annotated[str | None, argument("such as sparse_wide:0.75", "SPEC]")] = None,
     img_size: Annotated[int | None, number(COUNT, "to count FLOPs at (default: the published one)")] = None,
     output: Annotated[Path | None, path("folder for FLOPs as CSV, JSON and a picture")] = None,
 ) -> None:
@@ -135,7 +135,7 @@ def layers(
     if model is None:
         command.print_layers()
     else:
-        command.print_conversion(model, spec, img_size, output)
+        command.print_conversion(model, spec or "", img_size, output)
 
 
 @_command()

@@ -166,6 +166,9 @@ def _open(path: Path, split: str) -> Any:
         if path.is_dir() and os.path.exists(candidate):  # False, too, for names that cannot be
             path = candidate
             break
+    else:
+        if split != "train":  # which is there by default, and may be the given folder itself
+            raise ProfileError(f"--split: there is no {split!r} in {str(path)!r}: give a folder or .tar file of it")
     try:
         return create_dataset("", root=str(path), split=split, is_training=True)
     except Exception as error:  # timm's readers raise what their libraries raise

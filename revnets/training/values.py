@@ -239,7 +239,7 @@ def reason(error: BaseException) -> str:
         ("KeyError 'a'", 'AssertionError')
     """
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    text = first[:_LONGEST].rstrip(" :.")
+    text = first[:_LONGEST].rstrip(" :")
     return f"{type(error).__name__} {text}".strip() if not text or isinstance(error, KeyError) else text
 
 
