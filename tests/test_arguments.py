@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,9 @@ def lines(name: str) -> st.SearchStrategy[list[str]]:
         flags = [*param.opts, *param.secondary_opts]
         if param.param_type_name == "argument":
             sensible = "test_resnet@32:1" if name in ("profile", "bench", "numerics") else "test_resnet"
-            arguments.append(st.just([sensible]) | st.just([sensible]) | st.lists(values, min_size=int(name == "bench"), max_size=2))
+            arguments.append(
+                st.just([sensible]) | st.just([sensible]) | st.lists(values, min_size=int(name == "bench"), max_size=2)
+            )
         elif param.name != "help":
             is_flag = getattr(param, "is_flag", False) or bool(param.secondary_opts)
             one = st.sampled_from(flags).map(lambda f: [f])
@@ -65,7 +66,7 @@ def lines(name: str) -> st.SearchStrategy[list[str]]:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to stand in, where nothing that takes long runs."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("text")
@@ -78,7 +79,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
     for run in RUNS:
         monkeypatch.setattr(run, ends)
-    yield tmp_path
+    return tmp_path
 
 
 def check(line: list[str], place: Path) -> None:
@@ -188,7 +189,7 @@ def test_options_without_effect(line: str, place: Path) -> None:
 
 @pytest.mark.parametrize("value", [True, float("nan"), float("inf"), "1", None, 2**31, 0, 1.5])
 def test_numbers_are_of_their_kind(value: Any) -> None:
-    with pytest.raises(ValueError, match="a=.*expected a whole number from 1 to 5"):
+    with pytest.raises(ValueError, match=r"a=.*expected a whole number from 1 to 5"):
         Number(int, 1, 5).check("a", value)
 
 
