@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -108,8 +109,8 @@ def excludes(option: str, *others: str) -> Callable[[Function], Function]:
 
     def declare(function: Function) -> Function:
         for other in reversed(others):
-            rule = without_effect(option, f"with {_flag(other)}: give one of them", lambda v, other=other: v[other])
-            function = rule(function)
+            idle = operator.itemgetter(other)
+            function = without_effect(option, f"with {_flag(other)}: give one of them", idle)(function)
         return function
 
     return declare
@@ -171,10 +172,11 @@ class Commands(TyperGroup):
 
     def main(self, *args: Any, standalone_mode: bool = True, **more: Any) -> Any:
         """Reads the command line and runs what it says."""
+        run: Any = super().main
         if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **more)
+            return run(*args, standalone_mode=False, **more)
         try:
-            code = super().main(*args, standalone_mode=False, **more)
+            code = run(*args, standalone_mode=False, **more)
         except typer.Abort:
             typer.echo("Aborted!", err=True)
             code = 1

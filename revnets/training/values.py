@@ -67,7 +67,7 @@ class Number:
 
     def holds(self, value: Any) -> bool:
         """Whether the value is one of these."""
-        like = numbers.Integral if self.kind is int else numbers.Real
+        like: Any = numbers.Integral if self.kind is int else numbers.Real
         if isinstance(value, bool) or not isinstance(value, like) or not math.isfinite(value):
             return False
         return bool(
