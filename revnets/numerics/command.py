@@ -24,7 +24,7 @@ from ..profiling.report import open_folder, write
 from ..profiling.target import Setting, Target, as_job, training_loss
 from ..reversible import MODES
 from ..training.places import check_exists, check_folder
-from ..training.values import COUNT, reason, refused, words
+from ..training.values import COUNT, find_device, reason, refused, words
 from .monitor import LAYERS, NumericsMonitor
 from .report import FILES, print_table
 
@@ -95,7 +95,7 @@ def _network(target: Target, setting: Setting, layers: str, classes: int | None)
     if classes is not None:
         target = replace(target, options=(*target.options, ("num_classes", classes)))
     with refused(f"{target} cannot be built on {setting.device}", ProfileError):
-        network = target.build(setting, setting.device).network
+        network = target.build(setting, find_device(setting.device, here=True)).network
     if not layers:
         return network, ""
     report = convert(network, layers, input_size=(_channels(target), target.img_size, target.img_size))

@@ -1,5 +1,6 @@
 """Memory and FLOPs of a training step, known before it runs: no accelerator, no allocation."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -109,12 +110,16 @@ def traceable(device: torch.device) -> torch.device:
 
 @contextmanager
 def _explained(tracker: StorageTracker) -> Iterator[None]:
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True  # it logs tracebacks of what becomes one sentence here
     try:
         yield
     except ProfileError:
         raise
     except Exception as error:  # of the model, the loss or the optimizer, which somebody chose
         raise explain(error, tracker.op) from error
+    finally:
+        logger.disabled = before
 
 
 def _trace(

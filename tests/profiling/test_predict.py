@@ -250,7 +250,7 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
     "a model without parameters": ({"model": nn.ReLU()}, "no parameter with requires_grad"),
     "a model that is frozen": ({"model": nn.Linear(8, 8).requires_grad_(False)}, "no parameter with requires_grad"),
     "no model": ({"model": "resnet18"}, "model=str"),
-    "an input of another size": ({"x": torch.ones(4, 7)}, "mat1|shape|size"),
+    "an input of another size": ({"x": torch.ones(4, 7)}, "mat1|shape|size|dim"),
     "an input that is none": ({"x": [1, 2]}, "x=list: expected a tensor"),
     "an output without tensors": ({"model": nn.Flatten(), "loss_fn": lambda y: 1.0}, "the loss is of float"),
     "a loss of many numbers": ({"loss_fn": lambda y: y}, r"shape \(4, 8\)"),
