@@ -14,12 +14,11 @@ import torch
 from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler, get_state_dict, unwrap_model
 from torch import nn
 
-from revnets.training.errors import UserError, one_line
-from revnets.training.files import whole_file
 from classification.models import load_weights, read_checkpoint
 from revnets.sparsity import SparsityController
+from revnets.training.errors import UserError, one_line
+from revnets.training.files import whole_file, writing
 from revnets.training.finite import FiniteGuard
-from revnets.training.files import writing
 from revnets.training.integrity import damage
 
 _logger = logging.getLogger("classification")

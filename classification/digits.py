@@ -20,8 +20,8 @@ if not __package__:  # run by its path, see train.py
 import numpy as np
 from PIL import Image
 
-from revnets.training.options import option, parse
 from revnets.training.errors import UserError, guarded
+from revnets.training.options import option, parse
 
 MARKER = "digits.json"
 HELD_OUT = 360

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from classification.data import TrainData
-from revnets.training.errors import UserError, one_line
 from classification.options import TrainOptions
 from classification.recovery import Position, Recovery
 from classification.report import Steps
@@ -27,6 +26,7 @@ from revnets.numerics import NumericsMonitor
 from revnets.reversible import RangeError
 from revnets.sparsity import SparsityController, apply_masks
 from revnets.training.drift import DriftMonitor
+from revnets.training.errors import UserError, one_line
 from revnets.training.finite import FiniteGuard, SkippedByScaler
 from revnets.training.ranges import AgreedRangeError, ranges_agreed
 from revnets.training.resumable import MODEL, seed_all

@@ -33,12 +33,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import revnets
-from revnets.training.options import Parser
-from revnets.training.errors import UserError, guarded, one_line
-from revnets.training.files import whole_file
-from revnets.training.splits import check_split
 from classification.report import clock
 from classification.series import new_figure, positive, save_figure, writable
+from revnets.training.errors import UserError, guarded, one_line
+from revnets.training.files import whole_file
+from revnets.training.options import Parser
+from revnets.training.splits import check_split
 
 _logger = logging.getLogger("classification")
 RULES = ("with", "without")

@@ -8,8 +8,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from revnets.training.options import option
 from revnets.training.errors import UserError
+from revnets.training.options import option
 
 
 @dataclasses.dataclass

@@ -23,10 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from revnets.training.options import Parser, parse
 from classification.data import class_names, open_dataset, validation_loader
-from revnets.training.errors import UserError, guarded, one_line
-from revnets.training.files import whole_file
 from classification.loop import validate
 from classification.models import build_model, data_config, load_weights
 from classification.options import TrainOptions, as_dict
@@ -46,6 +43,9 @@ from revnets.deploy import ENGINES, ExportError, accuracy, load, quantize
 from revnets.pruning import METHODS, Pattern, prune
 from revnets.pruning.checkpoint import read_weights, save_weights
 from revnets.pruning.command import draw_batches
+from revnets.training.errors import UserError, guarded, one_line
+from revnets.training.files import whole_file
+from revnets.training.options import Parser, parse
 
 _logger = logging.getLogger("classification")
 RECIPES = Path(__file__).resolve().parents[1] / "configs" / "classification" / "prune"

@@ -20,17 +20,17 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from repor
 import torch
 from torch import Tensor, nn
 
-from revnets.training.options import option, parse
 from classification.data import open_dataset, validation_loader
 from classification.digits import make_digits
-from revnets.training.errors import UserError, guarded
-from revnets.training.files import whole_file
 from classification.models import build_model, data_config, load_weights, read_checkpoint
 from classification.options import TrainOptions, ValidateOptions
 from classification.report import Row, clock, plot_rows
 from classification.runtime import MB, start_runtime
 from classification.train import train
 from classification.validate import validate
+from revnets.training.errors import UserError, guarded
+from revnets.training.files import whole_file
+from revnets.training.options import option, parse
 
 _logger = logging.getLogger("classification")
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "classification" / "quickstart.yaml"

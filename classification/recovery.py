@@ -10,8 +10,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from classification.checkpoints import RECOVERY, Saver
-from revnets.training.errors import UserError
 from classification.runtime import Runtime
+from revnets.training.errors import UserError
 from revnets.training.processes import at_first, own_buffers, put_buffers
 from revnets.training.termination import Terminated, Termination
 

@@ -13,8 +13,8 @@ import torch
 from timm.utils import NativeScaler, distribute_bn, init_distributed_device, setup_default_logging
 from torch import Tensor, nn
 
-from revnets.training.errors import UserError, one_line
 from classification.options import DeviceOptions
+from revnets.training.errors import UserError, one_line
 
 _logger = logging.getLogger("classification")
 MB = 1e6

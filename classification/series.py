@@ -18,12 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from revnets.training.options import Parser
-from revnets.training.errors import UserError
-from revnets.training.files import whole_file
 from classification.options import TrainOptions, as_dict
 from classification.report import Row, read_summary
 from revnets.sparsity.masks import check_sparsity
+from revnets.training.errors import UserError
+from revnets.training.files import whole_file
+from revnets.training.options import Parser
 
 _logger = logging.getLogger("classification")
 In = TypeVar("In")

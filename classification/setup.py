@@ -13,13 +13,13 @@ from torch import nn
 
 import revnets
 from classification.distill import distillation
-from revnets.training.errors import UserError, did_you_mean, one_line
 from classification.loop import Training
 from classification.options import TrainOptions
 from classification.recovery import Recovery
 from classification.runtime import Runtime
 from classification.sparse import start_sparse_kernel, start_sparsity
 from revnets.training.drift import DriftMonitor
+from revnets.training.errors import UserError, did_you_mean, one_line
 from revnets.training.finite import FiniteGuard
 
 

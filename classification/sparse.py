@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from revnets.training.errors import UserError, one_line
 from classification.models import data_config
 from classification.options import TrainOptions
 from revnets.kernels import KernelUnavailable
@@ -18,6 +17,7 @@ from revnets.layers.training_flops import FILES as FLOPS_FILES
 from revnets.layers.training_flops import FlopsReport, by_schedule, training_flops
 from revnets.sparsity import Schedule, SparsityController, sparse_layers
 from revnets.sparsity.report import PICTURE, TABLE, draw_picture, write_table
+from revnets.training.errors import UserError, one_line
 
 _logger = logging.getLogger("classification")
 FILES = (TABLE, PICTURE, *FLOPS_FILES)

@@ -21,8 +21,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from revnets.training.options import Parser, parse
-from revnets.training.errors import guarded
 from classification.options import TrainOptions, as_dict
 from classification.series import (
     Stage,
@@ -35,6 +33,8 @@ from classification.series import (
     writable,
     write_table,
 )
+from revnets.training.errors import guarded
+from revnets.training.options import Parser, parse
 
 _logger = logging.getLogger("classification")
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "classification" / "prune" / "cifar10_small_resnet18.yaml"

@@ -24,7 +24,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from classification.checkpoints import LAST, PATTERN, Saver, by_age, newest_whole, remove_leftovers, resume
-from revnets.training.options import parse
 from classification.data import (
     check_labels,
     check_same_classes,
@@ -33,7 +32,6 @@ from classification.data import (
     train_data,
     validation_loader,
 )
-from revnets.training.errors import UserError, guarded
 from classification.loop import Training, train_epoch, validate
 from classification.models import build_model, check_model_fits, data_config
 from classification.options import TrainOptions, as_dict
@@ -41,14 +39,16 @@ from classification.recovery import OwnState, Position
 from classification.report import SUMMARY, Row, Summary, clock, draw_curves, write_args
 from classification.runtime import Runtime, memory_words, start_runtime
 from classification.setup import start_training
+from classification.sources import check_apart
 from classification.sparse import FILES as SPARSITY_FILES
 from classification.sparse import RunFlops, draw_sparsity, sparsity_words
-from classification.sources import check_apart
 from classification.start import load_start
 from revnets.numerics import NumericsMonitor
 from revnets.numerics.report import FILES as NUMERICS_FILES
 from revnets.pruning.checkpoint import FLOPS
 from revnets.sparsity.report import write_table
+from revnets.training.errors import UserError, guarded
+from revnets.training.options import parse
 from revnets.training.processes import of_first, settle_buckets
 
 _logger = logging.getLogger("classification")

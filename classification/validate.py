@@ -21,16 +21,15 @@ if not __package__:  # run by its path, see train.py
 from rich.console import Console
 
 import revnets  # noqa: F401  (registers its models with timm)
-from revnets.training.options import given, options_of
 from classification.data import check_labels, open_dataset, validation_loader
-from revnets.training.errors import UserError, guarded
-from revnets.training.files import whole_file
 from classification.loop import validate as measure
 from classification.models import build_model, check_model_fits, data_config, load_weights, read_checkpoint
 from classification.options import TrainOptions, ValidateOptions, from_checkpoint_args
 from classification.report import table
 from classification.runtime import memory_words, peak_memory, start_runtime
-from revnets.training.files import NotWritten, writing
+from revnets.training.errors import UserError, guarded
+from revnets.training.files import NotWritten, whole_file, writing
+from revnets.training.options import given, options_of
 
 _logger = logging.getLogger("classification")
 DESCRIPTION = "Validate a timm model. With --checkpoint, the model and the data are those of the training unless given."

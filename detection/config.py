@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from revnets.training.options import Parser
-from revnets.training.errors import UserError, did_you_mean, one_line
 from detection.noise import noise_kept_out
+from revnets.training.errors import UserError, did_you_mean, one_line
+from revnets.training.options import Parser
 
 try:
     from mmengine.config import Config, DictAction

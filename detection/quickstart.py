@@ -20,8 +20,6 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from repor
 import torch
 from torch import Tensor, nn
 
-from revnets.training.options import Parser
-from revnets.training.errors import UserError, guarded
 from classification.report import clock
 from classification.runtime import MB
 from detection.config import CONFIGS
@@ -29,6 +27,8 @@ from detection.digits import SceneOptions, make_scenes
 from detection.noise import noise_kept_out
 from detection.test import run_test
 from detection.train import train
+from revnets.training.errors import UserError, guarded
+from revnets.training.options import Parser
 
 CONFIG = CONFIGS / "digits" / "faster-rcnn_revbifpn-s0_digits.py"
 DATA = Path("data/digits-scenes")

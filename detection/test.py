@@ -17,11 +17,11 @@ if not __package__:  # run by its path, see train.py
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from reporting that there is no GPU
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from revnets.training.errors import guarded
 from detection import checkpoints, checks
 from detection.config import load, parse, parser, primary
 from detection.noise import noise_kept_out
 from detection.report import draw, show, write_summary
+from revnets.training.errors import guarded
 
 _logger = logging.getLogger("detection")
 DESCRIPTION = "Test a detector on MMEngine's runner. Options are those of MMDetection's tools/test.py, and some more."

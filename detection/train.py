@@ -23,13 +23,13 @@ if not __package__:  # run by its path: Python then looks for modules in detecti
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from reporting that there is no GPU
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from revnets.training.errors import UserError, guarded, one_line
 from classification.report import clock
 from classification.runtime import MB
 from detection import checkpoints, checks
 from detection.config import connect, load, parse, parser, primary
 from detection.noise import noise_kept_out
 from detection.report import draw, show, write_summary
+from revnets.training.errors import UserError, guarded, one_line
 from revnets.training.processes import of_first
 
 _logger = logging.getLogger("detection")

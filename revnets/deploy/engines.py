@@ -18,8 +18,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..kernels.build import kernel_problem
+from ..training.values import COUNT
 from .bind import bind
-from .graph import INPUT_NAME, OUTPUT_NAME, ExportError, export_graph, export_program, flat, worst_error
+from .graph import (
+    INPUT_NAME,
+    OUTPUT_NAME,
+    ExportError,
+    check_limits,
+    export_graph,
+    export_program,
+    flat,
+    worst_error,
+)
 from .lower import Layer, interleaved, lower
 
 Runner = Callable[[Tensor], list[Tensor]]
@@ -266,8 +276,8 @@ def deploy(
         repeats: timed runs per engine for ``"auto"``.
 
     Raises:
-        ExportError: for an unknown engine or one that is not installed, a model that cannot be exported, outputs that
-            differ, a folder that cannot be written.
+        ExportError: for numbers that cannot be, an unknown engine or one that is not installed, a model that cannot be
+            exported, outputs that differ, a folder that cannot be written.
 
     Example:
         >>> import tempfile
@@ -278,6 +288,12 @@ def deploy(
         ...     torch.allclose(load(made.path)(x)[0], net(x), atol=1e-6)
         True
     """
+    check_limits(tolerance, max_density)
+    COUNT.check("repeats", repeats)
+    if not name or name != Path(name).name:
+        raise ExportError(f"name={name!r}: expected the name of a file, without a folder")
+    if not isinstance(x, Tensor) or not x.numel():
+        raise ExportError(f"x={type(x).__name__}: expected a tensor of images (N, C, H, W)")
     folder = open_folder(Path(folder))
     chosen = [e for e in ENGINES.values() if not e.missing()] if engine == "auto" else [get_engine(engine)]
     graph = export_graph(model, x, any_batch)

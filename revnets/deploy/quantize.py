@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..training.values import COUNT, POSITIVE
 from .engines import Runner, get_engine, load, open_folder, write_onnx
 from .graph import INPUT_NAME, ExportError, export_graph
 
@@ -69,6 +70,8 @@ def quantize(
     """
     if calibration not in CALIBRATIONS:
         raise ExportError(f"calibration={calibration!r}: expected one of {', '.join(CALIBRATIONS)}")
+    COUNT.check("images", images)
+    POSITIVE.check("max_error", max_error)
     get_engine("onnxruntime")
     batches = list(_checked(data, images))
     folder = open_folder(Path(folder))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training.files import writing
+from ..training.places import check_folder
 from .fake import ProfileError
 from .fit import Fit
 from .predict import CATEGORIES
@@ -144,17 +145,15 @@ def _mb(nbytes: int | None) -> str:
 
 
 def open_folder(path: Path) -> Path:
-    """The folder for the output, made if it is missing.
+    """The folder for the output, made if it is missing; before long work, ``check_folder`` does without making it.
 
     Raises:
         ProfileError: when it cannot be made or written to.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / ".writable").touch()
-        (path / ".writable").unlink()
-    except OSError as error:
-        raise ProfileError(f"the output folder {str(path)!r} cannot be used: {error.strerror}") from error
+        check_folder(path).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise ProfileError(str(error)) from error
     return path
 
 

@@ -53,14 +53,14 @@ def _archive(path: Path) -> Path:
 
 
 def split_or_root(root: str | Path, split: str) -> Path:
-    """As ``find_split``; a folder that has no splits at all is itself one, of class folders.
+    """As ``find_split``; a folder without splits is itself the training one, of class folders.
 
     Raises:
         ValueError: There are other splits, but not this one.
     """
     root = Path(root)
     names = [name + end for name in (*TRAIN, *VALIDATION, "test") for end in ("", ".tar")]
-    if root.is_dir() and not any((root / name).exists() for name in (split, f"{split}.tar", *names)):
+    if root.is_dir() and split in TRAIN and not any((root / name).exists() for name in names):
         return root
     packed = root / f"{split}.tar"
     return packed if packed.is_file() else find_split(root, split)

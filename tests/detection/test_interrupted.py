@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from revnets.training.errors import UserError, guarded
 from detection import checkpoints
+from revnets.training.errors import UserError, guarded
 from tests.mm import test_resume as toy
 
 
