@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from revnets.training.errors import UserError
+from revnets.training.errors import UserError, one_line
 from revnets.training.files import whole_file
 
 _logger = logging.getLogger("classification")
-SUMMARY = "summary.csv"
+SUMMARY, ARGS = "summary.csv", "args.yaml"
+MOST_EPOCHS = 10**9
 Row = dict[str, float]
 
 
@@ -108,20 +109,23 @@ def read_summary(path: Path) -> list[Row]:
     """The rows of a summary CSV; empty cells are left out.
 
     Raises:
-        UserError: Someone wrote something else into the file.
+        UserError: It cannot be read, or someone wrote something else into the file.
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            return [{name: float(text) for name, text in row.items() if text} for row in csv.DictReader(file)]
-    except (ValueError, TypeError, AttributeError) as error:
+            rows = [{name: float(text) for name, text in row.items() if text} for row in csv.DictReader(file)]
+        if odd := next((row for row in rows if not row.get("epoch", -1) in range(MOST_EPOCHS)), None):
+            raise ValueError(f"the epoch of a row is {odd.get('epoch', 'missing')}")
+    except (ValueError, TypeError, AttributeError, csv.Error, OSError) as error:
         raise UserError(
-            f"'{path}' is no summary of a run ({error}); delete it or choose another --experiment."
+            f"'{path}' is no summary of a run ({one_line(error)[:160]}); delete it or choose another --experiment."
         ) from error
+    return rows
 
 
 def write_args(folder: Path, values: Mapping[str, Any]) -> None:
     """Writes `args.yaml`, which `--config` reads back."""
-    with whole_file(folder / "args.yaml") as path:
+    with whole_file(folder / ARGS) as path:
         path.write_text(yaml.safe_dump(dict(values), sort_keys=False), encoding="utf-8")
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..training.files import writing
+from ..training.files import usable_folder, whole_file
 from .fake import ProfileError
 from .fit import Fit
 from .predict import CATEGORIES
@@ -150,12 +150,9 @@ def open_folder(path: Path) -> Path:
         ProfileError: when it cannot be made or written to.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / ".writable").touch()
-        (path / ".writable").unlink()
+        return usable_folder(path)
     except OSError as error:
         raise ProfileError(f"the output folder {str(path)!r} cannot be used: {error.strerror}") from error
-    return path
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> Path:
@@ -164,13 +161,8 @@ def write(path: Path, save: Callable[[Path], Any]) -> Path:
     Raises:
         NotWritten: there is no space, say.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path):
-        try:
-            save(temporary)
-            temporary.rename(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary:
+        save(temporary)
     return path
 
 
