@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -114,8 +115,10 @@ def read_summary(path: Path) -> list[Row]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = [{name: float(text) for name, text in row.items() if text} for row in csv.DictReader(file)]
-        if odd := next((row for row in rows if not row.get("epoch", -1) in range(MOST_EPOCHS)), None):
-            raise ValueError(f"the epoch of a row is {odd.get('epoch', 'missing')}")
+        for row in rows:
+            epoch = row.get("epoch", math.nan)
+            if not (0 <= epoch < MOST_EPOCHS and epoch.is_integer()):
+                raise ValueError("a row without an epoch" if math.isnan(epoch) else f"a row of epoch {epoch:g}")
     except (ValueError, TypeError, AttributeError, csv.Error, OSError) as error:
         raise UserError(
             f"'{path}' is no summary of a run ({one_line(error)[:160]}); delete it or choose another --experiment."

@@ -188,6 +188,30 @@ def obstacle(folder: Path, own: Callable[[str], object]) -> str:
     return ""
 
 
+def named_file(folder: Path, name: object, ending: str = ".pth") -> Path | None:
+    """The file of a folder that a name out of another file means; such a name is never a path to elsewhere.
+
+    Args:
+        folder: Of a run.
+        name: Anything; of a path its last part counts, since the folder may have been moved.
+        ending: Of the file.
+
+    Returns:
+        The file, where there is one in the folder itself, no link.
+
+    Example:
+        >>> named_file(Path("run"), "/etc/passwd") is None
+        True
+    """
+    base = re.split(r"[/\\]", name.strip())[-1] if isinstance(name, str) else ""
+    if not base.endswith(ending) or not base.isprintable() or len(base) > 200:
+        return None
+    try:
+        return folder / base if stat.S_ISREG((folder / base).lstat().st_mode) else None
+    except OSError:
+        return None
+
+
 def _temporary(path: Path) -> Path:
     return path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}-{path.name[-128:]}")  # names have 255 bytes at most
 

@@ -27,7 +27,6 @@ _TEXT = re.compile(r"process (\d{1,20}) on (\S{1,255}) since (\S+ \S+)\n")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems that know none
 _TRIES, _PAUSE = 20, 0.05  # a second for a run that is just ending, or a process that is just dying
 _FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-_held: dict[int, os.stat_result] = {}  # descriptors of this process, and their files
 
 
 class InUse(UserError):
@@ -111,7 +110,7 @@ class FolderLock:
                 elif _same(handle, self.path):  # its holder did not remove it between open and lock
                     if writable:
                         _sign(handle, self._process)
-                        _held[handle], kept = os.fstat(handle), True
+                        _held[handle], kept = self, True
                         return handle
                     self.path.unlink()  # another user's, left behind by a crash
                     continue
@@ -156,17 +155,16 @@ class FolderLock:
         self._made = []
 
 
-def held_here(folder: Path) -> bool:
-    """Whether this process holds the lock of a folder.
+_held: dict[int, FolderLock] = {}  # by descriptor; of this process
+
+
+def held_here(folder: Path) -> FolderLock | None:
+    """The lock of a folder, where this process holds it.
 
     Args:
         folder: Of a run.
     """
-    try:
-        there = (folder / NAME).lstat()
-    except OSError:
-        return False
-    return any(os.path.samestat(there, file) for file in _held.values())
+    return next((lock for handle, lock in _held.items() if _same(handle, folder / NAME)), None)
 
 
 def _open(path: Path) -> tuple[int, bool]:
