@@ -114,7 +114,10 @@ def read_summary(path: Path) -> list[Row]:
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            rows = [{name: float(text) for name, text in row.items() if text} for row in csv.DictReader(file)]
+            reader = csv.DictReader(file)
+            if "epoch" not in (reader.fieldnames or ["epoch"]):
+                raise ValueError("no column 'epoch'")
+            rows = [{name: float(text) for name, text in row.items() if text} for row in reader]
         for row in rows:
             epoch = row.get("epoch", math.nan)
             if not (0 <= epoch < MOST_EPOCHS and epoch.is_integer()):
