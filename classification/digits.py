@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from revnets.training.errors import UserError, guarded
+from revnets.training.files import whole_folder
 from revnets.training.options import option, parse
 
 MARKER = "digits.json"
@@ -71,22 +69,11 @@ def make_digits(root: Path, size: int = 32, seed: int = 42, limit: int | None = 
         raise UserError(
             f"--data-dir: '{root}' holds other files than digits with {settings}; delete it or give another folder."
         )
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=root.parent, prefix=".tmp-digits-"))
-    except OSError as error:
-        raise UserError(f"--data-dir: '{root}' cannot be made ({error.strerror}); give a writable folder.") from error
-    try:
+    with whole_folder(root) as temporary:
         for split, (scans, labels) in digit_scans(seed).items():
             for index, (scan, label) in enumerate(list(zip(scans, labels, strict=True))[:limit]):
                 _write(temporary / split / str(label) / f"{index:04d}.png", scan, size)
         (temporary / MARKER).write_text(json.dumps(settings), encoding="utf-8")
-        temporary.chmod(0o755)
-        if root.exists():
-            root.rmdir()  # empty, checked above
-        os.replace(temporary, root)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return root
 
 

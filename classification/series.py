@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +21,7 @@ from classification.options import TrainOptions, as_dict
 from classification.report import Row, read_summary
 from revnets.sparsity.masks import check_sparsity
 from revnets.training.errors import UserError
-from revnets.training.files import whole_file
+from revnets.training.files import usable_folder, whole_file
 from revnets.training.options import Parser
 
 _logger = logging.getLogger("classification")
@@ -54,14 +53,10 @@ def writable(output: str) -> Path:
     Raises:
         UserError: It cannot be written.
     """
-    folder = Path(output)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        return usable_folder(Path(output))
     except OSError as error:
         raise UserError(f"--output: '{output}' cannot be written ({error.strerror}); give another folder.") from error
-    return folder
 
 
 def share_of_zeros(text: str) -> float:

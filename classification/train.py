@@ -6,6 +6,7 @@ torchrun --nproc_per_node=2 classification/train.py --data-dir /data/imagenet --
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -23,7 +24,7 @@ from timm.utils import random_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from classification.checkpoints import LAST, PATTERN, Saver, by_age, newest_whole, remove_leftovers, resume
+from classification.checkpoints import LAST, Saver, resume
 from classification.data import (
     check_labels,
     check_same_classes,
@@ -32,19 +33,18 @@ from classification.data import (
     train_data,
     validation_loader,
 )
+from classification.folder import RunFolder
 from classification.loop import Training, train_epoch, validate
 from classification.models import build_model, check_model_fits, data_config
 from classification.options import TrainOptions, as_dict
 from classification.recovery import OwnState, Position
-from classification.report import SUMMARY, Row, Summary, clock, draw_curves, write_args
+from classification.report import Row, Summary, clock, draw_curves, write_args
 from classification.runtime import Runtime, memory_words, start_runtime
 from classification.setup import start_training
 from classification.sources import check_apart
-from classification.sparse import FILES as SPARSITY_FILES
 from classification.sparse import RunFlops, draw_sparsity, sparsity_words
 from classification.start import load_start
 from revnets.numerics import NumericsMonitor
-from revnets.numerics.report import FILES as NUMERICS_FILES
 from revnets.pruning.checkpoint import FLOPS
 from revnets.sparsity.report import write_table
 from revnets.training.errors import UserError, guarded
@@ -52,7 +52,6 @@ from revnets.training.options import parse
 from revnets.training.processes import of_first, settle_buckets
 
 _logger = logging.getLogger("classification")
-FILES = (SUMMARY, "curves.png", *SPARSITY_FILES, *NUMERICS_FILES)
 DESCRIPTION = "Train a timm model on images. Options keep the names of timm's own train.py."
 
 
@@ -83,6 +82,11 @@ def train(options: TrainOptions) -> Result:
     Raises:
         UserError: A mistake in the options, the data or a checkpoint.
     """
+    with contextlib.ExitStack() as held:
+        return _train(options, held)
+
+
+def _train(options: TrainOptions, held: contextlib.ExitStack) -> Result:
     options.check()
     runtime = start_runtime(options)
     check_apart(options)
@@ -101,7 +105,7 @@ def train(options: TrainOptions) -> Result:
     data = train_data(options, runtime, train_set, config, num_classes)
     val_loader = validation_loader(options, runtime, val_set, config)
     run, epochs = start_training(options, runtime, model, data)
-    folder, path, checkpoint, begin = _start(run, model)
+    folder, path, checkpoint, begin = _start(run, model, held)
     if runtime.distributed:
         run.model = _distributed(run.model, runtime, options)
         if run.task is not None:
@@ -174,10 +178,21 @@ def _distributed(model: nn.Module, runtime: Runtime, options: TrainOptions) -> n
     return model
 
 
-def _start(run: Training, model: nn.Module) -> tuple[Path, Path | None, dict[str, Any] | None, Position]:
-    """Finds the run's folder and, when resuming, brings the run back; returns the checkpoint and where it was."""
-    options = run.options
-    folder, path = of_first(lambda: _folder_and_checkpoint(options, model))
+def _start(
+    run: Training, model: nn.Module, held: contextlib.ExitStack
+) -> tuple[Path, Path | None, dict[str, Any] | None, Position]:
+    """Takes the run's folder and, when resuming, brings the run back; returns the checkpoint and where it was.
+
+    The first process alone has the folder; what keeps it from it, all learn of.
+    """
+    options, mine = run.options, []
+
+    def take() -> tuple[Path, Path | None]:
+        mine.append(RunFolder(options, data_config(options, model)["input_size"][-1]))
+        held.callback(mine[0].close)
+        return mine[0].path, mine[0].checkpoint
+
+    folder, path = of_first(take)
     checkpoint, begin = None, Position(0)
     if path is not None:
         optimizer = None if options.no_resume_opt else run.optimizer
@@ -188,50 +203,8 @@ def _start(run: Training, model: nn.Module) -> tuple[Path, Path | None, dict[str
         if begin.epoch:
             run.scheduler.step(begin.epoch)
         run.scheduler.step_update(run.updates_before(begin))
-    if run.runtime.primary:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"--output: '{folder}' cannot be made ({error.strerror}); give a writable folder."
-            ) from error
-        if checkpoint is None and options.overwrite:
-            for old in [*folder.glob(PATTERN), *(folder / name for name in FILES)]:
-                old.unlink(missing_ok=True)
-        remove_leftovers(folder)
+    of_first(lambda: mine[0].clear())
     return folder, path, checkpoint, begin
-
-
-def _folder_and_checkpoint(options: TrainOptions, model: nn.Module) -> tuple[Path, Path | None]:
-    size = data_config(options, model)["input_size"][-1]
-    output = Path(options.output)
-    name = options.experiment or f"{options.model.replace('/', '_')}-{size}"
-    folder = output / name
-    if options.resume == "auto":
-        candidates = [folder] if options.experiment else [folder, *output.glob(f"{name}-[0-9]*")]
-        found = {path: each for each in candidates if (path := newest_whole(each)) is not None}
-        if not found:
-            _logger.info(f"--resume auto: no checkpoint in '{folder}', starting from the beginning")
-            return folder, None
-        latest = max(found, key=lambda path: path.stat().st_mtime_ns)
-        return found[latest], latest
-    path = Path(options.resume) if options.resume else None
-    if path is not None and path.resolve().parent == folder.resolve():
-        return folder, path
-    if not options.overwrite and _holds_run(folder):
-        if options.experiment:
-            raise UserError(
-                f"--experiment: '{folder}' already holds a run; add --resume auto to go on with it, "
-                "--overwrite to start anew, or give another name."
-            )
-        number = 1
-        while _holds_run(folder := output / f"{name}-{number}"):
-            number += 1
-    return folder, path
-
-
-def _holds_run(folder: Path) -> bool:
-    return (folder / SUMMARY).exists() or bool(by_age(folder))
 
 
 def _announce(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,46 +14,69 @@ import torch
 
 from classification.checkpoints import first_whole
 from revnets.training.errors import UserError, one_line
+from revnets.training.files import named_file
 from revnets.training.integrity import damage, forbidden, is_archive
 
 _logger = logging.getLogger("detection")
 LAST = "last_checkpoint"
+WRITTEN = (LAST, "summary.json", "predictions.png", "memory.json")
+_SAVED, _BEST = re.compile(r"(epoch|iter)_\d+\.pth|interim\.pth"), re.compile(r"best_.+\.pth")
 
 
-def newest(folder: Path) -> Path | None:
-    """The checkpoint that a run saved last, where there is one."""
+def writes(name: str) -> bool:
+    """Whether a run writes a file of that name."""
+    return name in WRITTEN or _SAVED.fullmatch(name) is not None or _BEST.fullmatch(name) is not None
+
+
+def newest(folder: Path, saved: Path | None = None) -> Path | None:
+    """The checkpoint that a run saved last, where there is one.
+
+    Args:
+        folder: Of the run; what its `last_checkpoint` says is the name of a file in the folder of checkpoints.
+        saved: The folder of checkpoints, where it is another.
+    """
     try:
-        path = Path((folder / LAST).read_text(encoding="utf-8").strip())
+        with (folder / LAST).open(encoding="utf-8") as file:
+            return named_file(saved or folder, file.read(1 << 14))
     except (OSError, ValueError):
         return None
-    for candidate in (path, folder / path.name):  # the folder may have been moved
-        if candidate.is_file():
-            return candidate
-    return None
 
 
-def newest_whole(folder: Path) -> Path | None:
+def newest_whole(folder: Path, saved: Path | None = None) -> Path | None:
     """The checkpoint to go on from: the newest that is whole and can be read; damaged ones are warned of.
+
+    Args:
+        folder: Of the run.
+        saved: The folder of checkpoints, where it is another.
 
     Raises:
         UserError: There are checkpoints, and all are damaged.
     """
     if not (folder / LAST).exists():
         return None
-    files = sorted(_of_run(folder), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    last = newest(folder)
+    files = sorted(_of_run(saved or folder), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    last = newest(folder, saved)
     return first_whole(list(dict.fromkeys([last, *files] if last is not None else files)), folder, read)
 
 
 def _of_run(folder: Path) -> list[Path]:
-    return [path for pattern in ("epoch_*.pth", "iter_*.pth", "interim.pth") for path in folder.glob(pattern)]
+    return [path for path in folder.glob("*.pth") if _SAVED.fullmatch(path.name) and path.is_file()]
 
 
 def forget(folder: Path, kept: str | None) -> None:
-    """Removes what a killed run would be resumed from, except a file that is still to be loaded; best ones stay."""
+    """Removes what a killed run would be resumed from, except a file that is still to be loaded; best ones stay.
+
+    Raises:
+        UserError: A file cannot be deleted.
+    """
     for path in [folder / LAST, *_of_run(folder)]:
-        if kept is None or Path(kept).resolve() != path.resolve():
-            path.unlink(missing_ok=True)
+        if kept is None or os.path.realpath(kept) != os.path.realpath(path):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise UserError(
+                    f"--overwrite: '{path}' cannot be deleted ({error.strerror}); delete it or give another --work-dir."
+                ) from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from classification.digits import digit_scans
 from revnets.training.errors import UserError, guarded
+from revnets.training.files import whole_folder
 
 MARKER = "scenes.json"
 CLASSES = tuple(str(digit) for digit in range(10))
@@ -86,23 +84,12 @@ def make_scenes(root: Path, options: SceneOptions | None = None) -> Path:
         raise UserError(
             f"--data-dir: '{root}' holds other files than scenes with {settings}; delete it or give another folder."
         )
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=root.parent, prefix=".tmp-scenes-"))
-    except OSError as error:
-        raise UserError(f"--data-dir: '{root}' cannot be made ({error.strerror}); give a writable folder.") from error
-    try:
+    with whole_folder(root) as temporary:
         for number, (split, scans, labels) in enumerate(_splits(options.seed)):
             (temporary / split).mkdir()
             coco = _write_split(temporary / split, getattr(options, split), scans, labels, options, number)
             (temporary / f"{split}.json").write_text(json.dumps(coco), encoding="utf-8")
         (temporary / MARKER).write_text(json.dumps(settings), encoding="utf-8")
-        temporary.chmod(0o755)
-        if root.exists():
-            root.rmdir()  # empty, checked above
-        os.replace(temporary, root)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return root
 
 

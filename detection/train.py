@@ -7,6 +7,7 @@ torchrun --nproc_per_node=8 detection/train.py configs/detection/coco/mask-rcnn_
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -30,6 +31,8 @@ from detection.config import connect, load, parse, parser, primary
 from detection.noise import noise_kept_out
 from detection.report import draw, show, write_summary
 from revnets.training.errors import UserError, guarded, one_line
+from revnets.training.files import obstacle
+from revnets.training.lock import FolderLock
 from revnets.training.processes import of_first
 
 _logger = logging.getLogger("detection")
@@ -89,7 +92,11 @@ def train(argv: Sequence[str] | None = None) -> Result:
         UserError: A mistake in the options, the configuration, the data or a checkpoint.
     """
     args = parse(options(), argv)
-    cfg = load(args)
+    with contextlib.ExitStack() as held:
+        return _train(load(args), args, held)
+
+
+def _train(cfg: Any, args: argparse.Namespace, held: contextlib.ExitStack) -> Result:
     from detection.runner import build, progress
     from revnets.mm import DriftHook, FiniteHook, MemoryReportHook, TrainingFlopsHook
     from revnets.mm.checkpoint import UnknownMetric
@@ -97,7 +104,7 @@ def train(argv: Sequence[str] | None = None) -> Result:
     from revnets.training.finite import NonFinite
 
     folder = Path(cfg.work_dir)
-    resumed = _resume(cfg, args, folder)
+    resumed = _resume(cfg, args, folder, held)
     _adapt(cfg, args)
     checks.check_classes(cfg)
     checks.check_save_best(cfg)
@@ -124,18 +131,28 @@ def train(argv: Sequence[str] | None = None) -> Result:
     return _finish(runner, cfg, args, told, memory.report)
 
 
-def _resume(cfg: Any, args: argparse.Namespace, folder: Path) -> bool:
-    """Sets what is to be loaded; says whether the run goes on from it."""
-    if args.resume == "auto":
-        connect(cfg)
-        last = of_first(lambda: checkpoints.newest_whole(folder))
+def _resume(cfg: Any, args: argparse.Namespace, folder: Path, held: contextlib.ExitStack) -> bool:
+    """Takes the folder, for the first process, and sets what is to be loaded; says whether the run goes on from it."""
+    again = cfg.get("resume") and not cfg.get("load_from") and not args.resume and not args.overwrite
+    auto, saved = args.resume == "auto" or again, _saved_in(cfg, folder)
+
+    def take() -> Path | None:
+        held.enter_context(FolderLock(folder, "give another --work-dir"))
+        if problem := obstacle(folder, checkpoints.writes):
+            raise UserError(
+                f"--work-dir: {problem}, where a run has files of its own; move it away or give another folder."
+            )
+        return checkpoints.newest_whole(folder, saved) if auto else checkpoints.newest(folder, saved)
+
+    connect(cfg)
+    last = of_first(take)
+    if auto:
         if last is None:
             _logger.info(f"--resume auto: no checkpoint in '{folder}', starting from the beginning")
-        else:
-            cfg.load_from, cfg.resume = str(last), True
+        cfg.load_from, cfg.resume = str(last) if last else cfg.get("load_from"), last is not None
         return last is not None
     own = args.resume and _lies_in(args.resume, folder)
-    if checkpoints.newest(folder) is not None and not args.overwrite and not own:
+    if last is not None and not args.overwrite and not own:
         raise UserError(
             f"--work-dir: '{folder}' already holds a run; add --resume to go on with it, --overwrite to start anew, "
             "or give another folder."
@@ -145,8 +162,14 @@ def _resume(cfg: Any, args: argparse.Namespace, folder: Path) -> bool:
     return bool(cfg.get("resume"))
 
 
+def _saved_in(cfg: Any, folder: Path) -> Path:
+    """Where the checkpoints are: as `CheckpointHook` has it, below `out_dir` where that is set."""
+    out = ((cfg.get("default_hooks") or {}).get("checkpoint") or {}).get("out_dir")
+    return Path(out) / folder.name if out and Path(out) != folder else folder
+
+
 def _lies_in(file: str, folder: Path) -> bool:
-    return Path(file).resolve().parent == folder.resolve()
+    return os.path.dirname(os.path.realpath(file)) == os.path.realpath(folder)
 
 
 def _adapt(cfg: Any, args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..training.files import writing
+from ..training.files import usable_folder, whole_file
 from ..training.places import check_folder
 from .fake import ProfileError
 from .fit import Fit
@@ -151,10 +151,9 @@ def open_folder(path: Path) -> Path:
         ProfileError: when it cannot be made or written to.
     """
     try:
-        check_folder(path).mkdir(parents=True, exist_ok=True)
+        return usable_folder(check_folder(path))
     except (OSError, ValueError) as error:
         raise ProfileError(str(error)) from error
-    return path
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> Path:
@@ -163,13 +162,8 @@ def write(path: Path, save: Callable[[Path], Any]) -> Path:
     Raises:
         NotWritten: there is no space, say.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path):
-        try:
-            save(temporary)
-            temporary.rename(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary:
+        save(temporary)
     return path
 
 

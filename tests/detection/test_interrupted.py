@@ -99,4 +99,4 @@ def test_full_disk_leaves_the_checkpoint_before(
     assert guarded(lambda: toy.run(tmp_path, [])) == 2
     assert "interim.pth' cannot be written (No space left on device): free space" in capsys.readouterr().err
     assert (tmp_path / "interim.pth").read_bytes() == before
-    assert not list(tmp_path.glob(".*.tmp"))
+    assert not list(tmp_path.glob(".tmp-*"))
