@@ -92,6 +92,8 @@ def load_kernel() -> ctypes.CDLL:
             library = _kept(folder, key, compiler)
             if library is None and compiler is not None:
                 library = _built(folder, key, compiler)
+            if library is None and os.access(folder, os.W_OK):
+                break  # the next folder is for what cannot be written to this one
         except OSError as error:  # a folder that is read-only or full: perhaps the next one
             problems.append(str(error))
             continue
