@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import selectors
 import signal
 import subprocess
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 _PATIENCE = 300.0  # seconds for a command
 _MOMENT = 30.0  # seconds for a compiler to show that it is one
 _ROOM = 2**22  # bytes that compiling takes, and more
+_MOST_WORDS = 2**16  # bytes of what a compiler complains of
 
 
 class KernelUnavailable(RuntimeError):
@@ -74,35 +76,54 @@ def compile_library(
         KernelUnavailable: it cannot be compiled by this compiler.
     """
     part = whole.with_suffix(".o")
-    _run([*compiler, *flags, "-c", str(source), "-o", str(part)], whole.parent, seconds)
-    _run([*compiler, "-shared", str(part), "-o", str(whole), *link_flags], whole.parent, seconds)
+    _run([*compiler, *flags, "-c", str(source), "-o", str(part)], seconds)
+    _run([*compiler, "-shared", str(part), "-o", str(whole), *link_flags], seconds)
     if not (whole.is_file() and whole.stat().st_size):
         raise KernelUnavailable(f"{compiler[0]} has ended without an error, but has written nothing")
 
 
-def _run(command: Sequence[str], folder: Path, seconds: float) -> None:
+def _run(command: Sequence[str], seconds: float) -> None:
     """A command that gets no input, of limited time, with all that it has started."""
-    with (folder / "errors").open("w+b") as errors:
-        try:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
-            )
-        except OSError as error:
-            raise KernelUnavailable(str(error)) from error
-        try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired as error:
-            raise CompilerHangs(f"{command[0]} has not ended within {seconds:g} seconds") from error
-        finally:
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        errors.seek(0)
-        text = errors.read(2**16).decode(errors="replace")
-    if code:
-        lines = text.strip().splitlines() or [f"exit code {code}"]
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise KernelUnavailable(str(error)) from error
+    try:
+        text = _errors(process, seconds)
+    except subprocess.TimeoutExpired as error:
+        raise CompilerHangs(f"{command[0]} has not ended within {seconds:g} seconds") from error
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if process.returncode:
+        lines = text.strip().splitlines() or [f"exit code {process.returncode}"]
         raise KernelUnavailable(next((line for line in lines if "error" in line), lines[0])[:300])
+
+
+def _errors(process: subprocess.Popen[bytes], seconds: float) -> str:
+    """The beginning of what it says until it ends; others that it has started may hold the pipe open after that."""
+    assert process.stderr is not None
+    deadline, text = time.monotonic() + seconds, b""
+    with process.stderr as pipe, selectors.DefaultSelector() as selector:
+        selector.register(pipe, selectors.EVENT_READ)
+        while time.monotonic() < deadline:
+            ready = selector.select(0.05)
+            part = os.read(pipe.fileno(), 2**16) if ready else b""
+            text += part[: _MOST_WORDS - len(text)]
+            if ready and not part:
+                break
+            if not ready and process.poll() is not None:
+                break
+        process.wait(max(deadline - time.monotonic(), 0.0))
+    return text.decode(errors="replace")
 
 
 @contextlib.contextmanager

@@ -105,6 +105,7 @@ class Structure:
         outputs, inputs = mask.shape[:2]
         if groups < 1 or outputs % groups:
             raise ValueError(f"{groups} groups of {outputs} outputs: expected whole ones")
+        mask = readable("mask", mask.detach(), torch.bool)
         matrix = mask.reshape(outputs, inputs)
         places = torch.arange(1, matrix.numel() + 1, dtype=torch.int32, device=mask.device).view_as(matrix) * matrix
         self._forward, found = Compressed.of(places, groups)
@@ -125,7 +126,7 @@ class Structure:
             ValueError: for a weight of another size than the mask.
         """
         self._check_size(weight.numel())
-        return weight.reshape(-1).index_select(0, self.places)
+        return readable("weight", weight).reshape(-1).index_select(0, self.places)
 
     def convolve(self, x: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
         """``(N, C_in, H, W)`` to ``(N, C_out, H, W)`` in the same memory layout.
@@ -152,6 +153,7 @@ class Structure:
             ValueError: for tensors that do not belong together.
         """
         _check_images(grad)
+        values = readable("values", values, numel=len(self.places))
         dy = _planes(grad)
         grad_x = grad_weight = None
         if needed[0]:
