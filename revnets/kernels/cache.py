@@ -62,7 +62,7 @@ def _chosen() -> Path:
     _check_parents(missing[-1] if missing else real)
     for path in reversed(missing):  # private from the first moment, whatever the umask
         path.mkdir(mode=0o700, exist_ok=True)
-    check_folder(real)
+    _check_folder(real)
     return real
 
 
@@ -73,18 +73,12 @@ def _temporary() -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink():
         raise NotTrusted(f"{folder} is a symbolic link: set {CACHE_VARIABLE} to a folder of your own")
-    check_folder(folder)
+    _check_folder(folder)
     return folder
 
 
-def check_folder(folder: Path) -> None:
-    """Whether what lies in a folder is of nobody else's making; of one whose path is real, without links.
-
-    Raises:
-        NotTrusted: it is not, or others can put another in its place.
-        OSError: it is no folder, or cannot be read.
-    """
-    _check_parents(folder)
+def _check_folder(folder: Path) -> None:
+    """Whether what lies in a folder, in whose place nobody can put another, is of nobody else's making."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         _check_owner(folder, os.fstat(handle))
