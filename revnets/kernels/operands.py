@@ -80,7 +80,7 @@ def pointing(kind: type[_Struct], tensors: Sequence[Tensor | None], /, *numbers:
         more: fields by name.
     """
     struct = kind(*[None if t is None else address(t) for t in tensors], *numbers, **more)
-    struct.held = tensors  # type: ignore[attr-defined]
+    struct.held = tensors
     return struct
 
 
