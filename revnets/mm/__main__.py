@@ -2,11 +2,15 @@
 
 python -m revnets.mm test.py CONFIG CHECKPOINT
 python -m revnets.mm analysis_tools/get_flops.py CONFIG
+
+Checkpoints are read as data. For an old one that holds more, and that you trust, set REVNETS_TRUST_CHECKPOINTS=1.
 """
 
 import runpy
 import sys
 from pathlib import Path
+
+from .loading import RefusedCheckpoint
 
 
 def main() -> int:
@@ -24,7 +28,11 @@ def main() -> int:
         return 2
     sys.argv = [str(script), *sys.argv[2:]]
     sys.path.insert(0, str(script.parent))
-    runpy.run_path(str(script), run_name="__main__")
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except RefusedCheckpoint as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
     return 0
 
 
