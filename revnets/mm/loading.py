@@ -87,7 +87,9 @@ def _load(file: Any, map_location: Any = None, weights_only: bool | None = None)
         return read_checkpoint(file, map_location)
     except pickle.UnpicklingError as error:
         code = forbidden(error)
-        words = f"reading it would run '{code}'" if code else " ".join(str(error).split())[:160]
+        reason = " ".join(str(error).split())
+        reason = reason.partition("WeightsUnpickler error: ")[2].partition(" Check the documentation")[0] or reason
+        words = f"reading it would run '{code}'" if code else reason[:160]
         raise RefusedCheckpoint(
             f"{what} holds more than weights ({words}); give another file, or set {TRUST}=1 if you trust its maker"
         ) from error
