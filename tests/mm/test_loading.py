@@ -94,7 +94,7 @@ def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("load", LOADERS)
 def test_code_is_not_run(load: Callable[[str, Path], Any], tmp_path: Path, proof: Proof) -> None:
-    with pytest.raises(RefusedCheckpoint, match=rf"holds more than weights .*'builtins\.exec'.*{TRUST}=1") as caught:
+    with pytest.raises(RefusedCheckpoint, match=rf"holds more than weights .*'exec'.*{TRUST}=1") as caught:
         load(evil(tmp_path / "evil.pth", proof), tmp_path)
     assert len(str(caught.value)) < 400
     assert not proof.path.exists()
