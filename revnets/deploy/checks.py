@@ -237,12 +237,16 @@ def _is_size(text: str) -> bool:
     return len(powers) <= 3 and all(_is_algebra(node) for node in nodes)  # powers of powers need no end of memory
 
 
+def _is_small(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and abs(node.value) <= 64
+
+
 def _is_algebra(node: ast.AST) -> bool:
     if isinstance(node, ast.Call):
         if not isinstance(node.func, ast.Name) or node.func.id not in _FUNCTIONS:
             return False
         if node.func.id in _POWERS:
-            return all(not isinstance(a, ast.Constant) or abs(a.value) <= 64 for a in node.args[1:])
+            return all(not isinstance(a, ast.Constant) or _is_small(a) for a in node.args[1:])
         return True
     if isinstance(node, ast.Name):
         return node.id in _FUNCTIONS or _SYMBOL.fullmatch(node.id) is not None
@@ -251,7 +255,7 @@ def _is_algebra(node: ast.AST) -> bool:
     if isinstance(node, ast.Constant):
         return isinstance(node.value, (bool, int, float)) or _SYMBOL.fullmatch(str(node.value)) is not None
     if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Pow, ast.LShift)):
-        return isinstance(node.right, ast.Constant) and abs(node.right.value) <= 64
+        return _is_small(node.right)
     return isinstance(node, (*_ALGEBRA, ast.cmpop, ast.boolop))
 
 
@@ -289,7 +293,7 @@ def plain_onnx(content: Content) -> bytes:
     if content.trusted:
         return content.data
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     model = onnx.ModelProto()
     try:

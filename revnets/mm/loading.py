@@ -68,7 +68,7 @@ def read_checkpoint(path: Any, map_location: Any = None, mmap: bool = False) -> 
     Raises:
         UnpicklingError: for one that holds more.
     """
-    with torch.serialization.safe_globals(safe_globals()):  # type: ignore[arg-type]
+    with torch.serialization.safe_globals(safe_globals()):
         return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
 
 
