@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.small_stem import small_stem
 from ..models._cached import drop_wrong_cache
+from ..models.small_stem import small_stem
 from ..sparsity.masks import check_sparsity
 from ..training.foreign import reaching_argument
 from .checkpoint import best_weights, read_checkpoint, save_weights
