@@ -136,8 +136,8 @@ def _check_reaches_nothing(trained: Mapping[str, Any], values: Mapping[str, Any]
             what, option = f"--val-split {str(split)[:100]!r}", "--val-split"
     if what:
         raise UserError(
-            f"--checkpoint: '{values['checkpoint']}' was trained with {what}, and only what you name is read or fetched; "
-            f"give {option} yourself if you trust it."
+            f"--checkpoint: '{values['checkpoint']}' was trained with {what}, and only what you name is read or "
+            f"fetched; give {option} yourself if you trust it."
         )
 
 
