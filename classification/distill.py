@@ -16,6 +16,7 @@ from classification.runtime import Runtime
 from revnets.pruning import densify
 from revnets.pruning.checkpoint import best_weights
 from revnets.training.errors import UserError, one_line
+from revnets.training.foreign import reaching_argument, reaching_name
 
 _logger = logging.getLogger("classification")
 
@@ -93,6 +94,12 @@ def _as_trained(options: TrainOptions, checkpoint: Mapping[str, Any]) -> TrainOp
     stored = from_checkpoint_args(checkpoint.get("args"))
     wanted = {field.name for field in dataclasses.fields(ModelOptions)} | {"mean", "std"}
     trained = {name: value for name, value in stored.items() if name in wanted}
+    name = "" if options.teacher else reaching_name(trained.get("model", ""))
+    if reaches := name or reaching_argument(trained.get("model_kwargs")):
+        raise UserError(
+            f"--teacher-checkpoint: '{options.teacher_checkpoint}' was trained with {reaches}, and only what you name "
+            f"is read or fetched; {'give --teacher yourself if you trust it' if name else 'give another file'}."
+        )
     if options.teacher and trained.get("model", options.teacher) != options.teacher:
         raise UserError(
             f"--teacher: '{options.teacher_checkpoint}' is of {trained['model']}, not {options.teacher}; correct one."

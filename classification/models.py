@@ -18,6 +18,7 @@ from torch import nn
 
 from classification.options import TrainOptions, ValidateOptions
 from revnets.layers import convert, parse_layers
+from revnets.models._cached import drop_wrong_cache
 from revnets.models.small_stem import small_stem
 from revnets.training.errors import UserError, did_you_mean, one_line
 from revnets.training.integrity import damage, forbidden, is_archive
@@ -51,6 +52,8 @@ def build_model(options: TrainOptions | ValidateOptions) -> nn.Module:
             raise UserError(f"--pretrained-path: there is no file '{path}'; give one with published weights.")
         _check_numbers(path)
         arguments["pretrained_cfg_overlay"] = {"file": path}
+    if options.pretrained and not path:
+        drop_wrong_cache(options.model)
     try:
         model = timm.create_model(options.model, pretrained=options.pretrained or bool(path), **arguments)
     except (TypeError, ValueError, AssertionError) as error:

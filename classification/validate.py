@@ -29,10 +29,11 @@ from classification.report import table
 from classification.runtime import memory_words, peak_memory, start_runtime
 from revnets.training.errors import UserError, guarded
 from revnets.training.files import NotWritten, whole_file, writing
+from revnets.training.foreign import reaching_argument, reaching_name
 from revnets.training.options import given, options_of
 
 _logger = logging.getLogger("classification")
-DESCRIPTION = "Validate a timm model. With --checkpoint, the model and the data are those of the training unless given."
+DESCRIPTION = "Validate a timm model. With --checkpoint, the model is that of the training unless given."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,17 +90,54 @@ def validate(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def _with_training_options(values: dict[str, Any], checkpoint: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the user set, over what the checkpoint was trained with."""
+    """What the user set, over what the checkpoint was trained with.
+
+    A checkpoint says how its network is built and how images are prepared. Where images are, and what else is read or
+    fetched, only the user says.
+
+    Raises:
+        UserError: The checkpoint names such things, and the user does not.
+    """
     if checkpoint is None:
         return values
     trained = from_checkpoint_args(checkpoint.get("args"))
     if values.get("model", trained.get("model")) != trained.get("model"):
         trained = {}  # another model: the error about it comes from its weights
-    known = options_of(ValidateOptions)
+    _check_reaches_nothing(trained, values)
+    known = set(options_of(ValidateOptions)) - _PLACES
     trained = {name: value for name, value in trained.items() if name in known and _usable(value)}
     joined = {**trained, **values}
     joined["model_kwargs"] = {**(trained.get("model_kwargs") or {}), **values.get("model_kwargs", {})}
     return joined
+
+
+_PLACES = {"data_dir", "dataset", "dataset_download", "class_map"}
+
+
+def _check_reaches_nothing(trained: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Refuses what would be read or fetched because the checkpoint says so.
+
+    Raises:
+        UserError: Naming the option that allows it.
+    """
+    what, option = "model" not in values and reaching_name(trained.get("model", "")), "--model"
+    if not what:
+        kwargs = trained.get("model_kwargs")
+        what, option = reaching_argument(kwargs, values.get("model_kwargs", {})), "--model-kwargs"
+    if not what:
+        wanted = ["class_map"] if values.get("data_dir") else ["dataset"] if trained.get("dataset") else ["data_dir"]
+        missing = [name for name in wanted if trained.get(name) and not values.get(name) and not values.get("dataset")]
+        split = Path(str(trained.get("val_split", "")))
+        if missing:
+            option = f"--{missing[0].replace('_', '-')}"
+            what = f"{option} {str(trained[missing[0]])[:100]!r}"
+        elif "val_split" not in values and (split.is_absolute() or ".." in split.parts or ":" in str(split)):
+            what, option = f"--val-split {str(split)[:100]!r}", "--val-split"
+    if what:
+        raise UserError(
+            f"--checkpoint: '{values['checkpoint']}' was trained with {what}, and only what you name is read or "
+            f"fetched; give {option} yourself if you trust it."
+        )
 
 
 def _as_trained(options: ValidateOptions, checkpoint: Mapping[str, Any] | None) -> ValidateOptions:

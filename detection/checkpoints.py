@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import logging
 import os
@@ -21,6 +22,8 @@ _logger = logging.getLogger("detection")
 LAST = "last_checkpoint"
 WRITTEN = (LAST, "summary.json", "predictions.png", "memory.json")
 _SAVED, _BEST = re.compile(r"(epoch|iter)_\d+\.pth|interim\.pth"), re.compile(r"best_.+\.pth")
+_BACKBONE = re.compile(r"(?<=\bbackbone=)dict\([\s\S]{0,2000}")  # in a config; short, so that it cannot be deep
+_NAMES = ("type", "model_name", "arch", "depth")  # of a backbone, in its config
 
 
 def writes(name: str) -> bool:
@@ -99,7 +102,7 @@ def read(path: str | Path, option: str) -> Checkpoint:
     Raises:
         UserError: No such file, a damaged one, or one that holds more than data.
     """
-    from mmengine.runner.checkpoint import get_torch_safe_globals
+    from revnets.mm.loading import read_checkpoint
 
     what = f"{option}: '{path}'"
     if not Path(path).is_file():
@@ -108,8 +111,7 @@ def read(path: str | Path, option: str) -> Checkpoint:
     if problem:
         raise UserError(f"{what} is damaged: {problem}; give another file.")
     try:
-        with torch.serialization.safe_globals(get_torch_safe_globals()):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive(path))
+        content = read_checkpoint(path, "cpu", mmap=is_archive(path))
     except pickle.UnpicklingError as error:
         if code := forbidden(error):
             raise UserError(
@@ -129,14 +131,30 @@ def read(path: str | Path, option: str) -> Checkpoint:
 
 
 def _trained_as(content: dict[str, Any]) -> str:
-    text = (content.get("meta") or {}).get("cfg")
-    if not isinstance(text, str):
-        return ""
-    from mmengine.config import Config
+    """What a checkpoint says of its backbone: a help in messages, so whatever is odd gives nothing.
 
-    try:
-        backbone = Config.fromstring(text, file_format=".py").model.backbone
-    except Exception:  # what it says is a help, no more
+    It is text in the form of Python source. It is read, and never run: a checkpoint's words are anybody's.
+    """
+    meta = content.get("meta")
+    text = meta.get("cfg") if isinstance(meta, dict) else None
+    found = _BACKBONE.search(text) if isinstance(text, str) else None
+    if found is None:
         return ""
-    parts = [str(backbone[key]) for key in ("type", "model_name", "arch", "depth") if key in backbone]
-    return f" ({' '.join(parts)})"
+    try:
+        call = ast.parse(_balanced(found[0]), mode="eval").body
+        backbone = {keyword.arg: keyword.value for keyword in call.keywords} if isinstance(call, ast.Call) else {}
+        parts = [ast.literal_eval(backbone[key]) for key in _NAMES if key in backbone]
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        return ""
+    words = [str(part)[:60] for part in parts if isinstance(part, (str, int))]
+    return f" ({' '.join(' '.join(words).split())})" if words else ""
+
+
+def _balanced(text: str) -> str:
+    """A call, up to the bracket that closes it."""
+    depth = 0
+    for place, letter in enumerate(text):
+        depth += (letter in "([{") - (letter in ")]}")
+        if depth == 0 and letter == ")":
+            return text[: place + 1]
+    return ""

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from ..training.values import COUNT, POSITIVE
 from .engines import Runner, get_engine, load, open_folder, write_onnx
 from .graph import INPUT_NAME, ExportError, export_graph
+from .runners import Runner
+from .seal import seal
 
 CALIBRATIONS = ("minmax", "entropy", "percentile")
 _IMAGES_AT_ONCE = 8  # all activations of a step are kept
@@ -87,6 +89,7 @@ def quantize(
             batches if any_batch else [image for batch in batches for image in batch.split(1)],
             calibration,
         )
+        seal(small)
         weights, zeros = _count_weights(plain, small)
         error, agreement = _compared(load(small), batches, expected, any_batch)
         if not error <= max_error:

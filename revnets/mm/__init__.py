@@ -1,6 +1,7 @@
 """The MMDetection side, named in a config's ``custom_imports``: backbones, neck, hooks, resumable loop, ``mmcv.ops``.
 
-Importing it registers them, and makes ``import mmcv.ops`` work where mmcv was installed without compiled operators.
+Importing it registers them, makes ``import mmcv.ops`` work where mmcv was installed without compiled operators, and has
+MMEngine read checkpoints without running what is in them (``loading``).
 """
 
 import sys
@@ -23,6 +24,7 @@ from .guard import DriftHook, FiniteHook
 from .hooks import MemoryReportHook
 from .hrfpn import LeanHRFPN
 from .layers import register_conv_layers
+from .loading import install as load_safely
 from .mus_optim import MuSOptimWrapperConstructor
 from .neck import RevBiFPNNeck
 from .numerics_hook import NumericsHook
@@ -31,6 +33,7 @@ from .sparsity_hook import SparsityHook
 from .training_flops import TrainingFlopsHook
 
 register_conv_layers()
+load_safely()
 
 __all__ = [
     "Bf16OptimWrapper",

@@ -2,6 +2,8 @@
 
 python -m revnets.mm test.py CONFIG CHECKPOINT
 python -m revnets.mm analysis_tools/get_flops.py CONFIG
+
+Checkpoints are read as data. For an old one that holds more, and that you trust, set REVNETS_TRUST_CHECKPOINTS=1.
 """
 
 import runpy

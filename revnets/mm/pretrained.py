@@ -9,6 +9,7 @@ import timm
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from ..models._cached import drop_wrong_cache
 from ..models._revbifpn_checkpoint import check_file
 from ..models.revbifpn import RevBiFPN, checkpoint_filter_fn
 from ..profiling.target import first_line
@@ -75,6 +76,7 @@ def inner(net: nn.Module) -> Any:
 def _from_timm(name: str) -> dict[str, Tensor]:
     if not timm.is_model(name):
         raise ValueError(f"{SCHEME}{name}: timm knows no model {name!r}")
+    drop_wrong_cache(name)
     try:
         return timm.create_model(name, pretrained=True).state_dict()
     except (RuntimeError, OSError) as error:  # it has no weights, or they cannot be fetched
@@ -84,7 +86,7 @@ def _from_timm(name: str) -> dict[str, Tensor]:
 def _from_file(path: Path) -> dict[str, Any]:
     check_file(path)
     try:
-        return load_state_dict(str(path), use_ema=True)
+        return load_state_dict(str(path), use_ema=True, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
         reason = first_line(error)
         if "weights_only" in str(error) and "globals" in str(error):

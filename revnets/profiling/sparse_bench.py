@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..deploy.compare import LAYERS, machine
-from ..deploy.engines import torch_threads
+from ..deploy.runners import torch_threads
 from ..kernels.build import load_kernel
 from ..layers import SparseConv2d, convert, use_sparse_kernel
 from ..models.named import build_model, check_model

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models._cached import drop_wrong_cache
 from ..models.named import check_model
 from ..models.small_stem import small_stem
+from ..training.foreign import reaching_argument
 from ..training.places import check_exists, check_file
 from ..training.values import COUNT, SEED, find_device, reason, refused
 from ..training.weights import unfit
@@ -115,6 +117,12 @@ def _trained(checkpoint: Mapping[str, Any], source: Source) -> dict[str, Any]:
     values = dict(stored if isinstance(stored, Mapping) else vars(stored))
     if values.get("model", source.model) != source.model:
         raise ValueError(f"the checkpoint is of {values['model']}, not of {source.model}: give that name")
+    reaches = reaching_argument(values.get("model_kwargs"), _keywords(source.model_kwargs))
+    if reaches:
+        raise ValueError(
+            f"{str(source.checkpoint)!r} was trained with {reaches}, and only what you name is read or fetched: give "
+            "--model-kwargs yourself if you trust it"
+        )
     known = (*_DATA, "model_kwargs", "num_classes", "gp", "small_stem")
     found = {name: values[name] for name in known if values.get(name) not in (None, "", {})}
     found["model_kwargs"] = {**found.get("model_kwargs", {}), **_keywords(source.model_kwargs)}
@@ -144,6 +152,8 @@ def _model(source: Source, checkpoint: Mapping[str, Any], trained: Mapping[str, 
 
     arguments = {"num_classes": trained.get("num_classes"), "in_chans": trained.get("in_chans")}
     arguments |= {"global_pool": trained.get("gp"), **trained["model_kwargs"]}
+    if source.checkpoint is None:
+        drop_wrong_cache(source.model)
     try:
         model: nn.Module = timm.create_model(source.model, pretrained=source.checkpoint is None, **arguments)
         if "small_stem" in trained:
