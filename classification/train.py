@@ -23,7 +23,7 @@ from timm.utils import random_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from classification.checkpoints import LAST, PATTERN, Saver, by_age, newest_whole, remove_leftovers, resume
+from classification.checkpoints import LAST, PATTERN, Saver, by_age, newest_whole, remove_leftovers
 from revnets.training.options import parse
 from classification.data import (
     check_labels,
@@ -38,6 +38,7 @@ from classification.loop import Training, train_epoch, validate
 from classification.models import build_model, check_model_fits, data_config
 from classification.options import TrainOptions, as_dict
 from classification.recovery import OwnState, Position
+from classification.resuming import resume
 from classification.report import SUMMARY, Row, Summary, clock, draw_curves, write_args
 from classification.runtime import Runtime, memory_words, start_runtime
 from classification.setup import start_training
@@ -180,7 +181,7 @@ def _start(run: Training, model: nn.Module) -> tuple[Path, Path | None, dict[str
     if path is not None:
         optimizer = None if options.no_resume_opt else run.optimizer
         parts = (optimizer, run.scheduler, run.ema, run.scaler, run.sparsity, run.guard)
-        checkpoint = resume(path, options.model, model, *parts)
+        checkpoint = resume(path, options.model, model, *parts, steps=len(run.data.loader))
         begin = Position.of(checkpoint, len(run.data.loader))
     if run.scheduler is not None and (begin.epoch or begin.step):
         if begin.epoch:
