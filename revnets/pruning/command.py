@@ -120,8 +120,9 @@ def check_known(model: str) -> None:
 
 def _trained(checkpoint: Mapping[str, Any], source: Source) -> dict[str, Any]:
     """The options that say how the network was built and what images it saw, of a checkpoint of ``train.py``."""
-    stored = checkpoint.get("args") or {}
-    values = dict(stored if isinstance(stored, Mapping) else vars(stored))
+    values = options_in(checkpoint)
+    with refused(source.checkpoint or ""):
+        TRAINED.check(values, ("args",))
     if values.get("model", source.model) != source.model:
         raise ValueError(f"the checkpoint is of {values['model']}, not of {source.model}: give that name")
     known = (*_DATA, "model_kwargs", "num_classes", "gp", "small_stem")
@@ -162,7 +163,7 @@ def _model(source: Source, checkpoint: Mapping[str, Any], trained: Mapping[str, 
         try:
             model.load_state_dict(densify(best_weights(checkpoint)))
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[1].strip()[:200]
+            reason = (str(error).strip().splitlines()[1:] or [str(error)])[0].strip()[:200]
             raise ValueError(
                 f"{str(source.checkpoint)!r} is not of {source.model} with these arguments ({reason}): give the same "
                 "--model-kwargs; layers other than sparse:S have to be folded first"

@@ -59,7 +59,9 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], 
     if [len(group["params"]) for group in groups] != [len(group["params"]) for group in own]:
         raise Mismatch((*path, "param_groups"), "are not of the sizes of this optimizer's")
     for index, (group, like) in enumerate(zip(groups, own, strict=True)):
-        _check_group(group, like, (*path, "param_groups", index))
+        check_alike(
+            group, {name: value for name, value in like.items() if name != "params"}, (*path, "param_groups", index)
+        )
     ids = [number for group in groups for number in group["params"]]
     if len(set(ids)) != len(ids):
         raise Mismatch((*path, "param_groups"), "name a parameter twice, each of them once was expected")
@@ -151,11 +153,25 @@ def check_finite(model: nn.Module, weights: Mapping[str, Tensor], path: Path) ->
             Array(finite="all").check(weights[name], (*path, name))
 
 
-def _check_group(group: Mapping[str, Any], like: Mapping[str, Any], path: Path) -> None:
-    for name, value in like.items():
-        if name == "params" or name not in group:
-            continue
-        _option(name, value).check(group[name], (*path, name))
+def check_alike(state: Mapping[str, Any], own: Mapping[str, Any], path: Path) -> None:
+    """Refuse plain values of other types than one's own: of a group of parameters, of a schedule.
+
+    Args:
+        state: By name; names that are not one's own are passed over.
+        own: What it is to replace.
+        path: Where it lies, for messages.
+
+    Raises:
+        Mismatch: Naming the first that is odd.
+
+    Example:
+        >>> check_alike({"lr": "fast"}, {"lr": 0.1}, ("groups", 0))
+        Traceback (most recent call last):
+        revnets.training.schema.Mismatch: groups[0].lr is 'fast', a number of at least 0 was expected
+    """
+    for name, value in own.items():
+        if name in state:
+            _option(name, value).check(state[name], (*path, name))
 
 
 def _option(name: str, own: Any) -> Kind:

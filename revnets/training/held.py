@@ -97,6 +97,26 @@ WEIGHTS_FILE = Record(
 )
 """Of a file whose weights are read: published ones, timm's, pruned ones, or those of a run."""
 
+_SIZE = Number(1, whole=True)
+TRAINED = Record(
+    {},
+    {
+        "model": TEXT,
+        "model_kwargs": optional(Mapped(TEXT, ANYTHING)),
+        "num_classes": optional(COUNT),
+        "gp": optional(TEXT),
+        "small_stem": optional(_SIZE),
+        "img_size": optional(_SIZE),
+        "input_size": optional(Items(_SIZE, 3)),
+        "in_chans": optional(_SIZE),
+        "mean": optional(Items(Number())),
+        "std": optional(Items(Number(0, above=True))),
+        "crop_pct": optional(Number(0, above=True)),
+        "interpolation": optional(TEXT),
+    },
+)
+"""Of the options in a file whose network is built from them."""
+
 OPTIMIZER = Record(
     {
         "state": Mapped(COUNT, Mapped(TEXT, ANYTHING)),
@@ -184,7 +204,7 @@ _SCHEDULER = Record(
     {},
     {
         "last_step": Number(-1, whole=True),
-        "_global_step": COUNT,
+        "_global_step": Number(-1, whole=True),
         "_last_value": Items(Number()),
         "begin": Number(),
         "end": Number(finite=False),

@@ -80,7 +80,8 @@ def read_file(
     except Exception as error:  # a file that was made by hand may fail anywhere in torch's reader
         if code := forbidden(error):
             raise CheckpointError(
-                f"{what} is refused, reading it would run '{code}'; give a file of weights."
+                f"{what} is refused, it holds objects that could run code: reading it would run '{code}'; give a file "
+                "of weights."
             ) from error
         kind = "as a checkpoint" if path.suffix != ".safetensors" else "as .safetensors"
         reason = one_line(error).split(". ")[0][:160]
@@ -113,6 +114,17 @@ def check(content: Any, kind: Kind, path: str | Path, option: str = "") -> None:
     """
     with refused(path, option):
         kind.check(content)
+
+
+def options_in(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a checkpoint was trained with; timm keeps its own in a namespace.
+
+    Example:
+        >>> options_in({"args": Namespace(model="resnet18")}), options_in({})
+        ({'model': 'resnet18'}, {})
+    """
+    args = checkpoint.get("args") or {}
+    return dict(args if isinstance(args, Mapping) else vars(args))
 
 
 def _is_file(path: Path) -> bool:
