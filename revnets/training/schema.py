@@ -17,6 +17,7 @@ DEPTH = 64  # of nested containers; a checkpoint has about eight
 ENTRIES = 1_000_000  # of all containers together; a checkpoint has thousands
 _VIEW = 1 << 20  # numbers that a tensor may have beyond those of its memory, as an expanded one has
 _WHOLE = 1 << 53  # whole numbers beyond it are none that a run counts
+_CONTAINERS = (Mapping, list, tuple, set, frozenset, Namespace)
 
 Path = tuple[Any, ...]
 
@@ -361,10 +362,10 @@ def sound(content: Any) -> None:
     """Refuse a tree that cannot be walked or copied, whatever it is meant to hold.
 
     Nested too deep, holding itself, or with a tensor that has no memory, a layout of its own, or far more numbers than
-    its memory. There is no recursion, and an end to the entries, so that any file is looked through in good time.
+    its memory. Each container is gone through once, without recursion, so that any file is done in good time.
 
     Args:
-        content: As it was read.
+        content: As it was read, a container.
 
     Raises:
         Mismatch: Naming the entry.
@@ -374,25 +375,46 @@ def sound(content: Any) -> None:
         Traceback (most recent call last):
         revnets.training.schema.Mismatch: state_dict.weight is a tensor without memory (device meta), give its values
     """
-    entries = 0
-    level: list[tuple[Path, Any]] = [((), content)]
-    for _ in range(DEPTH):
-        below: list[tuple[Path, Any]] = []
-        for path, value in level:
-            if isinstance(value, Tensor):
-                if problem := _unusable(value):
-                    raise Mismatch(path, f"is {problem}, give its values")
-            elif isinstance(value, (Mapping, list, tuple, set, frozenset, Namespace)):
-                inside = vars(value) if isinstance(value, Namespace) else value
-                entries += len(inside)
-                if entries > ENTRIES:
-                    raise Mismatch(path[:2], f"and what is before it hold more than {ENTRIES:,} entries")
-                pairs = inside.items() if isinstance(inside, Mapping) else enumerate(inside)
-                below += [((*path, key), each) for key, each in pairs]
-        level = below
-        if not level:
-            return
-    raise Mismatch(level[0][0][:3], f"is nested more than {DEPTH} deep, plain values were expected")
+    known: dict[int, tuple[int, int]] = {}  # containers that are done: entries, of all within, and depth
+    stack: list[_Visit] = [_Visit((), content)]
+    while stack:
+        here = stack[-1]
+        for key, value in here.rest:
+            if isinstance(value, Tensor) and (problem := _unusable(value)):
+                raise Mismatch((*here.path, key), f"is {problem}, give its values")
+            if isinstance(value, _CONTAINERS) and id(value) not in known:
+                if len(stack) >= DEPTH:
+                    raise _too_deep(here.path)
+                stack.append(_Visit((*here.path, key), value))
+                break
+            entries, depth = known.get(id(value), (0, 0))
+            here.add(1 + entries, depth)
+            if here.entries > ENTRIES:
+                raise Mismatch(here.path[:3], f"holds more than {ENTRIES:,} entries")
+            if len(stack) + depth > DEPTH:
+                raise _too_deep(here.path)
+        else:
+            known[id(here.value)] = here.entries, here.depth + 1
+            stack.pop()
+            if stack:
+                stack[-1].add(1 + here.entries, here.depth + 1)
+
+
+class _Visit:
+    """A container that is being gone through."""
+
+    def __init__(self, path: Path, value: Any) -> None:
+        inside = vars(value) if isinstance(value, Namespace) else value
+        self.path, self.value = path, value
+        self.rest = iter(inside.items() if isinstance(inside, Mapping) else enumerate(inside))
+        self.entries = self.depth = 0
+
+    def add(self, entries: int, depth: int) -> None:
+        self.entries, self.depth = self.entries + entries, max(self.depth, depth)
+
+
+def _too_deep(path: Path) -> Mismatch:
+    return Mismatch(path[:3], f"is nested more than {DEPTH} deep, plain values were expected")
 
 
 def expected(path: Path, value: Any, words: str) -> Mismatch:
