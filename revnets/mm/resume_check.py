@@ -67,7 +67,7 @@ def _optimizers(wrapper: Any, state: Mapping[str, Any]) -> Iterator[tuple[tuple[
 
 def _schedulers(own: Any, states: Any) -> Iterator[tuple[tuple[Any, ...], Any, Mapping[str, Any]]]:
     """Each schedule of the runner that has a state, the state, and where that is."""
-    path = ("param_schedulers",)
+    path: tuple[Any, ...] = ("param_schedulers",)
     if not own or states is None:
         return
     if isinstance(own, Mapping) != isinstance(states, Mapping):

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from ..models.small_stem import small_stem
 from ..sparsity.masks import check_sparsity
-from .checkpoint import best_weights, read_checkpoint, save_weights
+from ..training.held import TRAINED
+from ..training.reading import options_in, read_checkpoint, refused
+from .checkpoint import best_weights, save_weights
 from .densify import densify
 from .one_shot import prune
 from .report import PruningReport

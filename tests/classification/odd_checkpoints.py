@@ -125,7 +125,7 @@ DELETE = object()
 
 
 def changed(tree: Any, path: Path_, value: Any) -> Any:
-    """A copy of the containers, with another value at a path, or none (DELETE); as it was where there is no such path."""
+    """A copy of the containers, with another value at a path or none (DELETE); as it was where it has no such path."""
     if not path:
         return tree if value is DELETE else value
     key, *rest = path

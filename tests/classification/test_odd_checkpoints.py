@@ -41,13 +41,16 @@ class Fresh:
         """The refusal of a tree, which has changed nothing; or nothing, where training went on."""
         write(tree, self.odd)
         before = self.run.fingerprint()
+        checkpoint, refusal = None, ""
         try:
             checkpoint = self.run.resume(self.odd)
         except UserError as error:
-            assert self.run.fingerprint() == before, error
-            assert "odd.pth.tar" in str(error) or "middle of an epoch" in str(error)
-            assert len(str(error)) < 1000
-            return str(error)
+            refusal = str(error)
+        if checkpoint is None:
+            assert self.run.fingerprint() == before, refusal
+            assert "odd.pth.tar" in refusal or "middle of an epoch" in refusal
+            assert len(refusal) < 1000
+            return refusal
         self.run.go_on(checkpoint)
         self.run.resume(self.files[0])
         return ""

@@ -1,0 +1,56 @@
+"""The state of an optimizer fits, or is refused: of every optimizer that timm's ``--opt`` offers."""
+
+import copy
+
+import pytest
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+from torch import nn
+
+from revnets.training.fitting import check_optimizer
+from revnets.training.schema import Mismatch
+
+SECOND_ORDER = "adahess"
+
+
+def stepped(name: str, steps: int) -> torch.optim.Optimizer:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    optimizer = create_optimizer_v2(model, opt=name, lr=1e-3, weight_decay=0.01)
+    for _ in range(steps):
+        model(torch.randn(2, 3, 3, 3)).square().sum().backward(create_graph=SECOND_ORDER in name)
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def names() -> list[str]:
+    found = []
+    for name in list_optimizers():
+        try:
+            stepped(name, 1)
+        except Exception:  # of packages that are not installed, or of GPUs
+            continue
+        found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("name", names())
+def test_own_states_fit(name: str) -> None:
+    fresh = stepped(name, 0)
+    before = copy.deepcopy(fresh.state_dict())
+    for steps in (0, 1, 3):
+        check_optimizer(fresh, stepped(name, steps).state_dict())
+    assert str(fresh.state_dict()) == str(before)
+    assert not fresh.state
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "adafactor", "lion", "rmsprop", "nadamw", "muon"])
+def test_states_of_other_shapes_do_not(name: str) -> None:
+    fresh, state = stepped(name, 0), stepped(name, 2).state_dict()
+    for number, entry in state["state"].items():
+        for key, value in entry.items():
+            if isinstance(value, torch.Tensor) and value.dim():
+                odd = {**entry, key: torch.ones(*value.shape, 2)}
+                with pytest.raises(Mismatch, match=rf"^optimizer.state\[{number}\].{key} is a tensor of shape"):
+                    check_optimizer(fresh, {**state, "state": {**state["state"], number: odd}})
