@@ -1,16 +1,14 @@
-"""The state of an optimizer fits, or is refused: of every optimizer that timm's ``--opt`` offers."""
+"""The state of an optimizer fits, or is refused: of the optimizers that timm's ``--opt`` offers."""
 
 import copy
 
 import pytest
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 from revnets.training.fitting import check_optimizer
 from revnets.training.schema import Mismatch
-
-SECOND_ORDER = "adahess"
 
 
 def stepped(name: str, steps: int) -> torch.optim.Optimizer:
@@ -18,24 +16,19 @@ def stepped(name: str, steps: int) -> torch.optim.Optimizer:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
     optimizer = create_optimizer_v2(model, opt=name, lr=1e-3, weight_decay=0.01)
     for _ in range(steps):
-        model(torch.randn(2, 3, 3, 3)).square().sum().backward(create_graph=SECOND_ORDER in name)
+        model(torch.randn(2, 3, 3, 3)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     return optimizer
 
 
-def names() -> list[str]:
-    found = []
-    for name in list_optimizers():
-        try:
-            stepped(name, 1)
-        except Exception:  # of packages that are not installed, or of GPUs
-            continue
-        found.append(name)
-    return found
+NAMES = (
+    "adabelief adadelta adafactor adafactorbv adagrad adamp adamw adan adopt cadamw lamb laprop lars lion "
+    "lookahead_adam madgrad mars muon nadam nadamw novograd radam rmsprop rmsproptf sgd sgdw"
+).split()
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", NAMES)
 def test_own_states_fit(name: str) -> None:
     fresh = stepped(name, 0)
     before = copy.deepcopy(fresh.state_dict())
