@@ -105,7 +105,7 @@ def read(path: str | Path, option: str) -> Checkpoint:
     with refused(path, option):
         sound(content)
         WEIGHTS.check(state, ("state_dict",) if "state_dict" in content else ())
-        if option == "--resume" and "optimizer" in content:
+        if option == "--resume" and "optimizer" in content and "message_hub" in content:  # a runner wrote it
             RUNNER.check(content)
     weights = {key.removeprefix("module."): value for key, value in state.items()}
     return Checkpoint(what, weights, "optimizer" in content, _trained_as(content))

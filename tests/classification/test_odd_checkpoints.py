@@ -213,7 +213,7 @@ ARGS = {
     "batch_size": 0,
     "amp": "yes",
     "amp_dtype": "int8",
-    "input_size": ODD["doubled"][:1],
+    "input_size": ["a", 32, 32],
     "data_dir": 5,
 }
 
