@@ -10,7 +10,7 @@ from typing import Any
 
 from revnets.training.errors import UserError
 from revnets.training.options import convert, option, options_of
-from revnets.training.schema import shown
+from revnets.training.tree import shown
 
 
 @dataclasses.dataclass

@@ -15,7 +15,7 @@ from revnets.training.errors import UserError, one_line
 from revnets.training.held import RUNNER, WEIGHTS
 from revnets.training.integrity import damage, forbidden, is_archive
 from revnets.training.reading import refused
-from revnets.training.schema import sound
+from revnets.training.tree import sound
 
 _logger = logging.getLogger("detection")
 LAST = "last_checkpoint"

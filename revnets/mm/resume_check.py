@@ -13,7 +13,8 @@ from ..training.errors import one_line
 from ..training.fitting import check_alike, check_buffers, check_optimizer, check_sparsity
 from ..training.held import RUNNER, SCALER
 from ..training.reading import CheckpointError, named, refused
-from ..training.schema import Array, Items, Mismatch, Number
+from ..training.schema import Array, Items, Number
+from ..training.tree import Mismatch
 from .sparsity_hook import SparsityHook
 
 

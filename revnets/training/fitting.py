@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..sparsity import SparsityController
 from .held import OPTIMIZER
-from .schema import FLAG, NOTHING, TEXT, Array, Either, Items, Kind, Mismatch, Number, Path, expected
+from .schema import FLAG, NOTHING, TEXT, Array, Either, Items, Kind, Number, expected
+from .tree import Mismatch, Path
 
 _RATE = Number(0, 1)
 _RANGES: dict[str, Kind] = {
@@ -52,7 +53,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], 
         >>> optimizer = torch.optim.AdamW(layer.parameters())
         >>> check_optimizer(optimizer, {**optimizer.state_dict(), "state": {0: {"exp_avg": torch.zeros(1, 2)}}})
         Traceback (most recent call last):
-        revnets.training.schema.Mismatch: optimizer.state[0].step is missing, a number of at least 0 was expected
+        revnets.training.tree.Mismatch: optimizer.state[0].step is missing, a number of at least 0 was expected
     """
     OPTIMIZER.check(state, path)
     groups, own = state["param_groups"], optimizer.param_groups
@@ -167,7 +168,7 @@ def check_alike(state: Mapping[str, Any], own: Mapping[str, Any], path: Path) ->
     Example:
         >>> check_alike({"lr": "fast"}, {"lr": 0.1}, ("groups", 0))
         Traceback (most recent call last):
-        revnets.training.schema.Mismatch: groups[0].lr is 'fast', a number of at least 0 was expected
+        revnets.training.tree.Mismatch: groups[0].lr is 'fast', a number of at least 0 was expected
     """
     for name, value in own.items():
         if name in state:

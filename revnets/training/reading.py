@@ -12,7 +12,8 @@ import torch
 from .errors import UserError, one_line
 from .held import WEIGHTS_FILE
 from .integrity import damage, forbidden, is_archive
-from .schema import Kind, Mismatch, sound
+from .schema import Kind
+from .tree import Mismatch, sound
 
 
 class CheckpointError(UserError, ValueError):

@@ -8,7 +8,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from revnets.training.fitting import check_optimizer
-from revnets.training.schema import Mismatch
+from revnets.training.tree import Mismatch
 
 
 def stepped(name: str, steps: int) -> torch.optim.Optimizer:
@@ -22,10 +22,34 @@ def stepped(name: str, steps: int) -> torch.optim.Optimizer:
     return optimizer
 
 
-NAMES = (
-    "adabelief adadelta adafactor adafactorbv adagrad adamp adamw adan adopt cadamw lamb laprop lars lion "
-    "lookahead_adam madgrad mars muon nadam nadamw novograd radam rmsprop rmsproptf sgd sgdw"
-).split()
+NAMES = [
+    "adabelief",
+    "adadelta",
+    "adafactor",
+    "adafactorbv",
+    "adagrad",
+    "adamp",
+    "adamw",
+    "adan",
+    "adopt",
+    "cadamw",
+    "lamb",
+    "laprop",
+    "lars",
+    "lion",
+    "lookahead_adam",
+    "madgrad",
+    "mars",
+    "muon",
+    "nadam",
+    "nadamw",
+    "novograd",
+    "radam",
+    "rmsprop",
+    "rmsproptf",
+    "sgd",
+    "sgdw",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
