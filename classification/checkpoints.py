@@ -15,12 +15,12 @@ import torch
 from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler, get_state_dict, unwrap_model
 from torch import nn
 
-from classification.models import load_weights, read_checkpoint
 from revnets.sparsity import SparsityController
 from revnets.training.errors import UserError, one_line
 from revnets.training.files import TEMPORARY, duplicate, whole_file, writing
 from revnets.training.finite import FiniteGuard
 from revnets.training.integrity import damage
+from revnets.training.reading import read_file
 
 _logger = logging.getLogger("classification")
 PATTERN, LAST, BEST, RECOVERY = "*.pth.tar", "last.pth.tar", "model_best.pth.tar", "recovery.pth.tar"
@@ -205,6 +205,7 @@ class Saver(CheckpointSaver):
         if checkpoint.get("position") is not None:
             return  # of after the epoch
         epoch, metric = checkpoint["epoch"], checkpoint.get("metric")
+        metric = metric if metric is not None and math.isfinite(metric) else None
         if newest:
             self.place(path, epoch, metric)
             return
@@ -293,7 +294,7 @@ def newest_whole(folder: Path, own: bool = False) -> Path | None:
         UserError: There are checkpoints, and all are damaged.
     """
     files = by_age(folder, own)
-    return first_whole(files, folder, read_checkpoint) if files else None
+    return first_whole(files, folder, read_file) if files else None
 
 
 def first_whole(files: Sequence[Path], folder: Path, read: Callable[[Path, str], Any]) -> Path:
@@ -321,85 +322,3 @@ def first_whole(files: Sequence[Path], folder: Path, read: Callable[[Path, str],
             return file
         _logger.warning(f"--resume: '{file}' is damaged ({problem}); trying the one before it")
     raise UserError(f"--resume: all checkpoints in '{folder}' are damaged or gone; start anew with --overwrite.")
-
-
-def resume(
-    path: Path,
-    name: str,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    scheduler: Any,
-    model_ema: ModelEmaV3 | None,
-    amp_scaler: NativeScaler | None,
-    sparsity: SparsityController | None,
-    guard: FiniteGuard | None = None,
-) -> dict[str, Any]:
-    """Brings everything back to where a checkpoint was written.
-
-    Randomness is not in the file: it follows from the seed, the epoch, the batch or image, and the process. Schedules
-    other than `plateau` follow from the epoch too, so more `--epochs` or another `--lr` take effect.
-
-    Args:
-        path: The checkpoint.
-        name: Of the model.
-        model: Not wrapped.
-        optimizer: None leaves it as it is.
-        scheduler: timm's, or None.
-        model_ema: The running mean of the weights, or None.
-        amp_scaler: The loss scaler, or None.
-        sparsity: What changes the masks, or None.
-        guard: Counts updates that were left out, or None.
-
-    Returns:
-        The checkpoint.
-
-    Raises:
-        UserError: Not readable, not of a training, or of another model.
-    """
-    checkpoint = read_checkpoint(path, "--resume")
-    arch = checkpoint.get("arch", name)
-    if "epoch" not in checkpoint or "optimizer" not in checkpoint:
-        raise UserError(f"--resume: '{path}' holds weights only; start from them with --initial-checkpoint instead.")
-    if arch != name:
-        raise UserError(
-            f"--resume: '{path}' is of model {arch}, not {name}; give --model {arch} or another checkpoint."
-        )
-    load_weights(model, checkpoint["state_dict"], f"--resume: '{path}'", name)
-    if optimizer is not None:
-        _load_optimizer(optimizer, checkpoint["optimizer"], path)
-    if model_ema is not None:
-        ema = checkpoint.get("state_dict_ema") or checkpoint["state_dict"]
-        load_weights(model_ema.module, ema, f"--resume: '{path}' (EMA)", name)
-    if amp_scaler is not None and amp_scaler.state_dict_key in checkpoint:
-        amp_scaler.load_state_dict(checkpoint[amp_scaler.state_dict_key])
-    if sparsity is not None:
-        if "sparsity" not in checkpoint:
-            raise UserError(
-                f"--resume: '{path}' says nothing of the schedule of its masks; start from its weights with "
-                "--initial-checkpoint instead."
-            )
-        try:
-            sparsity.load_state_dict(checkpoint["sparsity"])
-        except ValueError as error:
-            raise UserError(f"--resume: '{path}': {one_line(error)}.") from error
-    if scheduler is not None and "best" in checkpoint.get("scheduler", {}):
-        scheduler.load_state_dict(checkpoint["scheduler"])
-        for counter in PATIENCE:
-            if counter in checkpoint["scheduler"]:  # not in older ones
-                setattr(scheduler.lr_scheduler, counter, checkpoint["scheduler"][counter])
-    if guard is not None:
-        guard.load_state_dict(checkpoint.get("guard", {}))
-    within = f" and {checkpoint['position']['step']} batches" if "position" in checkpoint else ""
-    _logger.info(f"resumed from '{path}', {checkpoint['epoch'] + 1} epochs{within} done")
-    return checkpoint
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], path: Path) -> None:
-    groups = [(set(group), len(group["params"])) for group in state.get("param_groups", [])]
-    own = [(set(group), len(group["params"])) for group in optimizer.state_dict()["param_groups"]]
-    if groups != own:  # torch compares the sizes only, and another optimizer's state fails at the first step
-        raise UserError(
-            f"--resume: '{path}' is of another optimizer or other parameter groups; give its --opt, --weight-decay and "
-            "--layer-decay, or --no-resume-opt."
-        )
-    optimizer.load_state_dict(dict(state))

@@ -91,7 +91,7 @@ def _teacher(options: TrainOptions) -> tuple[nn.Module, dict[str, Any]]:
 
 def _as_trained(options: TrainOptions, checkpoint: Mapping[str, Any]) -> TrainOptions:
     """The options that the teacher was trained with or, where they are not stored, those of the student."""
-    stored = from_checkpoint_args(checkpoint.get("args"))
+    stored = from_checkpoint_args(checkpoint.get("args"), f"--teacher-checkpoint: '{options.teacher_checkpoint}'")
     wanted = {field.name for field in dataclasses.fields(ModelOptions)} | {"mean", "std"}
     trained = {name: value for name, value in stored.items() if name in wanted}
     name = "" if options.teacher else reaching_name(trained.get("model", ""))

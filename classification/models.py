@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import sys
-from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from revnets.layers import convert, parse_layers
 from revnets.models._cached import drop_wrong_cache
 from revnets.models.small_stem import small_stem
 from revnets.training.errors import UserError, did_you_mean, one_line
-from revnets.training.integrity import damage, forbidden, is_archive
+from revnets.training.reading import read_checkpoint
 from revnets.training.weights import odd, unfit
 
 _logger = logging.getLogger("classification")
@@ -157,55 +155,6 @@ def check_model_fits(model: nn.Module, input_size: tuple[int, int, int], num_cla
         )
 
 
-def read_checkpoint(path: str | Path, flag: str) -> dict[str, Any]:
-    """Reads a checkpoint as plain tensors and values (`weights_only=True`).
-
-    Args:
-        path: A file of torch.save, or a .safetensors file.
-        flag: The option it came from, for messages.
-
-    Returns:
-        The checkpoint; bare weights come under `state_dict`.
-
-    Raises:
-        UserError: Missing, truncated or not a checkpoint.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{flag}: there is no file '{path}'; give an existing checkpoint.")
-    problem = damage(path) if is_archive(path) else ""
-    if problem:
-        raise UserError(f"{flag}: '{path}' cannot be read as a checkpoint: {problem}; give another.")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: Any = load_file(path)
-        else:
-            with torch.serialization.safe_globals([Namespace]):  # timm's own checkpoints hold their options in one
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        if code := forbidden(error):
-            raise UserError(
-                f"{flag}: '{path}' is refused, reading it would run '{code}'; give a file of weights."
-            ) from error
-        reason = one_line(error).split(". ")[0][:160]
-        raise UserError(
-            f"{flag}: '{path}' cannot be read as a checkpoint ({reason}); it is damaged, give another."
-        ) from error
-    except Exception as error:
-        if type(error).__module__.startswith("safetensors"):
-            raise UserError(
-                f"{flag}: '{path}' is no valid .safetensors file ({one_line(error)}); give another."
-            ) from error
-        raise
-    if not isinstance(content, Mapping):
-        raise UserError(f"{flag}: '{path}' holds {type(content).__name__}, a checkpoint was expected; give another.")
-    if "state_dict" in content:
-        return dict(content)
-    return {"state_dict": content.get("model", content)}
-
-
 def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str, name: str) -> None:
     """Loads weights that must fit the model exactly.
 
@@ -218,6 +167,23 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: 
     Raises:
         UserError: A name or a shape differs, or a tensor's numbers are none for the model's, such as complex, quantised
             or NaN; the first one is named.
+    """
+    model.load_state_dict(fitting_weights(model, weights, source, name))
+
+
+def fitting_weights(
+    model: nn.Module, weights: Mapping[str, torch.Tensor], source: str, name: str
+) -> dict[str, torch.Tensor]:
+    """Weights under the model's own names; the model stays as it is.
+
+    Args:
+        model: Not wrapped for several processes.
+        weights: Names to tensors.
+        source: Option and path, for messages.
+        name: The model's name.
+
+    Raises:
+        UserError: A name or a shape differs; the first one is named.
     """
     weights = clean_state_dict(weights)
     problem = _difference(model, weights)
@@ -232,7 +198,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: 
     problem = unfit(model.state_dict(), weights)
     if problem:
         raise UserError(f"{source} cannot be loaded: {problem}; give a file of plain weights.")
-    model.load_state_dict(dict(weights))
+    return dict(weights)
 
 
 def _difference(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> str:

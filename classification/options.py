@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from revnets.training.errors import UserError
-from revnets.training.options import option
+from revnets.training.options import convert, option, options_of
+from revnets.training.tree import shown
 
 
 @dataclasses.dataclass
@@ -342,17 +343,33 @@ def as_dict(options: TrainOptions | ValidateOptions) -> dict[str, Any]:
     return dataclasses.asdict(options)
 
 
-def from_checkpoint_args(args: Any) -> dict[str, Any]:
-    """What a validation may take over from the options that a checkpoint was trained with.
+def from_checkpoint_args(args: Any, source: str = "the checkpoint") -> dict[str, Any]:
+    """What a validation may take over from the options that a checkpoint was trained with, checked as if given.
 
     Args:
         args: The `args` entry of a checkpoint; timm's own store a namespace.
+        source: Option and path of the checkpoint, for messages.
 
     Returns:
         The values of the options that describe the model, the data and the precision.
+
+    Raises:
+        UserError: A value that its option could not have.
     """
     values = args if isinstance(args, Mapping) else getattr(args, "__dict__", {})
+    known = options_of(ValidateOptions)
     wanted = {field.name for cls in (ModelOptions, DataOptions) for field in dataclasses.fields(cls)}
     wanted |= {"amp", "amp_dtype", "channels_last"}
     wanted -= {"pretrained"}
-    return {name: values[name] for name in wanted if name in values}
+    found = {}
+    for name in sorted(wanted & set(values)):
+        option, value = known[name], values[name]
+        if value is None and not option.optional:
+            continue  # timm's way to say that it was not given
+        try:
+            found[name] = convert(option, value, name)
+        except (UserError, TypeError, OverflowError):
+            raise UserError(
+                f"{source}: args.{name} is {shown(value)}, {option.expected} was expected; give another checkpoint."
+            ) from None
+    return found

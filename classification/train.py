@@ -24,7 +24,7 @@ from timm.utils import random_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from classification.checkpoints import LAST, Saver, resume
+from classification.checkpoints import LAST, Saver
 from classification.data import (
     check_labels,
     check_same_classes,
@@ -39,6 +39,7 @@ from classification.models import build_model, check_model_fits, data_config
 from classification.options import TrainOptions, as_dict
 from classification.recovery import OwnState, Position
 from classification.report import Row, Summary, clock, draw_curves, write_args
+from classification.resuming import resume
 from classification.runtime import Runtime, memory_words, start_runtime
 from classification.setup import start_training
 from classification.sources import check_apart
@@ -197,7 +198,7 @@ def _start(
     if path is not None:
         optimizer = None if options.no_resume_opt else run.optimizer
         parts = (optimizer, run.scheduler, run.ema, run.scaler, run.sparsity, run.guard)
-        checkpoint = resume(path, options.model, model, *parts)
+        checkpoint = resume(path, options.model, model, *parts, steps=len(run.data.loader))
         begin = Position.of(checkpoint, len(run.data.loader))
     if run.scheduler is not None and (begin.epoch or begin.step):
         if begin.epoch:

@@ -100,7 +100,7 @@ def _with_training_options(values: dict[str, Any], checkpoint: Mapping[str, Any]
     """
     if checkpoint is None:
         return values
-    trained = from_checkpoint_args(checkpoint.get("args"))
+    trained = from_checkpoint_args(checkpoint.get("args"), f"--checkpoint: '{values['checkpoint']}'")
     if values.get("model", trained.get("model")) != trained.get("model"):
         trained = {}  # another model: the error about it comes from its weights
     _check_reaches_nothing(trained, values)

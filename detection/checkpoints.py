@@ -16,7 +16,10 @@ import torch
 from classification.checkpoints import first_whole
 from revnets.training.errors import UserError, one_line
 from revnets.training.files import named_file
+from revnets.training.held import RUNNER, WEIGHTS
 from revnets.training.integrity import damage, forbidden, is_archive
+from revnets.training.reading import in_file
+from revnets.training.tree import sound
 
 _logger = logging.getLogger("detection")
 LAST = "last_checkpoint"
@@ -126,6 +129,11 @@ def read(path: str | Path, option: str) -> Checkpoint:
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{what} holds no weights; give a checkpoint of MMDetection.")
+    with in_file(path, option):
+        sound(content)
+        WEIGHTS.check(state, ("state_dict",) if "state_dict" in content else ())
+        if option == "--resume" and "optimizer" in content and "message_hub" in content:  # a runner wrote it
+            RUNNER.check(content)
     weights = {key.removeprefix("module."): value for key, value in state.items()}
     return Checkpoint(what, weights, "optimizer" in content, _trained_as(content))
 

@@ -98,7 +98,7 @@ def train(argv: Sequence[str] | None = None) -> Result:
 
 def _train(cfg: Any, args: argparse.Namespace, held: contextlib.ExitStack) -> Result:
     from detection.runner import build, progress
-    from revnets.mm import DriftHook, FiniteHook, MemoryReportHook, TrainingFlopsHook
+    from revnets.mm import DriftHook, FiniteHook, MemoryReportHook, ResumeCheckHook, TrainingFlopsHook
     from revnets.mm.checkpoint import UnknownMetric
     from revnets.reversible import RangeError
     from revnets.training.finite import NonFinite
@@ -116,7 +116,7 @@ def _train(cfg: Any, args: argparse.Namespace, held: contextlib.ExitStack) -> Re
     if checkpoint is not None:
         checks.check_weights(runner.model, checkpoint, whole=resumed)
     told, memory = progress(runner), MemoryReportHook()
-    for hook in (memory, FiniteHook(), DriftHook(), TrainingFlopsHook()):
+    for hook in (memory, FiniteHook(), DriftHook(), TrainingFlopsHook(), ResumeCheckHook()):
         if not any(isinstance(each, type(hook)) for each in runner.hooks):  # the configuration's has its own options
             runner.register_hook(hook)
     if runner.rank == 0:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..training.values import COUNT, POSITIVE
-from .engines import Runner, get_engine, load, open_folder, write_onnx
+from .engines import get_engine, load, open_folder, write_onnx
 from .graph import INPUT_NAME, ExportError, export_graph
 from .runners import Runner
 from .seal import seal

@@ -29,6 +29,7 @@ from .mus_optim import MuSOptimWrapperConstructor
 from .neck import RevBiFPNNeck
 from .numerics_hook import NumericsHook
 from .resume import ResumableTrainLoop
+from .resume_check import ResumeCheckHook
 from .sparsity_hook import SparsityHook
 from .training_flops import TrainingFlopsHook
 
@@ -46,6 +47,7 @@ __all__ = [
     "MuSOptimWrapperConstructor",
     "NumericsHook",
     "ResumableTrainLoop",
+    "ResumeCheckHook",
     "RevBiFPN",
     "RevBiFPNNeck",
     "SparsityHook",

@@ -16,10 +16,12 @@ from ..models._cached import drop_wrong_cache
 from ..models.named import check_model
 from ..models.small_stem import small_stem
 from ..training.foreign import reaching_argument
+from ..training.held import TRAINED
 from ..training.places import check_exists, check_file
+from ..training.reading import in_file, options_in, read_checkpoint
 from ..training.values import COUNT, SEED, find_device, reason, refused
 from ..training.weights import unfit
-from .checkpoint import best_weights, read_checkpoint, save_weights
+from .checkpoint import best_weights, save_weights
 from .densify import densify
 from .one_shot import check_options, prune
 from .report import PruningReport
@@ -113,8 +115,9 @@ def load_model(source: Source) -> tuple[nn.Module, dict[str, Any]]:
 
 def _trained(checkpoint: Mapping[str, Any], source: Source) -> dict[str, Any]:
     """The options that say how the network was built and what images it saw, of a checkpoint of ``train.py``."""
-    stored = checkpoint.get("args") or {}
-    values = dict(stored if isinstance(stored, Mapping) else vars(stored))
+    values = options_in(checkpoint)
+    with in_file(source.checkpoint or ""):
+        TRAINED.check(values, ("args",))
     if values.get("model", source.model) != source.model:
         raise ValueError(f"the checkpoint is of {values['model']}, not of {source.model}: give that name")
     reaches = reaching_argument(values.get("model_kwargs"), _keywords(source.model_kwargs))
