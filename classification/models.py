@@ -16,10 +16,10 @@ from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 from torch import nn
 
-from revnets.training.errors import UserError, did_you_mean, one_line
 from classification.options import TrainOptions, ValidateOptions
 from revnets.layers import convert, parse_layers
 from revnets.models.small_stem import small_stem
+from revnets.training.errors import UserError, did_you_mean, one_line
 from revnets.training.integrity import damage, forbidden, is_archive
 
 _logger = logging.getLogger("classification")
@@ -98,13 +98,6 @@ def data_config(options: TrainOptions | ValidateOptions, model: nn.Module) -> di
     """timm's data configuration of a model, with the options over it."""
     names = ("img_size", "input_size", "in_chans", "crop_pct", "mean", "std", "interpolation")
     given = {name: getattr(options, name) for name in names}
-    channels = options.input_size[0] if options.input_size else options.in_chans or 3
-    for name in ("mean", "std"):
-        values = given[name]
-        if values is not None and len(values) not in (1, channels):
-            raise UserError(
-                f"--{name}: {len(values)} numbers were given where {channels} (one per channel) were expected."
-            )
     config: dict[str, Any] = resolve_data_config(given, model=model)
     return config
 

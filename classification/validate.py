@@ -21,16 +21,15 @@ if not __package__:  # run by its path, see train.py
 from rich.console import Console
 
 import revnets  # noqa: F401  (registers its models with timm)
-from revnets.training.options import given, options_of
 from classification.data import check_labels, open_dataset, validation_loader
-from revnets.training.errors import UserError, guarded
-from revnets.training.files import whole_file
 from classification.loop import validate as measure
 from classification.models import build_model, check_model_fits, data_config, load_weights, read_checkpoint
 from classification.options import TrainOptions, ValidateOptions, from_checkpoint_args
 from classification.report import table
 from classification.runtime import memory_words, peak_memory, start_runtime
-from revnets.training.files import NotWritten, writing
+from revnets.training.errors import UserError, guarded
+from revnets.training.files import NotWritten, whole_file, writing
+from revnets.training.options import Layer, convert, joined, options_of, read_layers, settled
 
 _logger = logging.getLogger("classification")
 DESCRIPTION = "Validate a timm model. With --checkpoint, the model and the data are those of the training unless given."
@@ -54,9 +53,10 @@ def validate(argv: Sequence[str] | None = None) -> dict[str, Any]:
         UserError: A mistake in the options, the data or the checkpoint.
     """
     training_only = frozenset(set(options_of(TrainOptions)) - set(options_of(ValidateOptions)))
-    values = given(ValidateOptions, argv, DESCRIPTION, prog="validate.py", ignored=training_only)
-    checkpoint = read_checkpoint(values["checkpoint"], "--checkpoint") if values.get("checkpoint") else None
-    options = ValidateOptions(**_with_training_options(values, checkpoint))
+    layers = read_layers(ValidateOptions, argv, DESCRIPTION, prog="validate.py", ignored=training_only)
+    path = joined(layers).get("checkpoint")
+    checkpoint = read_checkpoint(path, "--checkpoint") if path else None
+    options = settled(ValidateOptions, [_trained_with(joined(layers), checkpoint), *layers])
     options.check()
     runtime = start_runtime(options)
     dataset = open_dataset(options, options.val_split, training=False)
@@ -89,18 +89,16 @@ def validate(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return results
 
 
-def _with_training_options(values: dict[str, Any], checkpoint: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the user set, over what the checkpoint was trained with."""
-    if checkpoint is None:
-        return values
-    trained = from_checkpoint_args(checkpoint.get("args"))
+def _trained_with(values: Mapping[str, Any], checkpoint: Mapping[str, Any] | None) -> Layer:
+    """What the checkpoint was trained with, under what the user sets."""
+    trained = from_checkpoint_args(checkpoint.get("args")) if checkpoint is not None else {}
     if values.get("model", trained.get("model")) != trained.get("model"):
         trained = {}  # another model: the error about it comes from its weights
-    known = options_of(ValidateOptions)
-    trained = {name: value for name, value in trained.items() if name in known and _usable(value)}
-    joined = {**trained, **values}
-    joined["model_kwargs"] = {**(trained.get("model_kwargs") or {}), **values.get("model_kwargs", {})}
-    return joined
+    known, where = options_of(ValidateOptions), f"--checkpoint: args of '{values.get('checkpoint')}'"
+    wanted = {name: value for name, value in trained.items() if name in known and value is not None}
+    wanted = {name: value for name, value in wanted.items() if name not in values or known[name].kind is dict}
+    checked = {name: convert(known[name], value, f"{where}: {name}") for name, value in wanted.items()}
+    return Layer(where, checked, asked=False)
 
 
 def _as_trained(options: ValidateOptions, checkpoint: Mapping[str, Any] | None) -> ValidateOptions:
@@ -108,10 +106,6 @@ def _as_trained(options: ValidateOptions, checkpoint: Mapping[str, Any] | None) 
     trained = from_checkpoint_args(checkpoint.get("args")) if checkpoint is not None else {}
     size = {name: trained[name] for name in ("img_size", "input_size") if name in trained}
     return dataclasses.replace(options, **size)
-
-
-def _usable(value: Any) -> bool:
-    return isinstance(value, (bool, int, float, str, list, dict))
 
 
 def _load(model: Any, checkpoint: Mapping[str, Any], options: ValidateOptions) -> str:
