@@ -23,7 +23,14 @@ from rich.console import Console
 import revnets  # noqa: F401  (registers its models with timm)
 from classification.data import check_labels, open_dataset, validation_loader
 from classification.loop import validate as measure
-from classification.models import build_model, check_model_fits, data_config, load_weights, read_checkpoint
+from classification.models import (
+    build_model,
+    check_batch_fits,
+    check_model_fits,
+    data_config,
+    load_weights,
+    read_checkpoint,
+)
 from classification.options import TrainOptions, ValidateOptions, from_checkpoint_args
 from classification.report import table
 from classification.runtime import memory_words, peak_memory, start_runtime
@@ -66,6 +73,7 @@ def validate(argv: Sequence[str] | None = None) -> dict[str, Any]:
         source = _load(model, checkpoint, options)
     model.to(device=runtime.device, memory_format=runtime.memory_format)  # type: ignore[call-overload]
     config = data_config(options, model)
+    check_batch_fits(options.batch_size, config["input_size"], runtime.device)
     check_model_fits(model, config["input_size"], options.num_classes, options.model)
     check_labels(dataset, int(getattr(model, "num_classes", 1000)))
     loader = validation_loader(options, runtime, dataset, config)
