@@ -67,6 +67,7 @@ SPARSE = Need(
     lambda options: options.layers or options.model_kwargs.get("layers") or options.keep_zeros,
     "{model} has no sparse layers",
     "add --layers sparse_wide:0.75, say",
+    in_files=False,
 )
 SEVERAL = Need(lambda options: is_distributed_env(), "there is one process", "start it with torchrun")
 SCALED_RATE = Need(lambda options: options.lr is None, "--lr {lr} wins over it", "leave --lr out")

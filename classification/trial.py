@@ -6,7 +6,6 @@ Each trial costs a fraction of a second and leaves weights, statistics and gener
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 

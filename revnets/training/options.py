@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from .errors import UserError, did_you_mean, shown
-from .schema import SEED, WHOLE, Need, Option, convert, option, options_of
+from .schema import SEED, Need, Option, convert, option, options_of
 from .yaml_files import load
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Need",
     "Option",
     "Parser",
+    "argument",
     "check_values",
     "convert",
     "joined",
@@ -39,7 +40,6 @@ __all__ = [
     "read_layers",
     "read_yaml",
     "settled",
-    "whole",
 ]
 T = TypeVar("T")
 
@@ -223,14 +223,17 @@ def settled(schema: type[T], layers: Sequence[Layer]) -> T:
             if not layer.asked or not value or value == known[name].default:
                 continue
             lacking = [_lacking(known[name], state) for state in states[number:]]
-            if all(need is not None for need in lacking):
-                need, called = lacking[-1], f"{layer.where}: {name}" if layer.where else known[name].flag
-                assert need is not None
+            need, called = lacking[-1], f"{layer.where}: {name}" if layer.where else known[name].flag
+            if need is not None and all(lacking) and (need.in_files or not layer.where):
                 raise UserError(
                     f"{called}: {shown(value)} has no effect, {need.lack.format(**vars(states[-1]))}; {need.fix}, or "
                     f"leave {known[name].flag} out."
                 )
-    idle = {name: known[name].default for name in joined(layers) if _lacking(known[name], states[-1]) is not None}
+    idle = {
+        name: known[name].default
+        for name, value in joined(layers).items()
+        if value and _lacking(known[name], states[-1]) is not None  # what is switched off stays off
+    }
     return dataclasses.replace(states[-1], **idle)
 
 
@@ -252,22 +255,24 @@ def check_values(options: Any) -> None:
         convert(each, getattr(options, each.name), each.flag)
 
 
-def whole(low: int, high: int = WHOLE - 1) -> Callable[[str], int]:
-    """The `type` of an argparse option that is a whole number in a range.
+def argument(kind: type[T], **limits: Any) -> Callable[[str], T]:
+    """The `type` of an argparse argument whose text is checked as that of an option is.
 
     Args:
-        low: The lowest allowed.
-        high: The highest allowed.
-    """
+        kind: int, float or str.
+        **limits: As `option` takes them: `low`, `high`, `above`, `below`, `choices`, `path`.
 
-    def read(text: str) -> int:
+    Example:
+        >>> argument(int, low=0)("3")
+        3
+    """
+    one = Option("", kind, kind, False, None, option(None, "", **limits).metadata, "")
+
+    def read(text: str) -> T:
         try:
-            value = int(text) if text.isascii() and "_" not in text else None
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            ends = f"of at least {low}" + (f" and at most {high}" if high < WHOLE - 1 else "")
-            raise argparse.ArgumentTypeError(f"{shown(text)} was given where a whole number {ends} was expected")
+            value: T = convert(one, text, "")
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix(": ").removesuffix("; correct it.")) from None
         return value
 
     return read

@@ -30,11 +30,13 @@ class Need:
         holds: Whether it is there, given all options.
         lack: In words, what there is otherwise; names in braces are replaced by the values of options.
         fix: What to do, without a full stop.
+        in_files: Whether a file is to have it, too; where not, a recipe may say what only some of its runs need.
     """
 
     holds: Callable[[Any], object]
     lack: str
     fix: str
+    in_files: bool = True
 
 
 def option(
@@ -174,10 +176,10 @@ def convert(option: Option, value: Any, where: str) -> Any:
         if option.kind is dict:
             return _mapping(value)
         if option.kind is not list:
-            return _scalar(option, value, option.kind)
+            return _scalar(option, value, option.kind, where)
         if not isinstance(value, (list, tuple)):
             raise ValueError
-        values = [_scalar(option, v, option.item) for v in value]
+        values = [_scalar(option, v, option.item, where) for v in value]
         low, high = option.metadata["length"] or (0, None)
         falls = option.metadata["ascending"] and any(b < a for a, b in itertools.pairwise(values))
         if len(values) < low or (high is not None and len(values) > high) or falls:
@@ -190,7 +192,7 @@ def convert(option: Option, value: Any, where: str) -> Any:
         ) from None
 
 
-def _scalar(option: Option, value: Any, kind: type[Any]) -> Any:
+def _scalar(option: Option, value: Any, kind: type[Any], where: str) -> Any:
     if kind in (int, float) and isinstance(value, str):  # of the command line, and 1e-3, which YAML 1.1 reads as text
         if not value.isascii() or "_" in value:
             raise ValueError
@@ -200,7 +202,7 @@ def _scalar(option: Option, value: Any, kind: type[Any]) -> Any:
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError
     if kind is str:
-        value = _text(option, value)
+        value = _text(option, value, where)
     elif not _in_range(option, value) or (kind is int and not -WHOLE <= value < WHOLE):
         raise ValueError
     if option.metadata["choices"] and value not in option.choices:
@@ -218,7 +220,7 @@ def _in_range(option: Option, value: float) -> bool:
     )
 
 
-def _text(option: Option, value: str) -> str:
+def _text(option: Option, value: str, where: str) -> str:
     """Text without zero bytes; empty only where that is the default or a choice; a path that the system can look up."""
     if "\0" in value or (not value and option.default != "" and "" not in option.choices):
         raise ValueError
@@ -231,7 +233,7 @@ def _text(option: Option, value: str) -> str:
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
             raise UserError(
-                f"{option.flag}: {shown(value)} is a path that cannot be ({error.strerror}); correct it."
+                f"{where}: {shown(value)} is a path that cannot be ({error.strerror}); correct it."
             ) from None
     return value
 
