@@ -17,8 +17,8 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
-from revnets.training.errors import UserError, did_you_mean, one_line
 from detection.checkpoints import Checkpoint
+from revnets.training.errors import UserError, did_you_mean, one_line
 
 _logger = logging.getLogger("detection")
 JPEG_END, PNG_END = b"\xff\xd9", b"IEND\xaeB`\x82"

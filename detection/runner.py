@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from mmdet.registry import OPTIMIZERS
@@ -14,14 +16,13 @@ from mmengine.registry import OPTIMIZERS as TORCH_OPTIMIZERS
 from mmengine.runner import Runner
 from torch import nn
 
-from revnets.training.errors import UserError, did_you_mean, one_line
 from classification.runtime import start_logging
 from detection.config import primary
 from detection.noise import noise_kept_out
 from detection.progress import Progress
 from revnets.mm import ResumableTrainLoop
+from revnets.training.errors import UserError, did_you_mean, one_line, refusals
 
-BUILDING = (KeyError, TypeError, ValueError, AttributeError, ImportError, OSError, AssertionError)
 LATE = (  # what MMEngine builds and reads only when it is about to train or test
     "build_train_loop",
     "build_val_loop",
@@ -33,12 +34,30 @@ LATE = (  # what MMEngine builds and reads only when it is about to train or tes
 )
 
 
+def _configuring(cfg: Any) -> AbstractContextManager[None]:
+    return refusals(f"CONFIG: '{cfg.filename}' cannot be built", "correct it")
+
+
 @contextmanager
-def _configuring(cfg: Any) -> Iterator[None]:
+def nothing_left(folder: Path, before: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Takes away the logs that MMEngine makes for a run that a mistake of the user's keeps from starting.
+
+    Args:
+        folder: Of the run. What was there stays there.
+        before: Whether the run has not started yet when the mistake is found.
+    """
+    there = set(folder.iterdir()) if folder.is_dir() else None
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         yield
-    except BUILDING as error:
-        raise UserError(f"CONFIG: '{cfg.filename}' cannot be built ({one_line(error)}); correct it.") from error
+    except UserError:
+        if primary() and before() and folder.is_dir() and not folder.is_symlink():
+            for new in set(folder.iterdir()) - (there or set()):
+                shutil.rmtree(new, ignore_errors=True) if new.is_dir() else new.unlink(missing_ok=True)
+            with suppress(OSError):  # others write there
+                for each in made:
+                    each.rmdir()
+        raise
 
 
 class CheckedRunner(Runner):

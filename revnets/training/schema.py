@@ -119,13 +119,15 @@ class Option:
         words = _NAMES[self.item] + self._range()
         if self.choices:
             words = "one of " + (
-                ", ".join(self.choices) if len(self.choices) <= _MANY else f"{len(self.choices)} names"
+                ", ".join(c or "''" for c in self.choices)
+                if len(self.choices) <= _MANY
+                else f"{len(self.choices)} names"
             )
         if self.kind is list:
             low, high = self.metadata["length"] or (0, None)
             count = f"{low}" if low == high else f"{low} to {high}" if high else f"{low} or more"
             words = f"a list of {count}, each {words}" if low or high else f"a list, each {words}"
-            words += ", none lower than the one before it" if self.metadata["ascending"] else ""
+            words += " and none lower than the one before it" if self.metadata["ascending"] else ""
         return words + (", or none," if self.optional else "")
 
     def _range(self) -> str:
