@@ -11,9 +11,10 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mmdet.registry import OPTIMIZERS
+from mmdet.registry import OPTIMIZERS, VISUALIZERS
 from mmengine.registry import OPTIMIZERS as TORCH_OPTIMIZERS
 from mmengine.runner import Runner
+from mmengine.visualization import Visualizer
 from torch import nn
 
 from classification.runtime import start_logging
@@ -21,8 +22,12 @@ from detection.config import primary
 from detection.noise import noise_kept_out
 from detection.progress import Progress
 from revnets.mm import ResumableTrainLoop
+from revnets.mm.checkpoint import UnknownMetric
+from revnets.reversible import RangeError
 from revnets.training.errors import UserError, did_you_mean, one_line, refusals
+from revnets.training.finite import NonFinite
 
+_logger = logging.getLogger("detection")
 LATE = (  # what MMEngine builds and reads only when it is about to train or test
     "build_train_loop",
     "build_val_loop",
@@ -38,26 +43,67 @@ def _configuring(cfg: Any) -> AbstractContextManager[None]:
     return refusals(f"CONFIG: '{cfg.filename}' cannot be built", "correct it")
 
 
-@contextmanager
-def nothing_left(folder: Path, before: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Takes away the logs that MMEngine makes for a run that a mistake of the user's keeps from starting.
+class Leftovers:
+    """What MMEngine writes for a run before a mistake of the user's keeps it from starting; it is taken away again.
 
     Args:
-        folder: Of the run. What was there stays there.
-        before: Whether the run has not started yet when the mistake is found.
+        folder: Of the run. What is there already stays there.
     """
-    there = set(folder.iterdir()) if folder.is_dir() else None
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._there = set(folder.iterdir()) if folder.is_dir() else set()
+        self._missing = [each for each in (folder, *folder.parents) if not each.exists()]
+
+    @contextmanager
+    def removed(self, before: Callable[[], bool] = lambda: True) -> Iterator[None]:
+        """Around what may find a mistake.
+
+        Args:
+            before: Whether the run has not started yet when it is found.
+        """
+        try:
+            yield
+        except UserError:
+            if primary() and before() and self.folder.is_dir():
+                self._remove()
+            raise
+
+    def _remove(self) -> None:
+        for new in set(self.folder.iterdir()) - self._there:
+            shutil.rmtree(new, ignore_errors=True) if new.is_dir() and not new.is_symlink() else new.unlink()
+        with suppress(OSError):  # others write there
+            for each in self._missing:
+                each.rmdir()
+        for kind in (Visualizer, *VISUALIZERS.module_dict.values()):
+            if issubclass(kind, Visualizer):
+                kind._instance_dict.clear()  # the next run of this process would write into the folder that is gone
+
+
+@contextmanager
+def first_step(runner: Runner, verbose: bool) -> Iterator[None]:
+    """Around training: what fails before its first step is done is a mistake of the configuration that MMEngine built.
+
+    Errors with words of their own pass: values that are not finite or out of range, and unknown metrics. So does
+    everything later.
+
+    Args:
+        runner: That trains.
+        verbose: Whether to show the traceback, too.
+    """
     try:
         yield
-    except UserError:
-        if primary() and before() and folder.is_dir() and not folder.is_symlink():
-            for new in set(folder.iterdir()) - (there or set()):
-                shutil.rmtree(new, ignore_errors=True) if new.is_dir() else new.unlink(missing_ok=True)
-            with suppress(OSError):  # others write there
-                for each in made:
-                    each.rmdir()
+    except (NonFinite, RangeError, UnknownMetric, UserError):
         raise
+    except Exception as error:
+        if runner.iter > 0:
+            raise
+        if verbose:
+            _logger.error("the first step fails", exc_info=error)
+        words = f"{type(error).__name__}: {one_line(error)[:400]}"
+        raise UserError(
+            f"CONFIG: '{runner.cfg.filename}': the first step fails ({words}); correct it, --verbose shows where."
+        ) from error
 
 
 class CheckedRunner(Runner):

@@ -54,7 +54,7 @@ def run_test(argv: Sequence[str] | None = None) -> dict[str, float]:
     """
     args = parse(options(), argv)
     cfg = load(args)
-    from detection.runner import build, nothing_left, progress
+    from detection.runner import Leftovers, build, progress
 
     cfg.work_dir = str(Path(cfg.work_dir) / "test")
     if args.classwise:
@@ -64,7 +64,7 @@ def run_test(argv: Sequence[str] | None = None) -> dict[str, float]:
         checks.check_data(cfg, ["test"])
     checkpoint = checkpoints.read(args.checkpoint, "CHECKPOINT")
     cfg.load_from, cfg.resume = args.checkpoint, False
-    with nothing_left(Path(cfg.work_dir)):
+    with Leftovers(Path(cfg.work_dir)).removed():
         runner = build(cfg, args.verbose)
         checks.check_neck(runner.model)
         checks.check_weights(runner.model, checkpoint, whole=True)

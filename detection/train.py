@@ -96,7 +96,7 @@ def train(argv: Sequence[str] | None = None) -> Result:
     """
     args = parse(options(), argv)
     cfg = load(args)
-    from detection.runner import build, nothing_left, progress
+    from detection.runner import Leftovers, build, first_step, progress
     from revnets.mm import DriftHook, FiniteHook, MemoryReportHook, TrainingFlopsHook
     from revnets.mm.checkpoint import UnknownMetric
     from revnets.reversible import RangeError
@@ -110,7 +110,8 @@ def train(argv: Sequence[str] | None = None) -> Result:
     if not args.no_check and primary():
         checks.check_data(cfg, ["train", "val"])
     checkpoint = _read_checkpoint(cfg, resumed)
-    with nothing_left(folder):
+    leftovers = Leftovers(folder)
+    with leftovers.removed():
         runner = build(cfg, args.verbose)
         checks.check_neck(runner.model)
         if checkpoint is not None:
@@ -125,7 +126,7 @@ def train(argv: Sequence[str] | None = None) -> Result:
         _announce(runner, cfg, resumed)
     with noise_kept_out(args.verbose):
         try:
-            with nothing_left(folder, lambda: runner.iter == 0):
+            with leftovers.removed(lambda: runner.iter == 0), first_step(runner, args.verbose):
                 runner.train()
         except (NonFinite, RangeError, UnknownMetric) as error:
             raise UserError(f"iteration {runner.iter}: {one_line(error)}.") from error

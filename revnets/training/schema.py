@@ -242,7 +242,7 @@ def _text(option: Option, value: str, where: str) -> str:
 
 def _mapping(value: Any) -> dict[str, Any]:
     if isinstance(value, list):
-        if not all(isinstance(v, str) and v.partition("=")[1] for v in value):
+        if not all(isinstance(v, str) and "=" in v[1:] for v in value):
             raise ValueError
         pairs = [v.partition("=") for v in value]
         if len({key for key, _, _ in pairs}) < len(pairs):
