@@ -152,9 +152,9 @@ def test_odd_lines_and_files(schema: type, effort: settings, empty: Path) -> Non
 def test_every_option_answers_every_odd_value(schema: type, empty: Path) -> None:
     for each in options_of(schema).values():
         for value in [*NUMBERS, *WORDS, True, None, 2**64, 10**400, math.nan, -1, 0.5, [], [[]], {}, {1: 2}, object()]:
-            for given in (value, [value], [value] * 3):
+            for content in (value, [value], [value] * 3):
                 try:
-                    convert(each, given, each.flag)
+                    convert(each, content, each.flag)
                 except UserError as error:
                     said(str(error))
     assert not os.listdir(empty)
