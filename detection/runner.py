@@ -80,6 +80,11 @@ class Leftovers:
                 kind._instance_dict.clear()  # the next run of this process would write into the folder that is gone
 
 
+def started(runner: Runner) -> bool:
+    """Whether a step of training is done; asking `runner.iter` would build the loop, which may be what fails."""
+    return bool(getattr(runner._train_loop, "iter", 0) > 0)
+
+
 @contextmanager
 def first_step(runner: Runner, verbose: bool) -> Iterator[None]:
     """Around training: what fails before its first step is done is a mistake of the configuration that MMEngine built.
@@ -96,7 +101,7 @@ def first_step(runner: Runner, verbose: bool) -> Iterator[None]:
     except (NonFinite, RangeError, UnknownMetric, UserError):
         raise
     except Exception as error:
-        if runner.iter > 0:
+        if started(runner):
             raise
         if verbose:
             _logger.error("the first step fails", exc_info=error)

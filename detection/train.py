@@ -96,7 +96,7 @@ def train(argv: Sequence[str] | None = None) -> Result:
     """
     args = parse(options(), argv)
     cfg = load(args)
-    from detection.runner import Leftovers, build, first_step, progress
+    from detection.runner import Leftovers, build, first_step, progress, started
     from revnets.mm import DriftHook, FiniteHook, MemoryReportHook, TrainingFlopsHook
     from revnets.mm.checkpoint import UnknownMetric
     from revnets.reversible import RangeError
@@ -126,7 +126,7 @@ def train(argv: Sequence[str] | None = None) -> Result:
         _announce(runner, cfg, resumed)
     with noise_kept_out(args.verbose):
         try:
-            with leftovers.removed(lambda: runner.iter == 0), first_step(runner, args.verbose):
+            with leftovers.removed(lambda: not started(runner)), first_step(runner, args.verbose):
                 runner.train()
         except (NonFinite, RangeError, UnknownMetric) as error:
             raise UserError(f"iteration {runner.iter}: {one_line(error)}.") from error
