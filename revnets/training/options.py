@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from .errors import UserError, did_you_mean, shown
-from .schema import SEED, Need, Option, convert, option, options_of
+from .option import SEED, Need, Option, convert, option, options_of
 from .yaml_files import load
 
 __all__ = [
