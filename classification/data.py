@@ -19,7 +19,7 @@ from classification.images import Images
 from classification.options import DataOptions, TrainOptions, ValidateOptions
 from classification.runtime import Runtime
 from classification.sources import class_map, find_source
-from revnets.training.errors import UserError, one_line
+from revnets.training.errors import UserError, one_line, refusals
 from revnets.training.resumable import BATCH, Batches, Items, apart, resumable, seed_all
 
 _logger = logging.getLogger("classification")
@@ -248,12 +248,8 @@ def train_data(
     }
     if options.train_interpolation and not options.no_aug:
         config = {**config, "interpolation": options.train_interpolation}
-    try:
+    with refusals("augmentation: timm refuses it", "correct --aa, --scale or --ratio"):
         loader = _loader(options, runtime, dataset, config, True, collate_fn=collate, **augmentation)
-    except (AssertionError, KeyError, ValueError) as error:
-        raise UserError(
-            f"augmentation: timm refuses it ({one_line(error)}); correct --aa, --scale or --ratio."
-        ) from error
     if options.crop_pad is not None:
         _crop_with_border(dataset, config["input_size"][-2:], options.crop_pad)
     loader, batches = _resumable(loader, options)

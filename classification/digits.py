@@ -19,7 +19,7 @@ from PIL import Image
 
 from revnets.training.errors import UserError, guarded
 from revnets.training.files import whole_folder
-from revnets.training.options import option, parse
+from revnets.training.options import SEED, option, parse
 
 MARKER = "digits.json"
 HELD_OUT = 360
@@ -29,9 +29,9 @@ HELD_OUT = 360
 class DigitsOptions:
     """Digits"""
 
-    data_dir: str = option("output/digits", "folder to make")
-    size: int = option(32, "height and width of the images", low=8)
-    seed: int = option(42, "of the split", low=0)
+    data_dir: str = option("output/digits", "folder to make", path=True)
+    size: int = option(32, "height and width of the images", low=8, high=4096)
+    seed: int = option(42, "of the split", low=0, high=SEED)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

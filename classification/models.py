@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +16,11 @@ from timm.models import clean_state_dict
 from torch import nn
 
 from classification.options import TrainOptions, ValidateOptions
+from classification.runtime import physical_memory
 from revnets.layers import convert, parse_layers
 from revnets.models._cached import drop_wrong_cache
 from revnets.models.small_stem import small_stem
-from revnets.training.errors import UserError, did_you_mean, one_line
+from revnets.training.errors import UserError, did_you_mean, one_line, refusals, shown
 from revnets.training.reading import read_checkpoint
 from revnets.training.weights import odd, unfit
 
@@ -33,7 +35,7 @@ def build_model(options: TrainOptions | ValidateOptions) -> nn.Module:
     """
     if not timm.is_model(options.model) and not options.model.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         hint = did_you_mean(options.model, timm.list_models())
-        raise UserError(f"--model: timm knows no '{options.model}'{hint}; timm.list_models() names all.")
+        raise UserError(f"--model: timm knows no {shown(options.model)}{hint}; timm.list_models() names all.")
     arguments: dict[str, Any] = {
         "num_classes": options.num_classes,
         "in_chans": options.in_chans,
@@ -52,20 +54,14 @@ def build_model(options: TrainOptions | ValidateOptions) -> nn.Module:
         arguments["pretrained_cfg_overlay"] = {"file": path}
     if options.pretrained and not path:
         drop_wrong_cache(options.model)
-    try:
-        model = timm.create_model(options.model, pretrained=options.pretrained or bool(path), **arguments)
-    except (TypeError, ValueError, AssertionError) as error:
-        given = {name: value for name, value in arguments.items() if value is not None}
-        raise UserError(
-            f"--model: {options.model} cannot be built with {given}: {one_line(error)}; correct --model-kwargs."
-        ) from error
-    except (RuntimeError, OSError) as error:
-        if not (options.pretrained or path):
-            raise
-        raise UserError(
-            f"--pretrained: no weights for {options.model} could be loaded ({one_line(error)}); "
-            "leave it out, or give a file as --pretrained-path."
-        ) from error
+    weights = options.pretrained or bool(path)
+    shown_arguments = {name: shown(value) for name, value in arguments.items() if value is not None}
+    words = ", ".join(f"{name}={text}" for name, text in shown_arguments.items())
+    with refusals(
+        f"--model: {shown(options.model)} cannot be built with {words or 'its own arguments'}",
+        "correct --model and --model-kwargs" + (", --pretrained or --pretrained-path" if weights else ""),
+    ):
+        model = timm.create_model(options.model, pretrained=weights, **arguments)
     if options.small_stem is not None:
         try:
             small_stem(model, options.small_stem)
@@ -113,14 +109,8 @@ def data_config(options: TrainOptions | ValidateOptions, model: nn.Module) -> di
     """timm's data configuration of a model, with the options over it."""
     names = ("img_size", "input_size", "in_chans", "crop_pct", "mean", "std", "interpolation")
     given = {name: getattr(options, name) for name in names}
-    channels = options.input_size[0] if options.input_size else options.in_chans or 3
-    for name in ("mean", "std"):
-        values = given[name]
-        if values is not None and len(values) not in (1, channels):
-            raise UserError(
-                f"--{name}: {len(values)} numbers were given where {channels} (one per channel) were expected."
-            )
-    config: dict[str, Any] = resolve_data_config(given, model=model)
+    with refusals(f"--img-size: timm has no data configuration for {options.model}", "correct --img-size or --mean"):
+        config: dict[str, Any] = resolve_data_config(given, model=model)
     return config
 
 
@@ -137,21 +127,39 @@ def check_model_fits(model: nn.Module, input_size: tuple[int, int, int], num_cla
         UserError: The model does not take such images, or gives another number of classes.
     """
     was_training = model.training
-    parameter = next(model.parameters())
-    image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
+    parameter = next(model.parameters(), None)
     words = "x".join(str(n) for n in input_size)
-    try:
+    if parameter is None:
+        raise UserError(f"--model: {name} has no parameters, there is nothing to train or measure; give another.")
+    with refusals(f"--img-size: {name} does not take {words} images", "give another size"):
+        image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
         with torch.no_grad():
             output = model.eval()(image)
-    except (ValueError, RuntimeError, AssertionError) as error:
+    model.train(was_training)
+    if not isinstance(output, torch.Tensor) or output.ndim != 2:
+        kind = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else type(output).__name__
         raise UserError(
-            f"--img-size: {name} does not take {words} images: {one_line(error)}; give another size."
-        ) from error
-    finally:
-        model.train(was_training)
+            f"--model: {name} gives {kind} for an image, one row of class scores was expected; leave features_only and "
+            "the like out of --model-kwargs."
+        )
     if num_classes is not None and output.shape[-1] != num_classes:
         raise UserError(
             f"--num-classes: {name} gives {output.shape[-1]} outputs, {num_classes} classes were expected; correct it."
+        )
+
+
+def check_batch_fits(batch_size: int, input_size: tuple[int, int, int], device: torch.device) -> None:
+    """Compares the bytes of a batch of images, which is the least that a step needs, with the device's memory.
+
+    Raises:
+        UserError: They are more.
+    """
+    needed = batch_size * math.prod(input_size) * 4
+    there = physical_memory(device)
+    if there is not None and needed > there:
+        raise UserError(
+            f"--batch-size: {batch_size} images of {'x'.join(map(str, input_size))} take {needed / 1e9:,.1f} GB, there "
+            f"are {there / 1e9:,.1f} GB of memory; lower it or --img-size."
         )
 
 

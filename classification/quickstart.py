@@ -41,7 +41,7 @@ MODES = ("reversible", "store")
 class QuickstartOptions:
     """Quickstart"""
 
-    output: str = option("output/quickstart", "folder for the images, the run and the picture")
+    output: str = option("output/quickstart", "folder for the images, the run and the picture", path=True)
     model: str | None = option(None, "another network with reversible parts; the configuration's where not given")
     epochs: int | None = option(None, "epochs; the configuration's where not given", low=1)
     limit: int | None = option(None, "use only so many images per split", low=1)

@@ -22,7 +22,7 @@ from classification.report import Row, read_summary
 from revnets.sparsity.masks import check_sparsity
 from revnets.training.errors import UserError
 from revnets.training.files import usable_folder, whole_file
-from revnets.training.options import Parser
+from revnets.training.options import SEED, Parser, argument
 
 _logger = logging.getLogger("classification")
 In = TypeVar("In")
@@ -32,19 +32,17 @@ Out = TypeVar("Out")
 def series_parser(prog: str, description: str, output: str, images: int) -> Parser:
     """The command line that all series share."""
     parser = Parser(prog=prog, description=description, allow_abbrev=False)
-    parser.add_argument("--output", default=output, help="folder of the runs and of the table")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--output", type=argument(str, path=True), default=output, help="folder of the runs and of the table"
+    )
+    parser.add_argument("--seeds", type=argument(int, low=0, high=SEED), nargs="+", default=[0, 1, 2])
     parser.add_argument("--images", type=positive, default=images, help="training images, equally many of each class")
     parser.add_argument("--epochs", type=positive, help="those of the recipe where not given")
     parser.add_argument("--jobs", type=positive, default=1, help="runs at the same time")
     return parser
 
 
-def positive(text: str) -> int:
-    """A whole number from 1, for parsers."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} was given where a whole number from 1 was expected")
-    return int(text)
+positive = argument(int, low=1, high=1 << 31)
 
 
 def writable(output: str) -> Path:

@@ -35,7 +35,7 @@ from classification.data import (
 )
 from classification.folder import RunFolder
 from classification.loop import Training, train_epoch, validate
-from classification.models import build_model, check_model_fits, data_config
+from classification.models import build_model, check_batch_fits, check_model_fits, data_config
 from classification.options import TrainOptions, as_dict
 from classification.recovery import OwnState, Position
 from classification.report import Row, Summary, clock, draw_curves, write_args
@@ -45,11 +45,12 @@ from classification.setup import start_training
 from classification.sources import check_apart
 from classification.sparse import RunFlops, draw_sparsity, sparsity_words
 from classification.start import load_start
+from classification.trial import try_transforms
 from revnets.numerics import NumericsMonitor
 from revnets.pruning.checkpoint import FLOPS
 from revnets.sparsity.report import write_table
 from revnets.training.errors import UserError, guarded
-from revnets.training.options import parse
+from revnets.training.options import SEED, parse
 from revnets.training.processes import of_first, settle_buckets
 
 _logger = logging.getLogger("classification")
@@ -105,6 +106,8 @@ def _train(options: TrainOptions, held: contextlib.ExitStack) -> Result:
     check_labels(train_set, num_classes)
     data = train_data(options, runtime, train_set, config, num_classes)
     val_loader = validation_loader(options, runtime, val_set, config)
+    for dataset in (data.loader.dataset, val_loader.dataset):
+        try_transforms(dataset, "L" if config["input_size"][0] == 1 else "RGB", config["input_size"][-2:])
     run, epochs = start_training(options, runtime, model, data)
     folder, path, checkpoint, begin = _start(run, model, held)
     if runtime.distributed:
@@ -159,6 +162,7 @@ def _model(options: TrainOptions, runtime: Runtime) -> tuple[nn.Module, dict[str
             raise UserError(f"--grad-checkpointing: {options.model} has no such switch; leave it out.") from error
     model.to(device=runtime.device, memory_format=runtime.memory_format)  # type: ignore[call-overload]
     config = data_config(options, model)
+    check_batch_fits(options.batch_size, config["input_size"], runtime.device)
     check_model_fits(model, config["input_size"], options.num_classes, options.model)
     if options.sync_bn:
         if runtime.device.type == "cpu":
@@ -235,7 +239,7 @@ def _epochs(
     """All epochs: train, validate, change the learning rate, write summary and checkpoint."""
     options, runtime, start, epochs = run.options, run.runtime, time.perf_counter(), range(begin.epoch, stop)
     for epoch in epochs:
-        random_seed(options.seed + 1000003 * (epoch + 1), runtime.rank)  # so that a resumed run draws the same numbers
+        random_seed(epoch_seed(options.seed, epoch), runtime.rank)  # so that a resumed run draws the same numbers
         row: Row = {"epoch": float(epoch)}
         figures, end = train_epoch(run, begin if epoch == begin.epoch else Position(epoch))
         lr = max(group["lr"] for group in run.optimizer.param_groups)
@@ -260,6 +264,11 @@ def _epochs(
             done = epoch - epochs[0] + 1
             rest = (time.perf_counter() - start) / done * (len(epochs) - done)
             _logger.info(_epoch_words(row, lr, epoch, 100 * (epoch + 1) / epochs.stop, rest))
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """The seed of an epoch, in the 32 bits that NumPy takes, with room for the number of the process."""
+    return (seed + 1000003 * (epoch + 1)) % (SEED - 0xFFFF)
 
 
 def _epoch_words(row: Row, lr: float, epoch: int, share: float, rest: float) -> str:

@@ -27,15 +27,17 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 from classification.report import clock
 from classification.runtime import MB
 from detection import checkpoints, checks
-from detection.config import connect, load, parse, parser, primary
+from detection.config import PATH, connect, load, parse, parser, primary
 from detection.noise import noise_kept_out
 from detection.report import draw, show, write_summary
 from revnets.training.errors import UserError, guarded, one_line
 from revnets.training.files import obstacle
 from revnets.training.lock import FolderLock
+from revnets.training.options import SEED, argument
 from revnets.training.processes import of_first
 
 _logger = logging.getLogger("detection")
+SAVE_EVERY = 1000  # iterations
 DESCRIPTION = "Train a detector on MMEngine's runner. Options are those of MMDetection's tools/train.py, and some more."
 
 
@@ -59,6 +61,7 @@ def options() -> Any:
     line = parser("train.py", DESCRIPTION)
     line.add_argument(
         "--resume",
+        type=PATH,
         nargs="?",
         const="auto",
         metavar="CHECKPOINT",
@@ -68,11 +71,14 @@ def options() -> Any:
     line.add_argument("--amp", action="store_true", help="bfloat16 mixed precision")
     line.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the global batch")
     line.add_argument("--tensorboard", action="store_true", help="write events for TensorBoard, too")
-    line.add_argument("--seed", type=int, help="of everything random (default: the configuration's, else 0)")
+    line.add_argument(
+        "--seed",
+        type=argument(int, low=0, high=SEED),
+        help="of everything random (default: the configuration's, else 0)",
+    )
     line.add_argument(
         "--save-every",
-        type=int,
-        default=1000,
+        type=argument(int, low=0, high=1 << 31),
         metavar="N",
         help="also save in the middle of an epoch, every N iterations; 0: do not (default: 1000)",
     )
@@ -97,7 +103,7 @@ def train(argv: Sequence[str] | None = None) -> Result:
 
 
 def _train(cfg: Any, args: argparse.Namespace, held: contextlib.ExitStack) -> Result:
-    from detection.runner import build, progress
+    from detection.runner import Leftovers, build, first_step, progress, started
     from revnets.mm import DriftHook, FiniteHook, MemoryReportHook, ResumeCheckHook, TrainingFlopsHook
     from revnets.mm.checkpoint import UnknownMetric
     from revnets.reversible import RangeError
@@ -111,10 +117,12 @@ def _train(cfg: Any, args: argparse.Namespace, held: contextlib.ExitStack) -> Re
     if not args.no_check and primary():
         checks.check_data(cfg, ["train", "val"])
     checkpoint = _read_checkpoint(cfg, resumed)
-    runner = build(cfg, args.verbose, checked=not args.no_check)
-    checks.check_neck(runner.model)
-    if checkpoint is not None:
-        checks.check_weights(runner.model, checkpoint, whole=resumed)
+    leftovers = Leftovers(folder)
+    with leftovers.removed():
+        runner = build(cfg, args.verbose, checked=not args.no_check)
+        checks.check_neck(runner.model)
+        if checkpoint is not None:
+            checks.check_weights(runner.model, checkpoint, whole=resumed)
     told, memory = progress(runner), MemoryReportHook()
     for hook in (memory, FiniteHook(), DriftHook(), TrainingFlopsHook(), ResumeCheckHook()):
         if not any(isinstance(each, type(hook)) for each in runner.hooks):  # the configuration's has its own options
@@ -125,7 +133,8 @@ def _train(cfg: Any, args: argparse.Namespace, held: contextlib.ExitStack) -> Re
         _announce(runner, cfg, resumed)
     with noise_kept_out(args.verbose):
         try:
-            runner.train()
+            with leftovers.removed(lambda: not started(runner)), first_step(runner, args.verbose):
+                runner.train()
         except (NonFinite, RangeError, UnknownMetric) as error:
             raise UserError(f"iteration {runner.iter}: {one_line(error)}.") from error
     return _finish(runner, cfg, args, told, memory.report)
@@ -196,9 +205,15 @@ def _adapt(cfg: Any, args: argparse.Namespace) -> None:
     saving = hooks.get("checkpoint", {"type": "CheckpointHook", "interval": 1})
     elsewhere = saving and (saving.get("backend_args") or saving.get("file_client_args"))  # no local folder
     if saving and saving.get("type") == "CheckpointHook" and not elsewhere:
-        saving = {**saving, "type": "WholeCheckpointHook", "interim": args.save_every}
+        saving = {**saving, "type": "WholeCheckpointHook", "interim": SAVE_EVERY}
+        saving |= {} if args.save_every is None else {"interim": args.save_every}
         if not saving.get("save_best") and _measures_boxes(cfg):
             saving["save_best"] = "coco/bbox_mAP"
+    elif args.save_every:
+        raise UserError(
+            "--save-every: it has no effect, the configuration's default_hooks.checkpoint is no CheckpointHook that "
+            "saves to a local folder; leave it out."
+        )
     cfg.default_hooks = {**hooks, "checkpoint": saving}
 
 

@@ -227,6 +227,17 @@ OPTIONS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["--cfg-options", "default_hooks.checkpoint.save_best=coco/bbox_mPA"],
         ("save_best", "'coco/bbox_mPA'", "did you mean"),
     ),
+    "seed of 70 bits": (["--seed", str(2**70)], ("--seed", "4294967295")),
+    "fewer than no pictures": (["--draw", "-2"], ("--draw", "at least 0")),
+    "saving backwards": (["--save-every", "-5"], ("--save-every", "at least 0")),
+    "folder that cannot be": (["--work-dir", "x" * 300], ("--work-dir", "too long")),
+    "folder that is a device": (["--work-dir", "/dev/null"], ("--work-dir", "/dev/null", "is not a folder")),
+    "no training": (["--cfg-options", "train_cfg=None"], ("sets no train_cfg",)),
+    "a number for a part": (["--cfg-options", "model.backbone=5"], ("model.backbone: 5", "dict(...)")),
+    "epochs in words": (["--cfg-options", "train_cfg.max_epochs=many"], ("train_cfg.max_epochs: 'many'", "a whole")),
+    "batches of nothing": (["--cfg-options", "train_dataloader.batch_size=0"], ("batch_size: 0", "from 1")),
+    "rate in words": (["--cfg-options", "optim_wrapper.optimizer.lr=fast"], ("tiny.py", "cannot be built")),
+    "a neck that fails at the first step": (["--cfg-options", "model.neck.num_outs=0"], ("the first step fails",)),
     "slurm": (["--launcher", "slurm"], ("slurm", "SLURM_PROCID", "srun")),
     "torchrun": (["--launcher", "pytorch"], ("torchrun",)),
 }
@@ -239,6 +250,7 @@ def test_bad_options(
     monkeypatch.delenv("SLURM_PROCID", raising=False)
     more, words = OPTIONS[what]
     refused(capsys, training.main([str(tiny), "--work-dir", str(tmp_path / "run"), *more]), *words)
+    assert not (tmp_path / "run").exists()
 
 
 def test_bad_configurations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

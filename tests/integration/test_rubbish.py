@@ -95,6 +95,16 @@ def folder_of(*names: str) -> Make:
     return make
 
 
+def loop(*before: str) -> Make:
+    """A command line that ends with a link to itself."""
+
+    def make(folder: Path) -> list[str]:
+        (folder / "loop").symlink_to(folder / "loop")
+        return [*before, str(folder / "loop")]
+
+    return make
+
+
 def given(*line: str) -> Make:
     """A command line as it is."""
     return lambda folder: list(line)
@@ -102,6 +112,7 @@ def given(*line: str) -> Make:
 
 Case = tuple[str, Make, str]
 LAYERS = ("--layers",)
+LAUGHS = "a0: &a0 [1, 1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 30))
 TRAIN: list[Case] = [
     # options
     ("unknown option", given("--learning-rate", "1"), "--learning-rate"),
@@ -123,6 +134,35 @@ TRAIN: list[Case] = [
     ("channels", given("--in-chans", "7", "--mean", "0.5", "0.5"), "--mean"),
     ("resume and overwrite", given("--resume", "auto", "--overwrite"), "--overwrite"),
     ("output that is a file", file("taken", "x", "--output"), "--output"),
+    ("number of 70 bits", given("--seed", str(2**70)), "--seed"),
+    ("number in other digits", given("--epochs", "\N{ARABIC-INDIC DIGIT TWO}"), "--epochs"),
+    ("number of 5,000 digits", given("--warmup-epochs", "1" * 5000), "--warmup-epochs"),
+    ("range of one number", given("--scale", "0.5"), "--scale"),
+    ("range of zeros", given("--ratio", "0", "0"), "--ratio"),
+    ("one beta", given("--opt-betas", "0.8"), "--opt-betas"),
+    ("zero byte in a path", given("--output", "a\0b"), "--output"),
+    ("path too long", given("--resume", "x" * 5000), "--resume"),
+    ("link that leads to itself", loop("--initial-checkpoint"), "--initial-checkpoint"),
+    ("run outside of the output", given("--experiment", "../other"), "--experiment"),
+    ("colours of two channels", given("--in-chans", "2"), "--in-chans"),
+    ("no such resampling", given("--train-interpolation", "cubic"), "bicubic"),
+    ("device without values", given("--device", "meta"), "--device"),
+    ("model of features", given("--model-kwargs", "features_only=true"), "features_only"),
+    ("model argument twice", given("--model-kwargs", "a=1", "a=2"), "--model-kwargs"),
+    ("optimizer of second order", given("--opt", "adahessian"), "adahessian"),
+    ("optimizer that is not installed", given("--opt", "bnbadam"), "bnbadam"),
+    ("cycles of no length", given("--lr-cycle-mul", "0", "--lr-cycle-limit", "2"), "--lr-cycle-mul"),
+    # options without effect
+    ("part of mixup without mixup", given("--mixup-switch-prob", "0.1"), "--mixup"),
+    ("distillation without teacher", given("--distill-logits", "3"), "teacher"),
+    ("two rates", given("--lr-base", "0.3"), "--lr"),
+    ("warm-up rate without warm-up", given("--warmup-lr", "0.1"), "--warmup-epochs"),
+    ("decay of another schedule", given("--patience-epochs", "3"), "--sched cosine"),
+    ("erasing of nothing", given("--recount", "3"), "--reprob"),
+    ("decay of no mean", given("--model-ema-decay", "0.9"), "--model-ema"),
+    ("precision without amp", given("--amp-dtype", "bfloat16"), "--amp"),
+    ("distribution without sparse layers", given("--sparsity-distribution", "erk"), "no sparse layers"),
+    ("effect that a file lacks", file("a.yaml", "cutmix: 0.0\nmixup_mode: elem\n", "--config"), "mixup_mode"),
     # configurations
     ("configuration that is missing", given("--config", "/nowhere.yaml"), "/nowhere.yaml"),
     ("configuration that is no YAML", file("a.yaml", "a: [", "--config"), "not valid YAML"),
@@ -131,6 +171,13 @@ TRAIN: list[Case] = [
     ("unknown key", file("a.yaml", "lrr: 1\n", "--config"), "lrr"),
     ("key of another kind", file("a.yaml", "epochs: many\n", "--config"), "'many'"),
     ("configuration that runs code", file("a.yaml", "lr: !!python/object/apply:os.getcwd []\n", "--config"), "a.yaml"),
+    ("key that is there twice", file("a.yaml", "epochs: 1\nepochs: 2\n", "--config"), "line 2"),
+    ("key that is a number", file("a.yaml", "3: 1\n", "--config"), "the key 3"),
+    ("configuration that is nested", file("a.yaml", "mean: " + "[" * 1200 + "]" * 1200, "--config"), "nested"),
+    ("configuration that doubles itself", file("a.yaml", LAUGHS, "--config"), "aliases"),
+    ("configuration that is a folder", given("--config", "/tmp"), "/tmp"),
+    ("configuration that is a device", given("--config", "/dev/zero"), "/dev/zero"),
+    ("configuration that leads to itself", loop("--config"), "--config"),
     ("base that leads back", file("a.yaml", "base: a.yaml\n", "--config"), "back to itself"),
     # data
     ("no data folder", given("--data-dir", "/nowhere"), "/nowhere"),
@@ -177,6 +224,10 @@ TRAIN: list[Case] = [
 ]  # fmt: skip
 VALIDATE: list[Case] = [
     ("results of no kind", given("--results-file", "a.doc"), "a.doc"),
+    ("images of no size", given("--img-size", "0"), "--img-size"),
+    ("two sizes", given("--input-size", "3", "32", "32"), "--input-size"),
+    ("validation on no device", given("--device", "cpu:3"), "--device"),
+    ("results in a path that cannot be", given("--results-file", "x" * 300 + ".csv"), "--results-file"),
     ("EMA without checkpoint", given("--use-ema"), "--use-ema"),
     ("validated checkpoint that runs code", saved({"state_dict": Evil()}, "--checkpoint"), "print"),
     ("validated checkpoint with a wrong byte", spoiled("--checkpoint"), "checksum"),
