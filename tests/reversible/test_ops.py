@@ -59,6 +59,24 @@ def test_inverse(case: Case) -> None:
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(back, xs, strict=True))
 
 
+@pytest.mark.parametrize("chained", [False, True])
+@pytest.mark.parametrize("exact", [False, True])
+def test_inverse_leaves_running_statistics_and_modes_alone(case: Case, exact: bool, chained: bool) -> None:
+    """Also in training, where the branches that are evaluated again would move them a second time."""
+    op, xs = case
+    net = RevSequential([op, *([copy.deepcopy(op)] if len(xs) == len(op(*xs)) and chained else [])], exact=exact)
+    if any(x.shape != y.shape for x, y in zip(xs, op(*xs), strict=False)):
+        net = RevSequential([op], exact=exact)
+    undone = net if chained else op
+    ys = undone(*xs)
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    with torch.set_grad_enabled(chained):
+        undone.inverse(*ys)
+    assert all(module.training for module in net.modules())
+    for name, buffer in net.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
 @pytest.mark.parametrize("mode", ["reversible", "checkpoint"])
 def test_gradients(case: Case, mode: str) -> None:
     op, xs = case
