@@ -164,6 +164,39 @@ def test_scale_of_attention_follows_its_width(fused: bool) -> None:
     assert model.temperature == 64**-0.5
 
 
+class Parts(nn.Module):
+    """Takes a layer's output apart, by sizes that it keeps as integers of its own."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.width, self.heads = how, 32, 4
+        self.mix, self.out = nn.Linear(24, 64), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mix(x)
+        if self.how == "split":
+            a, b = y.split(self.width, -1)
+        elif self.how == "split with sizes":
+            a, b = y.split([self.width, self.width], -1)
+        elif self.how == "chunk":
+            a, b = y.chunk(2, -1)
+        else:
+            a, b = y.view(*y.shape[:-1], 2, self.width).unbind(-2)
+        return self.out(torch.tanh(a) * b)
+
+
+@pytest.mark.parametrize("how", ["split", "split with sizes", "chunk", "view"])
+def test_sizes_that_a_module_keeps_follow_its_widths(how: str) -> None:
+    model = nn.Sequential(Parts(how), nn.ReLU(), nn.Linear(5, 3))
+    report = convert(model, "sparse_wide:0.75", input_size=(7, 24))
+    wide = report.model[0]
+    assert wide.mix.out_features > 64, str(report)
+    assert wide.width * 2 == wide.mix.out_features
+    assert wide.out.in_features == wide.width
+    assert report.model(torch.randn(2, 7, 24)).shape == (2, 7, 3)
+    assert model[0].width == 32
+
+
 @pytest.mark.parametrize("member", [*ISO_FLOP, "sparse"])
 def test_frozen_layers_and_channels_last_stay_so(member: str) -> None:
     model = timm.create_model("test_resnet").to(memory_format=torch.channels_last)

@@ -57,6 +57,26 @@ def test_soft_nms_by_brute_force(method: int, offset: int) -> None:
     assert torch.equal(dets[: len(found), :4], boxes[found])
 
 
+@pytest.mark.parametrize(("method", "weight"), [(0, 0.0), (1, 0.5)])
+@pytest.mark.parametrize(("threshold", "decays"), [(0.5, True), (0.5000001, False)])
+def test_overlap_at_the_threshold(method: int, weight: float, threshold: float, decays: bool) -> None:
+    """Two boxes whose IoU is a half to the bit: soft NMS counts it as reached, hard NMS keeps what does not exceed it."""
+    boxes, scores = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 1.0]]), torch.tensor([0.75, 0.5])
+    dets = torch.zeros(2, 5)
+    found = operators.softnms(boxes, scores, dets, threshold, 0.5, 0.1, method, 0)
+    rest = 0.5 * (weight if decays else 1.0)
+    assert dets[: len(found), 4].tolist() == ([0.75, rest] if rest >= 0.1 else [0.75])
+    assert operators.nms(boxes, scores, threshold, 0).tolist() == [0, 1]
+    assert operators.nms(boxes, scores, 0.4999, 0).tolist() == [0]
+
+
+@pytest.mark.parametrize("least", [0.25, 0.2500001])
+def test_score_at_the_least(least: float) -> None:
+    boxes, scores = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 1.0]]), torch.tensor([0.75, 0.5])
+    found = operators.softnms(boxes, scores, torch.zeros(2, 5), 0.5, 0.5, least, 1, 0)
+    assert found.tolist() == ([0, 1] if least == 0.25 else [0])
+
+
 def test_nothing_in_nothing_out() -> None:
     none, no_scores = torch.zeros(0, 4), torch.zeros(0)
     assert operators.nms(none, no_scores, 0.5, 0).shape == (0,)

@@ -25,13 +25,6 @@ FAULTS = (
         tests=("tests/reversible/test_gradients.py",),
     ),
     Fault(
-        "op-grad-dtype",
-        "revnets/reversible/op.py",
-        old="(y.edge, g.to(y.dtype)) for y, g",
-        new="(y.edge, g) for y, g",
-        tests=("tests/reversible/test_gradients.py", "tests/reversible/test_autograd.py",),
-    ),
-    Fault(
         "op-hooked-owner",
         "revnets/reversible/op.py",
         old='owner = id(getattr(p, "_stands_for", p))',
@@ -114,13 +107,6 @@ FAULTS = (
         old="return 2.0 ** (_MANTISSA_BITS[dtype] - 2 - grid_bits)",
         new="return 2.0 ** (_MANTISSA_BITS[dtype] - grid_bits)",
         tests=("tests/reversible/test_grid.py",),
-    ),
-    Fault(
-        "replay-cast-cache",
-        "revnets/reversible/replay.py",
-        old="enabled=enabled, cache_enabled=False)",
-        new="enabled=enabled, cache_enabled=True)",
-        tests=("tests/reversible/test_gradients.py", "tests/reversible/test_modes.py",),
     ),
     Fault(
         "replay-rng-left",

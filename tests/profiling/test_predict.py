@@ -132,6 +132,9 @@ def assert_close(model: nn.Module, x: Tensor, relative: float) -> None:
     assert predicted.step_bytes == pytest.approx(measured.peak_bytes, rel=relative)
 
 
+CLAIMED = 0.0065  # README and docs/memory.md: within 0.6%, rounded
+
+
 def error(target: Target, setting: Setting) -> float:
     """Predicted over measured peak beyond what is there before the step, less 1: stricter than of the whole."""
     job = target.build(setting, "meta")
@@ -142,10 +145,10 @@ def error(target: Target, setting: Setting) -> float:
 
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("name", ["test_revbifpn@64:4", "resnet18@64:4", "test_efficientnet@64:4"])
-def test_within_2_percent_of_measured(name: str, channels_last: bool) -> None:
+def test_within_what_is_claimed_of_measured(name: str, channels_last: bool) -> None:
     setting = Setting(channels_last=channels_last, optimizer=None)
     errors = {t.mode: error(t, setting) for t in parse_targets(name, setting)}
-    assert all(abs(e) < 0.02 for e in errors.values()), errors
+    assert all(abs(e) < CLAIMED for e in errors.values()), errors
 
 
 REQUIRED = [
@@ -157,11 +160,10 @@ REQUIRED = [
 @pytest.mark.slow
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("name", REQUIRED)
-def test_required_networks_within_2_percent(name: str, channels_last: bool) -> None:
-    """Issue 3, part 5."""
+def test_required_networks_within_what_is_claimed(name: str, channels_last: bool) -> None:
     setting = Setting(channels_last=channels_last, optimizer=None)
     errors = {t.mode: error(t, setting) for t in parse_targets(name, setting)}
-    assert all(abs(e) < 0.02 for e in errors.values()), errors
+    assert all(abs(e) < CLAIMED for e in errors.values()), errors
 
 
 def test_autocast_keeps_half_the_activations() -> None:
@@ -174,7 +176,7 @@ def test_autocast_keeps_half_the_activations() -> None:
 
 
 def test_flat_in_depth() -> None:
-    """Reversible activations per added extra silo, at fixed width: nothing but small statistics (1% of store's)."""
+    """Four more silos at fixed width: nothing but small statistics, 1% of what stored activations take."""
     growth = {}
     for mode in ("reversible", "store"):
         needs = []
@@ -182,8 +184,8 @@ def test_flat_in_depth() -> None:
             model = timm.create_model("test_revbifpn", mode=mode, extra_silos=extra).train()
             p = predict_training_step(model, torch.empty(16, 3, 64, 64, device="meta"), training_loss)
             needs.append(p.step_bytes - p.gradient_bytes)
-        growth[mode] = (needs[1] - needs[0]) / needs[0]
-    assert abs(growth["reversible"]) < 0.01 * growth["store"] * 4, growth
+        growth[mode] = needs[1] - needs[0]
+    assert abs(growth["reversible"]) < 0.01 * growth["store"], growth
 
 
 def test_ops_that_look_at_values_are_named() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from revnets.reversible import AdditiveCoupling, Parallel, ReversibleOp, RevSequential, RevSilo
+from revnets.reversible import MODES, AdditiveCoupling, Parallel, ReversibleOp, RevSequential, RevSilo
 from tests.helpers import assert_same_step, training_step
 from tests.reversible.graphs import build, cubic
 from tests.reversible.test_ops import OPS
@@ -106,6 +106,23 @@ def test_any_of_the_inputs_may_need_a_gradient(name: str, mode: str) -> None:
         for got, expected in zip(*found, strict=True) if found else ():
             assert (got is None) == (expected is None), needed
             assert got is None or torch.allclose(got, expected, rtol=1e-8, atol=1e-12), needed
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("needed", [(True, False), (False, True), (False, False)])
+def test_gradients_pass_through_ops_that_are_frozen(needed: tuple[bool, bool], mode: str) -> None:
+    """Against the ops one after the other: a chain leaves out what comes before the first that takes part."""
+    torch.manual_seed(0)
+    ops = [AdditiveCoupling(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 4)).double() for _ in range(3)]
+    ops[0].requires_grad_(False)
+    found = []
+    for chained in (True, False):
+        inputs = [x.requires_grad_(n) for x, n in zip(tensors(2), needed, strict=True)]
+        ys: Any = RevSequential(ops, mode=mode)(*inputs) if chained else ops[2](*ops[1](*ops[0](*inputs)))
+        wanted = [*(x for x in inputs if x.requires_grad), *ops[1].parameters(), *ops[2].parameters()]
+        found.append(torch.autograd.grad(cubic(ys), wanted))
+    for got, expected in zip(*found, strict=True):
+        assert torch.allclose(got, expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", sorted(OPS))
@@ -247,6 +264,24 @@ def test_branches_in_half_precision_under_a_stream_of_float32(kinds: list[str]) 
         got = training_step(copy.deepcopy(net), x, cubic, mode, autocast=True)
         assert_same_step(got, expected, 0)
         assert {g.dtype for g in got.grads.values() if g is not None} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", sorted(name for name in OPS if not name.startswith(("space", "repet"))))
+def test_half_precision_where_the_engine_rewinds_by_itself(name: str) -> None:
+    """The inverse runs without gradient first: no cast that it made may stand in for a weight afterwards."""
+    make, shapes = OPS[name]
+    torch.manual_seed(0)
+    net = RevSequential([make()], exact=True)
+    for module in net.modules():
+        if isinstance(module, ReversibleOp):
+            module.rewind = ReversibleOp.rewind.__get__(module)  # type: ignore[method-assign]
+    xs = tuple(torch.randn(shape) for shape in shapes)
+    found = []
+    for mode in ("reversible", "store"):
+        for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.reset_running_stats()
+        found.append(training_step(net, xs, cubic, mode, autocast=True))
+    assert_same_step(found[0], found[1], 5e-2)
 
 
 # --- parts of a chain that trains are in eval ------------------------------------------------------------------------
