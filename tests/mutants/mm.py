@@ -81,13 +81,6 @@ FAULTS = (
         tests=("tests/mm/test_sparsity_hook.py",),
     ),
     Fault(
-        "mm-scaled-loss",
-        "revnets/mm/guard.py",
-        old="guard.note(loss / wrapper.loss_scaler.get_scale() if scaled else loss)",
-        new="guard.note(loss)",
-        tests=("tests/mm/test_guard.py",),
-    ),
-    Fault(
         "mm-extra-levels",
         "revnets/mm/neck.py",
         old="if len(outs) > self.num_levels and _learns(module)",

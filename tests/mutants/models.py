@@ -8,7 +8,7 @@ FAULTS = (
         "revnets/models/revbifpn.py",
         old='"global_pool": self.global_pool.pool_type, "mode": self.mode}',
         new='"global_pool": self.global_pool.pool_type}',
-        tests=("tests/layers/test_members.py", "tests/models/test_timm_contract.py",),
+        tests=("tests/layers/test_convert.py",),
     ),
     Fault(
         "new-scale-drop-path",

@@ -51,6 +51,19 @@ def test_optimizer_state(optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     assert p.resident_bytes == WEIGHTS + BYTES + p.categories["optimizer state"]
 
 
+def test_optimizers_of_accelerators_take_their_tensors_together() -> None:
+    """What torch chooses there by itself: `foreach`, whose temporaries are of all parameters at once."""
+
+    def peak(**options: bool) -> int:
+        with torch.device("meta"):
+            model, x = linears(), torch.empty(1, D)
+        make = lambda m: torch.optim.AdamW(m.parameters(), **options)  # noqa: E731
+        return predict_training_step(model, x, lambda y: y.sum(), make, device="cuda").peak_bytes
+
+    assert peak() == peak(foreach=True) > peak(foreach=False)
+    assert peak(fused=True) < peak()
+
+
 def test_accelerators_hand_out_multiples_of_512_bytes() -> None:
     with torch.device("meta"):
         model, x = nn.Linear(3, 5), torch.empty(2, 3)
