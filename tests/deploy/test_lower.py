@@ -112,7 +112,7 @@ ODD_WAYS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a clamp from below 0": lambda net, x: F.hardtanh(8 * net.a(x), -1.0, 6.0),
     "a clamp to less than 6": lambda net, x: F.hardtanh(8 * net.a(x), 0.0, 1.0),
     "a clamp as ReLU6's": lambda net, x: F.hardtanh(8 * net.a(x), 0.0, 6.0),
-    "a norm that is not alone": lambda net, x: net.norm((y := net.a(x))) + y,
+    "a norm that is not alone": lambda net, x: net.norm(y := net.a(x)) + y,
     "corners aligned": lambda net, x: net.b(
         F.interpolate(net.a(x), scale_factor=2, mode="bilinear", align_corners=True)
     ),

@@ -8,8 +8,8 @@ import torch
 
 pytest.importorskip("mmdet", reason="MMDetection is not installed: pip install 'revnets[detection]'")
 
-from mmengine.config import Config  # noqa: E402
-from mmengine.registry import init_default_scope  # noqa: E402
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
 
 
 @pytest.fixture(scope="module")

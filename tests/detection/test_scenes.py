@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from revnets.training.errors import UserError
 from detection.digits import CLASSES, OVERLAP, SceneOptions, _run_lengths, _shared, _splits, main, make_scenes
+from revnets.training.errors import UserError
 
 OPTIONS = SceneOptions(train=8, val=2, test=2)
 

@@ -139,7 +139,9 @@ NORMS = [None, {"type": "BN"}, {"type": "SyncBN"}]
 
 
 @pytest.mark.parametrize("norm_cfg", NORMS, ids=lambda cfg: str(cfg and cfg["type"]))
-@pytest.mark.parametrize("network", [TINY, {"type": "TimmBackbone", "model_name": "test_resnet"}], ids=lambda n: n["type"])
+@pytest.mark.parametrize(
+    "network", [TINY, {"type": "TimmBackbone", "model_name": "test_resnet"}], ids=lambda n: n["type"]
+)
 def test_norm_eval_is_of_every_batch_norm(network: dict[str, Any], norm_cfg: dict[str, Any] | None) -> None:
     """Of whatever class: synchronised ones are no ``nn.BatchNorm2d``."""
     for fixed in (True, False):

@@ -61,7 +61,7 @@ def test_soft_nms_by_brute_force(method: int, offset: int) -> None:
 @pytest.mark.parametrize(("method", "weight"), [(0, 0.0), (1, 0.5)])
 @pytest.mark.parametrize(("threshold", "decays"), [(0.5, True), (0.5000001, False)])
 def test_overlap_at_the_threshold(method: int, weight: float, threshold: float, decays: bool) -> None:
-    """Two boxes whose IoU is a half to the bit: soft NMS counts it as reached, hard NMS keeps what does not exceed it."""
+    """IoU of a half to the bit: soft NMS counts it as reached, hard NMS keeps what does not exceed it."""
     boxes, scores = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 1.0]]), torch.tensor([0.75, 0.5])
     dets = torch.zeros(2, 5)
     found = operators.softnms(boxes, scores, dets, threshold, 0.5, 0.1, method, 0)

@@ -24,8 +24,12 @@ USER_ERROR = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code: 1 where too few faults are seen, 2 where there is nothing to measure."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
-    parser.add_argument("--only", action="append", default=[], help="area, or name or pattern of faults; may be repeated")
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) - 1), help="copies that are tried at once")
+    parser.add_argument(
+        "--only", action="append", default=[], help="area, or name or pattern of faults; may be repeated"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=max(1, (os.cpu_count() or 1) - 1), help="copies that are tried at once"
+    )
     parser.add_argument("--limit", type=float, default=600.0, help="most seconds that the tests of a fault may take")
     parser.add_argument("--at-least", type=float, default=90.0, help="percent of the faults that have to be seen")
     parser.add_argument("--json", type=Path, default=ROOT / "output" / "mutants.json", help="file for the results")
@@ -75,16 +79,16 @@ def tried(chosen: dict[str, tuple[Fault, ...]], jobs: int, limit: float) -> list
             seconds[tests] = outcome.seconds
             print(f"{left} {' '.join(tests)}: green in {outcome.seconds:.0f} s", flush=True)
         works = {
-            pool.submit(
-                with_copy, lambda c, f=fault: c.tried(f, min(limit, 60 + 5 * seconds[f.tests]))
-            ): (area, fault)
+            pool.submit(with_copy, lambda c, f=fault: c.tried(f, min(limit, 60 + 5 * seconds[f.tests]))): (area, fault)
             for area, fault in every
         }
         rows = {}
         for future, left in _counted(works, "faults"):
             (area, fault), outcome = works[future], future.result()
             if not outcome.noticed and outcome.code != PASSED:
-                raise TableError(f"fault {fault.name!r}: {' '.join(fault.tests)} cannot be run: {outcome.output[-1000:]}")
+                raise TableError(
+                    f"fault {fault.name!r}: {' '.join(fault.tests)} cannot be run: {outcome.output[-1000:]}"
+                )
             print(f"{left} {fault.name}: {f'seen by {outcome.first}' if outcome.noticed else 'NOT SEEN'}", flush=True)
             rows[fault.name] = {
                 "area": area,

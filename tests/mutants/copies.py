@@ -109,14 +109,14 @@ def _first(code: int | None, output: str) -> str:
 
 
 def _pytest(folder: str, tests: list[str], log: str) -> None:
-    """In a new process, forked from one that has the libraries: its first words are those of the copy's folder."""
+    """In a new process, forked from one that has the libraries: from here on, sources are those of the copy."""
     os.setsid()
     with open(log, "w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.chdir(folder)
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("tests", "__mp_main__", "__main__")]:
-        sys.modules.pop(name) if name.startswith("tests") else None
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]  # this module, by which the process was started, is the project's own
     sys.path[:] = [folder, *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
     os.environ["PYTHONPATH"] = folder
     sys.dont_write_bytecode = True

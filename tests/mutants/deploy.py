@@ -29,21 +29,30 @@ FAULTS = (
         "revnets/deploy/graph.py",
         old=' or argument(norm, "training"):',
         new=":",
-        tests=("tests/deploy/test_lower.py", "tests/deploy/test_programs.py",),
+        tests=(
+            "tests/deploy/test_lower.py",
+            "tests/deploy/test_programs.py",
+        ),
     ),
     Fault(
         "graph-shared-conv",
         "revnets/deploy/graph.py",
         old="and list(conv.users) == [user]",
         new="",
-        tests=("tests/deploy/test_lower.py", "tests/deploy/test_programs.py",),
+        tests=(
+            "tests/deploy/test_lower.py",
+            "tests/deploy/test_programs.py",
+        ),
     ),
     Fault(
         "bind-align-corners",
         "revnets/deploy/bind.py",
         old='if not _is_image(source) or argument(node, "align_corners"):',
         new="if not _is_image(source):",
-        tests=("tests/deploy/test_lower.py", "tests/deploy/test_programs.py",),
+        tests=(
+            "tests/deploy/test_lower.py",
+            "tests/deploy/test_programs.py",
+        ),
     ),
     Fault(
         "quantize-images",
@@ -57,6 +66,9 @@ FAULTS = (
         "revnets/deploy/graph.py",
         old='return max((error if error == error else float("inf") for error in errors), default=0.0)',
         new="return max(errors, default=0.0)",
-        tests=("tests/deploy/test_engines.py", "tests/deploy/test_lower.py",),
+        tests=(
+            "tests/deploy/test_engines.py",
+            "tests/deploy/test_lower.py",
+        ),
     ),
 )

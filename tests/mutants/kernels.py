@@ -15,7 +15,10 @@ FAULTS = (
         "revnets/kernels/training.py",
         old=" or version != self._version or version < 0",
         new=" or version < 0",
-        tests=("tests/kernels/test_training_paths.py", "tests/kernels/test_training.py",),
+        tests=(
+            "tests/kernels/test_training_paths.py",
+            "tests/kernels/test_training.py",
+        ),
     ),
     Fault(
         "kernel-transposed-groups",
@@ -29,7 +32,10 @@ FAULTS = (
         "revnets/kernels/plan.py",
         old="if last_read.get(v, -1) >= s",
         new="if last_read.get(v, -1) > s",
-        tests=("tests/kernels/test_calls.py", "tests/kernels/test_kernel.py",),
+        tests=(
+            "tests/kernels/test_calls.py",
+            "tests/kernels/test_kernel.py",
+        ),
     ),
     Fault(
         "call-unequal-factors",
@@ -57,6 +63,9 @@ FAULTS = (
         "revnets/kernels/calls.py",
         old="(columns.long() % size)[order]",
         new="(columns.long() % size)",
-        tests=("tests/kernels/test_kernel.py", "tests/kernels/test_training.py",),
+        tests=(
+            "tests/kernels/test_kernel.py",
+            "tests/kernels/test_training.py",
+        ),
     ),
 )

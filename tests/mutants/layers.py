@@ -8,7 +8,10 @@ FAULTS = (
         "revnets/layers/mus_functional.py",
         old="x[:, :, ::down, ::right]",
         new="x[:, :, ::right, ::down]",
-        tests=("tests/layers/test_fp8.py", "tests/layers/test_mus.py",),
+        tests=(
+            "tests/layers/test_fp8.py",
+            "tests/layers/test_mus.py",
+        ),
     ),
     Fault(
         "mus-conv-grad-scale",
@@ -22,7 +25,10 @@ FAULTS = (
         "revnets/layers/mus_functional.py",
         old="last = maps and x.stride(1) == 1",
         new="last = False",
-        tests=("tests/layers/test_mus.py", "tests/layers/test_fp8.py",),
+        tests=(
+            "tests/layers/test_mus.py",
+            "tests/layers/test_fp8.py",
+        ),
     ),
     Fault(
         "mus-half-gradient",
@@ -36,7 +42,10 @@ FAULTS = (
         "revnets/layers/fp8.py",
         old="top = torch.finfo(dtype).max / scale",
         new="top = torch.finfo(dtype).max",
-        tests=("tests/layers/test_fp8.py", "tests/layers/test_mus.py",),
+        tests=(
+            "tests/layers/test_fp8.py",
+            "tests/layers/test_mus.py",
+        ),
     ),
     Fault(
         "mus-optim-depthwise",
@@ -50,14 +59,20 @@ FAULTS = (
         "revnets/layers/widen_rules.py",
         old="    c.note_attributes(op, [part, xs[dim]])\n",
         new="",
-        tests=("tests/layers/test_convert.py", "tests/layers/test_members.py",),
+        tests=(
+            "tests/layers/test_convert.py",
+            "tests/layers/test_members.py",
+        ),
     ),
     Fault(
         "widen-grouped",
         "revnets/layers/widen_rules.py",
         old="        c.widths.divided(out, groups, c.place(op))\n",
         new="",
-        tests=("tests/layers/test_convert.py", "tests/layers/test_members.py",),
+        tests=(
+            "tests/layers/test_convert.py",
+            "tests/layers/test_members.py",
+        ),
     ),
     Fault(
         "norm-act-momentum",
@@ -99,7 +114,10 @@ FAULTS = (
         "revnets/layers/sparse.py",
         old="if layer.dense_grad is None else layer.dense_grad + gathered",
         new="if layer.dense_grad is None else gathered",
-        tests=("tests/layers/test_sparse.py", "tests/sparsity/test_controller.py",),
+        tests=(
+            "tests/layers/test_sparse.py",
+            "tests/sparsity/test_controller.py",
+        ),
     ),
     Fault(
         "sparse-load-masked",
@@ -113,14 +131,21 @@ FAULTS = (
         "revnets/layers/fold.py",
         old='groups = getattr(u, "groups", 1)',
         new="groups = 1",
-        tests=("tests/layers/test_sparse.py", "tests/layers/test_convert.py", "tests/deploy/test_lower.py",),
+        tests=(
+            "tests/layers/test_sparse.py",
+            "tests/layers/test_convert.py",
+            "tests/deploy/test_lower.py",
+        ),
     ),
     Fault(
         "parallel-shares",
         "revnets/layers/parallel.py",
         old="kept = numel // count + (index < numel % count)",
         new="kept = numel // count",
-        tests=("tests/layers/test_sparse.py", "tests/layers/test_accounting.py",),
+        tests=(
+            "tests/layers/test_sparse.py",
+            "tests/layers/test_accounting.py",
+        ),
     ),
     Fault(
         "compact-dtype",

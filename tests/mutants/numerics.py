@@ -25,13 +25,6 @@ FAULTS = (
         tests=("tests/numerics/test_monitor.py",),
     ),
     Fault(
-        "monitor-recomputed",
-        "revnets/numerics/monitor.py",
-        old="if torch._C._current_graph_task_id() == -1:",
-        new="if True:",
-        tests=("tests/numerics/test_monitor.py",),
-    ),
-    Fault(
         "monitor-resumed",
         "revnets/numerics/monitor.py",
         old='if r["step"] < step]',

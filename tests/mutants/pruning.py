@@ -8,7 +8,10 @@ FAULTS = (
         "revnets/pruning/choice.py",
         old="together.topk(min(count, total - len(scores)), largest=False)",
         new="together.topk(count, largest=False)",
-        tests=("tests/pruning/test_prune.py", "tests/pruning/test_solve.py",),
+        tests=(
+            "tests/pruning/test_prune.py",
+            "tests/pruning/test_solve.py",
+        ),
     ),
     Fault(
         "solve-dead-inputs",

@@ -1,4 +1,4 @@
-"""Faults of reversible: the engine: gradients of shared, strided and half-precision branches, statistics, randomness, the grid."""
+"""Faults of reversible: gradients of shared and strided branches, statistics, randomness, the grid."""
 
 from .fault import Fault
 
@@ -29,7 +29,10 @@ FAULTS = (
         "revnets/reversible/op.py",
         old='owner = id(getattr(p, "_stands_for", p))',
         new="owner = id(p)",
-        tests=("tests/reversible/test_gradients.py", "tests/reversible/test_autograd.py",),
+        tests=(
+            "tests/reversible/test_gradients.py",
+            "tests/reversible/test_autograd.py",
+        ),
     ),
     Fault(
         "op-inverse-statistics",
@@ -43,14 +46,20 @@ FAULTS = (
         "revnets/reversible/op.py",
         old='step.shared["exclusive"] = False',
         new='step.shared["exclusive"] = True',
-        tests=("tests/reversible/test_gradients.py", "tests/reversible/test_ops.py",),
+        tests=(
+            "tests/reversible/test_gradients.py",
+            "tests/reversible/test_ops.py",
+        ),
     ),
     Fault(
         "op-value-in-disguise",
         "revnets/reversible/op.py",
         old="if value.is_leaf or value._is_view():",
         new="if value.is_leaf:",
-        tests=("tests/reversible/test_gradients.py", "tests/reversible/test_ops.py",),
+        tests=(
+            "tests/reversible/test_gradients.py",
+            "tests/reversible/test_ops.py",
+        ),
     ),
     Fault(
         "node-in-stack",
@@ -71,35 +80,50 @@ FAULTS = (
         "revnets/reversible/coupling.py",
         old="needs_grad=step.needs_input_grad[0], dense_grad",
         new="needs_grad=step.needs_input_grad[-1], dense_grad",
-        tests=("tests/reversible/test_gradients.py", "tests/reversible/test_autograd.py",),
+        tests=(
+            "tests/reversible/test_gradients.py",
+            "tests/reversible/test_autograd.py",
+        ),
     ),
     Fault(
         "parallel-narrowed",
         "revnets/reversible/parallel.py",
         old="op.rewind(step.narrowed(k), ",
         new="op.rewind(step, ",
-        tests=("tests/reversible/test_gradients.py", "tests/reversible/test_autograd.py",),
+        tests=(
+            "tests/reversible/test_gradients.py",
+            "tests/reversible/test_autograd.py",
+        ),
     ),
     Fault(
         "silo-needs-grad",
         "revnets/reversible/silo.py",
         old='needs_grad = direction == "up" or step.needs_input_grad[source]',
         new="needs_grad = step.needs_input_grad[min(source, len(step.needs_input_grad) - 1)]",
-        tests=("tests/reversible/test_gradients.py", "tests/reversible/test_autograd.py",),
+        tests=(
+            "tests/reversible/test_gradients.py",
+            "tests/reversible/test_autograd.py",
+        ),
     ),
     Fault(
         "sequential-first-input",
         "revnets/reversible/sequential.py",
         old="if any(x.requires_grad for x in xs):",
         new="if xs[0].requires_grad:",
-        tests=("tests/reversible/test_gradients.py", "tests/reversible/test_autograd.py",),
+        tests=(
+            "tests/reversible/test_gradients.py",
+            "tests/reversible/test_autograd.py",
+        ),
     ),
     Fault(
         "grid-max-abs",
         "revnets/reversible/grid.py",
         old="return torch.maximum(high, -low)",
         new="return high",
-        tests=("tests/reversible/test_grid.py", "tests/reversible/test_range_checks.py",),
+        tests=(
+            "tests/reversible/test_grid.py",
+            "tests/reversible/test_range_checks.py",
+        ),
     ),
     Fault(
         "grid-head-room",
@@ -120,7 +144,10 @@ FAULTS = (
         "revnets/reversible/mode.py",
         old="return recording(record, *xs), _again(record, owner, in_stack)",
         new="return recording(record, *xs), _again(record, owner, False)",
-        tests=("tests/reversible/test_gradients.py", "tests/reversible/test_modes.py",),
+        tests=(
+            "tests/reversible/test_gradients.py",
+            "tests/reversible/test_modes.py",
+        ),
     ),
     Fault(
         "check-nan",
