@@ -23,7 +23,7 @@ def saver(folder: Path, decreasing: bool, keep: int) -> Saver:
 
 
 def ranked(metrics: Metrics, decreasing: bool) -> list[int]:
-    """Epochs from the best to the worst: of equal ones the earlier; those without a finite number last, newest first."""
+    """Epochs from the best: of equal ones the earlier first; those without a finite number last, newest first."""
     finite = {epoch: m for epoch, m in enumerate(metrics) if m is not None and math.isfinite(m)}
     sign = 1 if decreasing else -1
     order = sorted(finite, key=lambda epoch: (sign * finite[epoch], epoch))
@@ -59,6 +59,33 @@ def test_the_best_are_kept(decreasing: bool, metrics: Metrics, keep: int) -> Non
         if best is not None:
             assert (folder / "model_best.pth.tar").read_text() == str(best)
         assert (folder / "model_best.pth.tar").exists() == (best is not None)
+
+
+@pytest.mark.parametrize("decreasing", [False, True])
+@pytest.mark.parametrize("odd", [None, math.nan, math.inf, -math.inf])
+def test_an_older_checkpoint_brings_no_rank_that_is_none(tmp_path: Path, odd: float | None, decreasing: bool) -> None:
+    """As the start of a run from a file by its name: nothing would ever be better than NaN, or than infinity."""
+    one = saver(tmp_path, decreasing, keep=3)
+    one.save_checkpoint(0, odd)
+    saved = torch.load(tmp_path / LAST, weights_only=True)
+    other = saver(tmp_path, decreasing, keep=3)
+    other.restore_history(saved, tmp_path / LAST, newest=False)
+    assert (other.best_epoch, other.best_metric) == (None, None)
+    for epoch, metric in ((1, 2.0), (2, 1.0), (3, 2.0)):
+        other.save_checkpoint(epoch, metric)
+    assert other.best_epoch == (2 if decreasing else 1)
+
+
+@pytest.mark.parametrize("decreasing", [False, True])
+def test_an_epoch_without_a_metric_stays_the_last(tmp_path: Path, decreasing: bool) -> None:
+    one = saver(tmp_path, decreasing, keep=4)
+    for epoch, metric in enumerate([None, 3.0, 5.0]):
+        one.save_checkpoint(epoch, metric)
+    saved = torch.load(tmp_path / LAST, weights_only=True)
+    saved["history"]["files"] = [file for file in saved["history"]["files"] if file[1] != 5.0]  # as before its own place
+    other = saver(tmp_path, decreasing, keep=4)
+    other.restore_history(saved, tmp_path / LAST, newest=False)
+    assert [metric for _, metric in other.checkpoint_files] == ([3.0, 5.0, None] if decreasing else [5.0, 3.0, None])
 
 
 def test_a_number_that_is_none_does_not_outlive_a_resume(tmp_path: Path) -> None:

@@ -266,6 +266,19 @@ def test_branches_in_half_precision_under_a_stream_of_float32(kinds: list[str]) 
         assert {g.dtype for g in got.grads.values() if g is not None} == {torch.float32}
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_stream_stays_in_float32_under_autocast(exact: bool, mode: str) -> None:
+    """Also a scale that only branches in half precision make."""
+    net = RevSequential(list(build([1, 2, 3, 3], ["conv", "mbconv_plain"], exact=exact).ops), mode=mode, exact=exact)
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    for train in (True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            ys = net.train(train)(x)
+        assert {y.dtype for y in ys} == {torch.float32}
+    assert {y.dtype for y in net.inverse(*(y.detach() for y in ys))} == {torch.float32}
+
+
 @pytest.mark.parametrize("name", sorted(name for name in OPS if not name.startswith(("space", "repet"))))
 def test_half_precision_where_the_engine_rewinds_by_itself(name: str) -> None:
     """The inverse runs without gradient first: no cast that it made may stand in for a weight afterwards."""

@@ -34,6 +34,8 @@ OPS: dict[str, tuple[Callable[[], ReversibleOp], tuple[tuple[int, ...], ...]]] =
     "silo 3 to 3": (lambda: _silo(3, 3), ((2, 4, 8, 8), (2, 6, 4, 4), (2, 8, 2, 2))),
     "silo, down only": (lambda: RevSilo({(0, 1): _branch(4, 6, 2)}, {}, 2), ((2, 4, 8, 8), (2, 6, 4, 4))),
     "space to depth": (lambda: SpaceToDepth(3, 2, 4), ((2, 3, 8, 8),)),
+    "space to depth, oblong": (lambda: SpaceToDepth(2, 4, 3), ((2, 2, 8, 12),)),
+    "silo of oblong maps": (lambda: _silo(2, 3), ((2, 4, 8, 12), (2, 6, 4, 6))),
     "repetition": (lambda: SpaceToDepth(3, 1, 8), ((2, 3, 8, 8),)),
     "parallel": (
         lambda: Parallel([AdditiveCoupling(_branch(c, c), _branch(c, c)) for c in (2, 3)]),
