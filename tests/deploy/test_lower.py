@@ -109,9 +109,9 @@ ODD_WAYS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "without a batch": lambda net, x: F.relu(net.a(x[0])),
     "a sum with a factor": lambda net, x: torch.add(net.a(x), x, alpha=2.0),
     "a sum with a factor, turned": lambda net, x: torch.add(x, net.a(x), alpha=-0.5),
-    "a clamp from below 0": lambda net, x: F.hardtanh(8 * net.a(x), -1.0, 6.0),
-    "a clamp to less than 6": lambda net, x: F.hardtanh(8 * net.a(x), 0.0, 1.0),
-    "a clamp as ReLU6's": lambda net, x: F.hardtanh(8 * net.a(x), 0.0, 6.0),
+    "a clamp from below 0": lambda net, x: F.hardtanh(net.a(8 * x), -1.0, 6.0),
+    "a clamp to less than 6": lambda net, x: F.hardtanh(net.a(8 * x), 0.0, 1.0),
+    "a clamp as ReLU6's": lambda net, x: F.hardtanh(net.a(8 * x), 0.0, 6.0),
     "a norm that is not alone": lambda net, x: net.norm(y := net.a(x)) + y,
     "corners aligned": lambda net, x: net.b(
         F.interpolate(net.a(x), scale_factor=2, mode="bilinear", align_corners=True)
