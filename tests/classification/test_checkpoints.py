@@ -82,7 +82,9 @@ def test_an_epoch_without_a_metric_stays_the_last(tmp_path: Path, decreasing: bo
     for epoch, metric in enumerate([None, 3.0, 5.0]):
         one.save_checkpoint(epoch, metric)
     saved = torch.load(tmp_path / LAST, weights_only=True)
-    saved["history"]["files"] = [file for file in saved["history"]["files"] if file[1] != 5.0]  # as before its own place
+    saved["history"]["files"] = [
+        file for file in saved["history"]["files"] if file[1] != 5.0
+    ]  # as before its own place
     other = saver(tmp_path, decreasing, keep=4)
     other.restore_history(saved, tmp_path / LAST, newest=False)
     assert [metric for _, metric in other.checkpoint_files] == ([3.0, 5.0, None] if decreasing else [5.0, 3.0, None])

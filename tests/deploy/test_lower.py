@@ -113,6 +113,9 @@ ODD_WAYS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a clamp to less than 6": lambda net, x: F.hardtanh(net.a(8 * x), 0.0, 1.0),
     "a clamp as ReLU6's": lambda net, x: F.hardtanh(net.a(8 * x), 0.0, 6.0),
     "a norm that is not alone": lambda net, x: net.norm(y := net.a(x)) + y,
+    "a norm of the batch": lambda net, x: F.batch_norm(
+        net.a(x), net.norm.running_mean, net.norm.running_var, training=True, momentum=0.0
+    ),
     "corners aligned": lambda net, x: net.b(
         F.interpolate(net.a(x), scale_factor=2, mode="bilinear", align_corners=True)
     ),

@@ -11,6 +11,7 @@ import revnets
 from revnets.layers import SparseConv2d, convert, count_costs, fold, load_sparse, save_sparse
 from revnets.layers.compact import pack_bits, unpack_bits
 from revnets.layers.parallel import SparseParallelConv2d, SparseParallelLinear
+from revnets.reversible import MODES
 
 ISO_FLOP = ["sparse_parallel", "sparse_factorized", "sparse_doped", "sparse_wide"]
 NETWORKS = ["resnet18", "revbifpn_s0", "efficientnet_b0", "vit_small_patch16_224"]
@@ -294,6 +295,19 @@ def test_widened_revbifpn_stays_as_it_was_set() -> None:
     assert report.model.num_features > plain.num_features
 
 
+@pytest.mark.parametrize("mode", ["reversible", "checkpoint", "store"])
+def test_widened_revbifpn_is_as_it_was_set_afterwards(mode: str) -> None:
+    """What has changed since it was made counts, not what it was made with."""
+    plain = timm.create_model("test_revbifpn", num_classes=7, mode="store" if mode == "reversible" else "reversible")
+    revnets.set_mode(plain, mode)
+    plain.reset_classifier(4, "max")
+    wide = revnets.convert(plain.double(), "sparse_wide:0.5").model
+    assert {m.mode for m in wide.modules() if vars(m).get("mode") in MODES} == {mode}
+    assert wide.num_classes == wide.classifier.out_features == 4
+    assert wide.global_pool.pool_type == "max"
+    assert {p.dtype for p in wide.parameters()} == {torch.float64}
+
+
 # --- folding and compact files ---------------------------------------------------------------------------------------
 
 
@@ -327,6 +341,16 @@ def test_compact_files_come_back_exactly(tmp_path: Path) -> None:
     masked = [m for m in first.modules() if isinstance(m, SparseConv2d)]
     saved = sum((m.mask.numel() - int(m.mask.sum())) * 4 + m.mask.numel() * 7 // 8 for m in masked)
     assert sizes[1] < sizes[0] - saved + 100_000
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_compact_files_keep_the_type(dtype: torch.dtype, tmp_path: Path) -> None:
+    layers = [nn.Sequential(SparseConv2d(8, 8, 3, sparsity=0.75), nn.BatchNorm2d(8)).to(dtype) for _ in range(2)]
+    load_sparse(layers[1], save_sparse(layers[0], tmp_path / "net.safetensors"))
+    for name, tensor in layers[0].state_dict().items():
+        other = layers[1].state_dict()[name]
+        assert other.dtype == tensor.dtype
+        assert torch.equal(tensor, other), name
 
 
 def test_bits() -> None:

@@ -103,13 +103,6 @@ FAULTS = (
         tests=("tests/layers/test_lean_layers.py",),
     ),
     Fault(
-        "conv-grad-dtype",
-        "revnets/layers/conv.py",
-        old="dtypes = (x.dtype, weight.dtype, weight.dtype)",
-        new="dtypes = (grad.dtype, grad.dtype, grad.dtype)",
-        tests=("tests/layers/test_lean_layers.py",),
-    ),
-    Fault(
         "sparse-gathered",
         "revnets/layers/sparse.py",
         old="if layer.dense_grad is None else layer.dense_grad + gathered",

@@ -87,6 +87,23 @@ def test_shared_and_viewed_storages_count_once() -> None:
     assert p.categories["parameters"] == p.gradient_bytes == D * D * 4
 
 
+def test_parameters_and_buffers_count_wherever_they_are() -> None:
+    """Real or on the meta device, shared by two modules or not."""
+
+    def network() -> nn.Module:
+        first, second = nn.BatchNorm1d(D), nn.BatchNorm1d(D)
+        second.running_mean = first.running_mean
+        return nn.Sequential(nn.Linear(D, D), first, second)
+
+    with torch.device("meta"):
+        far, x = network(), torch.empty(N, D)
+    found = [predict_training_step(model, x) for model in (network(), far)]
+    for p in found:
+        assert p.categories["buffers"] == 3 * 4 * D + 2 * 8  # a mean and two variances, two counters
+        assert p.categories["parameters"] == 4 * (D * D + D + 4 * D)
+    assert found[0].peak_bytes == found[1].peak_bytes
+
+
 def test_the_model_is_left_as_it_is() -> None:
     model = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D))
     before = {name: value.clone() for name, value in model.state_dict().items()}
