@@ -165,6 +165,23 @@ def test_scale_of_attention_follows_its_width(fused: bool) -> None:
     assert model.temperature == 64**-0.5
 
 
+@pytest.mark.parametrize("groups", [2, 3, 5, 7])
+def test_widths_stay_multiples_of_the_groups(groups: int) -> None:
+    """Of grouped convolutions both ends are cut into as many parts."""
+    width = 4 * groups
+    model = nn.Sequential(
+        nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, 2 * width, 3, groups=groups), nn.ReLU(),
+        nn.Conv2d(2 * width, width, 1), nn.Flatten(), nn.Linear(16 * width, 3),
+    )  # fmt: skip
+    for sparsity in (0.3, 0.5, 0.75, 0.9):
+        report = convert(model, f"sparse_wide:{sparsity}", input_size=(3, 8, 8))
+        middle = report.model[2]
+        assert middle.groups == groups
+        assert middle.out_channels % groups == middle.in_channels % groups == 0
+        assert middle.out_channels > 2 * width, str(report)
+        assert report.model(torch.randn(2, 3, 8, 8)).shape == (2, 3)
+
+
 class Parts(nn.Module):
     """Takes a layer's output apart, by sizes that it keeps as integers of its own."""
 

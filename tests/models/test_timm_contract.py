@@ -168,6 +168,8 @@ def test_feature_info_describes_the_maps(name: str) -> None:
 def test_in_chans(name: str, in_chans: int) -> None:
     model = make(name, in_chans=in_chans, num_classes=10).eval()
     assert model.in_chans == in_chans
+    held = meta_model(name).body.ops[0].out_chans // model.stem_stride**2  # copies of channels that make the finest map
+    assert (model.stem is None) == (in_chans <= held)
     with torch.no_grad():
         logits = model(images(in_chans=in_chans))
     assert logits.shape == (2, 10)

@@ -18,7 +18,12 @@ from .fault import ROOT, Fault
 
 # Imported once in the process that all others are forked from: nothing of the project's, which is another in each.
 PRELOADED = ["torch", "torchvision", "timm", "numpy", "hypothesis", "pytest", "mmengine", "rich", "typer", "yaml"]
-SETTINGS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONDONTWRITEBYTECODE": "1"}
+SETTINGS = {
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning",  # of tests that end in the middle
+}
 PASSED, FAILED, BROKEN = 0, 1, 2  # what pytest says: all passed, some failed, or not even that could be found out
 
 
