@@ -56,7 +56,7 @@ def tried(chosen: dict[str, tuple[Fault, ...]], jobs: int, limit: float) -> list
     """
     prepare()
     every = [(area, fault) for area, faults in chosen.items() for fault in faults]
-    groups = list(dict.fromkeys(fault.tests for _, fault in every))
+    tests = list(dict.fromkeys(test for _, fault in every for test in fault.tests))
     copies: queue.Queue[Copy] = queue.Queue()
     with tempfile.TemporaryDirectory(prefix="revnets-mutants-") as folder, ThreadPoolExecutor(jobs) as pool:
         for number in range(min(jobs, len(every))):
@@ -69,19 +69,20 @@ def tried(chosen: dict[str, tuple[Fault, ...]], jobs: int, limit: float) -> list
             finally:
                 copies.put(copy)
 
-        clean = {pool.submit(with_copy, lambda c, t=tests: c.tested(t, limit)): tests for tests in groups}
-        seconds: dict[tuple[str, ...], float] = {}
+        clean = {pool.submit(with_copy, lambda c, t=test: c.tested((t,), limit)): test for test in tests}
+        seconds: dict[str, float] = {}
         for future, left in _counted(clean, "without a fault"):
-            outcome, tests = future.result(), clean[future]
+            outcome, test = future.result(), clean[future]
             if outcome.code != PASSED:
                 pool.shutdown(cancel_futures=True)
-                raise TableError(f"{' '.join(tests)} without any fault: {outcome.first}\n{outcome.output[-3000:]}")
-            seconds[tests] = outcome.seconds
-            print(f"{left} {' '.join(tests)}: green in {outcome.seconds:.0f} s", flush=True)
-        works = {
-            pool.submit(with_copy, lambda c, f=fault: c.tried(f, min(limit, 60 + 5 * seconds[f.tests]))): (area, fault)
-            for area, fault in every
-        }
+                raise TableError(f"{test} without any fault: {outcome.first}\n{outcome.output[-3000:]}")
+            seconds[test] = outcome.seconds
+            print(f"{left} {test}: green in {outcome.seconds:.0f} s", flush=True)
+
+        def work(copy: Copy, fault: Fault) -> Outcome:
+            return copy.tried(fault, min(limit, 60 + 5 * sum(seconds[test] for test in fault.tests)))
+
+        works = {pool.submit(with_copy, lambda c, f=fault: work(c, f)): (area, fault) for area, fault in every}
         rows = {}
         for future, left in _counted(works, "faults"):
             (area, fault), outcome = works[future], future.result()

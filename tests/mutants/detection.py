@@ -29,10 +29,7 @@ FAULTS = (
         "detection/progress.py",
         old="self.validations = list(runner.message_hub.runtime_info.get(VALIDATIONS, []))",
         new="self.validations = []",
-        tests=(
-            "tests/detection/test_figures.py",
-            "tests/detection/test_resume.py",
-        ),
+        tests=("tests/detection/test_figures.py",),
     ),
     Fault(
         "progress-metrics",
