@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install quickstart quickstart-detection test test-slow test-compat test-kill test-asan lint format clean
+.PHONY: help install quickstart quickstart-detection test test-slow test-compat test-kill test-asan test-mutants lint format clean
 
 help:
 	@echo "make quickstart   install, train RevBiFPN on real digits, print accuracy and memory (CPU, minutes)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-compat  the quick tests on other versions: make test-compat PYTHON=python3.13 TORCH=2.9"
 	@echo "make test-kill    50 runs killed at random moments, and compared with one that was let be"
 	@echo "make test-asan    the C++ kernel under AddressSanitizer (g++), at three widths of vectors"
+	@echo "make test-mutants small faults put into copies of the sources: the share that the quick tests see"
 	@echo "make format       rewrite the sources as ruff wants them"
 
 install: $(INSTALLED)
@@ -65,6 +66,10 @@ test-asan: $(INSTALLED)
 		$(BIN)/python -c "from revnets.kernels.build import kernel_target; print('the kernel for', kernel_target())" && \
 		$(BIN)/python -m pytest -m "not slow" tests/kernels tests/deploy || exit; \
 	done
+
+# ONLY names areas or faults, JOBS how many copies are tried at once: make test-mutants ONLY=mm JOBS=2
+test-mutants: $(INSTALLED)
+	$(BIN)/python -m tests.mutants $(addprefix --only ,$(ONLY)) $(addprefix --jobs ,$(JOBS))
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -209,10 +209,12 @@ class Saver(CheckpointSaver):
         if newest:
             self.place(path, epoch, metric)
             return
+        metric = metric if metric is None or math.isfinite(metric) else None  # nothing would ever be better than NaN
         own = self._checkpoint_path(epoch)
         if metric is not None and os.path.exists(own) and own not in dict(self.checkpoint_files):
             self.checkpoint_files.append((own, metric))
-            self.checkpoint_files.sort(key=lambda c: (c[1] is not None, c[1] or 0), reverse=not self.decreasing)
+            sign = 1 if self.decreasing else -1
+            self.checkpoint_files.sort(key=lambda file: (file[1] is None, sign * (file[1] or 0.0)))
         if metric is not None and (self.best_metric is None or self.cmp(metric, self.best_metric)):
             self.best_epoch, self.best_metric = epoch, metric
 

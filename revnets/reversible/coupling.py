@@ -48,10 +48,11 @@ class AdditiveCoupling(ReversibleOp):
 
     def rewind(self, step: Step, ys: Tensors, grad_ys: Grads) -> tuple[Tensors, Grads]:
         xs, grads = ys, grad_ys  # changed in place
-        if len(xs) == 1 and grads[0] is None:
-            grads = (torch.zeros_like(xs[0]),)
         x1, x2 = self._halves(xs)
-        grad_1, grad_2 = self._halves(grads) if len(grads) == 1 else grads  # type: ignore[arg-type]
+        unused = grads[0] is None  # of one tensor: then nothing here has a gradient, as with stored activations
+        grad_1, grad_2 = (
+            grads if len(grads) == 2 else (None, None) if unused else self._halves(grads)  # type: ignore[arg-type]
+        )
 
         value, pull = self.evaluate(step, "g", self.g, x2)
         x1.sub_(self.quantize(value, x1))

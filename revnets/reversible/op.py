@@ -213,9 +213,12 @@ class Step:
         found = torch.autograd.grad(
             [edge for edge, _ in pairs], [*wanted, *parameters], [g for _, g in pairs], allow_unused=True
         )
+        given = {_memory(g) for _, g in pairs}
         for owner, grad in zip(owners, found[len(wanted) :], strict=True):
             if grad is not None:
                 former = self._grads.get(owner)
+                if former is None and _memory(grad) in given:  # what is only added has the stream's own gradient,
+                    grad = grad.clone()  # which is changed in place further on
                 self._grads[owner] = grad if former is None else former + grad
         by_input = iter(found)
         return tuple(next(by_input) if x.requires_grad else None for x in inputs)
@@ -227,6 +230,11 @@ class _Output:
     def __init__(self, y: Tensor) -> None:
         self.dtype = y.dtype
         self.edge = torch.autograd.graph.get_gradient_edge(y) if y.requires_grad else None
+
+
+def _memory(x: Tensor) -> int | None:
+    """Which memory a tensor lies in; None for sparse ones."""
+    return x.untyped_storage()._cdata if x.layout == torch.strided else None
 
 
 class _DenseGrad(torch.autograd.Function):

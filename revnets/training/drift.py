@@ -53,7 +53,7 @@ class DriftMonitor:
             return ""
         worst = max(report.ops, key=lambda op: math.inf if op.relative != op.relative else op.relative)
         self.worst = worst.relative
-        if worst.relative <= self._warned:
+        if worst.relative <= self._warned or math.isnan(self._warned):
             return ""
         self._warned = 10 * worst.relative  # again only when it is much worse; never after NaN
         return (

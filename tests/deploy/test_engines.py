@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from revnets.cli import app
 from revnets.deploy import ENGINES, ExportError, accuracy, compare, deploy, engines, load, quantize
 from revnets.deploy.compare import Measurement, speedups
+from revnets.deploy.quantize import _checked
 from revnets.kernels.build import COMPILER_VARIABLE, kernel_problem, load_kernel
 
 from .nets import Net, evaluated, images
@@ -126,6 +127,14 @@ def test_quantize(tmp_path: Path) -> None:
 
 
 @onnx
+@pytest.mark.parametrize("images", [1, 7, 8, 9, 20, 30])
+@pytest.mark.parametrize("sizes", [(30,), (8, 8, 8, 6), (1, 11, 12, 6)])
+def test_as_many_images_as_asked_for_calibrate(images: int, sizes: tuple[int, ...]) -> None:
+    data = torch.arange(30.0)[:, None, None, None].expand(30, 1, 2, 2)
+    found = list(_checked([(batch, None) for batch in data.split(list(sizes))], images))
+    assert torch.equal(torch.cat(found), data[:images])
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

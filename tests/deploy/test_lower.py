@@ -107,6 +107,20 @@ ODD_WAYS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a sum with bools": lambda net, x: net.a(x) + (x > 0),
     "a sum with whole numbers": lambda net, x: F.relu(net.a(x) + (4 * x).long()),
     "without a batch": lambda net, x: F.relu(net.a(x[0])),
+    "a sum with a factor": lambda net, x: torch.add(net.a(x), x, alpha=2.0),
+    "a sum with a factor, turned": lambda net, x: torch.add(x, net.a(x), alpha=-0.5),
+    "a clamp from below 0": lambda net, x: F.hardtanh(net.a(8 * x), -1.0, 6.0),
+    "a clamp to less than 6": lambda net, x: F.hardtanh(net.a(8 * x), 0.0, 1.0),
+    "a clamp as ReLU6's": lambda net, x: F.hardtanh(net.a(8 * x), 0.0, 6.0),
+    "a norm that is not alone": lambda net, x: net.norm(y := net.a(x)) + y,
+    "a norm of the batch": lambda net, x: F.batch_norm(
+        net.a(x), net.norm.running_mean, net.norm.running_var, training=True, momentum=0.0
+    ),
+    "corners aligned": lambda net, x: net.b(
+        F.interpolate(net.a(x), scale_factor=2, mode="bilinear", align_corners=True)
+    ),
+    "unequal factors": lambda net, x: net.b(F.interpolate(net.a(x), scale_factor=(2, 4), mode="bilinear")),
+    "unequal strides": lambda net, x: F.conv2d(x, net.d.weight, net.d.bias, (1, 2), (0, 1), 1, 8),
     "a half is changed": _other_half,
     "a view is changed": _viewed,
     "a sum in a view": _sum_in_a_view,
@@ -129,6 +143,16 @@ class OddWay(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.way(self, x)
+
+
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_an_output_that_is_none_is_never_near(place: int, odd: float) -> None:
+    expected = [torch.ones(2), torch.ones(3), torch.ones(4)]
+    outputs = [t.clone() for t in expected]
+    outputs[place][-1] = odd
+    assert worst_error(outputs, expected) == float("inf")
+    assert worst_error(expected, expected) == 0
 
 
 @pytest.mark.parametrize("way", ODD_WAYS)

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from detection.digits import CLASSES, OVERLAP, SceneOptions, _shared, _splits, main, make_scenes
+from detection.digits import CLASSES, OVERLAP, SceneOptions, _run_lengths, _shared, _splits, main, make_scenes
 from revnets.training.errors import UserError
 
 OPTIONS = SceneOptions(train=8, val=2, test=2)
@@ -31,6 +33,28 @@ def test_is_valid_coco(scenes: Path, split: str) -> None:
             assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == (x, y, x + w, y + h)
             assert len(rows) == each["area"] > 0
         assert all(_shared(a, b) <= OVERLAP for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_overlap_is_a_share_of_the_smaller_box() -> None:
+    large, small = (0, 0, 10, 10), (8, 8, 4, 4)
+    assert _shared(large, small) == _shared(small, large) == 4 / 16
+    assert _shared(large, (2, 3, 4, 5)) == 1
+    assert _shared(large, (10, 0, 4, 4)) == 0  # they touch
+    assert _shared(large, (0, 12, 4, 4)) == 0
+
+
+@pytest.mark.parametrize("corner", [False, True])
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(cells=st.lists(st.booleans(), min_size=12, max_size=12))
+def test_run_lengths_are_those_of_coco(corner: bool, cells: list[bool]) -> None:
+    """Counts begin with those of 0, also where the first pixel belongs to the digit."""
+    from pycocotools import mask as coco
+
+    mask = np.array(cells).reshape(3, 4)
+    mask[0, 0] = corner
+    encoded = coco.frPyObjects({"size": [3, 4], "counts": _run_lengths(mask)}, 3, 4)
+    assert np.array_equal(coco.decode(encoded), mask)
+    assert sum(_run_lengths(mask)) == 12
 
 
 def test_no_scan_is_in_two_splits() -> None:

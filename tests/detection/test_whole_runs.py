@@ -27,8 +27,15 @@ def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_leaves_everything_behind(trained: Path) -> None:
     summary = json.loads((trained / "summary.json").read_text())
-    assert summary["coco/bbox_mAP_50"] >= 0
-    assert summary["memory"]["device"] == "cpu" or summary["memory"]["peak_allocated_bytes"] > 0
+    (row,) = summary["validations"]
+    figures = {key: value for key, value in row.items() if key.startswith("coco/")}
+    assert {"coco/bbox_mAP", "coco/bbox_mAP_50", "coco/bbox_mAP_75"} <= figures.keys()
+    assert all(-1 <= value <= 1 for value in figures.values())  # COCO's -1: no digit of that size
+    assert 0 <= figures["coco/bbox_mAP"] <= figures["coco/bbox_mAP_50"]
+    assert {key: summary[key] for key in figures} == figures  # what a right detector has: see test_evaluation.py
+    assert summary["best_epoch"] == row["epoch"] == 2
+    on_cpu = summary["memory"]["device"] == "cpu"
+    assert summary["memory"]["step_peak_allocated_bytes" if on_cpu else "peak_allocated_bytes"] > 1e6
     assert Path(summary["checkpoint"]).is_file()
     assert (trained / "predictions.png").stat().st_size > 10_000
     assert (trained / "epoch_2.pth").is_file()

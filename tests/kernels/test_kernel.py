@@ -378,3 +378,19 @@ def test_layers_in_one_call_share_memory(threads: int) -> None:
                 values.append(reference(values[-1].float(), weight, None, residual, g, "relu"))
             for y, expected in zip(network(values[0]), (values[2], values[5]), strict=True):
                 assert_close(y, expected)
+
+
+@needs_kernel
+@pytest.mark.parametrize("length", [3, 5, 8])
+def test_a_layer_never_writes_over_what_it_reads(length: int) -> None:
+    """Only what no later step reads, nor this one: a convolution reads its neighbours after it has written."""
+    widths = [8, 24, 16, 40, 8, 32, 16, 24, 8]
+    values = [torch.randn(2, widths[0], 13, 11, generator=torch.Generator().manual_seed(0))]
+    steps = []
+    for k in range(length):
+        weight = pruned_weight(widths[k + 1], widths[k], 3, 3, sparsity=0.7, seed=k) / 8
+        g = Geometry(widths[k], widths[k + 1], (3, 3), padding=(1, 1))
+        steps.append(plan.Step(ConvCall(g, *compress(weight), None, "relu"), (k,)))
+        values.append(reference(values[-1].float(), weight, None, None, g, "relu"))
+    (found,) = plan.Plan(steps, 1, [length])(values[0])
+    assert_close(found, values[-1])

@@ -11,6 +11,7 @@ import revnets
 from revnets.layers import SparseConv2d, convert, count_costs, fold, load_sparse, save_sparse
 from revnets.layers.compact import pack_bits, unpack_bits
 from revnets.layers.parallel import SparseParallelConv2d, SparseParallelLinear
+from revnets.reversible import MODES
 
 ISO_FLOP = ["sparse_parallel", "sparse_factorized", "sparse_doped", "sparse_wide"]
 NETWORKS = ["resnet18", "revbifpn_s0", "efficientnet_b0", "vit_small_patch16_224"]
@@ -164,6 +165,56 @@ def test_scale_of_attention_follows_its_width(fused: bool) -> None:
     assert model.temperature == 64**-0.5
 
 
+@pytest.mark.parametrize("groups", [2, 3, 5, 7])
+def test_widths_stay_multiples_of_the_groups(groups: int) -> None:
+    """Of grouped convolutions both ends are cut into as many parts."""
+    width = 4 * groups
+    model = nn.Sequential(
+        nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, 2 * width, 3, groups=groups), nn.ReLU(),
+        nn.Conv2d(2 * width, width, 1), nn.Flatten(), nn.Linear(16 * width, 3),
+    )  # fmt: skip
+    for sparsity in (0.3, 0.5, 0.75, 0.9):
+        report = convert(model, f"sparse_wide:{sparsity}", input_size=(3, 8, 8))
+        middle = report.model[2]
+        assert middle.groups == groups
+        assert middle.out_channels % groups == middle.in_channels % groups == 0
+        assert middle.out_channels > 2 * width, str(report)
+        assert report.model(torch.randn(2, 3, 8, 8)).shape == (2, 3)
+
+
+class Parts(nn.Module):
+    """Takes a layer's output apart, by sizes that it keeps as integers of its own."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.width, self.heads = how, 32, 4
+        self.mix, self.out = nn.Linear(24, 64), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mix(x)
+        if self.how == "split":
+            a, b = y.split(self.width, -1)
+        elif self.how == "split with sizes":
+            a, b = y.split([self.width, self.width], -1)
+        elif self.how == "chunk":
+            a, b = y.chunk(2, -1)
+        else:
+            a, b = y.view(*y.shape[:-1], 2, self.width).unbind(-2)
+        return self.out(torch.tanh(a) * b)
+
+
+@pytest.mark.parametrize("how", ["split", "split with sizes", "chunk", "view"])
+def test_sizes_that_a_module_keeps_follow_its_widths(how: str) -> None:
+    model = nn.Sequential(Parts(how), nn.ReLU(), nn.Linear(5, 3))
+    report = convert(model, "sparse_wide:0.75", input_size=(7, 24))
+    wide = report.model[0]
+    assert wide.mix.out_features > 64, str(report)
+    assert wide.width * 2 == wide.mix.out_features
+    assert wide.out.in_features == wide.width
+    assert report.model(torch.randn(2, 7, 24)).shape == (2, 7, 3)
+    assert model[0].width == 32
+
+
 @pytest.mark.parametrize("member", [*ISO_FLOP, "sparse"])
 def test_frozen_layers_and_channels_last_stay_so(member: str) -> None:
     model = timm.create_model("test_resnet").to(memory_format=torch.channels_last)
@@ -261,6 +312,19 @@ def test_widened_revbifpn_stays_as_it_was_set() -> None:
     assert report.model.num_features > plain.num_features
 
 
+@pytest.mark.parametrize("mode", ["reversible", "checkpoint", "store"])
+def test_widened_revbifpn_is_as_it_was_set_afterwards(mode: str) -> None:
+    """What has changed since it was made counts, not what it was made with."""
+    plain = timm.create_model("test_revbifpn", num_classes=7, mode="store" if mode == "reversible" else "reversible")
+    revnets.set_mode(plain, mode)
+    plain.reset_classifier(4, "max")
+    wide = revnets.convert(plain.double(), "sparse_wide:0.5").model
+    assert {m.mode for m in wide.modules() if vars(m).get("mode") in MODES} == {mode}
+    assert wide.num_classes == wide.classifier.out_features == 4
+    assert wide.global_pool.pool_type == "max"
+    assert {p.dtype for p in wide.parameters()} == {torch.float64}
+
+
 # --- folding and compact files ---------------------------------------------------------------------------------------
 
 
@@ -294,6 +358,16 @@ def test_compact_files_come_back_exactly(tmp_path: Path) -> None:
     masked = [m for m in first.modules() if isinstance(m, SparseConv2d)]
     saved = sum((m.mask.numel() - int(m.mask.sum())) * 4 + m.mask.numel() * 7 // 8 for m in masked)
     assert sizes[1] < sizes[0] - saved + 100_000
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_compact_files_keep_the_type(dtype: torch.dtype, tmp_path: Path) -> None:
+    layers = [nn.Sequential(SparseConv2d(8, 8, 3, sparsity=0.75), nn.BatchNorm2d(8)).to(dtype) for _ in range(2)]
+    load_sparse(layers[1], save_sparse(layers[0], tmp_path / "net.safetensors"))
+    for name, tensor in layers[0].state_dict().items():
+        other = layers[1].state_dict()[name]
+        assert other.dtype == tensor.dtype
+        assert torch.equal(tensor, other), name
 
 
 def test_bits() -> None:

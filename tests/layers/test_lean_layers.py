@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,87 @@ def image() -> Tensor:
 
 def loss(y: Tensor) -> Tensor:
     return (y**3).mean()
+
+
+CONVS: dict[str, dict[str, Any]] = {
+    "depthwise": {"groups": 8, "padding": 1},
+    "depthwise, twice as wide": {"groups": 8, "out_channels": 16, "padding": 1},
+    "depthwise, strided": {"groups": 8, "stride": 2, "padding": 1},
+    "depthwise, unequal strides": {"groups": 8, "stride": (1, 2), "padding": (1, 0)},
+    "depthwise, unequal strides and padding": {"groups": 8, "stride": (3, 1), "padding": (0, 2)},
+    "depthwise, dilated": {"groups": 8, "dilation": 2, "padding": 2},
+    "depthwise, unequal dilation": {"groups": 8, "dilation": (1, 2), "padding": 1},
+    "depthwise, large": {"groups": 8, "kernel_size": 5, "padding": 2},
+    "depthwise, large and strided": {"groups": 8, "kernel_size": 5, "stride": (2, 3), "padding": 2},
+    "depthwise, oblong": {"groups": 8, "kernel_size": (3, 5), "padding": (1, 2)},
+    "grouped, unequal strides": {"groups": 2, "stride": (2, 1), "padding": (0, 1)},
+    "dense, unequal strides": {"stride": (1, 2), "dilation": (2, 1), "padding": (2, 0)},
+    "pointwise": {"kernel_size": 1},
+}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "half of a tensor"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", CONVS)
+def test_convolutions_have_torchs_gradients(name: str, bias: bool, layout: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(**{"in_channels": 8, "out_channels": 8, "kernel_size": 3, "bias": bias, **CONVS[name]}).double()
+    found = []
+    for lean in (True, False):
+        x = torch.randn(2, 16, 9, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        given = x[:, :8] if layout == "half of a tensor" else x[:, :8].contiguous()
+        given = given.contiguous(memory_format=torch.channels_last) if layout == "channels last" else given
+        y = conv(given, layer) if lean else layer(given)
+        found.append([y, *torch.autograd.grad(loss(y), [x, *layer.parameters()])])
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_gradients_under_autocast_have_the_types_of_their_tensors(name: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(**{"in_channels": 8, "out_channels": 8, "kernel_size": 3, **CONVS[name]})
+    found = []
+    for lean in (True, False):
+        x = torch.randn(2, 8, 9, 11, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = conv(x, layer) if lean else layer(x)
+        grads = torch.autograd.grad(loss(y.float()), [x, *layer.parameters()])
+        assert y.dtype == torch.bfloat16
+        assert {g.dtype for g in grads} == {torch.float32}
+        found.append([y, *grads])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() <= 0.02 * b.abs().max()
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+def test_running_statistics_are_torchs(momentum: float | None) -> None:
+    """Without a momentum they are means over all batches so far."""
+    norms = [nn.BatchNorm2d(6, momentum=momentum).double() for _ in range(2)]
+    for seed in range(3):
+        x = torch.randn(3, 6, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        assert torch.allclose(norm_act(x, norms[0]), norms[1](x))
+        for name, buffer in norms[0].named_buffers():
+            assert torch.allclose(buffer, dict(norms[1].named_buffers())[name]), name
+
+
+@pytest.mark.parametrize("act", [a for a in ACTS if a is not None])
+def test_activations_where_they_bend(act: type[nn.Module]) -> None:
+    """Values just beside the bends, where a gradient may jump."""
+    values = torch.tensor(
+        [1e-9, -1e-9, 5e-4, -5e-4, 2.0, 3.0001, -3.0001, 2.9999, -2.9999, 6.0, -8.0], dtype=torch.float64
+    )
+    x = torch.cat([values, -values.sum()[None]]).view(1, 1, 4, 3)
+    found = []
+    for lean in (True, False):
+        norm, bends = nn.BatchNorm2d(1, eps=1e-12).double(), act()
+        with torch.no_grad():  # so that the activation reads x itself
+            norm.weight.copy_(x.std(unbiased=False)[None])
+        given = x.clone().requires_grad_()
+        y = norm_act(given, norm, bends) if lean else bends(norm(given))
+        found.append([y, torch.autograd.grad((y * torch.arange(1.0, 13.0).view_as(y)).sum(), given)[0]])
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
 CASES = [(act, False) for act in ACTS] + [(act, True) for act in ACTS if act is not None]

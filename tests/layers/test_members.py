@@ -20,6 +20,7 @@ SHAPES = {
     "linear": ((48, 80), {}),
     "pointwise": ((48, 80, 1), {"bias": False}),
     "conv": ((24, 40, 3), {"stride": 2, "padding": 1}),
+    "oblong": ((24, 40, (3, 2)), {"stride": (1, 2), "padding": (2, 0), "dilation": (2, 1)}),
     "grouped": ((24, 48, 3), {"padding": 2, "dilation": 2, "groups": 2, "padding_mode": "reflect"}),
 }
 

@@ -132,6 +132,18 @@ CASES: dict[str, tuple[Function, Function, tuple[int, ...], tuple[int, ...]]] = 
         (2, 8, 9, 8),
         (12, 8, 3, 3),
     ),
+    "1x1, unequal strides": (
+        lambda *a, **kw: mus_conv2d(*a, stride=(2, 3), **kw),
+        lambda *a: F.conv2d(*a, stride=(2, 3)),
+        (2, 24, 7, 8),
+        (16, 24, 1, 1),
+    ),
+    "3x2, unequal strides and padding": (
+        lambda *a, **kw: mus_conv2d(*a, (1, 2), (0, 1), (2, 1), **kw),
+        lambda *a: F.conv2d(*a, stride=(1, 2), padding=(0, 1), dilation=(2, 1)),
+        (2, 8, 9, 7),
+        (12, 8, 3, 2),
+    ),
     "1x1 padded, dilated": (
         lambda *a, **kw: mus_conv2d(*a, 1, (1, 0), 2, **kw),
         lambda *a: F.conv2d(*a, padding=(1, 0), dilation=2),
@@ -376,6 +388,27 @@ def test_parameter_groups() -> None:
     one_width = nn.Sequential(MuSLinear(64, 256), MuSLinear(256, 64))
     groups = revnets.mus_param_groups(one_width, 1.0, 0.0, base_width=16, width=64)
     assert {g["lr"] for g in groups} == {0.5, 1.0}
+
+
+@pytest.mark.parametrize(
+    ("layer", "factor"),
+    [
+        (lambda: MuSLinear(64, 8), 0.5),
+        (lambda: MuSLinear(1, 8), 4.0),  # a width like any other
+        (lambda: MuSConv2d(1, 8, 3), 4.0),
+        (lambda: MuSConv2d(64, 8, 3), 0.5),
+        (lambda: MuSConv2d(8, 8, 1, groups=4), 8**0.5),  # grouped, of a width of 2
+        (lambda: MuSConv2d(8, 8, 3, groups=8), 1.0),  # depthwise
+        (lambda: MuSConv2d(8, 16, 3, groups=8), 1.0),
+        (lambda: MuSLinear(64, 8, role="input"), 1.0),
+        (lambda: MuSLinear(64, 8, role="output"), 1.0),
+    ],
+)
+def test_rates_follow_the_width_of_a_group(layer: Callable[[], Any], factor: float) -> None:
+    made = layer()
+    groups = revnets.mus_param_groups(nn.Sequential(made), 0.01, 0.0, base_width=16)
+    assert of(groups, made.weight)[0] == pytest.approx(0.01 * factor)
+    assert of(groups, made.bias)[0] == 0.01
 
 
 @pytest.mark.parametrize("name", ["torch", "adamw", "lion"])

@@ -135,6 +135,26 @@ def test_norm_eval_keeps_statistics() -> None:
     assert all(grad is not None for grad in grads.values())
 
 
+NORMS = [None, {"type": "BN"}, {"type": "SyncBN"}]
+
+
+@pytest.mark.parametrize("norm_cfg", NORMS, ids=lambda cfg: str(cfg and cfg["type"]))
+@pytest.mark.parametrize(
+    "network", [TINY, {"type": "TimmBackbone", "model_name": "test_resnet"}], ids=lambda n: n["type"]
+)
+def test_norm_eval_is_of_every_batch_norm(network: dict[str, Any], norm_cfg: dict[str, Any] | None) -> None:
+    """Of whatever class: synchronised ones are no ``nn.BatchNorm2d``."""
+    for fixed in (True, False):
+        backbone = build(**network, norm_eval=fixed, norm_cfg=norm_cfg)
+        norms = [m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        assert norms
+        for _ in range(2):
+            backbone.train()
+            assert {m.training for m in norms} == {not fixed}
+            backbone.eval()
+            assert not any(m.training for m in norms)
+
+
 def test_norm_cfg() -> None:
     synchronised = build(**TINY, norm_cfg={"type": "SyncBN"})
     kinds = {type(m) for m in synchronised.modules() if "BatchNorm" in type(m).__name__}

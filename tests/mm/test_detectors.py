@@ -55,7 +55,7 @@ def test_predicted_equals_measured_up_to_the_neck(config: str) -> None:
     for row in rows:
         assert row.error is not None
         if row.target.part != "detector":  # whose anchors count for more than its maps at this size
-            assert abs(row.error) < 0.02, str(row.target)
+            assert abs(row.error) < 0.0065, str(row.target)
 
 
 def test_deeper_necks(config: str) -> None:

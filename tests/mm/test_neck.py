@@ -31,6 +31,20 @@ def test_shapes(start_level: int, add_extra_convs: bool | str) -> None:
     assert [tuple(y.shape) for y in outs] == [(2, 16, s, s) for s in (32, 16, 8, 4, 2, 1)[start_level:][:5]]
 
 
+@pytest.mark.parametrize("extra", [1, 2])
+def test_further_levels_by_hand(extra: int) -> None:
+    """As of mmdet's FPN: the first is made of the coarsest level as it is, those after it of positive parts."""
+    module = neck(num_outs=4 + extra, add_extra_convs="on_output").eval()
+    with torch.no_grad():
+        outs = module(maps())
+        expected = module.extra[0](outs[3])
+        assert torch.equal(outs[4], expected)
+        assert (outs[3] < 0).any()
+        if extra == 2:
+            assert (outs[4] < 0).any()
+            assert torch.equal(outs[5], module.extra[1](expected.relu()))
+
+
 def test_modes_have_the_same_gradients() -> None:
     found = []
     for mode in ("reversible", "checkpoint", "store"):

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,26 @@ def test_soft_nms_by_brute_force(method: int, offset: int) -> None:
     assert found.tolist() == [i for i, _ in expected]
     torch.testing.assert_close(dets[: len(found), 4], torch.tensor([s for _, s in expected]))
     assert torch.equal(dets[: len(found), :4], boxes[found])
+
+
+@pytest.mark.parametrize(("method", "weight"), [(0, 0.0), (1, 0.5)])
+@pytest.mark.parametrize(("threshold", "decays"), [(0.5, True), (0.5000001, False)])
+def test_overlap_at_the_threshold(method: int, weight: float, threshold: float, decays: bool) -> None:
+    """IoU of a half to the bit: soft NMS counts it as reached, hard NMS keeps what does not exceed it."""
+    boxes, scores = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 1.0]]), torch.tensor([0.75, 0.5])
+    dets = torch.zeros(2, 5)
+    found = operators.softnms(boxes, scores, dets, threshold, 0.5, 0.1, method, 0)
+    rest = 0.5 * (weight if decays else 1.0)
+    assert dets[: len(found), 4].tolist() == ([0.75, rest] if rest >= 0.1 else [0.75])
+    assert operators.nms(boxes, scores, threshold, 0).tolist() == [0, 1]
+    assert operators.nms(boxes, scores, 0.4999, 0).tolist() == [0]
+
+
+@pytest.mark.parametrize("least", [0.25, 0.2500001])
+def test_score_at_the_least(least: float) -> None:
+    boxes, scores = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 1.0]]), torch.tensor([0.75, 0.5])
+    found = operators.softnms(boxes, scores, torch.zeros(2, 5), 0.5, 0.5, least, 1, 0)
+    assert found.tolist() == ([0, 1] if least == 0.25 else [0])
 
 
 def test_nothing_in_nothing_out() -> None:
@@ -123,23 +144,30 @@ def test_roi_align_and_its_gradient(dtype: torch.dtype) -> None:
     torch.testing.assert_close(mine.grad, theirs.grad)
 
 
+GEOMETRIES = [(2, 1, 1), ((1, 2), (0, 1), (2, 1)), ((3, 1), (2, 0), (1, 2))]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("modulated", [False, True])
-def test_deformable_convolution_and_its_gradients(modulated: bool) -> None:
+def test_deformable_convolution_and_its_gradients(modulated: bool, geometry: tuple[Any, Any, Any]) -> None:
+    """Strides, paddings and dilations of height and width are each their own."""
     operators.install()
     from mmcv.ops import deform_conv2d, modulated_deform_conv2d
 
     torch.manual_seed(0)
-    x, offset, mask = torch.randn(2, 4, 7, 9), torch.randn(2, 2 * 2 * 9, 4, 5), torch.rand(2, 2 * 9, 4, 5)
+    x = torch.randn(2, 4, 7, 9)
+    size = torch.nn.functional.conv2d(x, torch.zeros(1, 4, 3, 3), None, *geometry).shape[2:]
+    offset, mask = torch.randn(2, 2 * 2 * 9, *size), torch.rand(2, 2 * 9, *size)
     weight, bias = torch.randn(6, 2, 3, 3), torch.randn(6)  # 2 groups, 2 groups of offsets
     mine, theirs = ([t.clone().requires_grad_() for t in (x, offset, mask, weight, bias)] for _ in range(2))
     if modulated:
-        y = modulated_deform_conv2d(*mine, 2, 1, 1, 2, 2)
+        y = modulated_deform_conv2d(*mine, *geometry, 2, 2)
         x, offset, mask, weight, bias = theirs
-        expected = torchvision.ops.deform_conv2d(x, offset, weight, bias, 2, 1, 1, mask)
+        expected = torchvision.ops.deform_conv2d(x, offset, weight, bias, *geometry, mask)
     else:
-        y = deform_conv2d(mine[0], mine[1], mine[3], 2, 1, 1, 2, 2)
+        y = deform_conv2d(mine[0], mine[1], mine[3], *geometry, 2, 2)
         x, offset, _, weight, _ = theirs
-        expected = torchvision.ops.deform_conv2d(x, offset, weight, None, 2, 1, 1)
+        expected = torchvision.ops.deform_conv2d(x, offset, weight, None, *geometry)
     torch.testing.assert_close(y, expected)
     y.square().sum().backward()
     expected.square().sum().backward()

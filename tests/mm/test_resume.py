@@ -79,6 +79,7 @@ def run(
     stop: int | None = None,
     workers: int = 0,
     batch: int = 3,
+    accumulate: int = 1,
     **saving: Any,
 ) -> Runner:
     loader = {
@@ -98,7 +99,10 @@ def run(
         val_evaluator=[Score()],
         val_cfg={},
         train_cfg={"type": "ResumableTrainLoop", "max_epochs": 3, "val_interval": 1},
-        optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.01, "momentum": 0.9}},
+        optim_wrapper={
+            "optimizer": {"type": "SGD", "lr": 0.01, "momentum": 0.9},
+            "accumulative_counts": accumulate,
+        },
         param_scheduler=[{"type": "ExponentialLR", "gamma": 0.9, "by_epoch": True}],
         default_hooks={"checkpoint": {"type": "WholeCheckpointHook", "interval": 1, "interim": 1, **saving}},
         custom_hooks=[Watch(losses, stop)],

@@ -106,11 +106,13 @@ def test_average_has_the_newest_masks(tmp_path: Path, buffers: bool) -> None:
         assert not saved["state_dict"][name.removesuffix("mask") + "weight"][~mask].any()
 
 
-def test_accumulated_iterations_count_as_one(tmp_path: Path) -> None:
-    hook, _ = parts(run(tmp_path, 4, accumulate=2))
-    assert hook.controller.schedule.total_steps == 12
-    assert hook.controller.steps == 12
-    assert [update.step for update in hook.controller.history] == [3, 6]
+@pytest.mark.parametrize(("accumulate", "steps"), [(2, 12), (5, 5), (7, 4)])
+def test_accumulated_iterations_count_as_one(tmp_path: Path, accumulate: int, steps: int) -> None:
+    """Of 24 iterations, also where the last update has fewer of them."""
+    hook, _ = parts(run(tmp_path, 4, accumulate=accumulate))
+    assert hook.controller.schedule.total_steps == steps
+    assert hook.controller.steps == steps
+    assert [update.step for update in hook.controller.history] == [step for step in (3, 6) if step < 0.75 * steps]
 
 
 def test_flops_of_the_training(tmp_path: Path) -> None:

@@ -143,6 +143,15 @@ def test_reset_classifier(name: str) -> None:
     assert model.get_classifier().out_features == 5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", [TINY, "test_mus_vit"] if "test_mus_vit" in NAMES else [TINY])
+def test_a_new_classifier_is_of_the_networks_type(name: str, dtype: torch.dtype) -> None:
+    model = make(name).to(dtype)
+    model.reset_classifier(7)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert model.eval()(images().to(dtype)).dtype == dtype
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_feature_info_describes_the_maps(name: str) -> None:
     model, maps = meta_model(name), meta_outputs(name)[1]
@@ -159,6 +168,8 @@ def test_feature_info_describes_the_maps(name: str) -> None:
 def test_in_chans(name: str, in_chans: int) -> None:
     model = make(name, in_chans=in_chans, num_classes=10).eval()
     assert model.in_chans == in_chans
+    held = meta_model(name).body.ops[0].out_chans // model.stem_stride**2  # copies of channels that make the finest map
+    assert (model.stem is None) == (in_chans <= held)
     with torch.no_grad():
         logits = model(images(in_chans=in_chans))
     assert logits.shape == (2, 10)

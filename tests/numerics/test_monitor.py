@@ -39,6 +39,36 @@ def test_shares_are_those_of_the_cast(dtype: torch.dtype, kind: torch.dtype, sca
     assert tensor_stats(x).flushed is None
 
 
+@pytest.mark.parametrize(("kind", "below", "above"), [(torch.bfloat16, 149.0, 150.0), (torch.float16, 149.5, 149.625)])
+def test_limits_between_two_numbers_of_half_precision(kind: torch.dtype, below: float, above: float) -> None:
+    """A limit that the tensor's own type would round: each number is on its side of it all the same."""
+    found = tensor_stats(torch.tensor([below, -above, above, 1.0], dtype=kind), E4M3, 448 / 149.6)
+    assert found.clipped == 0.5
+    scale = 2.0**-10 / (149.4 * 2.0**-12)
+    x = torch.tensor([149.0, 150.0, 1.0, 0.0], dtype=torch.bfloat16) * 2.0**-12
+    assert tensor_stats(x, E4M3, scale).flushed == 0.5
+
+
+@pytest.mark.parametrize("step", [0, 3, 4, 5, 8])
+def test_a_step_that_is_made_again_is_watched_once(tmp_path: Path, step: int) -> None:
+    """Records from the next step on are of what is about to be repeated."""
+    net = nn.Linear(2, 2)
+
+    def train(monitor: NumericsMonitor, steps: range) -> None:
+        for _ in steps:
+            net(torch.ones(1, 2)).sum().backward()
+            monitor.step()
+
+    with NumericsMonitor(net, every=4) as first:
+        train(first, range(9))
+        first.save(tmp_path)
+    with NumericsMonitor(net, every=4) as second:
+        second.resume(tmp_path, step)
+        assert [r["step"] for r in second.records] == [s for s in (0, 4, 8) if s < step]
+        train(second, range(step, 9))
+        assert [r["step"] for r in second.records] == [0, 4, 8]
+
+
 def test_what_is_not_finite_shows() -> None:
     assert math.isnan(tensor_stats(torch.tensor([1.0, math.nan]), E4M3).rms)
     found = tensor_stats(torch.tensor([1.0, math.inf]), E4M3)

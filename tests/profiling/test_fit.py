@@ -42,6 +42,16 @@ def test_largest_is_the_edge(base: int, slope: int, step: int, power: int, budge
     assert len(probes) < 40
 
 
+@pytest.mark.parametrize("n", [1, 2, 4, 5, 17, 64])
+@pytest.mark.parametrize("power", [1, 2])
+def test_what_fits_to_the_byte_fits(n: int, power: int) -> None:
+    def need(m: int) -> int:
+        return 100 + 3 * m**power
+
+    assert largest(need, need(n), power) == n
+    assert largest(need, need(n) - 1, power) == n - 1
+
+
 @pytest.mark.parametrize("what", ["batch", "image"])
 def test_fit_is_the_edge(what: str) -> None:
     budget = 200_000_000

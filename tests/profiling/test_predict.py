@@ -54,6 +54,19 @@ def test_optimizer_state(optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     assert p.resident_bytes == WEIGHTS + BYTES + p.categories["optimizer state"]
 
 
+def test_optimizers_of_accelerators_take_their_tensors_together() -> None:
+    """What torch chooses there by itself: `foreach`, whose temporaries are of all parameters at once."""
+
+    def peak(**options: bool) -> int:
+        with torch.device("meta"):
+            model, x = linears(), torch.empty(1, D)
+        make = lambda m: torch.optim.AdamW(m.parameters(), **options)  # noqa: E731
+        return predict_training_step(model, x, lambda y: y.sum(), make, device="cuda").peak_bytes
+
+    assert peak() == peak(foreach=True) > peak(foreach=False)
+    assert peak(fused=True) < peak()
+
+
 def test_accelerators_hand_out_multiples_of_512_bytes() -> None:
     with torch.device("meta"):
         model, x = nn.Linear(3, 5), torch.empty(2, 3)
@@ -75,6 +88,23 @@ def test_shared_and_viewed_storages_count_once() -> None:
 
     p = predict_training_step(Tied(), torch.ones(N, D))
     assert p.categories["parameters"] == p.gradient_bytes == D * D * 4
+
+
+def test_parameters_and_buffers_count_wherever_they_are() -> None:
+    """Real or on the meta device, shared by two modules or not."""
+
+    def network() -> nn.Module:
+        first, second = nn.BatchNorm1d(D), nn.BatchNorm1d(D)
+        second.running_mean = first.running_mean
+        return nn.Sequential(nn.Linear(D, D), first, second)
+
+    with torch.device("meta"):
+        far, x = network(), torch.empty(N, D)
+    found = [predict_training_step(model, x) for model in (network(), far)]
+    for p in found:
+        assert p.categories["buffers"] == 3 * 4 * D + 2 * 8  # a mean and two variances, two counters
+        assert p.categories["parameters"] == 4 * (D * D + D + 4 * D)
+    assert found[0].peak_bytes == found[1].peak_bytes
 
 
 def test_the_model_is_left_as_it_is() -> None:
@@ -99,8 +129,9 @@ def test_the_peak_is_named() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8192)), nn.Linear(8192, 1))
     p = predict_training_step(model, torch.ones(512, 8))
     assert p.peak_phase == "backward"
-    assert "2" in p.peak_where or "1.0" in p.peak_where
-    assert "aten." in p.peak_where
+    op, _, where = p.peak_where.partition(" in ")
+    assert op.startswith("aten.")
+    assert where in ("2", "1.0")  # the wide layer's output is an input of the last one
 
 
 def test_gradients_that_meet_are_added_in_place() -> None:
@@ -135,6 +166,9 @@ def assert_close(model: nn.Module, x: Tensor, relative: float) -> None:
     assert predicted.step_bytes == pytest.approx(measured.peak_bytes, rel=relative)
 
 
+CLAIMED = 0.0065  # README and docs/memory.md: within 0.6%, rounded
+
+
 def error(target: Target, setting: Setting) -> float:
     """Predicted over measured peak beyond what is there before the step, less 1: stricter than of the whole."""
     job = target.build(setting, "meta")
@@ -145,10 +179,10 @@ def error(target: Target, setting: Setting) -> float:
 
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("name", ["test_revbifpn@64:4", "resnet18@64:4", "test_efficientnet@64:4"])
-def test_within_2_percent_of_measured(name: str, channels_last: bool) -> None:
+def test_within_what_is_claimed_of_measured(name: str, channels_last: bool) -> None:
     setting = Setting(channels_last=channels_last, optimizer=None)
     errors = {t.mode: error(t, setting) for t in parse_targets(name, setting)}
-    assert all(abs(e) < 0.02 for e in errors.values()), errors
+    assert all(abs(e) < CLAIMED for e in errors.values()), errors
 
 
 REQUIRED = [
@@ -160,11 +194,10 @@ REQUIRED = [
 @pytest.mark.slow
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("name", REQUIRED)
-def test_required_networks_within_2_percent(name: str, channels_last: bool) -> None:
-    """Issue 3, part 5."""
+def test_required_networks_within_what_is_claimed(name: str, channels_last: bool) -> None:
     setting = Setting(channels_last=channels_last, optimizer=None)
     errors = {t.mode: error(t, setting) for t in parse_targets(name, setting)}
-    assert all(abs(e) < 0.02 for e in errors.values()), errors
+    assert all(abs(e) < CLAIMED for e in errors.values()), errors
 
 
 def test_autocast_keeps_half_the_activations() -> None:
@@ -177,7 +210,7 @@ def test_autocast_keeps_half_the_activations() -> None:
 
 
 def test_flat_in_depth() -> None:
-    """Reversible activations per added extra silo, at fixed width: nothing but small statistics (1% of store's)."""
+    """Four more silos at fixed width: nothing but small statistics, 1% of what stored activations take."""
     growth = {}
     for mode in ("reversible", "store"):
         needs = []
@@ -185,8 +218,8 @@ def test_flat_in_depth() -> None:
             model = timm.create_model("test_revbifpn", mode=mode, extra_silos=extra).train()
             p = predict_training_step(model, torch.empty(16, 3, 64, 64, device="meta"), training_loss)
             needs.append(p.step_bytes - p.gradient_bytes)
-        growth[mode] = (needs[1] - needs[0]) / needs[0]
-    assert abs(growth["reversible"]) < 0.01 * growth["store"] * 4, growth
+        growth[mode] = needs[1] - needs[0]
+    assert abs(growth["reversible"]) < 0.01 * growth["store"], growth
 
 
 def test_ops_that_look_at_values_are_named() -> None:

@@ -57,6 +57,20 @@ def test_sweeps(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert_png(tmp_path / f"{kind}.png")
 
 
+@pytest.mark.parametrize("side", [16, 32, 48, 224])
+def test_images_of_a_sweep_can_be_run(side: int) -> None:
+    """Multiples of what the network needs, each once, and none of no pixels."""
+    setting = Setting()
+    given = parse_targets(f"test_revbifpn@{side}:1", setting)
+    step = given[0].divisor(setting)
+    for mode in {t.mode for t in given}:
+        sides = [t.img_size for t in sweep.targets("resolution", given, setting) if t.mode == mode]
+        assert sides == sorted(set(sides))
+        assert sides[0] >= step
+        assert all(s % step == 0 for s in sides)
+        assert side in sides
+
+
 def test_sweep_over_families_takes_what_is_named(tmp_path: Path) -> None:
     result = profile(
         TINY, "--compare", "resnet18@32:2", "--mode", "store", "--sweep", "families", "--output", str(tmp_path)

@@ -43,6 +43,16 @@ def test_all_weights_of_a_densified_layer_train() -> None:
     assert (dense[0].weight.grad != 0).all()
 
 
+@pytest.mark.parametrize("frozen", [["0.weight"], ["0.bias", "2.weight"], ["0.weight", "0.bias", "2.weight", "2.bias"]])
+def test_what_is_frozen_stays_frozen(frozen: list[str]) -> None:
+    model = nn.Sequential(SparseLinear(8, 8, sparsity=0.75), nn.ReLU(), SparseConv2d(8, 4, 1, sparsity=0.5)).train()
+    for name, p in model.named_parameters():
+        p.requires_grad_(name not in frozen)
+    dense = revnets.densify(model)
+    assert [name for name, p in dense.named_parameters() if not p.requires_grad] == frozen
+    assert all(module.training for module in dense.modules())
+
+
 def test_only_masks_are_dropped() -> None:
     state = {"a.weight": torch.ones(2), "a.mask": torch.tensor([True, False]), "b.mask": torch.ones(2)}
     dense = revnets.densify(state)

@@ -26,6 +26,13 @@ def test_square_head_by_hand() -> None:
         square_head([], [torch.ones(3)])
 
 
+def test_the_teachers_features_get_no_gradient() -> None:
+    student, teacher = (torch.ones(2, 3, requires_grad=True) for _ in range(2))
+    square_head([2 * student], [3 * teacher]).backward()
+    assert student.grad is not None
+    assert teacher.grad is None
+
+
 @pytest.mark.parametrize(
     ("name", "options", "size"),
     [

@@ -27,6 +27,7 @@ CONVS: dict[str, dict[str, Any]] = {
 
 
 def conv(name: str) -> nn.Conv2d:
+    torch.manual_seed(0)  # on rare data plain magnitude is better for one group only: then the whole layer differs
     return nn.Conv2d(**{"in_channels": 8, "out_channels": 6, "kernel_size": 3, **CONVS[name]}).double()
 
 

@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import timm
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import revnets
 from revnets.pruning import METHODS, prune
 from revnets.pruning import one_shot as one_shot_module
+from revnets.pruning.calibration import Passes
 from revnets.pruning.choice import blocks, global_zeros
 from revnets.pruning.inputs import Moments, as_matrices
 from revnets.pruning.solve import error, solve
@@ -157,6 +160,56 @@ def test_global_sparsity_leaves_every_layer_something() -> None:
     zeros = global_zeros(weights, 0.99)
     assert sum(zeros.values()) == 1616 - 16
     assert zeros["small"] < 16
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=8),
+    sparsity=st.floats(0, 0.999),
+    equal=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_global_sparsity_never_empties_a_layer(sizes: list[int], sparsity: float, equal: bool, seed: int) -> None:
+    """However many layers there are for what may stay, and however small one's weights are."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = [10.0 ** -(3 * i) for i in range(len(sizes))]
+    weights = {
+        f"{i}": (torch.ones(n) if equal else scale * torch.randn(n, generator=generator))
+        for i, (n, scale) in enumerate(zip(sizes, scales, strict=True))
+    }
+    zeros = global_zeros(weights, sparsity)
+    total = sum(sizes)
+    assert all(zeros[f"{i}"] < n for i, n in enumerate(sizes))
+    assert sum(zeros.values()) == min(total - round((1 - sparsity) * total), total - len(sizes))
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_all_uses_of_a_layer_are_watched(times: int) -> None:
+    """A pass ends where the last layer has run for the last time."""
+
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.runs = nn.Linear(4, 4), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(times):
+                x = self.layer(x)
+            self.runs += 1  # not reached: nobody asks for more
+            return x
+
+    model, batches = Again(), [torch.randn(5, 4), torch.randn(3, 4), torch.randn(5, 4)]
+    moments = Moments(model.layer)
+    Passes(model, batches, {"layer": times}).watch({"layer": moments}, lambda share: None)
+    expected = Moments(model.layer)
+    with torch.no_grad():
+        for batch in batches:
+            for _ in range(times):
+                expected.add(batch)
+                batch = model.layer(batch)
+    assert moments.rows == times * 13
+    torch.testing.assert_close(moments.hessian(), expected.hessian())
+    assert model.runs == 0
 
 
 def test_rules_and_patterns_leave_layers_out() -> None:

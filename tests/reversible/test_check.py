@@ -1,6 +1,7 @@
 """check_reversibility: zero in exact mode, the true error without, the op named where it grows, nothing disturbed."""
 
 import copy
+import math
 
 import pytest
 import timm
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 import revnets
 from revnets.reversible import AdditiveCoupling, ReversibleOp, RevSequential
+from revnets.reversible.check import OpError, ReversibilityReport
 from tests.reversible.graphs import BRANCHES, build
 
 
@@ -53,6 +55,30 @@ def test_the_op_where_it_grows_is_named() -> None:
     assert report.grows_at.name == "net.1.ops.2"
     assert report.grows_at.local == pytest.approx(0.25)
     assert "net.1.ops.2 (Lossy)" in str(report)
+
+
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_numbers_that_are_none_are_never_exact(place: int, odd: float) -> None:
+    """Wherever they are: comparisons with NaN are all false, so the order of the ops must not matter."""
+    errors = [odd if n == place else 0.0 for n in range(3)]
+    ops = tuple(OpError(f"ops.{n}", "Lossy", e, e, e, e or 1.0) for n, e in enumerate(errors))
+    report = ReversibilityReport(ops)
+    assert not report.exact
+    assert math.isnan(report.max_error) if odd != odd else report.max_error == odd
+    assert report.grows_at is not None
+    assert report.grows_at.name == f"ops.{place}"
+    assert "exact" not in str(report)
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_activations_that_are_not_finite_are_reported(odd: float) -> None:
+    x = torch.rand(2, 4)
+    x[0, 3] = odd  # of the half that the first branch does not read
+    net = RevSequential([AdditiveCoupling(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(2)])
+    report = revnets.check_reversibility(net, x)
+    assert not report.exact
+    assert math.isnan(report.max_error)
 
 
 def test_nothing_is_disturbed() -> None:

@@ -34,6 +34,8 @@ OPS: dict[str, tuple[Callable[[], ReversibleOp], tuple[tuple[int, ...], ...]]] =
     "silo 3 to 3": (lambda: _silo(3, 3), ((2, 4, 8, 8), (2, 6, 4, 4), (2, 8, 2, 2))),
     "silo, down only": (lambda: RevSilo({(0, 1): _branch(4, 6, 2)}, {}, 2), ((2, 4, 8, 8), (2, 6, 4, 4))),
     "space to depth": (lambda: SpaceToDepth(3, 2, 4), ((2, 3, 8, 8),)),
+    "space to depth, oblong": (lambda: SpaceToDepth(2, 4, 3), ((2, 2, 8, 12),)),
+    "silo of oblong maps": (lambda: _silo(2, 3), ((2, 4, 8, 12), (2, 6, 4, 6))),
     "repetition": (lambda: SpaceToDepth(3, 1, 8), ((2, 3, 8, 8),)),
     "parallel": (
         lambda: Parallel([AdditiveCoupling(_branch(c, c), _branch(c, c)) for c in (2, 3)]),
@@ -57,6 +59,24 @@ def test_inverse(case: Case) -> None:
     back = op.inverse(*op(*xs))
     assert len(back) == len(xs)
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(back, xs, strict=True))
+
+
+@pytest.mark.parametrize("chained", [False, True])
+@pytest.mark.parametrize("exact", [False, True])
+def test_inverse_leaves_running_statistics_and_modes_alone(case: Case, exact: bool, chained: bool) -> None:
+    """Also in training, where the branches that are evaluated again would move them a second time."""
+    op, xs = case
+    net = RevSequential([op, *([copy.deepcopy(op)] if len(xs) == len(op(*xs)) and chained else [])], exact=exact)
+    if any(x.shape != y.shape for x, y in zip(xs, op(*xs), strict=False)):
+        net = RevSequential([op], exact=exact)
+    undone = net if chained else op
+    ys = undone(*xs)
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    with torch.set_grad_enabled(chained):
+        undone.inverse(*ys)
+    assert all(module.training for module in net.modules())
+    for name, buffer in net.named_buffers():
+        assert torch.equal(buffer, before[name]), name
 
 
 @pytest.mark.parametrize("mode", ["reversible", "checkpoint"])

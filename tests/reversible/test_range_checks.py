@@ -13,6 +13,18 @@ def net() -> RevSequential:
     return RevSequential([AdditiveCoupling(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(2)], exact=True)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("mode", ["reversible", "checkpoint", "store"])
+def test_values_of_either_sign_leave_the_range(mode: str, sign: int) -> None:
+    chain = net()
+    chain.mode = mode
+    with torch.no_grad():
+        for p in chain.parameters():
+            p.zero_()
+    with pytest.raises(RangeError, match=r"op 0.*beyond the range"):
+        chain(torch.full((1, 4), sign * 1e4))
+
+
 @pytest.mark.parametrize("mode", ["reversible", "checkpoint", "store"])
 def test_a_forward_pass_ends_and_its_guard_tells_later(mode: str) -> None:
     chain = net()

@@ -146,6 +146,35 @@ def test_any_optimizer_stays_masked(opt: str) -> None:
     assert all(sum(update.changed) for update in controller.history)
 
 
+@pytest.mark.parametrize("uses", [2, 3])
+def test_tied_weights_grow_by_the_sum_of_their_gradients(uses: int) -> None:
+    torch.manual_seed(0)
+    layers = [MaskedLinear(8, 8, 0.75) for _ in range(uses)]
+    for layer in layers[1:]:
+        layer.weight, layer.mask = layers[0].weight, layers[0].mask
+    model = nn.Sequential(*(part for layer in layers for part in (layer, nn.Tanh())))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    controller = SparsityController(model, optimizer, "rigl", total_steps=8, interval=2)
+    x, weight = torch.randn(16, 8), layers[0].weight
+    for _ in range(2):
+        before = layers[0].mask.clone()
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        value = weight.detach().clone()
+        update = controller.step()
+    assert update is not None
+    assert update.exchanged[0] > 0
+    dense = value.clone().requires_grad_()  # the same function without masks: its gradient is that of all uses
+    y = x
+    for layer in layers:
+        y = torch.tanh(nn.functional.linear(y, dense, layer.bias))
+    (grad,) = torch.autograd.grad(y.square().mean(), dense)
+    kept = before & (weight != 0)
+    places = grad.abs().masked_fill(kept, -1.0).flatten().topk(update.exchanged[0]).indices
+    assert torch.equal(layers[0].mask.flatten(), kept.flatten().index_fill(0, places, True))
+
+
 def test_accumulated_batches_count_as_one() -> None:
     whole, accumulated = parts(opt="sgd"), parts(opt="sgd")
     for step in range(1, 9):
@@ -180,6 +209,22 @@ def test_steps_that_the_loss_scaler_skips_do_not_count() -> None:
             scaler.update(2.0**10)
     assert len(plain[2].history) == len(scaled[2].history) == 3
     assert all(map(torch.equal, masks(plain[0]), masks(scaled[0])))
+
+
+def test_a_copy_takes_the_masks_as_they_are() -> None:
+    """What was grown as well as what was dropped, whatever masks and weights the copy had."""
+    model, copied = network(seed=0), network(seed=1)
+    for layer in sparse_layers(copied):
+        layer.weight.data.normal_()
+        layer.modules[0].mask.logical_not_()  # type: ignore[operator, union-attr]
+    apply_masks(copied, like=model)
+    for ours, theirs in zip(sparse_layers(model), sparse_layers(copied), strict=True):
+        assert torch.equal(ours.mask, theirs.mask)
+        assert theirs.weight[theirs.mask].all()
+        assert not theirs.weight[~theirs.mask].any()
+    own = masks(copied)
+    apply_masks(copied)
+    assert all(map(torch.equal, own, masks(copied)))
 
 
 @pytest.mark.parametrize("buffers", [False, True])

@@ -44,6 +44,17 @@ def test_totals_are_exact(layers: list[tuple[int, ...]], sparsity: float, distri
     assert sum(map(round, counts)) == round((1 - sparsity) * sum(map(math.prod, layers)))
 
 
+@given(st.lists(shapes, min_size=2, max_size=8), st.floats(0.5, 0.999), st.sampled_from(sorted(masks.DISTRIBUTIONS)))
+def test_no_layer_is_left_without_weights(layers: list[tuple[int, ...]], sparsity: float, distribution: str) -> None:
+    """It would never learn: where the budget has one for each, each has one, and the total stays exact."""
+    sizes = [math.prod(shape) for shape in layers]
+    densities = masks.densities(layers, sparsity, distribution)
+    counts = [round(d * size) for d, size in zip(densities, sizes, strict=True)]
+    budget = round((1 - sparsity) * sum(sizes))
+    assert sum(counts) == budget
+    assert sum(count > 0 for count in counts) == min(budget, len(layers))
+
+
 def bisected(layers: Sequence[tuple[int, ...]], raw: Sequence[float], sparsity: float) -> list[float]:
     """The definition the other way round: the factor for which ``min(1, factor * raw)`` meets the budget."""
     sizes = [math.prod(shape) for shape in layers]
@@ -64,6 +75,15 @@ def test_erk_and_er_equal_their_definition(layers: list[tuple[int, ...]], sparsi
         got = masks.DISTRIBUTIONS[name](layers, sparsity, power)
         for shape, a, b in zip(layers, got, expected, strict=True):
             assert abs(a - b) * math.prod(shape) < 1 + 1e-6  # whole weights
+
+
+@pytest.mark.parametrize("distribution", sorted(masks.DISTRIBUTIONS))
+def test_one_layer_among_large_ones_keeps_a_weight(distribution: str) -> None:
+    layers = [(1, 2), (100, 100), (1, 1), (200, 50)]
+    densities = masks.densities(layers, 0.99, distribution)
+    counts = [round(d * math.prod(shape)) for d, shape in zip(densities, layers, strict=True)]
+    assert min(counts) >= 1
+    assert sum(counts) == round(0.01 * 20003)
 
 
 def test_power_0_is_uniform() -> None:

@@ -39,6 +39,25 @@ def test_scores_that_are_not_finite() -> None:
     assert grow(kept, scores, 2).tolist() == [False, True, True, True]
 
 
+@given(
+    st.lists(st.tuples(st.booleans(), st.sampled_from([0.0, 0.0, 1.0, math.nan, math.inf])), min_size=1, max_size=40),
+    st.data(),
+)
+def test_ties_and_zeros_keep_the_counts(places: list[tuple[bool, float]], data: st.DataObject) -> None:
+    """Scores that are all 0, equal or NaN: still as many grow as were dropped, and nothing that is there is lost."""
+    mask = torch.tensor([active for active, _ in places])
+    values = torch.tensor([value for _, value in places])
+    active, free = int(mask.sum()), int((~mask).sum())
+    count = data.draw(st.integers(0, free))
+    new = grow(mask, values, count)
+    assert int(new.sum()) == active + count
+    assert bool((new | ~mask).all())
+    taken = data.draw(st.integers(0, active))
+    left = drop(torch.nan_to_num(values, nan=0.0), mask, taken)
+    assert int(left.sum()) == active - taken
+    assert bool((mask | ~left).all())
+
+
 @given(st.integers(0, 50), st.integers(0, 50), st.floats(0, 1))
 def test_exchanged_never_exceeds_what_there_is(active: int, free: int, fraction: float) -> None:
     count = exchanged(active, active + free, fraction)

@@ -1,9 +1,14 @@
 """Drift of rebuilt activations is seen while training, and said once."""
 
+import math
+
+import pytest
 import torch
 from torch import nn
 
 from revnets.reversible import AdditiveCoupling, RevSequential, set_mode
+from revnets.reversible.check import OpError, ReversibilityReport
+from revnets.training import drift
 from revnets.training.drift import DriftMonitor, part
 
 
@@ -37,6 +42,31 @@ def test_numbers_that_went_wrong_before_are_no_drift() -> None:
     for value in (float("nan"), 1e9):
         for exact in (True, False):
             assert DriftMonitor(chain(exact)).check(torch.full((1, 16), value)) == ""
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_nan_anywhere_is_the_worst(monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+    """Whatever comes before and after it: NaN compares with nothing."""
+    errors = [math.nan if n == place else 1e-9 for n in range(3)]
+    ops = tuple(OpError(f"ops.{n}", "AdditiveCoupling", e, e, e, 1.0) for n, e in enumerate(errors))
+    monkeypatch.setattr(drift, "check_reversibility", lambda *_: ReversibilityReport(ops))
+    monitor = DriftMonitor(chain(exact=False))
+    assert f"off by nan of the largest at ops.{place}" in monitor.check(torch.zeros(1, 16))
+    assert math.isnan(monitor.worst)
+    assert monitor.check(torch.zeros(1, 16)) == ""  # said once
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_the_worst_op_is_named_again_only_when_it_is_much_worse(monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+    monitor, said = DriftMonitor(chain(exact=False), limit=1e-2), []
+    for worst in (1e-3, 1e-2, 2e-2, 1e-1, 0.2, 0.3, 5.0):
+        errors = [worst if n == place else 1e-9 for n in range(3)]
+        ops = tuple(OpError(f"ops.{n}", "AdditiveCoupling", e, e, e, 1.0) for n, e in enumerate(errors))
+        monkeypatch.setattr(drift, "check_reversibility", lambda *_, ops=ops: ReversibilityReport(ops))
+        if monitor.check(torch.zeros(1, 16)):
+            said.append(worst)
+        assert monitor.worst == worst
+    assert said == [2e-2, 0.3, 5.0]
 
 
 def test_when_it_looks() -> None:

@@ -81,6 +81,58 @@ def test_what_a_loss_scaler_leaves_out_is_seen(net: nn.Sequential, value: float)
         assert update.skipped == (value != 1)
 
 
+@pytest.mark.parametrize("limit", [0, 1, 3])
+def test_what_a_loss_scaler_leaves_out_counts_up_to_the_limit(net: nn.Sequential, limit: int) -> None:
+    """As an update that the guard leaves out itself: statistics go back, the losses so far are of no update."""
+    guard, x = FiniteGuard(net, limit=limit), torch.randn(8, 4)
+    guard.start()
+    assert step(net, guard, x)
+    before = {name: b.clone() for name, b in net.named_buffers() if b.is_floating_point()}
+    for count in range(1, 4):
+        guard.note(net(x).sum() * float("nan"))
+        assert not guard.good(gradients=False, skipped=True)
+        assert (guard.skipped, guard.in_a_row) == (count, count)
+        assert guard.exhausted == (0 < limit <= count)
+        if limit:
+            assert all(torch.equal(dict(net.named_buffers())[name], value) for name, value in before.items())
+    guard.note(net(x).sum())
+    assert guard.good(gradients=False)  # the NaN before are forgotten
+    assert guard.in_a_row == (0 if limit else 3)
+    assert not guard.exhausted
+
+
+def test_every_loss_of_an_update_counts(net: nn.Sequential) -> None:
+    for bad in range(3):
+        guard = FiniteGuard(net)
+        for number in range(3):
+            guard.note(torch.tensor(float("inf") if number == bad else 1.0))
+        assert not guard.good(gradients=False)
+        guard.note(torch.tensor(1.0))
+        assert guard.good(gradients=False)
+
+
+def test_a_scale_that_grows_is_no_skipped_update(net: nn.Sequential) -> None:
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=1)
+    scales = []
+    for _ in range(3):
+        scaler.scale(net(torch.randn(8, 4)).sum()).backward()
+        with SkippedByScaler(scaler) as update:
+            scaler.step(optimizer)
+            scaler.update()
+        assert not update.skipped
+        scales.append(scaler.get_scale())
+    assert scales == [4.0, 8.0, 16.0]
+
+
+def test_failures_that_others_report_forget_the_losses(net: nn.Sequential) -> None:
+    guard = FiniteGuard(net)
+    guard.note(torch.tensor(float("nan")))
+    guard.failed("elsewhere")
+    guard.note(torch.tensor(1.0))
+    assert guard.good(gradients=False)
+
+
 def test_zero_never_looks(net: nn.Sequential) -> None:
     guard = FiniteGuard(net, limit=0)
     guard.start()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, RandomSampler
 
-from revnets.training.resumable import Items, apart, resumable, seed_all
+from revnets.training.resumable import Items, SeededDataset, apart, resumable, seed_all
 
 
 class Noisy:
@@ -79,6 +79,17 @@ def test_generators_are_put_back() -> None:
     after = random.random(), np.random.rand(), float(torch.rand(()))
     seed_all(1, 2)
     assert after == (random.random(), np.random.rand(), float(torch.rand(()))) != drawn
+
+
+def test_reading_leaves_the_generators_of_the_training_alone() -> None:
+    """What the model draws next must not depend on how many images were read in this process."""
+    data = SeededDataset(Noisy())
+    seed_all(1, 2)
+    expected = random.random(), np.random.rand(), float(torch.rand(()))
+    seed_all(1, 2)
+    first = data[(3, (7, 8))]
+    assert data.__getitems__([(3, (7, 8)), (3, (7, 9))])[0] == first != data[(3, (7, 9))]
+    assert (random.random(), np.random.rand(), float(torch.rand(()))) == expected
 
 
 def test_batches_know_a_seed() -> None:

@@ -1,0 +1,71 @@
+"""Faults of kernels: the Python side of the kernel: plans, memory between layers, layouts, structures of masks."""
+
+from .fault import Fault
+
+FAULTS = (
+    Fault(
+        "kernel-mixed-layouts",
+        "revnets/kernels/training.py",
+        old="self._weight_grad(_planes(x, like=grad), dy, shape)",
+        new="self._weight_grad(_planes(x), dy, shape)",
+        tests=("tests/kernels/test_training.py",),
+    ),
+    Fault(
+        "kernel-mask-version",
+        "revnets/kernels/training.py",
+        old=" or version != self._version or version < 0",
+        new=" or version < 0",
+        tests=(
+            "tests/kernels/test_training_paths.py",
+            "tests/kernels/test_training.py",
+        ),
+    ),
+    Fault(
+        "kernel-transposed-groups",
+        "revnets/kernels/training.py",
+        old="turned = ranks.view(groups, -1, inputs).transpose(1, 2).reshape(groups * inputs, -1)",
+        new="turned = ranks.view(-1, inputs).t().reshape(groups * inputs, -1)",
+        tests=("tests/kernels/test_training.py",),
+    ),
+    Fault(
+        "plan-memory-reused",
+        "revnets/kernels/plan.py",
+        old="if last_read.get(v, -1) >= s",
+        new="if last_read.get(v, -1) > s",
+        tests=(
+            "tests/kernels/test_calls.py",
+            "tests/kernels/test_kernel.py",
+        ),
+    ),
+    Fault(
+        "call-unequal-factors",
+        "revnets/kernels/calls.py",
+        old="width * self._factors[1])",
+        new="width * self._factors[0])",
+        tests=("tests/kernels/test_calls.py",),
+    ),
+    Fault(
+        "call-unequal-strides",
+        "revnets/kernels/calls.py",
+        old='"stride_h", "stride_w", "pad_h", "pad_w", "dil_h"',
+        new='"stride_w", "stride_h", "pad_h", "pad_w", "dil_h"',
+        tests=("tests/kernels/test_kernel.py",),
+    ),
+    Fault(
+        "call-pool-padding",
+        "revnets/kernels/calls.py",
+        old='names = ("kh", "kw", "stride_h", "stride_w", "pad_h", "pad_w")',
+        new='names = ("kh", "kw", "stride_h", "stride_w", "pad_w", "pad_h")',
+        tests=("tests/kernels/test_calls.py",),
+    ),
+    Fault(
+        "chunks-columns",
+        "revnets/kernels/calls.py",
+        old="(columns.long() % size)[order]",
+        new="(columns.long() % size)",
+        tests=(
+            "tests/kernels/test_kernel.py",
+            "tests/kernels/test_training.py",
+        ),
+    ),
+)

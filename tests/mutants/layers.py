@@ -1,0 +1,150 @@
+"""Faults of layers: drop-in layers: munit scaling, FP8, masks, lean norms and convolutions, conversion."""
+
+from .fault import Fault
+
+FAULTS = (
+    Fault(
+        "mus-stride",
+        "revnets/layers/mus_functional.py",
+        old="x[:, :, ::down, ::right]",
+        new="x[:, :, ::right, ::down]",
+        tests=(
+            "tests/layers/test_fp8.py",
+            "tests/layers/test_mus.py",
+        ),
+    ),
+    Fault(
+        "mus-conv-grad-scale",
+        "revnets/layers/mus_functional.py",
+        old="g if g is None else g.mul_(scale / grad_scale).to(dtype)",
+        new="g if g is None else g.mul_(scale).to(dtype)",
+        tests=("tests/layers/test_mus.py",),
+    ),
+    Fault(
+        "mus-memory-format",
+        "revnets/layers/mus_functional.py",
+        old="last = maps and x.stride(1) == 1",
+        new="last = False",
+        tests=(
+            "tests/layers/test_mus.py",
+            "tests/layers/test_fp8.py",
+        ),
+    ),
+    Fault(
+        "mus-half-gradient",
+        "revnets/layers/mus_functional.py",
+        old="return 1.0 if dtype == torch.float16 else GRAD_SCALE",
+        new="return GRAD_SCALE",
+        tests=("tests/layers/test_mus.py",),
+    ),
+    Fault(
+        "fp8-clip-scaled",
+        "revnets/layers/fp8.py",
+        old="top = torch.finfo(dtype).max / scale",
+        new="top = torch.finfo(dtype).max",
+        tests=(
+            "tests/layers/test_fp8.py",
+            "tests/layers/test_mus.py",
+        ),
+    ),
+    Fault(
+        "mus-optim-depthwise",
+        "revnets/layers/mus_optim.py",
+        old='depthwise = own == 1 and getattr(module, "groups", 1) > 1',
+        new="depthwise = own == 1",
+        tests=("tests/layers/test_mus.py",),
+    ),
+    Fault(
+        "widen-split-attrs",
+        "revnets/layers/widen_rules.py",
+        old="    c.note_attributes(op, [part, xs[dim]])\n",
+        new="",
+        tests=(
+            "tests/layers/test_convert.py",
+            "tests/layers/test_members.py",
+        ),
+    ),
+    Fault(
+        "widen-grouped",
+        "revnets/layers/widen_rules.py",
+        old="        c.widths.divided(out, groups, c.place(op))\n",
+        new="",
+        tests=(
+            "tests/layers/test_convert.py",
+            "tests/layers/test_members.py",
+        ),
+    ),
+    Fault(
+        "norm-act-momentum",
+        "revnets/layers/norm_act.py",
+        old="        and norm.momentum is not None\n",
+        new="",
+        tests=("tests/layers/test_lean_layers.py",),
+    ),
+    Fault(
+        "norm-act-relu-at-zero",
+        "revnets/layers/norm_act.py",
+        old="threshold_backward(grad, x, 0)",
+        new="threshold_backward(grad, x, 1e-3)",
+        tests=("tests/layers/test_lean_layers.py",),
+    ),
+    Fault(
+        "conv-dilated",
+        "revnets/layers/conv.py",
+        old=" or conv.dilation != (1, 1)",
+        new="",
+        tests=("tests/layers/test_lean_layers.py",),
+    ),
+    Fault(
+        "conv-strides",
+        "revnets/layers/conv.py",
+        old="found = F.conv2d(maps, kernels, None, 1, conv.padding, conv.stride, len(kernels))",
+        new="found = F.conv2d(maps, kernels, None, 1, conv.padding, conv.stride[::-1], len(kernels))",
+        tests=("tests/layers/test_lean_layers.py",),
+    ),
+    Fault(
+        "sparse-gathered",
+        "revnets/layers/sparse.py",
+        old="if layer.dense_grad is None else layer.dense_grad + gathered",
+        new="if layer.dense_grad is None else gathered",
+        tests=(
+            "tests/layers/test_sparse.py",
+            "tests/sparsity/test_controller.py",
+        ),
+    ),
+    Fault(
+        "sparse-load-masked",
+        "revnets/layers/sparse.py",
+        old="        self.weight.mul_(self.mask)  # a dense checkpoint",
+        new="        self.weight.mul_(1)  # a dense checkpoint",
+        tests=("tests/layers/test_sparse.py",),
+    ),
+    Fault(
+        "fold-groups",
+        "revnets/layers/fold.py",
+        old='groups = getattr(u, "groups", 1)',
+        new="groups = 1",
+        tests=(
+            "tests/layers/test_sparse.py",
+            "tests/layers/test_convert.py",
+            "tests/deploy/test_lower.py",
+        ),
+    ),
+    Fault(
+        "parallel-shares",
+        "revnets/layers/parallel.py",
+        old="kept = numel // count + (index < numel % count)",
+        new="kept = numel // count",
+        tests=(
+            "tests/layers/test_sparse.py",
+            "tests/layers/test_accounting.py",
+        ),
+    ),
+    Fault(
+        "compact-dtype",
+        "revnets/layers/compact.py",
+        old="torch.zeros(tensor.shape, dtype=values.dtype)",
+        new="torch.zeros(tensor.shape)",
+        tests=("tests/layers/test_sparse.py",),
+    ),
+)

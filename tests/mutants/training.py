@@ -1,0 +1,62 @@
+"""Faults of training: what all training loops share: finite guards, drift, data that can be resumed."""
+
+from .fault import Fault
+
+FAULTS = (
+    Fault(
+        "finite-scaler-limit",
+        "revnets/training/finite.py",
+        old="        if skipped:\n            self.failed()\n            return False",
+        new="        if skipped:\n            return False",
+        tests=("tests/training/test_finite.py",),
+    ),
+    Fault(
+        "finite-scale-grows",
+        "revnets/training/finite.py",
+        old="float(self.scaler.get_scale()) < self._before",
+        new="float(self.scaler.get_scale()) != self._before",
+        tests=("tests/training/test_finite.py",),
+    ),
+    Fault(
+        "finite-in-a-row",
+        "revnets/training/finite.py",
+        old="            self.in_a_row = 0\n            self._keep()",
+        new="            self._keep()",
+        tests=("tests/training/test_finite.py",),
+    ),
+    Fault(
+        "finite-losses-kept",
+        "revnets/training/finite.py",
+        old="        self._losses, self._reason = [], reason\n",
+        new="        self._reason = reason\n",
+        tests=("tests/training/test_finite.py",),
+    ),
+    Fault(
+        "finite-accumulated",
+        "revnets/training/finite.py",
+        old="numbers = [loss.float().sum() for loss in self._losses]",
+        new="numbers = [loss.float().sum() for loss in self._losses[-1:]]",
+        tests=("tests/training/test_finite.py",),
+    ),
+    Fault(
+        "drift-nan",
+        "revnets/training/drift.py",
+        old="key=lambda op: math.inf if op.relative != op.relative else op.relative",
+        new="key=lambda op: op.relative",
+        tests=("tests/training/test_drift.py",),
+    ),
+    Fault(
+        "resumable-repeated",
+        "revnets/training/resumable.py",
+        old="more = (self.rank, batch, place) if self.repeated else ()",
+        new="more = (self.rank, batch) if self.repeated else ()",
+        tests=("tests/training/test_resumable.py",),
+    ),
+    Fault(
+        "resumable-apart",
+        "revnets/training/resumable.py",
+        old="        with apart():\n            seed_all(*index[1])\n",
+        new="        if True:\n            seed_all(*index[1])\n",
+        tests=("tests/training/test_resumable.py",),
+    ),
+)
