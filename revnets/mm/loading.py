@@ -74,7 +74,8 @@ def _load(file: Any, map_location: Any = None, weights_only: bool | None = None)
             content = torch.load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise RefusedCheckpoint(
-            f"{what} holds more than weights ({refusal(error)}); give another file, or set {TRUST}=1 if you trust its maker"
+            f"{what} holds more than weights ({refusal(error)}); give another file, or set {TRUST}=1 if you trust its "
+            "maker"
         ) from error
     meta = content.get("meta") if isinstance(content, dict) else None
     if isinstance(meta, dict):

@@ -30,7 +30,7 @@ _RANGES: dict[str, Kind] = {
     "dampening": Number(0),
     "alpha": Number(0),
 }
-_UNKNOWN = Either((NOTHING, FLAG, Number(finite=False), TEXT, Items(Number(finite=False))))
+_UNKNOWN = Either((NOTHING, FLAG, Number(finite=False)))  # where the run's own is None, as of `foreach`
 _STEP = Number(0)
 
 
