@@ -59,8 +59,9 @@ class ResumeCheckHook(Hook):
                 for rank, own in enumerate(checkpoint.get("processes", [])):
                     check_buffers(module, own.get(name, {}), ("processes", rank, name))
             for hook in runner.hooks:
-                if hasattr(hook, "ema_model") and "ema_state_dict" in checkpoint:
-                    _check_average(hook.ema_model, checkpoint["ema_state_dict"])
+                if hasattr(hook, "ema_model"):  # EMAHook exchanges the two, so that both have to fit it
+                    for name in ("state_dict", "ema_state_dict"):
+                        _check_average(hook.ema_model, checkpoint.get(name, {}), name)
             _check_histories(checkpoint["message_hub"]["log_scalars"])
         with _of_file(file):
             if isinstance(runner.train_loop, ResumableTrainLoop):
@@ -107,12 +108,12 @@ def _check_scheduler(scheduler: Any, state: Mapping[str, Any], path: tuple[Any, 
         Items(Number(), groups).check(state["_last_value"], (*path, "_last_value"))
 
 
-def _check_average(average: Any, state: Mapping[str, Any]) -> None:
+def _check_average(average: Any, state: Mapping[str, Any], path: str) -> None:
     own = {key.removeprefix("module."): value for key, value in average.state_dict().items()}
     theirs = {key.removeprefix("module."): value for key, value in state.items()}
     for name, value in own.items():
         if name in theirs and isinstance(value, torch.Tensor):
-            Array(tuple(value.shape), finite="weights").check(theirs[name], ("ema_state_dict", name))
+            Array(tuple(value.shape), finite="weights").check(theirs[name], (path, name))
 
 
 def _check_histories(histories: Mapping[str, Any]) -> None:
@@ -122,10 +123,8 @@ def _check_histories(histories: Mapping[str, Any]) -> None:
             longest, *parts = (vars(history).get(part) for part in _HISTORY)
             numbers = [part for part in parts if isinstance(part, np.ndarray) and part.dtype.kind in "iuf"]
             shapes = {part.shape for part in numbers}
-            right = (
-                len(numbers) == 2 and len(shapes) == 1 and numbers[0].ndim == 1 and set(vars(history)) == set(_HISTORY)
-            )
-            if not right or type(longest) is not int or longest < 1:
+            right = len(numbers) == 2 and len(shapes) == 1 and numbers[0].ndim == 1
+            if not right or type(longest) is not int or longest < 1 or set(vars(history)) != set(_HISTORY):
                 raise Mismatch(("message_hub", "log_scalars", name), "is no history of numbers, one was expected")
 
 
