@@ -33,7 +33,7 @@ from classification.needs import (
 )
 from revnets.training.errors import UserError
 from revnets.training.options import SEED, Need, check_values, convert, option, options_of
-from revnets.training.tree import shown
+from revnets.training.tree import described
 
 PIXELS = 1 << 16  # of a side
 EPOCHS = 100_000
@@ -519,6 +519,6 @@ def from_checkpoint_args(args: Any, source: str = "the checkpoint") -> dict[str,
             found[name] = convert(option, value, name)
         except (UserError, TypeError, OverflowError):
             raise UserError(
-                f"{source}: args.{name} is {shown(value)}, {option.expected} was expected; give another checkpoint."
+                f"{source}: args.{name} is {described(value)}, {option.expected} was expected; give another checkpoint."
             ) from None
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import dataclasses
 import hashlib
@@ -19,10 +18,10 @@ from typing import Any, TypeVar
 
 from classification.options import TrainOptions, as_dict
 from classification.report import Row, read_summary
-from revnets.sparsity.masks import check_sparsity
 from revnets.training.errors import UserError
-from revnets.training.files import usable_folder, whole_file
+from revnets.training.files import whole_file
 from revnets.training.options import SEED, Parser, argument
+from revnets.training.places import make_folder
 
 _logger = logging.getLogger("classification")
 In = TypeVar("In")
@@ -43,6 +42,7 @@ def series_parser(prog: str, description: str, output: str, images: int) -> Pars
 
 
 positive = argument(int, low=1, high=1 << 31)
+share_of_zeros = argument(float, low=0, below=1)
 
 
 def writable(output: str) -> Path:
@@ -52,19 +52,9 @@ def writable(output: str) -> Path:
         UserError: It cannot be written.
     """
     try:
-        return usable_folder(Path(output))
-    except OSError as error:
-        raise UserError(f"--output: '{output}' cannot be written ({error.strerror}); give another folder.") from error
-
-
-def share_of_zeros(text: str) -> float:
-    """A sparsity, for parsers."""
-    try:
-        return check_sparsity(float(text))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} was given where a number from 0 up to, not including, 1 was expected"
-        ) from None
+        return make_folder(Path(output))
+    except ValueError as error:
+        raise UserError(f"--output: {error}.") from error
 
 
 def digest(values: Mapping[str, Any]) -> str:

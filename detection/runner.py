@@ -24,7 +24,7 @@ from detection.progress import Progress
 from revnets.mm.checkpoint import UnknownMetric
 from revnets.mm.coco import use_checked
 from revnets.reversible import RangeError
-from revnets.training.errors import UserError, did_you_mean, one_line, refusals
+from revnets.training.errors import UserError, did_you_mean, one_line, refused
 from revnets.training.finite import NonFinite
 
 _logger = logging.getLogger("detection")
@@ -40,7 +40,7 @@ LATE = (  # what MMEngine builds and reads only when it is about to train or tes
 
 
 def _configuring(cfg: Any) -> AbstractContextManager[None]:
-    return refusals(f"CONFIG: '{cfg.filename}' cannot be built", "correct it")
+    return refused(f"CONFIG: '{cfg.filename}' cannot be built", "correct it")
 
 
 class Leftovers:

@@ -8,7 +8,6 @@ import re
 import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -137,18 +136,6 @@ def whole_folder(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def usable_folder(path: Path) -> Path:
-    """A folder in which files can be made; it is made where it is missing.
-
-    Raises:
-        OSError: It cannot be made or written to.
-    """
-    path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=path):
-        pass
-    return path
 
 
 def leftovers(folder: Path, own: Callable[[str], object]) -> list[Path]:

@@ -18,10 +18,10 @@ from revnets.training.files import (
     leftovers,
     named_file,
     obstacle,
-    usable_folder,
     whole_file,
     whole_folder,
 )
+from revnets.training.places import make_folder
 
 
 def own(name: str) -> bool:
@@ -234,7 +234,7 @@ def test_a_folder_that_was_moved_has_its_files(tmp_path: Path) -> None:
 
 def test_a_look_whether_a_folder_can_be_used_changes_no_file(tmp_path: Path) -> None:
     (tmp_path / ".writable").write_text("precious")
-    usable_folder(tmp_path)
+    make_folder(tmp_path)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(".writable", "precious")]
 
 
