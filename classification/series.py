@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from classification.options import TrainOptions, as_dict
 from classification.report import Row, read_summary
-from revnets.training.errors import UserError
+from revnets.training.errors import UserError, one_line
 from revnets.training.files import whole_file
 from revnets.training.options import SEED, Parser, argument
 from revnets.training.places import make_folder
@@ -26,6 +26,7 @@ from revnets.training.places import make_folder
 _logger = logging.getLogger("classification")
 In = TypeVar("In")
 Out = TypeVar("Out")
+T = TypeVar("T")
 
 
 def series_parser(prog: str, description: str, output: str, images: int) -> Parser:
@@ -57,6 +58,22 @@ def writable(output: str) -> Path:
         raise UserError(f"--output: {error}.") from error
 
 
+def read_stored(path: Path, use: Callable[[Any], T]) -> T | None:
+    """What an earlier series has stored in a JSON file; nothing, and a word, where there is none or it is damaged.
+
+    Args:
+        path: The file.
+        use: Makes of its content what is wanted, or raises for what is none.
+    """
+    try:
+        return use(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        _logger.warning(f"'{path}' cannot be used ({one_line(error)[:100]}), its run is repeated")
+        return None
+
+
 def digest(values: Mapping[str, Any]) -> str:
     """Eight letters that differ where the values do."""
     return hashlib.sha256(json.dumps(dict(values), sort_keys=True).encode()).hexdigest()[:8]
@@ -86,6 +103,7 @@ def subset(folder: Path, train: str, validation: str, images: int, made: Path) -
     made.mkdir(exist_ok=True)
     link = made / validation
     if not link.exists():
+        link.unlink(missing_ok=True)  # one that led to where the data were
         link.symlink_to((folder / validation).resolve())
     part_of(folder / train, made / train, images)
     return made

@@ -12,7 +12,7 @@ from typing import Any
 
 from classification.checkpoints import first_whole
 from revnets.training.errors import UserError
-from revnets.training.files import named_file
+from revnets.training.files import named_file, remove_all
 from revnets.training.held import RUNNER, WEIGHTS
 from revnets.training.reading import in_file, named, read_file
 
@@ -68,16 +68,16 @@ def forget(folder: Path, kept: str | None) -> None:
     """Removes what a killed run would be resumed from, except a file that is still to be loaded; best ones stay.
 
     Raises:
-        UserError: A file cannot be deleted.
+        UserError: A file cannot be deleted; all are still there.
     """
-    for path in [folder / LAST, *_of_run(folder)]:
-        if kept is None or os.path.realpath(kept) != os.path.realpath(path):
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                raise UserError(
-                    f"--overwrite: '{path}' cannot be deleted ({error.strerror}); delete it or give another --work-dir."
-                ) from error
+    loaded = kept and os.path.realpath(kept)
+    try:
+        remove_all([path for path in (folder / LAST, *_of_run(folder)) if os.path.realpath(path) != loaded])
+    except OSError as error:
+        raise UserError(
+            f"--overwrite: '{error.filename}' cannot be deleted ({error.strerror}); delete it or give another "
+            "--work-dir."
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -136,6 +136,50 @@ def whole_folder(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_in_place(files: Sequence[Path], folder: Path) -> None:
+    """Moves whole files into a folder of the same file system, where each replaces a file of its name.
+
+    Args:
+        files: In this order.
+        folder: That is there.
+
+    Raises:
+        NotWritten: Something has a name of theirs that is no file, or they cannot be moved; then none of them is.
+    """
+    for target in (folder / file.name for file in files):
+        with writing(target):
+            if target.is_dir() and not target.is_symlink():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    for file in files:
+        with writing(folder / file.name):
+            _sync(file)
+            os.replace(file, folder / file.name)
+
+
+def remove_all(paths: Sequence[Path]) -> None:
+    """Removes files, or none of them where one cannot be removed: they lose their names first, which can be undone.
+
+    Args:
+        paths: Some need not be there.
+
+    Raises:
+        OSError: One cannot be removed; ``filename`` says which.
+    """
+    moved: dict[Path, Path] = {}
+    try:
+        for path in paths:
+            temporary = _temporary(path)
+            with suppress(FileNotFoundError):
+                os.rename(path, temporary)
+                moved[path] = temporary
+    except OSError as error:
+        for path, temporary in moved.items():
+            os.rename(temporary, path)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    for temporary in moved.values():
+        temporary.unlink()
 
 
 def leftovers(folder: Path, own: Callable[[str], object]) -> list[Path]:
