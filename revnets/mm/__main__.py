@@ -3,8 +3,8 @@
 python -m revnets.mm test.py CONFIG CHECKPOINT
 python -m revnets.mm analysis_tools/get_flops.py CONFIG
 
-Runs hold their work folder, COCO data sets are checked, and checkpoints are read as data. For an old one that holds more,
-and that you trust, set REVNETS_TRUST_CHECKPOINTS=1.
+Runs hold their work folder, COCO data sets are checked, and checkpoints are read as data. For an old one that holds
+more, and that you trust, set REVNETS_TRUST_CHECKPOINTS=1.
 """
 
 import runpy
