@@ -175,8 +175,8 @@ def remove_all(paths: Sequence[Path]) -> None:
                 os.rename(path, temporary)
                 moved[path] = temporary
     except OSError as error:
-        for path, temporary in moved.items():
-            os.rename(temporary, path)
+        for before, temporary in moved.items():
+            os.rename(temporary, before)
         raise OSError(error.errno, error.strerror, str(path)) from error
     for temporary in moved.values():
         temporary.unlink()

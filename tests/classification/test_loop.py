@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from classification import models
 from classification.loop import validate
@@ -17,7 +18,7 @@ ALONE = Runtime(CPU, 0, 0, 1, None, torch.contiguous_format)
 
 def test_no_image_to_validate_on() -> None:
     with pytest.raises(UserError, match=r"^--val-split: there was no image in it to validate on"):
-        validate(nn.Linear(1, 2), [], ALONE, "validate", 1 << 30)
+        validate(nn.Linear(1, 2), DataLoader(range(0)), ALONE, "validate", 1 << 30)
 
 
 def test_a_batch_that_memory_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:

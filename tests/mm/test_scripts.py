@@ -25,7 +25,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 data = dict(type="CocoDataset", ann_file="boxes.json", data_root=sys.argv[1], pipeline=[])
-data["metainfo"] = dict(classes=("a",))
+data.update(metainfo=dict(classes=("a",)), data_prefix=dict(img="."))
 loader = dict(batch_size=1, num_workers=0, sampler=dict(type="DefaultSampler"), dataset=data)
 runner = Runner.from_cfg(
     Config(
