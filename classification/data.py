@@ -19,7 +19,7 @@ from classification.images import Images
 from classification.options import DataOptions, TrainOptions, ValidateOptions
 from classification.runtime import Runtime
 from classification.sources import class_map, find_source
-from revnets.training.errors import UserError, one_line, refusals
+from revnets.training.errors import UserError, one_line, refused
 from revnets.training.resumable import BATCH, Batches, Items, apart, resumable, seed_all
 
 _logger = logging.getLogger("classification")
@@ -248,7 +248,7 @@ def train_data(
     }
     if options.train_interpolation and not options.no_aug:
         config = {**config, "interpolation": options.train_interpolation}
-    with refusals("augmentation: timm refuses it", "correct --aa, --scale or --ratio"):
+    with refused("augmentation: timm refuses it", "correct --aa, --scale or --ratio"):
         loader = _loader(options, runtime, dataset, config, True, collate_fn=collate, **augmentation)
     if options.crop_pad is not None:
         _crop_with_border(dataset, config["input_size"][-2:], options.crop_pad)

@@ -17,7 +17,7 @@ from classification.sparse import FILES as SPARSITY_FILES
 from revnets.numerics.report import FILES as NUMERICS_FILES
 from revnets.numerics.report import read_table
 from revnets.training.errors import UserError, one_line
-from revnets.training.files import TEMPORARY, leftovers, obstacle
+from revnets.training.files import TEMPORARY, leftovers, obstacle, remove_all
 from revnets.training.lock import FolderLock, InUse
 
 _logger = logging.getLogger("classification")
@@ -59,17 +59,16 @@ class RunFolder:
         """Removes what a kill left half-written and, for `--overwrite`, the run that was there before.
 
         Raises:
-            UserError: A file cannot be deleted.
+            UserError: A file cannot be deleted; all are still there.
         """
         if self._options.overwrite and self.checkpoint is None:
-            for old in [path for path in self.path.iterdir() if path.name in FILES or is_checkpoint(path.name)]:
-                try:
-                    old.unlink(missing_ok=True)
-                except OSError as error:
-                    raise UserError(
-                        f"--overwrite: '{old}' cannot be deleted ({error.strerror}); delete it or give another "
-                        "--experiment."
-                    ) from error
+            try:
+                remove_all([path for path in self.path.iterdir() if path.name in FILES or is_checkpoint(path.name)])
+            except OSError as error:
+                raise UserError(
+                    f"--overwrite: '{error.filename}' cannot be deleted ({error.strerror}); delete it or give another "
+                    "--experiment."
+                ) from error
         if self._lock.known:  # else they might be those of a run that is writing them now
             for left in leftovers(self.path, writes):
                 with suppress(OSError):

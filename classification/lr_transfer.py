@@ -34,7 +34,7 @@ from torch.nn.functional import cross_entropy
 
 import revnets
 from classification.report import clock
-from classification.series import new_figure, positive, save_figure, writable
+from classification.series import new_figure, positive, read_stored, save_figure, writable
 from revnets.training.errors import UserError, guarded, one_line
 from revnets.training.files import whole_file
 from revnets.training.options import SEED, Parser, argument
@@ -138,7 +138,8 @@ def _trained(args: argparse.Namespace, output: Path, proxies: Sequence[Proxy]) -
     folder = output / "proxies"
     folder.mkdir(exist_ok=True)
     paths = {proxy: folder / f"{_name(args, proxy)}.json" for proxy in proxies}
-    missing = {path: proxy for proxy, path in paths.items() if not path.exists()}  # one where the rules change nothing
+    known = {path: curve for path in paths.values() if (curve := _stored(path)) is not None}
+    missing = {path: proxy for proxy, path in paths.items() if path not in known}  # one where the rules change nothing
     data = _images(args) if missing else None
     start, done, total = time.perf_counter(), 0, sum(map(_cost, missing.values()))
     for number, (path, proxy) in enumerate(missing.items(), start=1):
@@ -146,12 +147,18 @@ def _trained(args: argparse.Namespace, output: Path, proxies: Sequence[Proxy]) -
         curve = train_proxy(args, proxy, data)
         with whole_file(path) as temporary:
             temporary.write_text(json.dumps([loss if math.isfinite(loss) else None for loss in curve]))
+        known[path] = curve
         done += _cost(proxy)
         rest = (time.perf_counter() - start) / done * (total - done)
         words = f"{proxy.rules} rules, width {proxy.width}, lr 2^{math.log2(proxy.lr):g}: {_final(curve, args):.4f}"
         _logger.info(f"{number}/{len(missing)} ({100 * done / total:.0f}% of the work, ETA {clock(rest)}) {words}")
-    read = {path: json.loads(path.read_text()) for path in set(paths.values())}
-    return {proxy: [math.nan if v is None else v for v in read[path]] for proxy, path in paths.items()}
+    return {proxy: known[path] for proxy, path in paths.items()}
+
+
+def _stored(path: Path) -> list[float] | None:
+    """The losses in a file that an earlier series wrote, if it is one."""
+    values = read_stored(path, lambda content: all(v is None or type(v) in (int, float) for v in content) and content)
+    return [math.nan if v is None else float(v) for v in values] if values else None
 
 
 def _cost(proxy: Proxy) -> int:

@@ -20,7 +20,7 @@ from classification.runtime import physical_memory
 from revnets.layers import convert, parse_layers
 from revnets.models._cached import drop_wrong_cache
 from revnets.models.small_stem import small_stem
-from revnets.training.errors import UserError, did_you_mean, one_line, refusals, shown
+from revnets.training.errors import UserError, did_you_mean, one_line, refused, shown
 from revnets.training.reading import read_checkpoint
 from revnets.training.weights import odd, unfit
 
@@ -57,7 +57,7 @@ def build_model(options: TrainOptions | ValidateOptions) -> nn.Module:
     weights = options.pretrained or bool(path)
     shown_arguments = {name: shown(value) for name, value in arguments.items() if value is not None}
     words = ", ".join(f"{name}={text}" for name, text in shown_arguments.items())
-    with refusals(
+    with refused(
         f"--model: {shown(options.model)} cannot be built with {words or 'its own arguments'}",
         "correct --model and --model-kwargs" + (", --pretrained or --pretrained-path" if weights else ""),
     ):
@@ -109,7 +109,7 @@ def data_config(options: TrainOptions | ValidateOptions, model: nn.Module) -> di
     """timm's data configuration of a model, with the options over it."""
     names = ("img_size", "input_size", "in_chans", "crop_pct", "mean", "std", "interpolation")
     given = {name: getattr(options, name) for name in names}
-    with refusals(f"--img-size: timm has no data configuration for {options.model}", "correct --img-size or --mean"):
+    with refused(f"--img-size: timm has no data configuration for {options.model}", "correct --img-size or --mean"):
         config: dict[str, Any] = resolve_data_config(given, model=model)
     return config
 
@@ -131,7 +131,7 @@ def check_model_fits(model: nn.Module, input_size: tuple[int, int, int], num_cla
     words = "x".join(str(n) for n in input_size)
     if parameter is None:
         raise UserError(f"--model: {name} has no parameters, there is nothing to train or measure; give another.")
-    with refusals(f"--img-size: {name} does not take {words} images", "give another size"):
+    with refused(f"--img-size: {name} does not take {words} images", "give another size"):
         image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
         with torch.no_grad():
             output = model.eval()(image)

@@ -10,6 +10,9 @@ from torchvision.transforms import InterpolationMode
 
 from revnets.training.options import Need
 
+PIXELS = 1 << 16  # of a side
+EPOCHS = 100_000
+
 
 def interpolations() -> tuple[str, ...]:
     """The ways of resampling that timm knows."""

@@ -34,6 +34,7 @@ from classification.series import (
     new_figure,
     part_of,
     positive,
+    read_stored,
     save_figure,
     share_of_zeros,
     writable,
@@ -289,8 +290,8 @@ class Network:
 def _stored(path: Path, make: Callable[[], Line]) -> Line:
     """The line that is stored beside a file, or a new one where either is missing."""
     beside = path.with_suffix(".line.json")
-    if beside.exists() and path.exists():
-        return Line(**json.loads(beside.read_text(encoding="utf-8")))
+    if path.exists() and (found := read_stored(beside, lambda content: Line(**content))):
+        return found
     line = make()
     with whole_file(beside) as temporary:
         temporary.write_text(json.dumps(dataclasses.asdict(line)), encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from classification.runtime import Runtime
 from revnets.training.errors import UserError
 from revnets.training.processes import at_first, own_buffers, put_buffers
 from revnets.training.termination import Terminated, Termination
+
+_logger = logging.getLogger("classification")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +77,12 @@ class OwnState:
             The same, with the losses of this process.
         """
         runtime, everyone = self._runtime, checkpoint.get("processes", [])
+        before = len(everyone) or 1
+        if before != runtime.world_size and runtime.primary:
+            _logger.warning(
+                f"--resume: the checkpoint is of {before} processes, now there are {runtime.world_size}: all begin as "
+                "the first was, and an update is of another number of images"
+            )
         if not runtime.distributed or len(everyone) != runtime.world_size:
             return begin if runtime.primary else dataclasses.replace(begin, loss_sum=0.0, loss_count=0.0)
         own = everyone[runtime.rank]

@@ -15,7 +15,7 @@ from timm.utils import NativeScaler, distribute_bn, init_distributed_device, set
 from torch import Tensor, nn
 
 from classification.options import DeviceOptions
-from revnets.training.errors import UserError, one_line, refusals
+from revnets.training.errors import UserError, one_line, refused
 
 _logger = logging.getLogger("classification")
 MB = 1e6
@@ -102,7 +102,7 @@ def start_runtime(options: DeviceOptions) -> Runtime:
     """
     name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args = SimpleNamespace(device=name)
-    with refusals(f"--device: '{name}' cannot be used here", "give cpu or one that exists"):
+    with refused(f"--device: '{name}' cannot be used here", "give cpu or one that exists"):
         if torch.device(name).type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("torch sees no CUDA device")
         if torch.device(name).type == "cpu" and name != "cpu":

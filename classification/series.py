@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import dataclasses
 import hashlib
@@ -19,14 +18,15 @@ from typing import Any, TypeVar
 
 from classification.options import TrainOptions, as_dict
 from classification.report import Row, read_summary
-from revnets.sparsity.masks import check_sparsity
-from revnets.training.errors import UserError
-from revnets.training.files import usable_folder, whole_file
+from revnets.training.errors import UserError, one_line
+from revnets.training.files import whole_file
 from revnets.training.options import SEED, Parser, argument
+from revnets.training.places import make_folder
 
 _logger = logging.getLogger("classification")
 In = TypeVar("In")
 Out = TypeVar("Out")
+T = TypeVar("T")
 
 
 def series_parser(prog: str, description: str, output: str, images: int) -> Parser:
@@ -43,6 +43,7 @@ def series_parser(prog: str, description: str, output: str, images: int) -> Pars
 
 
 positive = argument(int, low=1, high=1 << 31)
+share_of_zeros = argument(float, low=0, below=1)
 
 
 def writable(output: str) -> Path:
@@ -52,19 +53,25 @@ def writable(output: str) -> Path:
         UserError: It cannot be written.
     """
     try:
-        return usable_folder(Path(output))
-    except OSError as error:
-        raise UserError(f"--output: '{output}' cannot be written ({error.strerror}); give another folder.") from error
+        return make_folder(Path(output))
+    except ValueError as error:
+        raise UserError(f"--output: {error}.") from error
 
 
-def share_of_zeros(text: str) -> float:
-    """A sparsity, for parsers."""
+def read_stored(path: Path, use: Callable[[Any], T]) -> T | None:
+    """What an earlier series has stored in a JSON file; nothing, and a word, where there is none or it is damaged.
+
+    Args:
+        path: The file.
+        use: Makes of its content what is wanted, or raises for what is none.
+    """
     try:
-        return check_sparsity(float(text))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} was given where a number from 0 up to, not including, 1 was expected"
-        ) from None
+        return use(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        _logger.warning(f"'{path}' cannot be used ({one_line(error)[:100]}), its run is repeated")
+        return None
 
 
 def digest(values: Mapping[str, Any]) -> str:
@@ -96,6 +103,7 @@ def subset(folder: Path, train: str, validation: str, images: int, made: Path) -
     made.mkdir(exist_ok=True)
     link = made / validation
     if not link.exists():
+        link.unlink(missing_ok=True)  # one that led to where the data were
         link.symlink_to((folder / validation).resolve())
     part_of(folder / train, made / train, images)
     return made

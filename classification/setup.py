@@ -21,7 +21,7 @@ from classification.runtime import Runtime
 from classification.sparse import start_sparse_kernel, start_sparsity
 from classification.trial import try_optimizer, try_schedule, try_step
 from revnets.training.drift import DriftMonitor
-from revnets.training.errors import UserError, did_you_mean, one_line, refusals
+from revnets.training.errors import UserError, did_you_mean, one_line, refused
 from revnets.training.finite import FiniteGuard
 
 
@@ -44,7 +44,7 @@ def start_training(options: TrainOptions, runtime: Runtime, model: nn.Module, da
     }
     try_optimizer(options, runtime, arguments)
     trained = _trained(model, options, lr)
-    with refusals(f"--opt: {options.opt} refuses its arguments", "correct --opt-kwargs or --layer-decay"):
+    with refused(f"--opt: {options.opt} refuses its arguments", "correct --opt-kwargs or --layer-decay"):
         optimizer = create_optimizer_v2(trained, **arguments)
     recovery = Recovery(runtime, options.recovery_interval, data.batches is not None)
     guard, drift = FiniteGuard(model, options.nonfinite_limit), DriftMonitor(model, options.drift_interval)
@@ -52,7 +52,7 @@ def start_training(options: TrainOptions, runtime: Runtime, model: nn.Module, da
     try_step(options, runtime, model, loss, data_config(options, model)["input_size"])
     run = Training(options, runtime, model, optimizer, loss, data, None, scaler, None, recovery, guard, drift)
     schedule = _schedule(options, run.updates_per_epoch)
-    with refusals(f"--sched: timm refuses '{options.sched}'", "give cosine, say"):
+    with refused(f"--sched: timm refuses '{options.sched}'", "give cosine, say"):
         run.scheduler, epochs = create_scheduler_v2(optimizer, **schedule)
     if options.sched != "none" and run.scheduler is None:
         raise UserError(f"--sched: timm knows no schedule '{options.sched}'; give cosine, step, poly or none, say.")

@@ -18,7 +18,7 @@ from torch import nn
 from classification.options import TrainOptions
 from classification.runtime import Runtime
 from revnets.reversible import RangeError
-from revnets.training.errors import UserError, refusals
+from revnets.training.errors import UserError, refused
 from revnets.training.resumable import apart
 
 LOOKS = 10_000  # at the schedule's rates
@@ -36,7 +36,7 @@ def try_optimizer(options: TrainOptions, runtime: Runtime, arguments: dict[str, 
     Raises:
         UserError: In the optimizer's words.
     """
-    with apart(), refusals(f"--opt: {options.opt} refuses its arguments", "correct --opt, --opt-betas or --opt-kwargs"):
+    with apart(), refused(f"--opt: {options.opt} refuses its arguments", "correct --opt, --opt-betas or --opt-kwargs"):
         tiny = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2)).to(runtime.device)
         optimizer = create_optimizer_v2(tiny, **{k: v for k, v in arguments.items() if k != "layer_decay"})
         if getattr(optimizer, "is_second_order", False):
@@ -63,7 +63,7 @@ def try_schedule(options: TrainOptions, lr: float, arguments: dict[str, Any], up
     """
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr)
     what = f"--sched: timm refuses '{options.sched}' with these options"
-    with apart(), refusals(what, "correct --sched, --lr-cycle-... or --warmup-..., or give cosine alone"):
+    with apart(), refused(what, "correct --sched, --lr-cycle-... or --warmup-..., or give cosine alone"):
         scheduler, epochs = create_scheduler_v2(optimizer, **arguments)
         if scheduler is None:
             return
@@ -97,7 +97,7 @@ def try_transforms(dataset: Any, mode: str, size: tuple[int, int]) -> None:
     picture = Image.new(mode, (size[1] + 7, size[0] + 3), 128 if mode == "L" else (128, 64, 32))
     with (
         apart(),
-        refusals("augmentation: timm refuses an image", "correct --aa, --scale, --ratio or --crop-pct"),
+        refused("augmentation: timm refuses an image", "correct --aa, --scale, --ratio or --crop-pct"),
     ):
         for _ in range(DRAWS):
             image: Any = picture
@@ -129,7 +129,7 @@ def try_step(
     before, was = {name: buffer.clone() for name, buffer in model.named_buffers()}, model.training
     what = f"--model: {options.model} cannot make a training step on {count} images of {'x'.join(map(str, images))}"
     try:
-        with apart(), refusals(what, "give another --batch-size, --img-size, --amp-dtype or loss"):
+        with apart(), refused(what, "give another --batch-size, --img-size, --amp-dtype or loss"):
             batch, target = runtime.place(batch, target)
             with torch.no_grad(), runtime.autocast(), suppress(RangeError):  # of which the training has its own way
                 loss(model.train()(batch), target)

@@ -6,20 +6,15 @@ import ast
 import dataclasses
 import logging
 import os
-import pickle
 import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from classification.checkpoints import first_whole
-from revnets.training.errors import UserError, one_line
-from revnets.training.files import named_file
+from revnets.training.errors import UserError
+from revnets.training.files import named_file, remove_all
 from revnets.training.held import RUNNER, WEIGHTS
-from revnets.training.integrity import damage, forbidden, is_archive
-from revnets.training.reading import in_file
-from revnets.training.tree import sound
+from revnets.training.reading import in_file, named, read_file
 
 _logger = logging.getLogger("detection")
 LAST = "last_checkpoint"
@@ -62,7 +57,7 @@ def newest_whole(folder: Path, saved: Path | None = None) -> Path | None:
         return None
     files = sorted(_of_run(saved or folder), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     last = newest(folder, saved)
-    return first_whole(list(dict.fromkeys([last, *files] if last is not None else files)), folder, read)
+    return first_whole(list(dict.fromkeys([last, *files] if last is not None else files)), folder, _content)
 
 
 def _of_run(folder: Path) -> list[Path]:
@@ -73,16 +68,16 @@ def forget(folder: Path, kept: str | None) -> None:
     """Removes what a killed run would be resumed from, except a file that is still to be loaded; best ones stay.
 
     Raises:
-        UserError: A file cannot be deleted.
+        UserError: A file cannot be deleted; all are still there.
     """
-    for path in [folder / LAST, *_of_run(folder)]:
-        if kept is None or os.path.realpath(kept) != os.path.realpath(path):
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                raise UserError(
-                    f"--overwrite: '{path}' cannot be deleted ({error.strerror}); delete it or give another --work-dir."
-                ) from error
+    loaded = kept and os.path.realpath(kept)
+    try:
+        remove_all([path for path in (folder / LAST, *_of_run(folder)) if os.path.realpath(path) != loaded])
+    except OSError as error:
+        raise UserError(
+            f"--overwrite: '{error.filename}' cannot be deleted ({error.strerror}); delete it or give another "
+            "--work-dir."
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,51 +86,41 @@ class Checkpoint:
 
     what: str  # option and file, for messages
     state: dict[str, Any]
-    resumable: bool
     trained_as: str  # what it says of its backbone, as an addition to a sentence
 
 
-def read(path: str | Path, option: str) -> Checkpoint:
+def read(path: str | Path, option: str, resumed: bool = False) -> Checkpoint:
     """A checkpoint, mapped rather than read into memory where its format (torch's since 1.6) allows.
 
     Args:
         path: The file.
         option: That named it, for messages.
+        resumed: Whether a run goes on from it, so that it must hold all that a runner needs.
 
     Raises:
-        UserError: No such file, a damaged one, or one that holds more than data.
+        UserError: No such file, a damaged one, one that holds more than data, no weights, or an odd entry.
     """
-    from revnets.mm.loading import read_checkpoint
-
-    what = f"{option}: '{path}'"
-    if not Path(path).is_file():
-        raise UserError(f"{what} does not exist; give a checkpoint, such as epoch_12.pth in the folder of a run.")
-    problem = damage(path) if is_archive(path) else ""
-    if problem:
-        raise UserError(f"{what} is damaged: {problem}; give another file.")
-    try:
-        content = read_checkpoint(path, "cpu", mmap=is_archive(path))
-    except pickle.UnpicklingError as error:
-        if code := forbidden(error):
-            raise UserError(
-                f"{what} holds more than weights: reading it would run '{code}'; give another file."
-            ) from error
+    content = _content(path, option)
+    state = content.get("state_dict", content)
+    if resumed and "optimizer" not in content:
         raise UserError(
-            f"{what} is damaged, or holds more than weights, which might run code ({one_line(error)[:120]}); give "
-            "another file."
-        ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise UserError(f"{what} is damaged or no checkpoint ({one_line(error)[:120]}); give another file.") from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{what} holds no weights; give a checkpoint of MMDetection.")
+            f"{option}: '{path}' holds weights alone, no optimizer; give a checkpoint of a run, or start from its "
+            f"weights with --cfg-options load_from={path}."
+        )
     with in_file(path, option):
-        sound(content)
-        WEIGHTS.check(state, ("state_dict",) if "state_dict" in content else ())
-        if option == "--resume" and "optimizer" in content and "message_hub" in content:  # a runner wrote it
+        if resumed:
             RUNNER.check(content)
+        else:
+            WEIGHTS.check(state, ("state_dict",) if "state_dict" in content else ())
     weights = {key.removeprefix("module."): value for key, value in state.items()}
-    return Checkpoint(what, weights, "optimizer" in content, _trained_as(content))
+    return Checkpoint(named(path, option), weights, _trained_as(content))
+
+
+def _content(path: str | Path, option: str) -> dict[str, Any]:
+    """What a file of MMEngine's holds, as data, whatever the values are."""
+    from revnets.mm.loading import safe_globals
+
+    return read_file(path, option, safe_globals(), mmap=True)
 
 
 def _trained_as(content: dict[str, Any]) -> str:

@@ -13,8 +13,9 @@ import torch
 
 from detection.keys import check_keys
 from detection.noise import noise_kept_out
-from revnets.training.errors import UserError, did_you_mean, one_line, refusals, shown
+from revnets.training.errors import UserError, did_you_mean, one_line, refused, shown
 from revnets.training.options import Parser, argument
+from revnets.training.places import check_folder
 
 try:
     from mmengine.config import Config, DictAction
@@ -75,7 +76,7 @@ def parse(line: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         UserError: An unknown option, or a KEY=VALUE that is none.
     """
-    with refusals("--cfg-options: not KEY=VALUE", "write for example a.b=3"):  # of DictAction
+    with refused("--cfg-options: not KEY=VALUE", "write for example a.b=3"):  # of DictAction
         return line.parse_args(argv)
 
 
@@ -95,17 +96,12 @@ def load(args: argparse.Namespace) -> Any:
     _override(cfg, args.cfg_options)
     name = Path(args.config).stem
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("output") / name)
-    _check_folder(Path(cfg.work_dir))
+    try:
+        check_folder(Path(cfg.work_dir))
+    except ValueError as error:
+        raise UserError(f"--work-dir: {error}.") from error
     _processes(cfg, args)
     return cfg
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuses a folder for the run that cannot be made; what is not there yet is not made here."""
-    nearest = next((each for each in (folder, *folder.parents) if os.path.lexists(each)), Path())
-    problem = "is not a folder" if not nearest.is_dir() else "" if os.access(nearest, os.W_OK) else "cannot be written"
-    if problem:
-        raise UserError(f"--work-dir: '{folder}' cannot be made, '{nearest}' {problem}; give another folder.")
 
 
 def read(path: str) -> Any:
@@ -137,7 +133,7 @@ def _override(cfg: Any, options: dict[str, Any]) -> None:
         if first not in cfg and first not in RUNNER_KEYS:
             raise UserError(f"--cfg-options: the configuration has no '{first}'{did_you_mean(first, cfg)}; correct it.")
     old, new = cfg.get("data_root"), options.get("data_root")
-    with refusals(f"--cfg-options: {shown(options)} does not fit", "correct the path of the key"):
+    with refused(f"--cfg-options: {shown(options)} does not fit", "correct the path of the key"):
         cfg.merge_from_dict(options)
     check_keys(cfg, cfg.filename)
     if old is not None and new is not None:

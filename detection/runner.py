@@ -21,11 +21,10 @@ from classification.runtime import start_logging
 from detection.config import primary
 from detection.noise import noise_kept_out
 from detection.progress import Progress
-from revnets.mm import ResumableTrainLoop
 from revnets.mm.checkpoint import UnknownMetric
 from revnets.mm.coco import use_checked
 from revnets.reversible import RangeError
-from revnets.training.errors import UserError, did_you_mean, one_line, refusals
+from revnets.training.errors import UserError, did_you_mean, one_line, refused
 from revnets.training.finite import NonFinite
 
 _logger = logging.getLogger("detection")
@@ -41,7 +40,7 @@ LATE = (  # what MMEngine builds and reads only when it is about to train or tes
 
 
 def _configuring(cfg: Any) -> AbstractContextManager[None]:
-    return refusals(f"CONFIG: '{cfg.filename}' cannot be built", "correct it")
+    return refused(f"CONFIG: '{cfg.filename}' cannot be built", "correct it")
 
 
 class Leftovers:
@@ -130,15 +129,6 @@ class CheckedRunner(Runner):
                 super().call_hook(fn_name, **kwargs)
         else:
             super().call_hook(fn_name, **kwargs)
-
-    def load_or_resume(self) -> None:
-        """MMEngine's, and a look at whether the loop can go on from there."""
-        super().load_or_resume()
-        if self._resume and isinstance(self._train_loop, ResumableTrainLoop):
-            try:
-                self._train_loop.batches_done()
-            except ValueError as error:
-                raise UserError(f"--resume: {one_line(error)}.") from error
 
 
 def _checked(name: str) -> Callable[..., Any]:

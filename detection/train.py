@@ -229,13 +229,7 @@ def _measures_boxes(cfg: Any) -> bool:
 def _read_checkpoint(cfg: Any, resumed: bool) -> checkpoints.Checkpoint | None:
     if not cfg.get("load_from"):
         return None
-    checkpoint = checkpoints.read(cfg.load_from, "--resume" if resumed else "load_from")
-    if resumed and not checkpoint.resumable:
-        raise UserError(
-            f"--resume: '{cfg.load_from}' holds weights alone, no optimizer; give a checkpoint of a run, or start from "
-            f"its weights with --cfg-options load_from={cfg.load_from}."
-        )
-    return checkpoint
+    return checkpoints.read(cfg.load_from, "--resume" if resumed else "load_from", resumed)
 
 
 def _announce(runner: Any, cfg: Any, resumed: bool) -> None:

@@ -14,6 +14,7 @@ from .training.values import COUNT, FINITE, NOT_NEGATIVE, POSITIVE, SEED, SHARE,
 app = typer.Typer(
     cls=Commands,
     help="Memory-efficient vision backbones: measure what they need.",
+    epilog="An option that has no effect is an error.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

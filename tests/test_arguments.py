@@ -189,7 +189,7 @@ def test_options_without_effect(line: str, place: Path) -> None:
 
 @pytest.mark.parametrize("value", [True, float("nan"), float("inf"), "1", None, 2**31, 0, 1.5])
 def test_numbers_are_of_their_kind(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"a=.*expected a whole number from 1 to 5"):
+    with pytest.raises(ValueError, match=r"a=.*expected a whole number of at least 1 and at most 5"):
         Number(int, 1, 5).check("a", value)
 
 

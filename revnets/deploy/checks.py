@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..training.errors import shown
 from .seal import Content, Untrusted, refusal
 
 _LONGEST = 4096  # of a text
@@ -81,7 +82,7 @@ def _checked(records: Mapping[str, bytes]) -> dict[str, bytes]:
         elif name in _VERSIONS or _TENSOR.fullmatch(name):
             found[name] = data
         else:
-            raise _Refused(f"{_shown(name)}, which is no part of an exported program")
+            raise _Refused(f"{shown(name)}, which is no part of an exported program")
     if _PROGRAM not in found:
         raise _Refused("no program")
     return found
@@ -118,7 +119,7 @@ def _payloads(config: Any, name: str) -> Any:
         if entry.get("use_pickle") not in (None, False):
             raise _Refused("a pickled tensor")
         if not re.fullmatch(kind + r"_\d{1,9}", str(entry.get("path_name"))):
-            raise _Refused(f"{_shown(entry.get('path_name'))} among its tensors")
+            raise _Refused(f"{shown(entry.get('path_name'))} among its tensors")
     _check(config, "", 0)
     return config
 
@@ -164,7 +165,7 @@ def _check(value: Any, key: str, depth: int) -> None:
     if isinstance(value, dict):
         for name, inner in value.items():
             if not _DOTTED.fullmatch(name.removeprefix("$")):
-                raise _Refused(f"the name {_shown(name)}")
+                raise _Refused(f"the name {shown(name)}")
             if name in _CUSTOM and inner is not None:
                 raise _Refused(f"an object of another kind than a tensor ({name})")
             _check(inner, name, depth + 1)
@@ -172,11 +173,7 @@ def _check(value: Any, key: str, depth: int) -> None:
         for inner in value:
             _check(inner, key, depth + 1)
     elif isinstance(value, str) and not (len(value) <= _LONGEST and _TEXTS.get(key, _no_text)(value)):
-        raise _Refused(f"{_shown(value)} as {key or 'a text'}")
-
-
-def _shown(text: Any) -> str:
-    return repr(text if len(str(text)) <= 60 else str(text)[:60] + "...")
+        raise _Refused(f"{shown(value)} as {key or 'a text'}")
 
 
 def _no_text(text: str) -> bool:

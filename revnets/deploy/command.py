@@ -22,8 +22,9 @@ from ..profiling.report import write
 from ..pruning import prune
 from ..pruning.command import Source, calibration_batches, load_model
 from ..sparsity.masks import check_sparsity
+from ..training.errors import refused
 from ..training.places import check_exists, check_folder
-from ..training.values import COUNT, THREADS, check_choice, check_once, refused
+from ..training.values import COUNT, THREADS, check_choice, check_once
 from .compare import COMPILED, EAGER, EXPLOITS, Measurement, compare, compare_layers, machine, speedups
 from .engines import ENGINES, Deployed, check_limits, deploy, get_engine, load, open_folder
 from .graph import ExportError
@@ -63,7 +64,7 @@ def run(source: Source, request: Request, with_data: bool) -> None:
 def _make(source: Source, request: Request) -> None:
     model, trained = load_model(source)
     model.eval()
-    with refused(f"{source.model} cannot run", ExportError):
+    with refused(f"{source.model} cannot run", kind=ExportError):
         x = _example(model, source, trained, request.batch_size or 1)
         with torch.no_grad():
             model(x)
@@ -271,7 +272,7 @@ def _networks(name: str, request: BenchRequest) -> tuple[dict[float, nn.Module],
     model = build_model(name).eval()
     channels, *published = timm.get_pretrained_cfg(name).input_size
     sides = [request.img_size] * 2 if request.img_size else published
-    with refused(f"{name} @{sides[0]} batch {request.batch_size} cannot run", ExportError):
+    with refused(f"{name} @{sides[0]} batch {request.batch_size} cannot run", kind=ExportError):
         x = torch.randn(request.batch_size, channels, *sides)
         with torch.no_grad():
             model(x)  # what it refuses is known before it is pruned and exported

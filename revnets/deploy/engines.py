@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..kernels.build import kernel_problem
+from ..training.files import put_in_place
 from ..training.values import COUNT
 from .graph import (
     INPUT_NAME,
@@ -232,8 +232,7 @@ def deploy(
             seconds = dict(zip(runners, times, strict=True))
         best = min(seconds, key=lambda key: seconds[key]) if seconds else chosen[0].name
         path, layers, error = made[best]
-        for file in sorted(path.parent.iterdir(), key=lambda file: file == path):  # what it refers to comes first
-            shutil.move(file, folder / file.name)
+        put_in_place(sorted(path.parent.iterdir(), key=lambda file: file == path), folder)  # what it refers to first
     return Deployed(best, folder / path.name, error, seconds, tuple(layers))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..training.files import put_in_place
 from ..training.values import COUNT, POSITIVE
 from .engines import get_engine, load, open_folder, write_onnx
 from .graph import INPUT_NAME, ExportError, export_graph
@@ -97,9 +97,8 @@ def quantize(
                 f"INT8 outputs differ by {error:.2f} of the float ones (root mean square), more than {max_error}: "
                 "nothing was written; try another calibration or more images"
             )
-        path = folder / small.name
-        shutil.move(small, path)
-    return Quantized(path, error, agreement, weights, zeros)
+        put_in_place([small], folder)
+    return Quantized(folder / small.name, error, agreement, weights, zeros)
 
 
 def _checked(data: Iterable[Any], images: int) -> Iterator[Tensor]:

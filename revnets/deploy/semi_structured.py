@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..training.values import COUNT, refused
+from ..training.errors import refused
+from ..training.values import COUNT
 from .compare import Measurement
 from .graph import ExportError
 
@@ -88,7 +89,7 @@ def compare_semi_structured(
         raise ExportError("2:4 sparsity is measured on a CUDA device, and there is none here")
     found = []
     for width in widths:
-        with refused(f"{width} -> {width}, {rows} rows cannot be measured", ExportError):
+        with refused(f"{width} -> {width}, {rows} rows cannot be measured", kind=ExportError):
             x = torch.randn(rows, width, device="cuda", dtype=dtype)
             dense = nn.Linear(width, width, device="cuda", dtype=dtype)
         dense.weight.copy_(two_to_four(dense.weight))

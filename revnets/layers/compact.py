@@ -72,6 +72,8 @@ def load_sparse(model: nn.Module, path: str | Path) -> None:
     """
     from safetensors import SafetensorError, safe_open
 
+    from ..training.weights import unfit
+
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r}: give one that save_sparse wrote")
@@ -79,16 +81,15 @@ def load_sparse(model: nn.Module, path: str | Path) -> None:
         with safe_open(path, "pt") as file:
             metadata, names = file.metadata() or {}, list(file.keys())
             stored = {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{str(path)!r} is no valid safetensors file ({error}): give one that save_sparse wrote"
         ) from None
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{str(path)!r} is of format {metadata.get('format')!r}, expected {FORMAT!r} (save_sparse)")
     state = _expanded(model, stored, str(path))
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() != state[name].is_floating_point():  # a cast would change the numbers silently
-            raise ValueError(f"{path}: {name} is {state[name].dtype}, the model's {tensor.dtype}: give one of its kind")
+    if problem := unfit(model.state_dict(), state):
+        raise ValueError(f"{path}: {problem}: give a file of this model's weights")
     model.load_state_dict(state)
 
 
@@ -100,11 +101,11 @@ def _expanded(model: nn.Module, stored: Mapping[str, Tensor], path: str) -> dict
         owner, _, leaf = name.rpartition(".")
         if owner in masked and leaf in ("weight", "mask"):
             weight = name.removesuffix(leaf) + "weight"
-            if weight + _VALUES not in stored:
+            if weight + _VALUES not in stored or weight + _PLACES not in stored:
                 raise ValueError(f"{path}: {owner or 'the model'} is sparse in the model but not in the file")
             mask = unpack_bits(stored[weight + _PLACES], tensor.shape)
             values = stored[weight + _VALUES]
-            if mask is None or int(mask.sum()) != values.numel():
+            if mask is None or int(mask.sum()) != values.numel() or values.dim() != 1:
                 raise ValueError(
                     f"{path}: the mask of {owner or 'the model'} does not match the model's weight of shape "
                     f"{tuple(tensor.shape)}: convert the model with the same spec first"
@@ -143,9 +144,9 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor | None:
-    """The bool tensor that was packed; None where the number of bytes does not fit the shape."""
+    """The bool tensor that was packed; None where these are no bytes, or of another number than fits the shape."""
     numel = torch.Size(shape).numel()
-    if packed.numel() != -(-numel // 8):
+    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() != -(-numel // 8):
         return None
     bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
     return bits.flatten()[:numel].view(shape).bool()

@@ -3,7 +3,8 @@
 python -m revnets.mm test.py CONFIG CHECKPOINT
 python -m revnets.mm analysis_tools/get_flops.py CONFIG
 
-Checkpoints are read as data. For an old one that holds more, and that you trust, set REVNETS_TRUST_CHECKPOINTS=1.
+Runs hold their work folder, COCO data sets are checked, and checkpoints are read as data. For an old one that holds
+more, and that you trust, set REVNETS_TRUST_CHECKPOINTS=1.
 """
 
 import runpy
@@ -20,6 +21,7 @@ def main() -> int:
 
     from ..training.errors import guarded
     from .checkpoint import protect
+    from .coco import check_all
 
     tools = Path(mmdet.__file__).parent / ".mim" / "tools"
     script = next((path for path in (Path(sys.argv[1]), tools / sys.argv[1]) if path.is_file()), None)
@@ -30,6 +32,7 @@ def main() -> int:
     sys.argv = [str(script), *sys.argv[2:]]
     sys.path.insert(0, str(script.parent))
     protect()
+    check_all()
     return guarded(lambda: runpy.run_path(str(script), run_name="__main__"))
 
 

@@ -241,17 +241,22 @@ class WholeCheckpointHook(CheckpointHook):
         """Give it back, if there are as many processes again; comes after ``EMAHook``, and before the model loads."""
         everyone = checkpoint.pop("processes", [])
         if not runner._resume or len(everyone) != runner.world_size:
+            if runner._resume and (runner.world_size > 1 or everyone):
+                runner.logger.warning(
+                    f"the checkpoint is of {len(everyone) or 1} processes, now there are {runner.world_size}: running "
+                    "statistics are the first one's"
+                )
             return
         own = everyone[runner.rank]
         checkpoint["state_dict"].update(own["model"])
-        for name, module in _modules(runner).items():
+        for name, module in modules_of(runner).items():
             put_buffers(module, own.get(name, {}))
 
     def _save(self, runner: Any, name: str, meta: dict[str, Any]) -> None:
         self._due, self._saved_at = False, meta.get("iter", runner.iter)
         self.last_ckpt = os.path.join(self.out_dir, name)
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
-        self._processes = at_first({name: own_buffers(module) for name, module in _modules(runner).items()})
+        self._processes = at_first({name: own_buffers(module) for name, module in modules_of(runner).items()})
         runner.save_checkpoint(
             self.out_dir,
             name,
@@ -268,7 +273,7 @@ class WholeCheckpointHook(CheckpointHook):
             write(Path(runner.work_dir, LAST), lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def _modules(runner: Any) -> dict[str, nn.Module]:
+def modules_of(runner: Any) -> dict[str, nn.Module]:
     """What has running statistics: the model and, where ``EMAHook`` keeps one, its mean."""
     found = {"model": getattr(runner.model, "module", runner.model)}
     means = [hook.ema_model.module for hook in runner.hooks if hasattr(hook, "ema_model")]

@@ -1,5 +1,6 @@
 """MMDetection's COCO data set and metric, with sizes from the image files where the annotations have none."""
 
+import functools
 import logging
 import math
 import warnings
@@ -10,6 +11,7 @@ from typing import Any
 from mmdet.registry import DATASETS, METRICS
 from mmengine.dist import is_main_process
 from mmengine.logging import print_log
+from mmengine.runner import Runner
 from PIL import Image
 
 with warnings.catch_warnings():
@@ -191,6 +193,19 @@ def use_checked(cfg: Any, report: bool = True) -> None:
         for each in cfg[key] if isinstance(cfg[key], (list, tuple)) else [cfg[key]]:
             if each.get("type") in ("CocoMetric", "mmdet.CocoMetric", CocoMetric):
                 each["type"] = CheckedCocoMetric.__name__
+
+
+def check_all() -> None:
+    """Have every runner that is made of a configuration use the two classes, in scripts of MMDetection's."""
+    plain = Runner.from_cfg.__func__  # type: ignore[attr-defined]
+
+    @functools.wraps(plain)
+    def from_cfg(cls: type[Runner], cfg: Any) -> Runner:
+        use_checked(cfg)
+        made: Runner = plain(cls, cfg)
+        return made
+
+    Runner.from_cfg = classmethod(from_cfg)
 
 
 def coco_datasets(dataset: Any) -> list[Any]:

@@ -18,7 +18,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import checkpoint as loaders
 
 from ..training.errors import UserError
-from ..training.integrity import damage, forbidden, is_archive, sha256_of
+from ..training.integrity import damage, is_archive, refusal, sha256_of
 
 TRUST = "REVNETS_TRUST_CHECKPOINTS"
 """Environment variable: ``1`` reads checkpoints as they are, code in them included."""
@@ -58,21 +58,6 @@ def _method_of_history(owner: Any, name: str) -> Any:
     raise pickle.UnpicklingError(f"it looks up {str(name)[:60]!r}, which weights have no need for")
 
 
-def read_checkpoint(path: Any, map_location: Any = None, mmap: bool = False) -> Any:
-    """A file of ``torch.save`` as tensors and plain values, without running anything that is in it.
-
-    Args:
-        path: of the file, or an open file.
-        map_location: as of ``torch.load``.
-        mmap: map it rather than read it into memory.
-
-    Raises:
-        UnpicklingError: for one that holds more.
-    """
-    with torch.serialization.safe_globals(safe_globals()):
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
-
-
 def _load(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
     """In place of MMEngine's ``_safe_torch_load``, which all of its loaders call.
 
@@ -85,15 +70,17 @@ def _load(file: Any, map_location: Any = None, weights_only: bool | None = None)
     if isinstance(file, (str, Path)) and is_archive(file) and (problem := damage(file)):
         raise RefusedCheckpoint(f"{what} is damaged: {problem}; give another file")
     try:
-        return read_checkpoint(file, map_location)
+        with torch.serialization.safe_globals(safe_globals()):
+            content = torch.load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        code = forbidden(error)
-        reason = " ".join(str(error).split())
-        reason = reason.partition("WeightsUnpickler error: ")[2].partition(" Check the documentation")[0] or reason
-        words = f"reading it would run '{code}'" if code else reason[:160]
         raise RefusedCheckpoint(
-            f"{what} holds more than weights ({words}); give another file, or set {TRUST}=1 if you trust its maker"
+            f"{what} holds more than weights ({refusal(error)}); give another file, or set {TRUST}=1 if you trust its "
+            "maker"
         ) from error
+    meta = content.get("meta") if isinstance(content, dict) else None
+    if isinstance(meta, dict):
+        meta.pop("config", None)  # a resumed runner would execute it, for the number of GPUs of an older release
+    return content
 
 
 def _load_local(filename: str, map_location: Any = None) -> Any:

@@ -114,11 +114,23 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         Raises:
             CheckpointError: when an epoch had another number of batches before the run was resumed.
         """
-        done = self._iter - self._epoch * len(self.dataloader)
-        before = self.runner.message_hub.runtime_info.get(BATCHES, len(self.dataloader))
-        if before != len(self.dataloader) or not 0 <= done <= before:
+        return self.batches_done_at(self._iter, self._epoch, self.runner.message_hub.runtime_info.get(BATCHES))
+
+    def batches_done_at(self, iteration: int, epoch: int, before: int | None) -> int:
+        """How many batches of an epoch are done at an iteration.
+
+        Args:
+            iteration: of the whole run.
+            epoch: that it is in.
+            before: batches that an epoch had when that was written, if it was.
+
+        Raises:
+            CheckpointError: when an epoch has another number of batches now.
+        """
+        done = iteration - epoch * len(self.dataloader)
+        if before not in (None, len(self.dataloader)) or not 0 <= done <= len(self.dataloader):
             raise CheckpointError(
-                f"cannot resume at iteration {self._iter} in epoch {self._epoch}: an epoch now has "
+                f"cannot resume at iteration {iteration} in epoch {epoch}: an epoch now has "
                 f"{len(self.dataloader)} batches, other than when the checkpoint was saved; use the same data, batch "
                 "size and number of processes"
             )

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer
 from mmengine.registry import HOOKS
 
 from ..training.errors import one_line
 from ..training.fitting import check_alike, check_buffers, check_optimizer, check_sparsity
 from ..training.held import RUNNER, SCALER
 from ..training.reading import CheckpointError, in_file, named
-from ..training.schema import Array, Items, Number
+from ..training.schema import Array, Items, Number, Record, optional
 from ..training.tree import Mismatch
+from .checkpoint import modules_of
+from .resume import BATCHES, ResumableTrainLoop
 from .sparsity_hook import SparsityHook
+
+_HISTORY = ("max_length", "_log_history", "_count_history")  # of MMEngine's HistoryBuffer
+_BASE = optional(Record({"lr": Number(0)}, {"momentum": Number(0, 1), "betas": Items(Number(0, 1), 2)}))
 
 
 @HOOKS.register_module()
@@ -42,17 +50,26 @@ class ResumeCheckHook(Hook):
             RUNNER.check(checkpoint)
             for path, optimizer, state in _optimizers(runner.optim_wrapper, checkpoint["optimizer"]):
                 check_optimizer(optimizer, state, path)
+                _BASE.check(state.get("base_param_settings"), (*path, "base_param_settings"))
                 if "loss_scaler" in state:
                     SCALER.check(state["loss_scaler"], (*path, "loss_scaler"))
             for path, scheduler, state in _schedulers(runner.param_schedulers, checkpoint.get("param_schedulers")):
                 _check_scheduler(scheduler, state, path)
-            model = getattr(runner.model, "module", runner.model)
-            for rank, own in enumerate(checkpoint.get("processes", [])):
-                check_buffers(model, own.get("model", {}), ("processes", rank, "model"))
+            for name, module in modules_of(runner).items():
+                for rank, own in enumerate(checkpoint.get("processes", [])):
+                    check_buffers(module, own.get(name, {}), ("processes", rank, name))
             for hook in runner.hooks:
-                if hasattr(hook, "ema_model") and "ema_state_dict" in checkpoint:
-                    _check_average(hook.ema_model, checkpoint["ema_state_dict"])
-        _check_masks(runner, checkpoint, file)
+                if hasattr(hook, "ema_model"):  # EMAHook exchanges the two, so that both have to fit it
+                    for name in ("state_dict", "ema_state_dict"):
+                        _check_average(hook.ema_model, checkpoint.get(name, {}), name)
+            _check_histories(checkpoint["message_hub"]["log_scalars"])
+        with _of_file(file):
+            if isinstance(runner.train_loop, ResumableTrainLoop):
+                meta, before = checkpoint["meta"], checkpoint["message_hub"]["runtime_info"].get(BATCHES)
+                runner.train_loop.batches_done_at(meta["iter"], meta["epoch"], before)
+            for hook in runner.hooks:
+                if isinstance(hook, SparsityHook) and hook.controller is not None and "sparsity" in checkpoint:
+                    check_sparsity(hook.controller, checkpoint["sparsity"], checkpoint["state_dict"])
 
 
 def _optimizers(wrapper: Any, state: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...], Any, Mapping[str, Any]]]:
@@ -91,23 +108,32 @@ def _check_scheduler(scheduler: Any, state: Mapping[str, Any], path: tuple[Any, 
         Items(Number(), groups).check(state["_last_value"], (*path, "_last_value"))
 
 
-def _check_average(average: Any, state: Mapping[str, Any]) -> None:
+def _check_average(average: Any, state: Mapping[str, Any], path: str) -> None:
     own = {key.removeprefix("module."): value for key, value in average.state_dict().items()}
     theirs = {key.removeprefix("module."): value for key, value in state.items()}
     for name, value in own.items():
         if name in theirs and isinstance(value, torch.Tensor):
-            Array(tuple(value.shape), finite="weights").check(theirs[name], ("ema_state_dict", name))
+            Array(tuple(value.shape), finite="weights").check(theirs[name], (path, name))
 
 
-def _check_masks(runner: Any, checkpoint: Mapping[str, Any], file: str) -> None:
-    hooks: Sequence[Any] = [hook for hook in runner.hooks if isinstance(hook, SparsityHook)]
-    for controller in (hook.controller for hook in hooks if hook.controller is not None):
-        if "sparsity" not in checkpoint:
-            continue  # the hook says so
-        try:
-            with in_file(file, "--resume"):
-                check_sparsity(controller, checkpoint["sparsity"], checkpoint["state_dict"])
-        except CheckpointError:
-            raise
-        except ValueError as error:
-            raise CheckpointError(f"{named(file, '--resume')}: {one_line(error)}.") from error
+def _check_histories(histories: Mapping[str, Any]) -> None:
+    """MMEngine adds to them and smooths them."""
+    for name, history in histories.items():
+        if isinstance(history, HistoryBuffer):
+            longest, *parts = (vars(history).get(part) for part in _HISTORY)
+            numbers = [part for part in parts if isinstance(part, np.ndarray) and part.dtype.kind in "iuf"]
+            shapes = {part.shape for part in numbers}
+            right = len(numbers) == 2 and len(shapes) == 1 and numbers[0].ndim == 1
+            if not right or type(longest) is not int or longest < 1 or set(vars(history)) != set(_HISTORY):
+                raise Mismatch(("message_hub", "log_scalars", name), "is no history of numbers, one was expected")
+
+
+@contextmanager
+def _of_file(file: str) -> Iterator[None]:
+    """Inside, what does not fit the run is said with the file."""
+    try:
+        with in_file(file, "--resume"):
+            yield
+    except ValueError as error:
+        text = one_line(error)
+        raise CheckpointError(text if text.startswith("--resume") else f"{named(file, '--resume')}: {text}.") from error

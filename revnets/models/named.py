@@ -8,7 +8,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from ..training.values import refused
+from ..training.errors import refused
 
 
 def check_model(name: str) -> str:
@@ -45,6 +45,6 @@ def build_model(name: str, why: str = "", kind: type[ValueError] = ValueError, *
     Raises:
         kind: for a network that refuses its arguments.
     """
-    with refused(why or f"{name} cannot be made", kind):
+    with refused(why or f"{name} cannot be made", kind=kind):
         model: nn.Module = timm.create_model(name, **arguments)
     return model

@@ -22,8 +22,9 @@ from ..profiling.profile import describe
 from ..profiling.report import open_folder, write
 from ..profiling.target import Setting, Target, as_job, training_loss
 from ..reversible import MODES
+from ..training.errors import reason, refused
 from ..training.places import check_exists, check_folder
-from ..training.values import COUNT, find_device, reason, refused, words
+from ..training.values import COUNT, find_device, words
 from .monitor import LAYERS, NumericsMonitor
 from .report import FILES, print_table
 
@@ -93,7 +94,7 @@ def _network(target: Target, setting: Setting, layers: str, classes: int | None)
     """The network in training mode on its device, converted, and in words what was converted."""
     if classes is not None:
         target = replace(target, options=(*target.options, ("num_classes", classes)))
-    with refused(f"{target} cannot be built on {setting.device}", ProfileError):
+    with refused(f"{target} cannot be built on {setting.device}", kind=ProfileError):
         network = target.build(setting, find_device(setting.device, here=True)).network
     if not layers:
         return network, ""
@@ -118,7 +119,7 @@ def _watch(network: nn.Module, batches: Any, target: Target, setting: Setting, g
     layout = torch.channels_last if setting.channels_last else torch.contiguous_format
     with monitor:
         for x, labels in track(batches, "watching") if isinstance(batches, list) else _readable(batches):
-            with refused(f"{target} cannot run", ProfileError):
+            with refused(f"{target} cannot run", kind=ProfileError):
                 x = x.to(setting.device).contiguous(memory_format=layout)
                 job = as_job(network, x, training_loss, setting)
                 network.zero_grad(set_to_none=True)
@@ -131,7 +132,7 @@ def _watch(network: nn.Module, batches: Any, target: Target, setting: Setting, g
 
 def _readable(batches: Any) -> Iterator[Batch]:
     """The batches of a loader; images that cannot be read are one sentence."""
-    with refused("--data: an image cannot be read", ProfileError):
+    with refused("--data: an image cannot be read", kind=ProfileError):
         yield from batches
 
 

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..training.values import COUNT, find_device, refused
+from ..training.errors import refused
+from ..training.values import COUNT, find_device
 from .ablation import AS_IT_IS, COMPILED, VARIANTS
 from .command import choose_targets
 from .fake import ProfileError
@@ -89,7 +90,7 @@ def run(
         variant = VARIANTS[case.variant]
         with variant.active():
             if measure_memory:
-                with refused(f"{case.target} cannot be built on {setting.device}", ProfileError):
+                with refused(f"{case.target} cannot be built on {setting.device}", kind=ProfileError):
                     jobs[case] = job = variant.build(case.target, setting)
                 memory[case] = _activation_bytes(case, job) / case.target.batch_size
             else:
@@ -98,7 +99,7 @@ def run(
 
 
 def _activation_bytes(case: Case, job: Job) -> int:
-    with refused(f"{case.target} cannot run", ProfileError):
+    with refused(f"{case.target} cannot run", kind=ProfileError):
         return measure_training_step(job.model, job.x, job.loss_fn).activation_bytes
 
 

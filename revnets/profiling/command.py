@@ -126,15 +126,15 @@ def _of_parts(targets: Sequence[Target], parts: Sequence[str]) -> list[Target]:
 
 def _fit_all(targets: Sequence[Target], setting: Setting, budget: int, what: str) -> list[Fit]:
     """What fits, for all targets of which at least one sample does; the others are named on the way."""
-    fits, refusals = [], []
+    fits, refused = [], []
     for target in track(targets, "fitting"):
         try:
             fits.append(fit(target, setting, budget, what))
         except DoesNotFitError as error:
-            refusals.append(error)
+            refused.append(error)
     if not fits:
-        raise refusals[0]
-    for refusal in refusals:
+        raise refused[0]
+    for refusal in refused:
         _say([str(refusal)])
     return fits
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
-from ..training.values import reason
+from ..training.errors import reason
 
 
 class ProfileError(ValueError):

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..layers import MuSConv2d, MuSLinear, fp8_products
 from ..layers.fp8 import check_backend, resolve_backend
 from ..layers.fp8_break_even import KINDS, device_kind
-from ..training.values import COUNT, find_device, reason, refused, words
+from ..training.errors import reason, refused
+from ..training.values import COUNT, find_device, words
 from .fake import ProfileError
 from .memory import synchronize
 from .report import write
@@ -71,7 +72,7 @@ def parse(device: str, widths: str, rows: str, kinds: str, modes: str, repeats: 
     Raises:
         ProfileError: for what does not exist here.
     """
-    with refused("bench-fp8", ProfileError):
+    with refused("bench-fp8", kind=ProfileError):
         found = find_device(device or ("cuda" if torch.cuda.is_available() else "cpu"), here=True)
         device_kind(found)
         check_backend(backend)
@@ -131,7 +132,7 @@ def run(
 def _measure(request: Request, kind: str, rows: int, width: int, say: Callable[[str], Any]) -> list[Row]:
     torch._dynamo.reset()
     torch.manual_seed(0)
-    with refused(f"{kind} {rows}x{width} cannot be measured on {request.device}", ProfileError):
+    with refused(f"{kind} {rows}x{width} cannot be measured on {request.device}", kind=ProfileError):
         x, grad = _inputs(kind, rows, width, request.device)
     steps: dict[tuple[str, str], Callable[[], None]] = {}
     backends: dict[tuple[str, str], str] = {}

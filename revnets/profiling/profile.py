@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import timm
 import torch
 
-from ..training.values import reason, refused
+from ..training.errors import reason, refused
 from .fake import ProfileError
 from .memory import StepMemory, measure_training_step
 from .predict import StepPrediction, predict_training_step
@@ -94,7 +94,7 @@ def profile(target: Target, setting: Setting, measure: bool | None = None) -> Ro
     job = target.build(setting, setting.device)
     optimizer = setting.make_optimizer(job.model) if setting.optimizer is not None else None
     repeats = 1 if predicted.training_flops > SLOW_FLOPS else 3
-    with refused(f"{target} cannot run", ProfileError):
+    with refused(f"{target} cannot run", kind=ProfileError):
         measured = measure_training_step(job.model, job.x, job.loss_fn, optimizer, repeats)
     state = [v for s in (optimizer.state.values() if optimizer is not None else ()) for v in s.values()]
     tensors = [*job.model.parameters(), *job.model.buffers(), job.x, *(v for v in state if torch.is_tensor(v))]

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..training.files import usable_folder, whole_file
-from ..training.places import check_folder
+from ..training.files import whole_file
+from ..training.places import make_folder
 from .fake import ProfileError
 from .fit import Fit
 from .predict import CATEGORIES
@@ -151,8 +151,8 @@ def open_folder(path: Path) -> Path:
         ProfileError: when it cannot be made or written to.
     """
     try:
-        return usable_folder(check_folder(path))
-    except (OSError, ValueError) as error:
+        return make_folder(path)
+    except ValueError as error:
         raise ProfileError(str(error)) from error
 
 

@@ -24,7 +24,8 @@ from ..kernels.build import load_kernel
 from ..layers import SparseConv2d, convert, use_sparse_kernel
 from ..models.named import build_model, check_model
 from ..sparsity.masks import check_sparsity
-from ..training.values import COUNT, THREADS, check_once, refused
+from ..training.errors import refused
+from ..training.values import COUNT, THREADS, check_once
 from .report import open_folder, write
 
 DENSE, MASKED, KERNEL = "dense", "masked", "kernel"
@@ -116,7 +117,7 @@ def run(request: Request, progress: Progress = iter) -> tuple[list[Row], list[Ro
     found: tuple[list[Row], list[Row]] = ([], [])
     cases = list(itertools.product(request.threads, request.sparsities, makers))
     for threads, sparsity, (whole, case, make, shape) in progress(cases):
-        with torch_threads(threads), refused(f"{case} cannot be measured"):
+        with torch_threads(threads), refused(f"{case} cannot be measured", kind=ValueError):
             seconds = _measure(make(sparsity), shape, whole, request.repeats)
         found[whole].extend(Row(case, sparsity, threads, *key, *each) for key, each in seconds.items())
     return found

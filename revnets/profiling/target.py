@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..models.named import build_model, check_model
 from ..reversible import MODES
-from ..training.values import COUNT, find_device, reason, refused
+from ..training.errors import reason, refused
+from ..training.values import COUNT, find_device
 from .fake import ProfileError
 from .memory import mean_square
 
@@ -64,7 +65,7 @@ class Setting:
         """The optimizer for the parameters of ``model`` (momentum 0.9 where it has one, weight decay)."""
         from timm.optim import create_optimizer_v2
 
-        with refused(f"optimizer {self.optimizer!r} cannot be made", ProfileError):
+        with refused(f"optimizer {self.optimizer!r} cannot be made", kind=ProfileError):
             return create_optimizer_v2(model, opt=self.optimizer, lr=1e-3, weight_decay=1e-4)
 
 
@@ -130,7 +131,7 @@ class Target:
         torch.manual_seed(0)
         cfg = timm.get_pretrained_cfg(self.name)
         channels = cfg.input_size[0] if cfg is not None else 3
-        with torch.device(device), refused(f"{self} cannot be built on {torch.device(device)}", ProfileError):
+        with torch.device(device), refused(f"{self} cannot be built on {torch.device(device)}", kind=ProfileError):
             model = create(self.name, self.img_size, setting, self.options)
             x = torch.randn(self.batch_size, channels, self.img_size, self.img_size)
         if not set_mode(model, self.mode):

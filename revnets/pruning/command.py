@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from ..models._cached import drop_wrong_cache
 from ..models.named import check_model
 from ..models.small_stem import small_stem
+from ..training.errors import reason, refused
 from ..training.foreign import reaching_argument
 from ..training.held import TRAINED
 from ..training.places import check_exists, check_file
 from ..training.reading import in_file, options_in, read_checkpoint
-from ..training.values import COUNT, SEED, find_device, reason, refused
+from ..training.values import COUNT, SEED, find_device
 from ..training.weights import unfit
 from .checkpoint import best_weights, save_weights
 from .densify import densify
@@ -178,7 +179,7 @@ def _model(source: Source, checkpoint: Mapping[str, Any], trained: Mapping[str, 
                 f"{str(source.checkpoint)!r} is not of {source.model} with these arguments ({first}): give the same "
                 "--model-kwargs; layers other than sparse:S have to be folded first"
             ) from error
-    with refused(f"device {source.device!r} cannot be used here"):
+    with refused(f"device {source.device!r} cannot be used here", kind=ValueError):
         return model.to(find_device(source.device, here=False))
 
 
@@ -229,5 +230,5 @@ def draw_batches(
 
 def _readable(batches: Any) -> Iterator[tuple[Tensor, ...]]:
     """The batches of a loader; images that cannot be read are one sentence."""
-    with refused("data: an image cannot be read"):
+    with refused("data: an image cannot be read", kind=ValueError):
         yield from batches

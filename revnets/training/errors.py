@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +14,8 @@ from .termination import TERMINATED, Terminated
 
 USER_ERROR = 2
 INTERRUPTED = 130
-LONGEST = 400  # characters of another library's message that are passed on
+_LONGEST, _LONGEST_REASON = 2000, 300  # letters of a sentence, and of another library's part of it
+_FRAMES = re.compile(r"\n(Exception raised from|C\+\+ CapturedTraceback|frame #)")
 
 
 class UserError(Exception):
@@ -21,35 +23,49 @@ class UserError(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an exception as one line, or its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The message of an exception as one line, cut in the middle where it is endless; its type where it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+
+
+def reason(error: BaseException) -> str:
+    """What another library says, in short and on one line, without C++ frames; its type where that alone says it.
+
+    Example:
+        >>> reason(KeyError("a")), reason(AssertionError())
+        ("KeyError 'a'", 'AssertionError')
+    """
+    text = " ".join(_FRAMES.split(str(error), maxsplit=1)[0].split()).rstrip(" :.")
+    text = text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
+    return f"{type(error).__name__} {text}".strip() if not text or isinstance(error, KeyError) else text
 
 
 def shown(value: object) -> str:
-    """A value as an error message shows it: its `repr`, cut in the middle where it is long or deep."""
+    """A value that somebody gave as messages show it: its `repr`, cut in the middle where it is long or deep."""
     short = reprlib.Repr()
     short.maxlevel, short.maxstring, short.maxother, short.maxlong = 3, 120, 120, 40
     try:
-        return short.repr(value)
+        return " ".join(short.repr(value).split())
     except ValueError:  # Python writes no whole number of more than 4,300 digits
         return f"a {type(value).__name__} of too many digits"
 
 
 @contextmanager
-def refusals(what: str, fix: str) -> Iterator[None]:
-    """The door to another library: whatever it raises inside is a mistake in what the user asked of it.
+def refused(what: str, fix: str = "", kind: type[Exception] = UserError) -> Iterator[None]:
+    """The door to other libraries: whatever they raise in the block is a mistake in what was asked of them.
 
-    It goes around single calls into timm, torch or MMEngine that get the user's values, and around nothing of ours.
+    It goes around single calls into timm, torch or MMEngine that get somebody's values, and around nothing of ours.
 
     Args:
-        what: The option, and what is done with it.
-        fix: What to do about it.
+        what: The beginning of the sentence: the option, and what is done with it.
+        fix: The end of it, if there is more to say than that.
+        kind: Of the error.
 
     Raises:
-        UserError: With the library's own words.
+        kind: With the library's own words; what is of that kind, or ours already, passes as it is.
 
     Example:
-        >>> with refusals("--opt: adam refuses its arguments", "correct --opt-kwargs"):
+        >>> with refused("--opt: adam refuses its arguments", "correct --opt-kwargs"):
         ...     raise ValueError("bad beta")
         Traceback (most recent call last):
         ...
@@ -60,9 +76,9 @@ def refusals(what: str, fix: str) -> Iterator[None]:
     except (UserError, NotWritten):
         raise
     except Exception as error:
-        words = one_line(error)
-        words = words if len(words) <= LONGEST else f"{words[:LONGEST]}..."
-        raise UserError(f"{what} ({words.rstrip('.')}); {fix}.") from error
+        if kind is not ValueError and isinstance(error, kind):
+            raise
+        raise kind(f"{what} ({reason(error)}); {fix}." if fix else f"{what}: {reason(error)}") from error
 
 
 def guarded(run: Callable[[], object]) -> int:

@@ -8,8 +8,7 @@ import re
 import secrets
 import shutil
 import stat
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -139,16 +138,48 @@ def whole_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def usable_folder(path: Path) -> Path:
-    """A folder in which files can be made; it is made where it is missing.
+def put_in_place(files: Sequence[Path], folder: Path) -> None:
+    """Moves whole files into a folder of the same file system, where each replaces a file of its name.
+
+    Args:
+        files: In this order.
+        folder: That is there.
 
     Raises:
-        OSError: It cannot be made or written to.
+        NotWritten: Something has a name of theirs that is no file, or they cannot be moved; then none of them is.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=path):
-        pass
-    return path
+    for target in (folder / file.name for file in files):
+        with writing(target):
+            if target.is_dir() and not target.is_symlink():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    for file in files:
+        with writing(folder / file.name):
+            _sync(file)
+            os.replace(file, folder / file.name)
+
+
+def remove_all(paths: Sequence[Path]) -> None:
+    """Removes files, or none of them where one cannot be removed: they lose their names first, which can be undone.
+
+    Args:
+        paths: Some need not be there.
+
+    Raises:
+        OSError: One cannot be removed; ``filename`` says which.
+    """
+    moved: dict[Path, Path] = {}
+    try:
+        for path in paths:
+            temporary = _temporary(path)
+            with suppress(FileNotFoundError):
+                os.rename(path, temporary)
+                moved[path] = temporary
+    except OSError as error:
+        for before, temporary in moved.items():
+            os.rename(temporary, before)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    for temporary in moved.values():
+        temporary.unlink()
 
 
 def leftovers(folder: Path, own: Callable[[str], object]) -> list[Path]:

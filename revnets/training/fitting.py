@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..sparsity import SparsityController
+from .errors import reason
 from .held import OPTIMIZER
 from .schema import FLAG, NOTHING, TEXT, Array, Either, Items, Kind, Number, expected
 from .tree import Mismatch, Path
@@ -30,7 +31,7 @@ _RANGES: dict[str, Kind] = {
     "dampening": Number(0),
     "alpha": Number(0),
 }
-_UNKNOWN = Either((NOTHING, FLAG, Number(finite=False), TEXT, Items(Number(finite=False))))
+_UNKNOWN = Either((NOTHING, FLAG, Number(finite=False)))  # where the run's own is None, as of `foreach`
 _STEP = Number(0)
 
 
@@ -200,7 +201,7 @@ def _needed(
 ) -> dict[tuple[Any, ...], dict[str, Any]]:
     """What the state of each kind of parameter holds after a step; nothing where that cannot be tried."""
     own = optimizer.param_groups
-    options = [{**mine, **theirs, "params": mine["params"]} for mine, theirs in zip(own, groups, strict=True)]
+    options = [{**theirs, "params": mine["params"]} for mine, theirs in zip(own, groups, strict=True)]
     try:
         return _tried(optimizer, options)
     except Exception as error:  # of any optimizer
@@ -208,9 +209,8 @@ def _needed(
             _tried(optimizer, own)
         except Exception:  # it wants more than gradients, or another device
             return {}
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        name = type(optimizer).__name__
-        raise Mismatch((*path, "param_groups"), f"are options that {name} does not work with ({reason})") from error
+        words = f"are options that {type(optimizer).__name__} does not work with ({reason(error)})"
+        raise Mismatch((*path, "param_groups"), words) from error
 
 
 def _tried(
@@ -234,6 +234,7 @@ def _tried(
         trial.param_groups.append(
             {**group, **{k: v for k, v in here.items() if k in group}, "params": [kinds[s] for s in fresh]}
         )
+    trial.__setstate__({"state": trial.state, "param_groups": trial.param_groups})  # adds what older files lack
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         trial.step()
     return {signature: dict(trial.state.get(zeros, {})) for signature, zeros in kinds.items()}

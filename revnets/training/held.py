@@ -221,7 +221,6 @@ RUNNER = Record(
             {
                 "seed": optional(Number(0, 2**32 - 1, whole=True)),
                 "cfg": TEXT,
-                "config": TEXT,
                 "experiment_name": optional(TEXT),
                 "dataset_meta": optional(Mapped(TEXT, ANYTHING)),
             },
@@ -254,7 +253,7 @@ RUNNER = Record(
     {
         "ema_state_dict": Mapped(TEXT, Either((Array(), NOTHING)), WEIGHTS.words),
         "param_schedulers": Either((_SCHEDULERS, Mapped(TEXT, _SCHEDULERS))),
-        "processes": Items(Mapped(TEXT, _BUFFERS)),
+        "processes": Items(Record({"model": _BUFFERS}, {"ema": _BUFFERS})),
         "sparsity": SPARSITY,
     },
 )

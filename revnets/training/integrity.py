@@ -56,6 +56,20 @@ def forbidden(error: BaseException) -> str:
     return found[1] if found else ""
 
 
+def refusal(error: BaseException) -> str:
+    """Why torch refused to read a file, in words, without its advice to read it unsafely.
+
+    Example:
+        >>> refusal(ValueError("Weights only load failed. WeightsUnpickler error: Unsupported operand 66"))
+        'Unsupported operand 66'
+    """
+    if code := forbidden(error):
+        return f"reading it would run '{code}'"
+    text = " ".join(str(error).split())
+    text = text.partition("WeightsUnpickler error: ")[2].partition(" Check the documentation")[0] or text
+    return (text.split(". ")[0] or type(error).__name__)[:160]
+
+
 def sha256_of(path: str | Path) -> str:
     """The SHA-256 of a file, in hexadecimal digits.
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Union
 
 from .errors import UserError, did_you_mean, shown
+from .values import Number
 
 Choices = Sequence[str] | Callable[[], Sequence[str]]
-_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 WHOLE = 2**63  # what 64 bits hold, where an option says nothing else
 _MANY = 12  # choices that are listed in a message; of more, the closest is
 SEED = 2**32 - 1  # NumPy takes no larger one
@@ -74,10 +74,7 @@ def option(
         "help": help,
         "flags": tuple(flags),
         "choices": choices if callable(choices) else tuple(choices),
-        "low": low,
-        "high": high,
-        "above": above,
-        "below": below,
+        "range": _range(low, high, above, below),
         "length": length,
         "ascending": ascending,
         "path": path,
@@ -86,6 +83,13 @@ def option(
     if isinstance(default, (dict, list)):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def _range(low: float | None, high: float | None, above: float | None, below: float | None) -> tuple[Any, ...]:
+    """As ``Number`` has it: the ends, and whether each is left out."""
+    lowest, highest = low if above is None else above, high if below is None else below
+    ends = -math.inf if lowest is None else lowest, math.inf if highest is None else highest
+    return *ends, above is not None, below is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +116,19 @@ class Option:
         return tuple(named() if callable(named) else named)
 
     @property
+    def number(self) -> Number:
+        """What its numbers may be; whole ones have 64 bits where nothing else is said."""
+        low, high, above, below = self.metadata["range"]
+        if self.item is int:
+            low, high = max(low, -WHOLE), min(high, WHOLE - 1)
+        return Number(int if self.item is int else float, low, high, above, below)
+
+    @property
     def expected(self) -> str:
         """What a value must be, in words."""
         if self.kind is dict:
             return "a mapping of names to plain values (key=value on the command line)"
-        words = _NAMES[self.item] + self._range()
+        words = self.number.words if self.item in (int, float) else "text" if self.item is str else "true or false"
         if self.choices:
             words = "one of " + (
                 ", ".join(c or "''" for c in self.choices)
@@ -129,13 +141,6 @@ class Option:
             words = f"a list of {count}, each {words}" if low or high else f"a list, each {words}"
             words += " and none lower than the one before it" if self.metadata["ascending"] else ""
         return words + (", or none," if self.optional else "")
-
-    def _range(self) -> str:
-        signs = {"low": "at least", "above": "more than", "high": "at most", "below": "less than"}
-        parts = [f"{words} {self.metadata[key]:.12g}" for key, words in signs.items() if self.metadata[key] is not None]
-        if not parts and self.item is int:
-            return " of at most 64 bits"
-        return f" of {' and '.join(parts)}" if parts else ""
 
 
 def options_of(schema: type) -> dict[str, Option]:
@@ -195,31 +200,15 @@ def convert(option: Option, value: Any, where: str) -> Any:
 
 
 def _scalar(option: Option, value: Any, kind: type[Any], where: str) -> Any:
-    if kind in (int, float) and isinstance(value, str):  # of the command line, and 1e-3, which YAML 1.1 reads as text
-        if not value.isascii() or "_" in value:
-            raise ValueError
-        value = kind(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
+    if kind in (int, float):
+        value = option.number.read(value)  # texts are of the command line, and 1e-3, which YAML 1.1 reads as text
+    elif type(value) is not kind:
         raise ValueError
-    if kind is str:
+    elif kind is str:
         value = _text(option, value, where)
-    elif not _in_range(option, value) or (kind is int and not -WHOLE <= value < WHOLE):
-        raise ValueError
     if option.metadata["choices"] and value not in option.choices:
         raise ValueError
     return value
-
-
-def _in_range(option: Option, value: float) -> bool:
-    low, high, above, below = (option.metadata[key] for key in ("low", "high", "above", "below"))
-    return not (
-        (low is not None and value < low)
-        or (high is not None and value > high)
-        or (above is not None and value <= above)
-        or (below is not None and value >= below)
-    )
 
 
 def _text(option: Option, value: str, where: str) -> str:

@@ -42,6 +42,7 @@ __all__ = [
     "settled",
 ]
 T = TypeVar("T")
+EFFECT = "An option that has no effect is an error: what it needs is off, or another one wins over it."
 
 
 def read_yaml(path: Path, known: Mapping[str, Option], ignored: frozenset[str] = frozenset()) -> dict[str, Any]:
@@ -125,7 +126,9 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(schema: type, description: str, prog: str | None = None) -> argparse.ArgumentParser:
     """The command line of a dataclass of options. Values stay text, absent options stay absent."""
-    parser = Parser(prog=prog, description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = Parser(
+        prog=prog, description=description, epilog=EFFECT, argument_default=argparse.SUPPRESS, allow_abbrev=False
+    )
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML file of options; the command line wins over it")
     groups: dict[str, argparse._ArgumentGroup] = {}
     for each in options_of(schema).values():

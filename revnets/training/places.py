@@ -66,6 +66,20 @@ def check_folder(path: Path, files: Sequence[str] = ()) -> Path:
     return path
 
 
+def make_folder(path: Path) -> Path:
+    """A folder that files can be written into; it is made where it is missing.
+
+    Raises:
+        ValueError: it cannot be made, or written to.
+    """
+    check_folder(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"the output folder {str(path)!r} cannot be made ({_why(error)}): give another") from None
+    return path
+
+
 def check_file(path: Path) -> Path:
     """Make sure that a file can be written, in a folder that is there; nothing is made.
 

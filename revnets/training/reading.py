@@ -1,6 +1,7 @@
 """Reading checkpoints of any origin: as plain tensors and values, whole, and of the shape that they must have."""
 
 import json
+import pickle
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import torch
 
 from .errors import UserError, one_line
 from .held import WEIGHTS_FILE
-from .integrity import damage, forbidden, is_archive
+from .integrity import damage, forbidden, is_archive, refusal
 from .schema import Kind
 from .tree import Mismatch, sound
 
@@ -52,14 +53,18 @@ def read_checkpoint(path: str | Path, option: str = "") -> dict[str, Any]:
 
 
 def read_file(
-    path: str | Path, option: str = "", safe: Sequence[Callable[..., Any]] = (Namespace,), mmap: bool = False
+    path: str | Path,
+    option: str = "",
+    safe: Sequence[Callable[..., Any] | tuple[Callable[..., Any], str]] = (Namespace,),
+    mmap: bool = False,
 ) -> dict[str, Any]:
     """What a file holds, as plain tensors and values (``weights_only=True``); the entries are the caller's to check.
 
     Args:
         path: A file of ``torch.save``, or ``.safetensors``.
         option: That named it, for messages.
-        safe: Further classes that may be in it; timm keeps its options in a ``Namespace``.
+        safe: Further classes that may be in it, as of ``torch.serialization.safe_globals``; timm keeps its options in
+            a ``Namespace``.
         mmap: Map it rather than read it into memory, where its format (torch's since 1.6) allows.
 
     Raises:
@@ -79,14 +84,13 @@ def read_file(
             with torch.serialization.safe_globals(list(safe)):
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_archive(path))
     except Exception as error:  # a file that was made by hand may fail anywhere in torch's reader
-        if code := forbidden(error):
-            raise CheckpointError(
-                f"{what} is refused, it holds objects that could run code: reading it would run '{code}'; give a file "
-                "of weights."
-            ) from error
+        if isinstance(error, pickle.UnpicklingError) and path.suffix != ".safetensors":
+            why = "holds more than weights" if forbidden(error) else "is damaged, or holds more than weights"
+            raise CheckpointError(f"{what} {why} ({refusal(error)}); give another one.") from error
         kind = "as a checkpoint" if path.suffix != ".safetensors" else "as .safetensors"
-        reason = one_line(error).split(". ")[0][:160]
-        raise CheckpointError(f"{what} cannot be read {kind} ({reason}); it is damaged, give another one.") from error
+        raise CheckpointError(
+            f"{what} cannot be read {kind} ({refusal(error)}); it is damaged, give another one."
+        ) from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{what} holds {type(content).__name__}, a checkpoint was expected; give another one.")
     with in_file(path, option):

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tree import Mismatch, Path, shown, unusable
+from .tree import Mismatch, Path, described, unusable
+from .values import in_words
 
 _WHOLE = 1 << 53  # whole numbers beyond it are none that a run counts
 
@@ -101,9 +102,7 @@ class Number(Kind):
     @property
     def words(self) -> str:  # type: ignore[override]
         """For the message."""
-        bounds = [f"{'above' if self.above else 'of at least'} {self.low:,g}"] if self.low > -math.inf else []
-        bounds += [f"of at most {self.high:,g}"] if self.high < math.inf else []
-        return " ".join(["a", *(["whole"] if self.whole else []), "number", " and ".join(bounds)]).strip()
+        return in_words(self.whole, self.low, self.high, self.above)
 
     def takes(self, value: Any) -> bool:
         """Only an int or, unless whole ones are wanted, a float."""
@@ -244,7 +243,7 @@ class Mapped(Kind):
             raise expected(path, value, self.words)
         for key, each in value.items():
             if not self.key.takes(key):
-                raise Mismatch(path, f"has the key {shown(key)}, {self.key.words} was expected")
+                raise Mismatch(path, f"has the key {described(key)}, {self.key.words} was expected")
             self.value.check(each, (*path, key))
 
 
@@ -337,7 +336,7 @@ def optional(kind: Kind) -> Either:
 
 def expected(path: Path, value: Any, words: str) -> Mismatch:
     """The error for a value that is there but odd."""
-    return Mismatch(path, f"is {shown(value)}, {words} was expected")
+    return Mismatch(path, f"is {described(value)}, {words} was expected")
 
 
 def _finite(tensor: Tensor, finite: str) -> bool:

@@ -103,15 +103,15 @@ def where(path: Path) -> str:
     text = ""
     for key in path:
         plain = isinstance(key, str) and key.isidentifier() and len(key) <= 60
-        text += (("." if text else "") + key) if plain else f"[{shown(key)}]" if text else shown(key)
+        text += (("." if text else "") + key) if plain else f"[{described(key)}]" if text else described(key)
     return text or "the file"
 
 
-def shown(value: Any) -> str:
+def described(value: Any) -> str:
     """A value in a few words, however large or odd it is.
 
     Example:
-        >>> shown("a"), shown([1, 2]), shown(torch.zeros(2, 3)), shown(10**30)
+        >>> described("a"), described([1, 2]), described(torch.zeros(2, 3)), described(10**30)
         ("'a'", 'a list of 2', 'a tensor of shape (2, 3)', 'a number of 31 digits')
     """
     if isinstance(value, Tensor):

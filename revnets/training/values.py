@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import sys
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError, did_you_mean, one_line
-from .files import NotWritten
+from .errors import did_you_mean, refused, shown
 
 if TYPE_CHECKING:
     import torch
-
-_LONGEST = 300  # letters of somebody else's message
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Number:
     """
 
     kind: type[int] | type[float]
-    low: float
+    low: float = -math.inf
     high: float = math.inf
     above: bool = False
     below: bool = False
@@ -52,23 +50,13 @@ class Number:
     @property
     def words(self) -> str:
         """What is expected."""
-        what = "a whole number" if self.kind is int else "a number"
-        if self.low == -math.inf:
-            return "a finite number"
-        limit = f"{what} above {self.low:g}" if self.above else f"{what} from {self.low:g} on"
-        if self.high != math.inf:
-            start = "above" if self.above else "from"
-            limit = f"{what} {start} {self.low:g} {'up to, not including,' if self.below else 'to'} {self._high}"
-        return limit + (f", such as {self.example}" if self.example else "")
-
-    @property
-    def _high(self) -> str:
-        return str(self.high) if self.kind is int else f"{self.high:g}"
+        what = in_words(self.kind is int, self.low, self.high, self.above, self.below)
+        return what + (f", such as {self.example}" if self.example else "")
 
     def holds(self, value: Any) -> bool:
         """Whether the value is one of these."""
         like: Any = numbers.Integral if self.kind is int else numbers.Real
-        if isinstance(value, bool) or not isinstance(value, like) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, like) or not abs(value) <= sys.float_info.max:
             return False
         return bool(
             (self.low < value if self.above else self.low <= value)
@@ -82,7 +70,7 @@ class Number:
             ValueError: it is another one; begins with ``name=value``.
         """
         if not self.holds(value):
-            raise ValueError(f"{name}={value!r}: expected {self.words}")
+            raise ValueError(f"{name}={shown(value)}: expected {self.words}")
         return self.kind(value)
 
     def read(self, text: Any) -> Any:
@@ -92,10 +80,11 @@ class Number:
             ValueError: for what is no such number; begins with the text.
         """
         value = text
-        with suppress(ValueError, OverflowError):
-            value = self.kind(text) if isinstance(text, str) else text
+        if isinstance(text, str) and text.isascii() and "_" not in text:
+            with suppress(ValueError):
+                value = self.kind(text)
         if not self.holds(value):
-            raise ValueError(f"{_short(text)}: expected {self.words}")
+            raise ValueError(f"{shown(text)}: expected {self.words}")
         return self.kind(value)
 
     def read_list(self, name: str, text: str) -> list[Any]:
@@ -107,10 +96,25 @@ class Number:
         try:
             found = [self.read(word) for word in words(name, text)]
         except ValueError as error:
-            problem = str(error) if str(error).startswith(name) else f"{name} {_short(text)}: {error}"
+            problem = str(error) if str(error).startswith(name) else f"{name} {shown(text)}: {error}"
             raise ValueError(f"{problem}; numbers are separated by commas") from None
-        check_once(f"{name} {_short(text)}", found)
+        check_once(f"{name} {shown(text)}", found)
         return found
+
+
+def in_words(whole: bool, low: float, high: float, above: bool = False, below: bool = False) -> str:
+    """What numbers a range holds, in words.
+
+    Example:
+        >>> in_words(True, 1, 8), in_words(False, 0, math.inf, above=True)
+        ('a whole number of at least 1 and at most 8', 'a number above 0')
+    """
+    bounds = [f"above {low:,.12g}" if above else f"of at least {low:,.12g}"] if low > -math.inf else []
+    if high < math.inf:
+        bounds.append(
+            f"below {high:,.12g}" if below else f"{'' if bounds and not above else 'of '}at most {high:,.12g}"
+        )
+    return " ".join(["a", *(["whole"] if whole else []), "number", " and ".join(bounds)]).strip()
 
 
 COUNT = Number(int, 1, 2**31 - 1)
@@ -119,7 +123,7 @@ SEED = Number(int, 0, 2**64 - 1)
 """What ``torch.Generator.manual_seed`` takes, without negative ones."""
 THREADS = Number(int, 1, 1024)
 POSITIVE = Number(float, 0, above=True)
-FINITE = Number(float, -math.inf)
+FINITE = Number(float)
 NOT_NEGATIVE = Number(float, 0)
 SHARE = Number(float, 0, 1)
 SPARSITY = Number(float, 0, 1, below=True, example="0.75")
@@ -134,7 +138,7 @@ def check_once(name: str, items: Sequence[Any]) -> None:
     """
     for item in items:
         if list(items).count(item) > 1:
-            raise ValueError(f"{name}: {_short(item)} is there twice, give it once")
+            raise ValueError(f"{name}: {shown(item)} is there twice, give it once")
 
 
 def words(name: str, text: str, known: Collection[str] = (), blanks: bool = True) -> list[str]:
@@ -157,12 +161,12 @@ def words(name: str, text: str, known: Collection[str] = (), blanks: bool = True
     found: list[str] = []
     for item in text.split(","):
         if not item.strip():
-            raise ValueError(f"{name} {_short(text)}: an item is empty, expected {some}, separated by commas")
+            raise ValueError(f"{name} {shown(text)}: an item is empty, expected {some}, separated by commas")
         found += item.split() if blanks else [item.strip()]
     for item in found:
         if known and item not in known:
-            raise ValueError(f"unknown {name} {_short(item)}: expected {some}{did_you_mean(item, known)}")
-    check_once(f"{name} {_short(text)}", found)
+            raise ValueError(f"unknown {name} {shown(item)}: expected {some}{did_you_mean(item, known)}")
+    check_once(f"{name} {shown(text)}", found)
     return found
 
 
@@ -174,7 +178,7 @@ def check_choice(name: str, value: Any, known: Collection[str]) -> Any:
     """
     if not isinstance(value, str) or value not in known:
         near = did_you_mean(value, known) if isinstance(value, str) else ""
-        raise ValueError(f"{name}={_short(value)}: expected one of {', '.join(known)}{near}")
+        raise ValueError(f"{name}={shown(value)}: expected one of {', '.join(known)}{near}")
     return value
 
 
@@ -200,49 +204,8 @@ def find_device(name: Any, here: bool) -> torch.device:
             raise ValueError
         torch.get_device_module(device)
     except (RuntimeError, TypeError, ValueError):
-        raise ValueError(f"unknown device {_short(name)}: expected cpu, cuda, cuda:0, ...") from None
+        raise ValueError(f"unknown device {shown(name)}: expected cpu, cuda, cuda:0, ...") from None
     if here:
-        with refused(f"device {_short(name)} cannot be used here"):
+        with refused(f"device {shown(name)} cannot be used here", kind=ValueError):
             torch.zeros(1, device=device)
     return device
-
-
-@contextmanager
-def refused(what: str, kind: type[ValueError] = ValueError) -> Iterator[None]:
-    """The door to other libraries: what timm or torch refuses in the block becomes one sentence.
-
-    To be put around the call into the library alone (a network is built, moved, run for the first time), where
-    whatever is raised is due to what was asked for.
-
-    Args:
-        what: the beginning of the sentence.
-        kind: of the error.
-
-    Raises:
-        kind: for any exception of the block; what is of that kind, or ours already, passes as it is.
-    """
-    try:
-        yield
-    except (UserError, NotWritten):
-        raise
-    except Exception as error:
-        if kind is not ValueError and isinstance(error, kind):
-            raise
-        raise kind(f"{what}: {reason(error)}") from error
-
-
-def reason(error: BaseException) -> str:
-    """What an exception says, on one line, without C++ frames; its type where that alone says it.
-
-    Example:
-        >>> reason(KeyError("a")), reason(AssertionError())
-        ("KeyError 'a'", 'AssertionError')
-    """
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    text = first[:_LONGEST].rstrip(" :")
-    return f"{type(error).__name__} {text}".strip() if not text or isinstance(error, KeyError) else text
-
-
-def _short(value: Any) -> str:
-    text = one_line(ValueError(repr(value)))
-    return text if len(text) <= 100 else f"{text[:90]}...{text[-1]}"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -21,8 +21,9 @@ from classification.options import from_checkpoint_args
 from revnets.pruning.checkpoint import read_weights
 from revnets.training.errors import UserError
 from revnets.training.reading import read_checkpoint
+from tests.odd_trees import DELETE, ODD, WITHOUT_CLOCK, changed, nested, odd_tree, write
 
-from .odd_checkpoints import DELETE, ODD, Run, changed, nested, paths, write
+from .odd_checkpoints import Run
 from .short_runs import TINY, Trainer
 from .test_train_errors import sentence
 
@@ -153,30 +154,10 @@ def test_odd_values_are_refused(fresh: Fresh, path: tuple[Any, ...], value: Any,
     assert refusal.startswith("--resume: ")
 
 
-def trees_of(fresh: Fresh, data: st.DataObject) -> Any:
-    """A right tree with one to three odd places."""
-    tree = fresh.trees[data.draw(st.integers(0, len(fresh.trees) - 1), "tree")]
-    where = paths(tree)
-    short = [path for path in where if len(path) <= 2]  # as often as all the tensors and groups below them
-    for _ in range(data.draw(st.integers(1, 3), "changes")):
-        among = where if data.draw(st.booleans(), "deep") else short
-        path = among[data.draw(st.integers(0, len(among) - 1), "path")]
-        odd = data.draw(st.sampled_from(["removed", *ODD]), "odd")
-        tree = changed(tree, path, DELETE if odd == "removed" else ODD[odd])
-    return tree
-
-
 def refused_or_right(fresh: Fresh, data: st.DataObject) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # complex weights that lose a part
-        fresh.try_tree(trees_of(fresh, data))
-
-
-WITHOUT_CLOCK: dict[str, Any] = {
-    "deadline": None,
-    "phases": (Phase.explicit, Phase.reuse, Phase.generate),  # a smaller tree says no more than the message
-    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-}
+        fresh.try_tree(odd_tree(fresh.trees, data))
 
 
 @settings(max_examples=30, **WITHOUT_CLOCK)

@@ -90,7 +90,7 @@ def _right(each: Option) -> st.SearchStrategy[str]:
     """Values near what the option takes."""
     if each.choices:
         return st.sampled_from([*each.choices])
-    ends = [each.metadata[key] for key in ("low", "high", "above", "below") if each.metadata[key] is not None]
+    ends = [end for end in each.metadata["range"][:2] if math.isfinite(end)]
     near = [f"{end + step}" for end in ends for step in (-1, 0, 1, 1e-9)] or NUMBERS
     return st.sampled_from([*near, str(each.default)])
 

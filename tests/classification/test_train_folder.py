@@ -164,18 +164,23 @@ def test_files_of_the_user_stay(run_train: Trainer, tmp_path: Path) -> None:
 
 def test_overwriting_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "summary.csv").touch()
+    for name in ("summary.csv", "curves.png"):
+        (tmp_path / "run" / name).touch()
     folder = choose(tmp_path, experiment="run", overwrite=True)
+    plain = os.rename
 
-    def refused(path: Path, missing_ok: bool = False) -> None:
-        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+    def refused(path: Path, target: Path) -> None:
+        if Path(path).name == "summary.csv":
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        plain(path, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", refused)
+        patch.setattr(os, "rename", refused)
         with pytest.raises(
             UserError, match=r"--overwrite: '.*summary.csv' cannot be deleted \(Operation not permitted"
         ):
             folder.clear()
+    assert {"summary.csv", "curves.png"} <= {path.name for path in (tmp_path / "run").iterdir()}
     folder.close()
 
 

@@ -1,4 +1,4 @@
-"""What is tried before a run makes its folder: late refusals come early, and nothing is changed by looking."""
+"""What is tried before a run makes its folder: late refused come early, and nothing is changed by looking."""
 
 from __future__ import annotations
 

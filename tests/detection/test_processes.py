@@ -1,8 +1,9 @@
 """What several processes of a detector's training decide before MMEngine's runner connects them."""
 
 import argparse
+import os
+from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,20 +16,24 @@ from mmengine.config import Config
 
 from detection import checkpoints, train
 from detection.config import connect
+from revnets.training import lock
 from revnets.training.errors import UserError
+from revnets.training.lock import FolderLock
 
 
 def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    runs, cfg = Path(folder, "run"), SimpleNamespace(launcher="pytorch", load_from=None, resume=False)
+    runs, cfg = Path(folder, "run"), Config({"launcher": "pytorch", "load_from": None, "resume": False})
+    args = argparse.Namespace(resume="auto", overwrite=False)
     if rank == 1:  # sees the newest one only partly
-        checkpoints.newest_whole = lambda folder: folder / "epoch_1.pth"
-    found = [train._resume(cfg, argparse.Namespace(resume="auto"), runs), cfg.load_from]
+        checkpoints.newest_whole = lambda folder, saved: folder / "epoch_1.pth"
+    with ExitStack() as held:
+        found = [train._resume(cfg, args, runs, held), cfg.load_from]
     if rank == 0:
         for path in runs.glob("*.pth"):
             path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"):
-        train._resume(cfg, argparse.Namespace(resume="auto"), runs)
+    with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"), ExitStack() as held:
+        train._resume(cfg, args, runs, held)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -43,6 +48,26 @@ def test_the_first_chooses_what_all_go_on_from(tmp_path: Path) -> None:
     mp.spawn(work, (str(tmp_path),), nprocs=2)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     assert found == [[True, str(run / "epoch_2.pth")]] * 2
+
+
+def refused(rank: int, folder: str) -> None:
+    lock._PAUSE = 0.001
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    cfg = Config({"launcher": "pytorch", "load_from": None, "resume": False})
+    with pytest.raises(UserError, match=r"run' is in use by process") as caught, ExitStack() as held:
+        train._resume(cfg, argparse.Namespace(resume=None, overwrite=True), Path(folder, "run"), held)
+    Path(folder, f"{rank}.txt").write_text(str(caught.value))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_all_processes_end_where_a_folder_is_in_use(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with FolderLock(tmp_path / "run"):
+        mp.spawn(refused, (str(tmp_path),), nprocs=2)
+    said = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
+    assert f"is in use by process {os.getpid()} on" in said[0]
+    assert said[0] in said[1]
 
 
 def test_processes_are_connected_as_the_configuration_says(monkeypatch: pytest.MonkeyPatch) -> None:

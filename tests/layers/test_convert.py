@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import revnets
 from revnets.layers import SparseConv2d, convert, count_costs, fold, load_sparse, save_sparse
-from revnets.layers.compact import pack_bits, unpack_bits
+from revnets.layers.compact import FORMAT, pack_bits, unpack_bits
 from revnets.layers.parallel import SparseParallelConv2d, SparseParallelLinear
 from revnets.reversible import MODES
 
@@ -394,6 +395,21 @@ def test_files_that_do_not_match(tmp_path: Path) -> None:
         assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     with pytest.raises(ValueError, match="there is no file"):
         load_sparse(net, tmp_path / "other.safetensors")
+    for name, change, message in [
+        ("0.weight.places", None, "0 is sparse in the model but not in the file"),
+        ("0.weight.places", torch.int32, "mask of 0 does not match the model's"),
+        ("1.weight", torch.int8, "'1.weight' holds int8, the model's float32"),
+        ("0.weight.values", torch.complex64, "'0.weight' holds complex64, the model's float32"),
+        ("1.bias", torch.int64, "'1.bias' holds int64, the model's float32"),
+    ]:
+        tensors = load_file(path)
+        value = tensors.pop(name)
+        odd = tensors if change is None else {**tensors, name: value.to(change)}
+        save_file(odd, tmp_path / "odd.safetensors", metadata={"format": FORMAT})
+        before = {key: t.clone() for key, t in net.state_dict().items()}
+        with pytest.raises(ValueError, match=message):
+            load_sparse(net, tmp_path / "odd.safetensors")
+        assert all(torch.equal(t, before[key]) for key, t in net.state_dict().items())
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="no valid safetensors file"):
         load_sparse(net, tmp_path / "broken.safetensors")

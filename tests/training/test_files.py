@@ -18,10 +18,12 @@ from revnets.training.files import (
     leftovers,
     named_file,
     obstacle,
-    usable_folder,
+    put_in_place,
+    remove_all,
     whole_file,
     whole_folder,
 )
+from revnets.training.places import make_folder
 
 
 def own(name: str) -> bool:
@@ -234,7 +236,7 @@ def test_a_folder_that_was_moved_has_its_files(tmp_path: Path) -> None:
 
 def test_a_look_whether_a_folder_can_be_used_changes_no_file(tmp_path: Path) -> None:
     (tmp_path / ".writable").write_text("precious")
-    usable_folder(tmp_path)
+    make_folder(tmp_path)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(".writable", "precious")]
 
 
@@ -245,3 +247,51 @@ def test_a_folder_that_is_not_empty_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(NotWritten), whole_folder(tmp_path / "data") as folder:
         (folder / "y").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["data", "x"]
+
+
+@pytest.mark.parametrize("there", ["nothing", "file", "link"])
+def test_files_are_put_in_place(there: str, tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "precious").write_text("precious")
+    for name in ("a", "b"):
+        (tmp_path / "made" / name).write_text(f"new {name}")
+    if there == "file":
+        (tmp_path / "a").write_text("old")
+    elif there == "link":
+        (tmp_path / "a").symlink_to("precious")
+    put_in_place(sorted((tmp_path / "made").iterdir()), tmp_path)
+    assert [(tmp_path / name).read_text() for name in ("a", "b", "precious")] == ["new a", "new b", "precious"]
+    assert not list((tmp_path / "made").iterdir())
+
+
+def test_a_folder_in_place_of_a_file_keeps_all_where_they_are(tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "b").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "made" / name).write_text("new")
+    with pytest.raises(NotWritten, match=r"b' cannot be written .*: move the folder of that name away"):
+        put_in_place(sorted((tmp_path / "made").iterdir()), tmp_path)
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["a", "b"]
+    assert not list((tmp_path / "b").iterdir())
+    assert not (tmp_path / "a").exists()
+
+
+def test_all_files_are_removed_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / name for name in ("a", "b", "c")]
+    for path in paths:
+        path.write_text(path.name)
+    plain = os.rename
+
+    def fails(source: Path, target: Path) -> None:
+        if Path(source).name == "c":
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        plain(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", fails)
+        with pytest.raises(OSError, match="Operation not permitted") as caught:
+            remove_all(paths)
+    assert caught.value.filename == str(paths[2])
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "a", "b": "b", "c": "c"}
+    remove_all([*paths, tmp_path / "missing"])
+    assert not list(tmp_path.iterdir())

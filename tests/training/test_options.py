@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from revnets.training.errors import UserError, refusals, shown
+from revnets.training.errors import UserError, refused, shown
 from revnets.training.options import Layer, Need, argument, check_values, option, parse, settled
 
 BLUR = Need(lambda options: options.blur, "--blur is {blur}", "add --blur 2")
@@ -186,11 +186,11 @@ def test_arguments_of_argparse_are_checked_as_options_are() -> None:
 
 
 def test_refusals_wrap_others_errors_and_pass_ours() -> None:
-    with pytest.raises(UserError, match=r"--opt: no \(a b\); correct it\."), refusals("--opt: no", "correct it"):
+    with pytest.raises(UserError, match=r"--opt: no \(a b\); correct it\."), refused("--opt: no", "correct it"):
         raise RuntimeError("a\n  b.")
-    with pytest.raises(UserError, match=r"^ours$"), refusals("--opt: no", "correct it"):
+    with pytest.raises(UserError, match=r"^ours$"), refused("--opt: no", "correct it"):
         raise UserError("ours")
-    with pytest.raises(KeyboardInterrupt), refusals("--opt: no", "correct it"):
+    with pytest.raises(KeyboardInterrupt), refused("--opt: no", "correct it"):
         raise KeyboardInterrupt
 
 

@@ -39,8 +39,8 @@ BAD: dict[str, tuple[Change, str]] = {
     "sparse": (lambda t: t.to_sparse(), "sparse"),
     "quantised": (quantised, "quantised"),
     "meta": (lambda t: t.to("meta"), "meta"),
-    "NaN": (with_one(float("nan")), "1 numbers that are NaN or infinite"),
-    "infinite": (with_one(float("-inf")), "1 numbers that are NaN or infinite"),
+    "NaN": (with_one(float("nan")), "(1 numbers that are NaN or infinite|holds NaN or infinity)"),
+    "infinite": (with_one(float("-inf")), "(1 numbers that are NaN or infinite|holds NaN or infinity)"),
     "too large for float32": (lambda t: with_one(1e300)(t.double()), "infinite as float32"),
 }
 GOOD: dict[str, Change] = {name: lambda t, name=name: t.to(getattr(torch, name)) for name in ("float64", "float16")} | {
