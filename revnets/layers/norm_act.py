@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..reversible.replay import once
-from .lean import ops  # noqa: F401 - registers them
+from .lean import cuda  # noqa: F401 - registers the operators
 from .lean.activations import ACTIVATIONS, name_of
 
 

@@ -14,7 +14,6 @@ from .conv import conv_grads, convolved, is_plain_conv, structure_of, weight_of
 from .lean.activations import ACTIVATIONS, name_of
 from .norm_act import dense, has_hooks, is_lean, norm_act, update_statistics
 
-
 lean = torch.ops.revnets
 
 
@@ -66,9 +65,7 @@ def _is_plain_se(se: SEModule) -> bool:
 class _Settings:
     """What the function needs besides tensors."""
 
-    def __init__(
-        self, eps: float, act: str, se: SEModule | None, conv: nn.Conv2d, structure: Structure | None
-    ) -> None:
+    def __init__(self, eps: float, act: str, se: SEModule | None, conv: nn.Conv2d, structure: Structure | None) -> None:
         self.eps, self.act, self.conv, self.structure = eps, act, conv, structure
         self.gate_acts = () if se is None else (name_of(se.act), name_of(se.gate))
 

@@ -162,8 +162,8 @@ def _check_versions(ctx: Any) -> None:
 class RangeGuard:
     """Watches that values stay on the grid of exact mode, without making an accelerator wait.
 
-    On CPU all are checked at the end of the forward pass. Elsewhere the maxima go to pinned memory while the device works
-    on, and are checked when the backward pass arrives. Within ``range_checks_put_off`` it is when the caller wants it.
+    On CPU all are checked at the end of the forward pass. Elsewhere the maxima go to pinned memory while the device
+    works on, and are checked when the backward pass arrives; within ``range_checks_put_off``, when the caller wants it.
     """
 
     def __init__(self, grid_bits: int) -> None:

@@ -21,7 +21,7 @@ from .activations import ACTIVATIONS
     "batch_stats_(Tensor x, Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!) num_batches_tracked, "
     "float momentum) -> (Tensor, Tensor)"
 )
-def _batch_stats(
+def batch_stats_(
     x: Tensor, running_mean: Tensor, running_var: Tensor, num_batches_tracked: Tensor, momentum: float
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance ``(C,)`` of ``x`` ``(N, C, H, W)``; the running ones move."""
@@ -37,24 +37,22 @@ _NORM = "Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor var, float ep
 
 
 @operator(f"norm_act({_NORM}) -> Tensor")
-def _norm_act(
-    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, act: str
-) -> Tensor:
+def norm_act(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, act: str) -> Tensor:
     """``act((x - mean) / sqrt(var + eps) * weight + bias)``."""
     return ACTIVATIONS[act].value(_normed(x, weight, bias, mean, var, eps), inplace=True)
 
 
 @operator(f"norm_act_mean({_NORM}) -> (Tensor, Tensor)")
-def _norm_act_mean(
+def norm_act_mean(
     x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, act: str
 ) -> tuple[Tensor, Tensor]:
     """``norm_act`` and its mean over the pixels, ``(N, C)``."""
-    h = _norm_act(x, weight, bias, mean, var, eps, act)
+    h = norm_act(x, weight, bias, mean, var, eps, act)
     return h, h.mean((2, 3))
 
 
 @operator(f"norm_act_again({_NORM}, Tensor? gate) -> (Tensor, Tensor)")
-def _norm_act_again(
+def norm_act_again(
     x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, act: str, gate: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The norm's own output y, which ``norm_act_backward_`` asks for, and what the next convolution read.
@@ -70,7 +68,7 @@ def _norm_act_again(
 
 
 @operator(f"norm_act_backward(Tensor grad, {_NORM}, bool[3] needed) -> Tensor[]")
-def _norm_act_backward(
+def norm_act_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -94,7 +92,7 @@ def _norm_act_backward(
     f"norm_act_backward_(Tensor(a!) grad, {_NORM}, Tensor y, Tensor? gate, Tensor? grad_mean, bool[3] needed) "
     "-> Tensor[]"
 )
-def _norm_act_backward_(
+def norm_act_backward_(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -178,7 +176,7 @@ def by_parts(function: Callable[..., Tensor], *xs: Tensor, parts: int = 4) -> li
 _GATE = "Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str se_act, str gate_act"
 
 
-def _gate(
+def gate_of(
     pooled: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: str, gate_act: str
 ) -> Tensor:
     """The factors ``(N, C)`` from the means ``(N, C)``; 1x1 convolutions of single pixels, as products of matrices."""
@@ -187,15 +185,15 @@ def _gate(
 
 
 @operator(f"se_scale_(Tensor(a!) h, Tensor pooled, {_GATE}) -> Tensor")
-def _se_scale(h: Tensor, pooled: Tensor, *parameters: Any) -> Tensor:
+def se_scale_(h: Tensor, pooled: Tensor, *parameters: Any) -> Tensor:
     """The gate of squeeze-and-excite, ``(N, C)``; h is multiplied by it."""
-    gate = _gate(pooled, *parameters)
+    gate = gate_of(pooled, *parameters)
     h.mul_(gate[:, :, None, None])
     return gate
 
 
 @operator(f"norm_act_se({_NORM}, Tensor pooled, {_GATE}) -> (Tensor, Tensor)")
-def _norm_act_se(
+def norm_act_se(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -207,15 +205,15 @@ def _norm_act_se(
     *parameters: Any,
 ) -> tuple[Tensor, Tensor]:
     """``norm_act`` with its gate, and the gate, where the means over the pixels are known."""
-    h = _norm_act(x, weight, bias, mean, var, eps, act)
-    return h, _se_scale(h, pooled, *parameters)
+    h = norm_act(x, weight, bias, mean, var, eps, act)
+    return h, se_scale_(h, pooled, *parameters)
 
 
 @operator(
     f"se_backward(Tensor grad, {_NORM}, Tensor y, Tensor gate, Tensor pooled, {_GATE}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-def _se_backward(
+def se_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
