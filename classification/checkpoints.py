@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shutil
+import re
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,16 @@ import torch
 from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler, get_state_dict, unwrap_model
 from torch import nn
 
-from revnets.training.errors import UserError, one_line
-from revnets.training.files import whole_file
-from classification.models import load_weights, read_checkpoint
 from revnets.sparsity import SparsityController
+from revnets.training.errors import UserError, one_line
+from revnets.training.files import TEMPORARY, duplicate, whole_file, writing
 from revnets.training.finite import FiniteGuard
-from revnets.training.files import writing
 from revnets.training.integrity import damage
+from revnets.training.reading import read_file
 
 _logger = logging.getLogger("classification")
-PATTERN, LAST, RECOVERY = "*.pth.tar", "last.pth.tar", "recovery.pth.tar"
+PATTERN, LAST, BEST, RECOVERY = "*.pth.tar", "last.pth.tar", "model_best.pth.tar", "recovery.pth.tar"
+_OF_EPOCH = re.compile(r"checkpoint-\d{1,9}\.pth\.tar")
 PATIENCE = ("num_bad_epochs", "cooldown_counter")  # of torch's ReduceLROnPlateau
 
 
@@ -100,7 +101,7 @@ class Saver(CheckpointSaver):
         """
         self._save(str(self.folder / LAST), epoch, metric, processes=processes)
         self.place(self.folder / LAST, epoch, metric)
-        (self.folder / RECOVERY).unlink(missing_ok=True)
+        _remove(self.folder / RECOVERY)
         return self.best_metric, self.best_epoch
 
     def save_position(self, position: Mapping[str, Any], processes: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -133,12 +134,12 @@ class Saver(CheckpointSaver):
         self.checkpoint_files = files[: self.max_history]
         if metric is not None and (self.best_metric is None or self.cmp(metric, self.best_metric)):
             self.best_epoch, self.best_metric = epoch, metric
-        names = [LAST, *(["model_best.pth.tar"] if epoch == self.best_epoch else [])]
+        names = [LAST, *([BEST] if epoch == self.best_epoch else [])]
         names += [os.path.basename(mine[0])] if mine in self.checkpoint_files else []
         for name in names:
             self._duplicate(str(path), str(self.folder / name))
         for file, _ in files[self.max_history :]:
-            Path(file).unlink(missing_ok=True)
+            _remove(Path(file))
 
     def _save(
         self,
@@ -182,32 +183,29 @@ class Saver(CheckpointSaver):
             torch.save(state, file)
 
     def _duplicate(self, src: str, dst: str) -> None:
-        if os.path.exists(dst) and os.path.samefile(src, dst):
-            return
-        temporary = Path(dst).with_name(f".tmp-{os.path.basename(dst)}")
-        temporary.unlink(missing_ok=True)
-        with writing(dst):
-            try:
-                os.link(src, temporary)
-            except OSError:
-                shutil.copy2(src, temporary)
-            os.replace(temporary, dst)
+        duplicate(Path(src), Path(dst))
 
     def restore_history(self, checkpoint: Mapping[str, Any], path: Path, newest: bool) -> None:
         """Takes the list of the best epochs from a checkpoint, without files that are gone.
 
+        Later epochs have the worst of them removed, so it names files of this folder only, and as a run names them.
+
         Args:
             checkpoint: As read.
-            path: Of its file.
+            path: Of its file; of what lies elsewhere, the list is of other files than this folder's.
             newest: It is what the run of this folder did last: what a kill prevented afterwards is made up for.
         """
-        history = checkpoint.get("history") or {}
-        entries = [(os.path.join(self.checkpoint_dir, name), value) for name, value in history.get("files", [])]
-        self.checkpoint_files = [entry for entry in entries if os.path.exists(entry[0])]
-        self.best_epoch, self.best_metric = history.get("best_epoch"), history.get("best_metric")
+        history = checkpoint.get("history")
+        history = history if isinstance(history, Mapping) else {}
+        here = os.path.realpath(path.parent) == os.path.realpath(self.folder)
+        ranked = _ranked(history.get("files")) if here else {}
+        entries = [(os.path.join(self.checkpoint_dir, name), metric) for name, metric in ranked.items()]
+        self.checkpoint_files = [entry for entry in entries if _is_file(Path(entry[0]))]
+        self.best_epoch, self.best_metric = history.get("best_epoch"), _number(history.get("best_metric"))
         if checkpoint.get("position") is not None:
             return  # of after the epoch
         epoch, metric = checkpoint["epoch"], checkpoint.get("metric")
+        metric = metric if metric is not None and math.isfinite(metric) else None
         if newest:
             self.place(path, epoch, metric)
             return
@@ -217,6 +215,31 @@ class Saver(CheckpointSaver):
             self.checkpoint_files.sort(key=lambda c: (c[1] is not None, c[1] or 0), reverse=not self.decreasing)
         if metric is not None and (self.best_metric is None or self.cmp(metric, self.best_metric)):
             self.best_epoch, self.best_metric = epoch, metric
+
+
+def _ranked(files: Any) -> dict[str, float | None]:
+    """Names of checkpoints and their metrics out of a file that anybody may have made; what else is there is left."""
+    files = files if isinstance(files, (list, tuple)) else ()
+    pairs = (each for each in files if isinstance(each, (list, tuple)) and len(each) == 2)
+    return {name: _number(metric) for name, metric in pairs if isinstance(name, str) and _OF_EPOCH.fullmatch(name)}
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is a file of that name, not a link."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def _remove(path: Path) -> None:
+    if _is_file(path):
+        with writing(path):
+            path.unlink(missing_ok=True)
 
 
 def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,20 +259,42 @@ def _patience(scheduler: Any) -> dict[str, int]:
     return {} if inner is None else {name: getattr(inner, name) for name in PATIENCE}
 
 
-def by_age(folder: Path) -> list[Path]:
-    """The checkpoints of a run's folder, the one that was written last first."""
-    files = [file for file in folder.glob(PATTERN) if not file.name.startswith((".tmp-", "tmp"))]
-    return sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name == LAST), reverse=True)
+def is_checkpoint(name: str) -> bool:
+    """Whether a run gives its checkpoints such names.
+
+    Args:
+        name: Of a file, without its folder.
+    """
+    return name in (LAST, BEST, RECOVERY) or _OF_EPOCH.fullmatch(name) is not None
 
 
-def newest_whole(folder: Path) -> Path | None:
+def by_age(folder: Path, own: bool = False) -> list[Path]:
+    """The checkpoints in a folder, the one that was written last first.
+
+    Args:
+        folder: Of a run.
+        own: Only those that a run itself has written, by their names.
+    """
+    files = {}
+    for file in folder.glob(PATTERN):
+        wanted = is_checkpoint(file.name) if own else not file.name.startswith((TEMPORARY, "tmp"))
+        if wanted and file.is_file():
+            files[file] = (file.stat().st_mtime_ns, file.name == LAST)
+    return sorted(files, key=lambda file: files[file], reverse=True)
+
+
+def newest_whole(folder: Path, own: bool = False) -> Path | None:
     """The checkpoint to go on from: the newest that is whole and can be read; damaged ones are warned of.
+
+    Args:
+        folder: Of a run.
+        own: Only those that a run itself has written, by their names.
 
     Raises:
         UserError: There are checkpoints, and all are damaged.
     """
-    files = by_age(folder)
-    return first_whole(files, folder, read_checkpoint) if files else None
+    files = by_age(folder, own)
+    return first_whole(files, folder, read_file) if files else None
 
 
 def first_whole(files: Sequence[Path], folder: Path, read: Callable[[Path, str], Any]) -> Path:
@@ -277,91 +322,3 @@ def first_whole(files: Sequence[Path], folder: Path, read: Callable[[Path, str],
             return file
         _logger.warning(f"--resume: '{file}' is damaged ({problem}); trying the one before it")
     raise UserError(f"--resume: all checkpoints in '{folder}' are damaged or gone; start anew with --overwrite.")
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Removes files that a kill left half-written."""
-    for file in folder.glob(".tmp-*"):
-        file.unlink(missing_ok=True)
-
-
-def resume(
-    path: Path,
-    name: str,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    scheduler: Any,
-    model_ema: ModelEmaV3 | None,
-    amp_scaler: NativeScaler | None,
-    sparsity: SparsityController | None,
-    guard: FiniteGuard | None = None,
-) -> dict[str, Any]:
-    """Brings everything back to where a checkpoint was written.
-
-    Randomness is not in the file: it follows from the seed, the epoch, the batch or image, and the process. Schedules
-    other than `plateau` follow from the epoch too, so more `--epochs` or another `--lr` take effect.
-
-    Args:
-        path: The checkpoint.
-        name: Of the model.
-        model: Not wrapped.
-        optimizer: None leaves it as it is.
-        scheduler: timm's, or None.
-        model_ema: The running mean of the weights, or None.
-        amp_scaler: The loss scaler, or None.
-        sparsity: What changes the masks, or None.
-        guard: Counts updates that were left out, or None.
-
-    Returns:
-        The checkpoint.
-
-    Raises:
-        UserError: Not readable, not of a training, or of another model.
-    """
-    checkpoint = read_checkpoint(path, "--resume")
-    arch = checkpoint.get("arch", name)
-    if "epoch" not in checkpoint or "optimizer" not in checkpoint:
-        raise UserError(f"--resume: '{path}' holds weights only; start from them with --initial-checkpoint instead.")
-    if arch != name:
-        raise UserError(
-            f"--resume: '{path}' is of model {arch}, not {name}; give --model {arch} or another checkpoint."
-        )
-    load_weights(model, checkpoint["state_dict"], f"--resume: '{path}'", name)
-    if optimizer is not None:
-        _load_optimizer(optimizer, checkpoint["optimizer"], path)
-    if model_ema is not None:
-        ema = checkpoint.get("state_dict_ema") or checkpoint["state_dict"]
-        load_weights(model_ema.module, ema, f"--resume: '{path}' (EMA)", name)
-    if amp_scaler is not None and amp_scaler.state_dict_key in checkpoint:
-        amp_scaler.load_state_dict(checkpoint[amp_scaler.state_dict_key])
-    if sparsity is not None:
-        if "sparsity" not in checkpoint:
-            raise UserError(
-                f"--resume: '{path}' says nothing of the schedule of its masks; start from its weights with "
-                "--initial-checkpoint instead."
-            )
-        try:
-            sparsity.load_state_dict(checkpoint["sparsity"])
-        except ValueError as error:
-            raise UserError(f"--resume: '{path}': {one_line(error)}.") from error
-    if scheduler is not None and "best" in checkpoint.get("scheduler", {}):
-        scheduler.load_state_dict(checkpoint["scheduler"])
-        for counter in PATIENCE:
-            if counter in checkpoint["scheduler"]:  # not in older ones
-                setattr(scheduler.lr_scheduler, counter, checkpoint["scheduler"][counter])
-    if guard is not None:
-        guard.load_state_dict(checkpoint.get("guard", {}))
-    within = f" and {checkpoint['position']['step']} batches" if "position" in checkpoint else ""
-    _logger.info(f"resumed from '{path}', {checkpoint['epoch'] + 1} epochs{within} done")
-    return checkpoint
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], path: Path) -> None:
-    groups = [(set(group), len(group["params"])) for group in state.get("param_groups", [])]
-    own = [(set(group), len(group["params"])) for group in optimizer.state_dict()["param_groups"]]
-    if groups != own:  # torch compares the sizes only, and another optimizer's state fails at the first step
-        raise UserError(
-            f"--resume: '{path}' is of another optimizer or other parameter groups; give its --opt, --weight-decay and "
-            "--layer-decay, or --no-resume-opt."
-        )
-    optimizer.load_state_dict(dict(state))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import tarfile
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, RandomSampler
 from torchvision.transforms import RandomCrop
 
-from revnets.training.errors import UserError, one_line
 from classification.images import Images
 from classification.options import DataOptions, TrainOptions, ValidateOptions
 from classification.runtime import Runtime
+from classification.sources import class_map, find_source
+from revnets.training.errors import UserError, one_line, refusals
 from revnets.training.resumable import BATCH, Batches, Items, apart, resumable, seed_all
 
 _logger = logging.getLogger("classification")
@@ -131,36 +132,40 @@ def open_dataset(options: DataOptions, split: str, training: bool, **more: Any) 
         **more: Further arguments of `timm.data.create_dataset`.
 
     Raises:
-        UserError: It is not there or holds no images.
+        UserError: It is not there, not whole, or holds no images.
     """
     flag = "--train-split" if training else "--val-split"
-    root = Path(options.data_dir)
-    if not options.dataset:
-        if not root.exists():
-            raise UserError(
-                f"--data-dir: there is no folder or .tar file '{root}'; give the one that holds the images."
-            )
-        if split.endswith(".tar") and not (root / split).exists():
-            raise UserError(f"{flag}: there is no file '{root / split}'; correct --data-dir or {flag}.")
+    source, names = find_source(options, split, training), class_map(options)
     mode = "L" if options.in_chans == 1 else "RGB"
     try:
         dataset = create_dataset(
             options.dataset,
-            root=options.data_dir or None,
-            split=split,
+            **source,
             is_training=training,
-            class_map=options.class_map or None,
+            class_map=names,
             download=options.dataset_download,
             batch_size=options.batch_size,
             input_img_mode=mode,
             **more,
         )
-        return Images(dataset, mode) if isinstance(dataset, ImageDataset) else dataset
     except (RuntimeError, OSError, ValueError, AssertionError, ImportError, tarfile.TarError) as error:
-        where = f"{options.dataset or 'images'} in '{root}', split '{split}'"
+        where = f"{options.dataset or 'images'} in '{options.data_dir}', split '{split}'"
         raise UserError(
             f"--data-dir: cannot open {where} ({one_line(error)}); correct --data-dir or {flag}."
         ) from error
+    if names is not None and "search_split" in source:
+        _warn_of_unmapped(names, source, flag)
+    return Images(dataset, mode) if isinstance(dataset, ImageDataset) else dataset
+
+
+def _warn_of_unmapped(class_map: Mapping[str, int], source: Mapping[str, Any], flag: str) -> None:
+    """Says which classes' images `--class-map` leaves out, and which of its classes have none."""
+    found = class_names(create_dataset("", **source)) or []
+    out, empty = sorted(set(found) - set(class_map)), sorted(set(class_map) - set(found))
+    if out:
+        _logger.warning(f"--class-map: images of {len(out)} classes of {flag} are left out ({', '.join(out[:5])})")
+    if empty:
+        _logger.warning(f"--class-map: {len(empty)} of its classes have no images in {flag} ({', '.join(empty[:5])})")
 
 
 def class_names(dataset: Any) -> list[str] | None:
@@ -243,12 +248,8 @@ def train_data(
     }
     if options.train_interpolation and not options.no_aug:
         config = {**config, "interpolation": options.train_interpolation}
-    try:
+    with refusals("augmentation: timm refuses it", "correct --aa, --scale or --ratio"):
         loader = _loader(options, runtime, dataset, config, True, collate_fn=collate, **augmentation)
-    except (AssertionError, KeyError, ValueError) as error:
-        raise UserError(
-            f"augmentation: timm refuses it ({one_line(error)}); correct --aa, --scale or --ratio."
-        ) from error
     if options.crop_pad is not None:
         _crop_with_border(dataset, config["input_size"][-2:], options.crop_pad)
     loader, batches = _resumable(loader, options)

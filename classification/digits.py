@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,8 +17,9 @@ if not __package__:  # run by its path, see train.py
 import numpy as np
 from PIL import Image
 
-from revnets.training.options import option, parse
 from revnets.training.errors import UserError, guarded
+from revnets.training.files import whole_folder
+from revnets.training.options import SEED, option, parse
 
 MARKER = "digits.json"
 HELD_OUT = 360
@@ -31,9 +29,9 @@ HELD_OUT = 360
 class DigitsOptions:
     """Digits"""
 
-    data_dir: str = option("output/digits", "folder to make")
-    size: int = option(32, "height and width of the images", low=8)
-    seed: int = option(42, "of the split", low=0)
+    data_dir: str = option("output/digits", "folder to make", path=True)
+    size: int = option(32, "height and width of the images", low=8, high=4096)
+    seed: int = option(42, "of the split", low=0, high=SEED)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,22 +69,11 @@ def make_digits(root: Path, size: int = 32, seed: int = 42, limit: int | None = 
         raise UserError(
             f"--data-dir: '{root}' holds other files than digits with {settings}; delete it or give another folder."
         )
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=root.parent, prefix=".tmp-digits-"))
-    except OSError as error:
-        raise UserError(f"--data-dir: '{root}' cannot be made ({error.strerror}); give a writable folder.") from error
-    try:
+    with whole_folder(root) as temporary:
         for split, (scans, labels) in digit_scans(seed).items():
             for index, (scan, label) in enumerate(list(zip(scans, labels, strict=True))[:limit]):
                 _write(temporary / split / str(label) / f"{index:04d}.png", scan, size)
         (temporary / MARKER).write_text(json.dumps(settings), encoding="utf-8")
-        temporary.chmod(0o755)
-        if root.exists():
-            root.rmdir()  # empty, checked above
-        os.replace(temporary, root)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return root
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from revnets.training.errors import UserError, one_line
 from classification.models import build_model, check_model_fits, data_config, load_weights, read_checkpoint
 from classification.options import ModelOptions, TrainOptions, from_checkpoint_args
 from classification.runtime import Runtime
 from revnets.pruning import densify
 from revnets.pruning.checkpoint import best_weights
+from revnets.training.errors import UserError, one_line
+from revnets.training.foreign import reaching_argument, reaching_name
 
 _logger = logging.getLogger("classification")
 
@@ -90,9 +91,15 @@ def _teacher(options: TrainOptions) -> tuple[nn.Module, dict[str, Any]]:
 
 def _as_trained(options: TrainOptions, checkpoint: Mapping[str, Any]) -> TrainOptions:
     """The options that the teacher was trained with or, where they are not stored, those of the student."""
-    stored = from_checkpoint_args(checkpoint.get("args"))
+    stored = from_checkpoint_args(checkpoint.get("args"), f"--teacher-checkpoint: '{options.teacher_checkpoint}'")
     wanted = {field.name for field in dataclasses.fields(ModelOptions)} | {"mean", "std"}
     trained = {name: value for name, value in stored.items() if name in wanted}
+    name = "" if options.teacher else reaching_name(trained.get("model", ""))
+    if reaches := name or reaching_argument(trained.get("model_kwargs")):
+        raise UserError(
+            f"--teacher-checkpoint: '{options.teacher_checkpoint}' was trained with {reaches}, and only what you name "
+            f"is read or fetched; {'give --teacher yourself if you trust it' if name else 'give another file'}."
+        )
     if options.teacher and trained.get("model", options.teacher) != options.teacher:
         raise UserError(
             f"--teacher: '{options.teacher_checkpoint}' is of {trained['model']}, not {options.teacher}; correct one."

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from classification.data import TrainData
-from revnets.training.errors import UserError, one_line
 from classification.options import TrainOptions
 from classification.recovery import Position, Recovery
 from classification.report import Steps
@@ -27,6 +26,7 @@ from revnets.numerics import NumericsMonitor
 from revnets.reversible import RangeError
 from revnets.sparsity import SparsityController, apply_masks
 from revnets.training.drift import DriftMonitor
+from revnets.training.errors import UserError, one_line
 from revnets.training.finite import FiniteGuard, SkippedByScaler
 from revnets.training.ranges import AgreedRangeError, ranges_agreed
 from revnets.training.resumable import MODEL, seed_all
@@ -298,7 +298,8 @@ def validate(
             if after_batch is not None:
                 after_batch()
     loss_sum, top1_sum, top5_sum, count = runtime.sum(*sums.tolist())
-    count = max(count, 1.0)
+    if not count:
+        raise UserError("--val-split: there was no image in it to validate on; give another.")
     seconds = time.perf_counter() - start
     result = {"loss": loss_sum / count, "top1": 100 * top1_sum / count, "top5": 100 * top5_sum / count}
     return {**result, "images": count, "images_per_s": count / seconds}

@@ -33,11 +33,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import revnets
-from revnets.training.options import Parser
-from revnets.training.errors import UserError, guarded, one_line
-from revnets.training.files import whole_file
 from classification.report import clock
 from classification.series import new_figure, positive, save_figure, writable
+from revnets.training.errors import UserError, guarded, one_line
+from revnets.training.files import whole_file
+from revnets.training.options import SEED, Parser, argument
+from revnets.training.splits import check_split
 
 _logger = logging.getLogger("classification")
 RULES = ("with", "without")
@@ -73,12 +74,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="lr_transfer", description="Learning rates across widths.", allow_abbrev=False)
-    parser.add_argument("--data", default="../shared/data/cifar10/train.tar", help="class folders, or a .tar of them")
-    parser.add_argument("--output", default="output/lr_transfer", help="folder of the results")
+    parser.add_argument(
+        "--data",
+        type=argument(str, path=True),
+        default="../shared/data/cifar10/train.tar",
+        help="class folders, or a .tar of them",
+    )
+    parser.add_argument(
+        "--output", type=argument(str, path=True), default="output/lr_transfer", help="folder of the results"
+    )
     parser.add_argument("--widths", type=positive, nargs="+", default=[64, 128, 256, 512])
     parser.add_argument("--head-width", type=positive, default=32, help="of attention; wider networks have more heads")
-    parser.add_argument("--highest", type=int, default=-4, help="binary logarithm of the highest learning rate")
-    parser.add_argument("--lowest", type=int, default=-10, help="binary logarithm of the lowest learning rate")
+    parser.add_argument(
+        "--highest",
+        type=argument(int, low=-60, high=60),
+        default=-4,
+        help="binary logarithm of the highest learning rate",
+    )
+    parser.add_argument(
+        "--lowest",
+        type=argument(int, low=-60, high=60),
+        default=-10,
+        help="binary logarithm of the lowest learning rate",
+    )
     parser.add_argument("--steps", type=positive, default=150)
     parser.add_argument("--average", type=positive, default=20, help="last steps whose mean loss counts")
     parser.add_argument("--batch-size", type=positive, default=64)
@@ -86,9 +104,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--patch-size", type=positive, default=8)
     parser.add_argument("--layers", default="mus", help="mus or mus_fp8")
     parser.add_argument("--opt", default="lion", help="any Adam-like optimizer of timm")
-    parser.add_argument("--weight-decay", type=float, default=0.0, help="share of a weight per step")
+    parser.add_argument("--weight-decay", type=argument(float, low=0), default=0.0, help="share of a weight per step")
     parser.add_argument("--base-width", type=positive, default=64, help="width at which both ways are the same")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=argument(int, low=0, high=SEED), default=0)
     return parser.parse_args(argv)
 
 
@@ -162,7 +180,8 @@ def _images(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """As many images and labels as are needed, in an order that depends on the seed alone."""
     wanted = args.steps * args.batch_size
     try:
-        dataset: Any = create_dataset("", root=args.data)
+        check_split(args.data)
+        dataset: Any = create_dataset("", root=args.data, search_split=False)
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         raise UserError(f"--data: '{args.data}' cannot be read ({one_line(error)}); give class folders.") from error
     if len(dataset) < wanted:

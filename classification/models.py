@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import pickle
+import math
 import sys
-from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,14 @@ from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 from torch import nn
 
-from revnets.training.errors import UserError, did_you_mean, one_line
 from classification.options import TrainOptions, ValidateOptions
+from classification.runtime import physical_memory
 from revnets.layers import convert, parse_layers
+from revnets.models._cached import drop_wrong_cache
 from revnets.models.small_stem import small_stem
-from revnets.training.integrity import damage, forbidden, is_archive
+from revnets.training.errors import UserError, did_you_mean, one_line, refusals, shown
+from revnets.training.reading import read_checkpoint
+from revnets.training.weights import odd, unfit
 
 _logger = logging.getLogger("classification")
 
@@ -33,7 +35,7 @@ def build_model(options: TrainOptions | ValidateOptions) -> nn.Module:
     """
     if not timm.is_model(options.model) and not options.model.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         hint = did_you_mean(options.model, timm.list_models())
-        raise UserError(f"--model: timm knows no '{options.model}'{hint}; timm.list_models() names all.")
+        raise UserError(f"--model: timm knows no {shown(options.model)}{hint}; timm.list_models() names all.")
     arguments: dict[str, Any] = {
         "num_classes": options.num_classes,
         "in_chans": options.in_chans,
@@ -48,27 +50,36 @@ def build_model(options: TrainOptions | ValidateOptions) -> nn.Module:
     if path:
         if not Path(path).is_file():
             raise UserError(f"--pretrained-path: there is no file '{path}'; give one with published weights.")
+        _check_numbers(path)
         arguments["pretrained_cfg_overlay"] = {"file": path}
-    try:
-        model = timm.create_model(options.model, pretrained=options.pretrained or bool(path), **arguments)
-    except (TypeError, ValueError, AssertionError) as error:
-        given = {name: value for name, value in arguments.items() if value is not None}
-        raise UserError(
-            f"--model: {options.model} cannot be built with {given}: {one_line(error)}; correct --model-kwargs."
-        ) from error
-    except (RuntimeError, OSError) as error:
-        if not (options.pretrained or path):
-            raise
-        raise UserError(
-            f"--pretrained: no weights for {options.model} could be loaded ({one_line(error)}); "
-            "leave it out, or give a file as --pretrained-path."
-        ) from error
+    if options.pretrained and not path:
+        drop_wrong_cache(options.model)
+    weights = options.pretrained or bool(path)
+    shown_arguments = {name: shown(value) for name, value in arguments.items() if value is not None}
+    words = ", ".join(f"{name}={text}" for name, text in shown_arguments.items())
+    with refusals(
+        f"--model: {shown(options.model)} cannot be built with {words or 'its own arguments'}",
+        "correct --model and --model-kwargs" + (", --pretrained or --pretrained-path" if weights else ""),
+    ):
+        model = timm.create_model(options.model, pretrained=weights, **arguments)
     if options.small_stem is not None:
         try:
             small_stem(model, options.small_stem)
         except ValueError as error:
             raise UserError(f"--small-stem: {options.model} is {error}; leave it out.") from error
     return _converted(model, options) if options.layers else model
+
+
+def _check_numbers(path: str) -> None:
+    """Refuses a file whose tensors timm would cast into other numbers."""
+    if Path(path).suffix.lower() in (".npz", ".npy"):  # of JAX, which timm reads itself
+        return
+    content = read_checkpoint(path, "--pretrained-path")
+    for key in ("state_dict_ema", "state_dict"):
+        weights = content.get(key)
+        problem = odd(weights) if isinstance(weights, Mapping) else ""
+        if problem:
+            raise UserError(f"--pretrained-path: '{path}' cannot be loaded: {problem}; give a file of plain weights.")
 
 
 def _check_keeps_weights(options: TrainOptions | ValidateOptions) -> None:
@@ -98,14 +109,8 @@ def data_config(options: TrainOptions | ValidateOptions, model: nn.Module) -> di
     """timm's data configuration of a model, with the options over it."""
     names = ("img_size", "input_size", "in_chans", "crop_pct", "mean", "std", "interpolation")
     given = {name: getattr(options, name) for name in names}
-    channels = options.input_size[0] if options.input_size else options.in_chans or 3
-    for name in ("mean", "std"):
-        values = given[name]
-        if values is not None and len(values) not in (1, channels):
-            raise UserError(
-                f"--{name}: {len(values)} numbers were given where {channels} (one per channel) were expected."
-            )
-    config: dict[str, Any] = resolve_data_config(given, model=model)
+    with refusals(f"--img-size: timm has no data configuration for {options.model}", "correct --img-size or --mean"):
+        config: dict[str, Any] = resolve_data_config(given, model=model)
     return config
 
 
@@ -122,75 +127,62 @@ def check_model_fits(model: nn.Module, input_size: tuple[int, int, int], num_cla
         UserError: The model does not take such images, or gives another number of classes.
     """
     was_training = model.training
-    parameter = next(model.parameters())
-    image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
+    parameter = next(model.parameters(), None)
     words = "x".join(str(n) for n in input_size)
-    try:
+    if parameter is None:
+        raise UserError(f"--model: {name} has no parameters, there is nothing to train or measure; give another.")
+    with refusals(f"--img-size: {name} does not take {words} images", "give another size"):
+        image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
         with torch.no_grad():
             output = model.eval()(image)
-    except (ValueError, RuntimeError, AssertionError) as error:
+    model.train(was_training)
+    if not isinstance(output, torch.Tensor) or output.ndim != 2:
+        kind = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else type(output).__name__
         raise UserError(
-            f"--img-size: {name} does not take {words} images: {one_line(error)}; give another size."
-        ) from error
-    finally:
-        model.train(was_training)
+            f"--model: {name} gives {kind} for an image, one row of class scores was expected; leave features_only and "
+            "the like out of --model-kwargs."
+        )
     if num_classes is not None and output.shape[-1] != num_classes:
         raise UserError(
             f"--num-classes: {name} gives {output.shape[-1]} outputs, {num_classes} classes were expected; correct it."
         )
 
 
-def read_checkpoint(path: str | Path, flag: str) -> dict[str, Any]:
-    """Reads a checkpoint as plain tensors and values (`weights_only=True`).
-
-    Args:
-        path: A file of torch.save, or a .safetensors file.
-        flag: The option it came from, for messages.
-
-    Returns:
-        The checkpoint; bare weights come under `state_dict`.
+def check_batch_fits(batch_size: int, input_size: tuple[int, int, int], device: torch.device) -> None:
+    """Compares the bytes of a batch of images, which is the least that a step needs, with the device's memory.
 
     Raises:
-        UserError: Missing, truncated or not a checkpoint.
+        UserError: They are more.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{flag}: there is no file '{path}'; give an existing checkpoint.")
-    problem = damage(path) if is_archive(path) else ""
-    if problem:
-        raise UserError(f"{flag}: '{path}' cannot be read as a checkpoint: {problem}; give another.")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: Any = load_file(path)
-        else:
-            with torch.serialization.safe_globals([Namespace]):  # timm's own checkpoints hold their options in one
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        if code := forbidden(error):
-            raise UserError(
-                f"{flag}: '{path}' is refused, reading it would run '{code}'; give a file of weights."
-            ) from error
-        reason = one_line(error).split(". ")[0][:160]
+    needed = batch_size * math.prod(input_size) * 4
+    there = physical_memory(device)
+    if there is not None and needed > there:
         raise UserError(
-            f"{flag}: '{path}' cannot be read as a checkpoint ({reason}); it is damaged, give another."
-        ) from error
-    except Exception as error:
-        if type(error).__module__.startswith("safetensors"):
-            raise UserError(
-                f"{flag}: '{path}' is no valid .safetensors file ({one_line(error)}); give another."
-            ) from error
-        raise
-    if not isinstance(content, Mapping):
-        raise UserError(f"{flag}: '{path}' holds {type(content).__name__}, a checkpoint was expected; give another.")
-    if "state_dict" in content:
-        return dict(content)
-    return {"state_dict": content.get("model", content)}
+            f"--batch-size: {batch_size} images of {'x'.join(map(str, input_size))} take {needed / 1e9:,.1f} GB, there "
+            f"are {there / 1e9:,.1f} GB of memory; lower it or --img-size."
+        )
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str, name: str) -> None:
     """Loads weights that must fit the model exactly.
+
+    Args:
+        model: Not wrapped for several processes.
+        weights: Names to tensors.
+        source: Option and path, for messages.
+        name: The model's name.
+
+    Raises:
+        UserError: A name or a shape differs, or a tensor's numbers are none for the model's, such as complex, quantised
+            or NaN; the first one is named.
+    """
+    model.load_state_dict(fitting_weights(model, weights, source, name))
+
+
+def fitting_weights(
+    model: nn.Module, weights: Mapping[str, torch.Tensor], source: str, name: str
+) -> dict[str, torch.Tensor]:
+    """Weights under the model's own names; the model stays as it is.
 
     Args:
         model: Not wrapped for several processes.
@@ -211,7 +203,10 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: 
         raise UserError(
             f"{source} is of another model than {name}: {problem}; give the same --model, --model-kwargs and --layers."
         )
-    model.load_state_dict(dict(weights))
+    problem = unfit(model.state_dict(), weights)
+    if problem:
+        raise UserError(f"{source} cannot be loaded: {problem}; give a file of plain weights.")
+    return dict(weights)
 
 
 def _difference(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> str:

@@ -22,9 +22,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from revnets.training.options import parse
-from revnets.training.errors import guarded
-from revnets.training.files import whole_file
 from classification.options import TrainOptions
 from classification.report import Row, read_summary
 from classification.series import (
@@ -41,6 +38,9 @@ from classification.series import (
     writable,
     write_rows,
 )
+from revnets.training.errors import guarded
+from revnets.training.files import whole_file
+from revnets.training.options import parse
 
 _logger = logging.getLogger("classification")
 RECIPES = Path(__file__).resolve().parents[1] / "configs" / "classification" / "mus"

@@ -23,10 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from revnets.training.options import Parser, parse
 from classification.data import class_names, open_dataset, validation_loader
-from revnets.training.errors import UserError, guarded, one_line
-from revnets.training.files import whole_file
 from classification.loop import validate
 from classification.models import build_model, data_config, load_weights
 from classification.options import TrainOptions, as_dict
@@ -46,6 +43,9 @@ from revnets.deploy import ENGINES, ExportError, accuracy, load, quantize
 from revnets.pruning import METHODS, Pattern, prune
 from revnets.pruning.checkpoint import read_weights, save_weights
 from revnets.pruning.command import draw_batches
+from revnets.training.errors import UserError, guarded, one_line
+from revnets.training.files import whole_file
+from revnets.training.options import SEED, Parser, argument, parse
 
 _logger = logging.getLogger("classification")
 RECIPES = Path(__file__).resolve().parents[1] / "configs" / "classification" / "prune"
@@ -79,7 +79,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="prune_table", description="Targets x methods x stages.", allow_abbrev=False)
     parser.add_argument("--configs", nargs="+", default=CONFIGS, help="recipes of the dense networks")
     parser.add_argument("--dense", nargs="+", default=[], help="their checkpoints, where they are trained already")
-    parser.add_argument("--output", default="output/prune_table", help="folder of the runs and of the table")
+    parser.add_argument(
+        "--output",
+        type=argument(str, path=True),
+        default="output/prune_table",
+        help="folder of the runs and of the table",
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--targets", nargs="+", type=_target, default=["0.5", "0.6", "0.7", "0.8", "2:4"])
     parser.add_argument("--recover", nargs="*", type=_target, default=["0.7"], help="targets to train to")
@@ -95,8 +100,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--calibration", type=positive, default=256, help="images to prune and quantise on")
     parser.add_argument("--epochs", type=positive, help="of the dense networks; those of the recipes where not given")
     parser.add_argument("--recover-epochs", type=positive, help="of each stage; a third of the dense where not given")
-    parser.add_argument("--recover-lr", type=float, default=0.3, help="of the dense network's learning rate")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--recover-lr", type=argument(float, low=0), default=0.3, help="of the dense network's learning rate"
+    )
+    parser.add_argument("--seed", type=argument(int, low=0, high=SEED), default=0)
     return parser.parse_args(argv)
 
 

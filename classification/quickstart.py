@@ -20,17 +20,17 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from repor
 import torch
 from torch import Tensor, nn
 
-from revnets.training.options import option, parse
 from classification.data import open_dataset, validation_loader
 from classification.digits import make_digits
-from revnets.training.errors import UserError, guarded
-from revnets.training.files import whole_file
 from classification.models import build_model, data_config, load_weights, read_checkpoint
 from classification.options import TrainOptions, ValidateOptions
 from classification.report import Row, clock, plot_rows
 from classification.runtime import MB, start_runtime
 from classification.train import train
 from classification.validate import validate
+from revnets.training.errors import UserError, guarded
+from revnets.training.files import whole_file
+from revnets.training.options import option, parse
 
 _logger = logging.getLogger("classification")
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "classification" / "quickstart.yaml"
@@ -41,7 +41,7 @@ MODES = ("reversible", "store")
 class QuickstartOptions:
     """Quickstart"""
 
-    output: str = option("output/quickstart", "folder for the images, the run and the picture")
+    output: str = option("output/quickstart", "folder for the images, the run and the picture", path=True)
     model: str | None = option(None, "another network with reversible parts; the configuration's where not given")
     epochs: int | None = option(None, "epochs; the configuration's where not given", low=1)
     limit: int | None = option(None, "use only so many images per split", low=1)

@@ -10,8 +10,9 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from classification.checkpoints import RECOVERY, Saver
-from revnets.training.errors import UserError
+from classification.resuming import check_steps
 from classification.runtime import Runtime
+from revnets.training.errors import UserError
 from revnets.training.processes import at_first, own_buffers, put_buffers
 from revnets.training.termination import Terminated, Termination
 
@@ -30,7 +31,7 @@ class Position:
         """Where a checkpoint was written.
 
         Args:
-            checkpoint: Read.
+            checkpoint: Read, see `read_run`.
             steps: Batches of an epoch.
 
         Raises:
@@ -39,12 +40,9 @@ class Position:
         values = checkpoint.get("position")
         if values is None:
             return cls(checkpoint["epoch"] + 1)
-        if values["steps"] != steps:
-            raise UserError(
-                f"--resume: the checkpoint is from the middle of an epoch of {values['steps']} batches, now there are "
-                f"{steps}; give the same data, --batch-size and number of processes, or its last.pth.tar."
-            )
-        return cls(**{key: value for key, value in values.items() if key != "steps"})
+        check_steps(checkpoint, steps)
+        fields = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in fields})
 
 
 class OwnState:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,11 +16,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from revnets.training.errors import UserError
+from revnets.training.errors import UserError, one_line
 from revnets.training.files import whole_file
 
 _logger = logging.getLogger("classification")
-SUMMARY = "summary.csv"
+SUMMARY, ARGS = "summary.csv", "args.yaml"
+MOST_EPOCHS = 10**9
 Row = dict[str, float]
 
 
@@ -108,20 +110,28 @@ def read_summary(path: Path) -> list[Row]:
     """The rows of a summary CSV; empty cells are left out.
 
     Raises:
-        UserError: Someone wrote something else into the file.
+        UserError: It cannot be read, or someone wrote something else into the file.
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            return [{name: float(text) for name, text in row.items() if text} for row in csv.DictReader(file)]
-    except (ValueError, TypeError, AttributeError) as error:
+            reader = csv.DictReader(file)
+            if "epoch" not in (reader.fieldnames or ["epoch"]):
+                raise ValueError("no column 'epoch'")
+            rows = [{name: float(text) for name, text in row.items() if text} for row in reader]
+        for row in rows:
+            epoch = row.get("epoch", math.nan)
+            if not (0 <= epoch < MOST_EPOCHS and epoch.is_integer()):
+                raise ValueError("a row without an epoch" if math.isnan(epoch) else f"a row of epoch {epoch:g}")
+    except (ValueError, TypeError, AttributeError, csv.Error, OSError) as error:
         raise UserError(
-            f"'{path}' is no summary of a run ({error}); delete it or choose another --experiment."
+            f"'{path}' is no summary of a run ({one_line(error)[:160]}); delete it or choose another --experiment."
         ) from error
+    return rows
 
 
 def write_args(folder: Path, values: Mapping[str, Any]) -> None:
     """Writes `args.yaml`, which `--config` reads back."""
-    with whole_file(folder / "args.yaml") as path:
+    with whole_file(folder / ARGS) as path:
         path.write_text(yaml.safe_dump(dict(values), sort_keys=False), encoding="utf-8")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
@@ -13,8 +14,8 @@ import torch
 from timm.utils import NativeScaler, distribute_bn, init_distributed_device, setup_default_logging
 from torch import Tensor, nn
 
-from revnets.training.errors import UserError, one_line
 from classification.options import DeviceOptions
+from revnets.training.errors import UserError, one_line, refusals
 
 _logger = logging.getLogger("classification")
 MB = 1e6
@@ -101,16 +102,21 @@ def start_runtime(options: DeviceOptions) -> Runtime:
     """
     name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args = SimpleNamespace(device=name)
-    try:
+    with refusals(f"--device: '{name}' cannot be used here", "give cpu or one that exists"):
         if torch.device(name).type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("torch sees no CUDA device")
+        if torch.device(name).type == "cpu" and name != "cpu":
+            raise RuntimeError("there is one CPU device, which has no number")
+        if float(torch.ones(2, device=name).sum()) != 2:  # `meta` has no values
+            raise RuntimeError("it computes nothing")
+    try:
         device = init_distributed_device(args)
-        torch.empty(1, device=device)
     except torch.distributed.DistError:
         raise
-    except (RuntimeError, AssertionError) as error:
+    except Exception as error:
         raise UserError(
-            f"--device: '{name}' cannot be used here ({one_line(error)}); give cpu or one that exists."
+            f"processes: the group of '{name}' cannot be started ({one_line(error)}); start them with torchrun, or "
+            "unset RANK and WORLD_SIZE."
         ) from error
     start_logging(primary=args.rank == 0)
     if device.type == "cuda":
@@ -156,6 +162,15 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return {"peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MB}
+
+
+def physical_memory(device: torch.device) -> int | None:
+    """All bytes of a device's memory, used or not; None where they are not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def memory_words(memory: dict[str, float]) -> str:

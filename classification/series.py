@@ -12,18 +12,17 @@ import os
 import subprocess
 import sys
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from revnets.training.options import Parser
-from revnets.training.errors import UserError
-from revnets.training.files import whole_file
 from classification.options import TrainOptions, as_dict
 from classification.report import Row, read_summary
 from revnets.sparsity.masks import check_sparsity
+from revnets.training.errors import UserError
+from revnets.training.files import usable_folder, whole_file
+from revnets.training.options import SEED, Parser, argument
 
 _logger = logging.getLogger("classification")
 In = TypeVar("In")
@@ -33,19 +32,17 @@ Out = TypeVar("Out")
 def series_parser(prog: str, description: str, output: str, images: int) -> Parser:
     """The command line that all series share."""
     parser = Parser(prog=prog, description=description, allow_abbrev=False)
-    parser.add_argument("--output", default=output, help="folder of the runs and of the table")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--output", type=argument(str, path=True), default=output, help="folder of the runs and of the table"
+    )
+    parser.add_argument("--seeds", type=argument(int, low=0, high=SEED), nargs="+", default=[0, 1, 2])
     parser.add_argument("--images", type=positive, default=images, help="training images, equally many of each class")
     parser.add_argument("--epochs", type=positive, help="those of the recipe where not given")
     parser.add_argument("--jobs", type=positive, default=1, help="runs at the same time")
     return parser
 
 
-def positive(text: str) -> int:
-    """A whole number from 1, for parsers."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} was given where a whole number from 1 was expected")
-    return int(text)
+positive = argument(int, low=1, high=1 << 31)
 
 
 def writable(output: str) -> Path:
@@ -54,14 +51,10 @@ def writable(output: str) -> Path:
     Raises:
         UserError: It cannot be written.
     """
-    folder = Path(output)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        return usable_folder(Path(output))
     except OSError as error:
         raise UserError(f"--output: '{output}' cannot be written ({error.strerror}); give another folder.") from error
-    return folder
 
 
 def share_of_zeros(text: str) -> float:

@@ -13,13 +13,15 @@ from torch import nn
 
 import revnets
 from classification.distill import distillation
-from revnets.training.errors import UserError, did_you_mean, one_line
 from classification.loop import Training
+from classification.models import data_config
 from classification.options import TrainOptions
 from classification.recovery import Recovery
 from classification.runtime import Runtime
 from classification.sparse import start_sparse_kernel, start_sparsity
+from classification.trial import try_optimizer, try_schedule, try_step
 from revnets.training.drift import DriftMonitor
+from revnets.training.errors import UserError, did_you_mean, one_line, refusals
 from revnets.training.finite import FiniteGuard
 
 
@@ -32,50 +34,29 @@ def start_training(options: TrainOptions, runtime: Runtime, model: nn.Module, da
             f"--opt: timm knows no optimizer '{options.opt}'{hint}; timm.optim.list_optimizers() names all."
         )
     more = {"eps": options.opt_eps, "betas": options.opt_betas, "layer_decay": options.layer_decay}
-    more = {**{name: value for name, value in more.items() if value is not None}, **options.opt_kwargs}
-    try:
-        optimizer = create_optimizer_v2(
-            _trained(model, options, lr),
-            opt=options.opt,
-            lr=lr,
-            weight_decay=options.weight_decay,
-            momentum=options.momentum,
-            **more,
-        )
-    except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(
-            f"--opt: {options.opt} refuses its arguments ({one_line(error)}); correct --opt-kwargs."
-        ) from error
+    arguments: dict[str, Any] = {
+        "opt": options.opt,
+        "lr": lr,
+        "weight_decay": options.weight_decay,
+        "momentum": options.momentum,
+        **{name: value for name, value in more.items() if value is not None},
+        **options.opt_kwargs,
+    }
+    try_optimizer(options, runtime, arguments)
+    trained = _trained(model, options, lr)
+    with refusals(f"--opt: {options.opt} refuses its arguments", "correct --opt-kwargs or --layer-decay"):
+        optimizer = create_optimizer_v2(trained, **arguments)
     recovery = Recovery(runtime, options.recovery_interval, data.batches is not None)
     guard, drift = FiniteGuard(model, options.nonfinite_limit), DriftMonitor(model, options.drift_interval)
     loss, scaler = _loss(options), runtime.scaler()
+    try_step(options, runtime, model, loss, data_config(options, model)["input_size"])
     run = Training(options, runtime, model, optimizer, loss, data, None, scaler, None, recovery, guard, drift)
-    try:
-        run.scheduler, epochs = create_scheduler_v2(
-            optimizer,
-            sched=options.sched,
-            num_epochs=options.epochs,
-            decay_epochs=options.decay_epochs,
-            decay_milestones=options.decay_milestones,
-            cooldown_epochs=options.cooldown_epochs,
-            patience_epochs=options.patience_epochs,
-            decay_rate=options.decay_rate,
-            min_lr=options.min_lr,
-            warmup_lr=options.warmup_lr,
-            warmup_epochs=options.warmup_epochs,
-            warmup_prefix=options.warmup_prefix,
-            cycle_mul=options.lr_cycle_mul,
-            cycle_decay=options.lr_cycle_decay,
-            cycle_limit=options.lr_cycle_limit,
-            k_decay=options.lr_k_decay,
-            plateau_mode="min" if options.eval_metric == "loss" else "max",
-            step_on_epochs=not options.sched_on_updates,
-            updates_per_epoch=run.updates_per_epoch,
-        )
-    except (ValueError, AssertionError) as error:
-        raise UserError(f"--sched: timm refuses '{options.sched}' ({one_line(error)}); give cosine, say.") from error
+    schedule = _schedule(options, run.updates_per_epoch)
+    with refusals(f"--sched: timm refuses '{options.sched}'", "give cosine, say"):
+        run.scheduler, epochs = create_scheduler_v2(optimizer, **schedule)
     if options.sched != "none" and run.scheduler is None:
         raise UserError(f"--sched: timm knows no schedule '{options.sched}'; give cosine, step, poly or none, say.")
+    try_schedule(options, lr, schedule, run.updates_per_epoch)
     start_sparse_kernel(options, model, runtime.device)
     run.sparsity = start_sparsity(options, model, optimizer, int(epochs) * run.updates_per_epoch)
     if options.teacher or options.teacher_checkpoint:
@@ -84,6 +65,30 @@ def start_training(options: TrainOptions, runtime: Runtime, model: nn.Module, da
         device = torch.device("cpu") if options.model_ema_force_cpu else None
         run.ema = ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=options.model_ema_warmup, device=device)
     return run, int(epochs)
+
+
+def _schedule(options: TrainOptions, updates: int) -> dict[str, Any]:
+    """The arguments of `create_scheduler_v2`."""
+    return {
+        "sched": options.sched,
+        "num_epochs": options.epochs,
+        "decay_epochs": options.decay_epochs,
+        "decay_milestones": options.decay_milestones,
+        "cooldown_epochs": options.cooldown_epochs,
+        "patience_epochs": options.patience_epochs,
+        "decay_rate": options.decay_rate,
+        "min_lr": options.min_lr,
+        "warmup_lr": options.warmup_lr,
+        "warmup_epochs": options.warmup_epochs,
+        "warmup_prefix": options.warmup_prefix,
+        "cycle_mul": options.lr_cycle_mul,
+        "cycle_decay": options.lr_cycle_decay,
+        "cycle_limit": options.lr_cycle_limit,
+        "k_decay": options.lr_k_decay,
+        "plateau_mode": "min" if options.eval_metric == "loss" else "max",
+        "step_on_epochs": not options.sched_on_updates,
+        "updates_per_epoch": updates,
+    }
 
 
 def _trained(model: nn.Module, options: TrainOptions, lr: float) -> Any:

@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from revnets.training.errors import UserError, one_line
 from classification.models import data_config
-from classification.options import TrainOptions
+from classification.options import SparsityOptions, TrainOptions
 from revnets.kernels import KernelUnavailable
 from revnets.layers import ModelCost, count_costs, use_sparse_kernel
 from revnets.layers.trace import TraceError
@@ -18,6 +17,8 @@ from revnets.layers.training_flops import FILES as FLOPS_FILES
 from revnets.layers.training_flops import FlopsReport, by_schedule, training_flops
 from revnets.sparsity import Schedule, SparsityController, sparse_layers
 from revnets.sparsity.report import PICTURE, TABLE, draw_picture, write_table
+from revnets.training.errors import UserError, one_line
+from revnets.training.options import options_of
 
 _logger = logging.getLogger("classification")
 FILES = (TABLE, PICTURE, *FLOPS_FILES)
@@ -38,11 +39,13 @@ def start_sparsity(
         UserError: Options without sparse layers, or a schedule that cannot be.
     """
     if not sparse_layers(model):
-        if options.sparsity_schedule != "static":
-            raise UserError(
-                f"--sparsity-schedule: {options.sparsity_schedule} changes masks, and {options.model} has no sparse "
-                "layers; add --layers sparse_wide:0.75, say."
-            )
+        for option in options_of(SparsityOptions).values():
+            value = getattr(options, option.name)
+            if option.name != "sparse_kernel" and value != option.default:
+                raise UserError(
+                    f"{option.flag}: {value} is about masks, and {options.model} has no sparse layers; add --layers "
+                    f"sparse_wide:0.75, say, or leave {option.flag} out."
+                )
         return None
     even = options.sparsity_distribution == "uniform"
     before = None if even else _costs(model, data_config(options, model)["input_size"])

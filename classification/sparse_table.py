@@ -21,8 +21,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from revnets.training.options import parse
-from revnets.training.errors import UserError, guarded
 from classification.options import TrainOptions
 from classification.series import (
     Stage,
@@ -36,6 +34,8 @@ from classification.series import (
     writable,
     write_rows,
 )
+from revnets.training.errors import UserError, guarded
+from revnets.training.options import parse
 
 _logger = logging.getLogger("classification")
 ROOT = Path(__file__).resolve().parents[1]

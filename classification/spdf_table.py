@@ -21,8 +21,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from revnets.training.options import Parser, parse
-from revnets.training.errors import guarded
 from classification.options import TrainOptions, as_dict
 from classification.series import (
     Stage,
@@ -35,6 +33,8 @@ from classification.series import (
     writable,
     write_table,
 )
+from revnets.training.errors import guarded
+from revnets.training.options import SEED, Parser, argument, parse
 
 _logger = logging.getLogger("classification")
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "classification" / "prune" / "cifar10_small_resnet18.yaml"
@@ -61,14 +61,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="spdf_table", description="Sparsities x seeds, then dense.", allow_abbrev=False)
     parser.add_argument("--config", default=str(CONFIG), help="recipe of all trainings")
-    parser.add_argument("--output", default="output/spdf_table", help="folder of the runs and of the table")
+    parser.add_argument(
+        "--output",
+        type=argument(str, path=True),
+        default="output/spdf_table",
+        help="folder of the runs and of the table",
+    )
     parser.add_argument("--sparsities", nargs="+", type=share_of_zeros, default=[0.0, 0.5, 0.75])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=argument(int, low=0, high=SEED), nargs="+", default=[0, 1, 2])
     parser.add_argument("--images", type=positive, default=25000, help="of the pre-training, of each class as many")
     parser.add_argument("--finetune-images", type=positive, default=10000, help="of the new task")
     parser.add_argument("--epochs", type=positive, default=3, help="of the pre-training")
     parser.add_argument("--finetune-epochs", type=positive, default=4)
-    parser.add_argument("--finetune-lr", type=float, default=0.5, help="of the recipe's learning rate")
+    parser.add_argument("--finetune-lr", type=argument(float, low=0), default=0.5, help="of the recipe's learning rate")
     return parser.parse_args(argv)
 
 

@@ -6,6 +6,7 @@ torchrun --nproc_per_node=2 classification/train.py --data-dir /data/imagenet --
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -23,8 +24,7 @@ from timm.utils import random_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from classification.checkpoints import LAST, PATTERN, Saver, by_age, newest_whole, remove_leftovers, resume
-from revnets.training.options import parse
+from classification.checkpoints import LAST, Saver
 from classification.data import (
     check_labels,
     check_same_classes,
@@ -33,25 +33,27 @@ from classification.data import (
     train_data,
     validation_loader,
 )
-from revnets.training.errors import UserError, guarded
+from classification.folder import RunFolder
 from classification.loop import Training, train_epoch, validate
-from classification.models import build_model, check_model_fits, data_config
+from classification.models import build_model, check_batch_fits, check_model_fits, data_config
 from classification.options import TrainOptions, as_dict
 from classification.recovery import OwnState, Position
-from classification.report import SUMMARY, Row, Summary, clock, draw_curves, write_args
+from classification.report import Row, Summary, clock, draw_curves, write_args
+from classification.resuming import resume
 from classification.runtime import Runtime, memory_words, start_runtime
 from classification.setup import start_training
-from classification.sparse import FILES as SPARSITY_FILES
+from classification.sources import check_apart
 from classification.sparse import RunFlops, draw_sparsity, sparsity_words
 from classification.start import load_start
+from classification.trial import try_transforms
 from revnets.numerics import NumericsMonitor
-from revnets.numerics.report import FILES as NUMERICS_FILES
 from revnets.pruning.checkpoint import FLOPS
 from revnets.sparsity.report import write_table
+from revnets.training.errors import UserError, guarded
+from revnets.training.options import SEED, parse
 from revnets.training.processes import of_first, settle_buckets
 
 _logger = logging.getLogger("classification")
-FILES = (SUMMARY, "curves.png", *SPARSITY_FILES, *NUMERICS_FILES)
 DESCRIPTION = "Train a timm model on images. Options keep the names of timm's own train.py."
 
 
@@ -82,8 +84,14 @@ def train(options: TrainOptions) -> Result:
     Raises:
         UserError: A mistake in the options, the data or a checkpoint.
     """
+    with contextlib.ExitStack() as held:
+        return _train(options, held)
+
+
+def _train(options: TrainOptions, held: contextlib.ExitStack) -> Result:
     options.check()
     runtime = start_runtime(options)
+    check_apart(options)
     random_seed(options.seed, 0)  # the same weights in every process
     train_set = open_dataset(
         options, options.train_split, training=True, repeats=options.epoch_repeats, seed=options.seed
@@ -98,8 +106,10 @@ def train(options: TrainOptions) -> Result:
     check_labels(train_set, num_classes)
     data = train_data(options, runtime, train_set, config, num_classes)
     val_loader = validation_loader(options, runtime, val_set, config)
+    for dataset in (data.loader.dataset, val_loader.dataset):
+        try_transforms(dataset, "L" if config["input_size"][0] == 1 else "RGB", config["input_size"][-2:])
     run, epochs = start_training(options, runtime, model, data)
-    folder, path, checkpoint, begin = _start(run, model)
+    folder, path, checkpoint, begin = _start(run, model, held)
     if runtime.distributed:
         run.model = _distributed(run.model, runtime, options)
         if run.task is not None:
@@ -152,6 +162,7 @@ def _model(options: TrainOptions, runtime: Runtime) -> tuple[nn.Module, dict[str
             raise UserError(f"--grad-checkpointing: {options.model} has no such switch; leave it out.") from error
     model.to(device=runtime.device, memory_format=runtime.memory_format)  # type: ignore[call-overload]
     config = data_config(options, model)
+    check_batch_fits(options.batch_size, config["input_size"], runtime.device)
     check_model_fits(model, config["input_size"], options.num_classes, options.model)
     if options.sync_bn:
         if runtime.device.type == "cpu":
@@ -172,64 +183,33 @@ def _distributed(model: nn.Module, runtime: Runtime, options: TrainOptions) -> n
     return model
 
 
-def _start(run: Training, model: nn.Module) -> tuple[Path, Path | None, dict[str, Any] | None, Position]:
-    """Finds the run's folder and, when resuming, brings the run back; returns the checkpoint and where it was."""
-    options = run.options
-    folder, path = of_first(lambda: _folder_and_checkpoint(options, model))
+def _start(
+    run: Training, model: nn.Module, held: contextlib.ExitStack
+) -> tuple[Path, Path | None, dict[str, Any] | None, Position]:
+    """Takes the run's folder and, when resuming, brings the run back; returns the checkpoint and where it was.
+
+    The first process alone has the folder; what keeps it from it, all learn of.
+    """
+    options, mine = run.options, []
+
+    def take() -> tuple[Path, Path | None]:
+        mine.append(RunFolder(options, data_config(options, model)["input_size"][-1]))
+        held.callback(mine[0].close)
+        return mine[0].path, mine[0].checkpoint
+
+    folder, path = of_first(take)
     checkpoint, begin = None, Position(0)
     if path is not None:
         optimizer = None if options.no_resume_opt else run.optimizer
         parts = (optimizer, run.scheduler, run.ema, run.scaler, run.sparsity, run.guard)
-        checkpoint = resume(path, options.model, model, *parts)
+        checkpoint = resume(path, options.model, model, *parts, steps=len(run.data.loader))
         begin = Position.of(checkpoint, len(run.data.loader))
     if run.scheduler is not None and (begin.epoch or begin.step):
         if begin.epoch:
             run.scheduler.step(begin.epoch)
         run.scheduler.step_update(run.updates_before(begin))
-    if run.runtime.primary:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"--output: '{folder}' cannot be made ({error.strerror}); give a writable folder."
-            ) from error
-        if checkpoint is None and options.overwrite:
-            for old in [*folder.glob(PATTERN), *(folder / name for name in FILES)]:
-                old.unlink(missing_ok=True)
-        remove_leftovers(folder)
+    of_first(lambda: mine[0].clear())
     return folder, path, checkpoint, begin
-
-
-def _folder_and_checkpoint(options: TrainOptions, model: nn.Module) -> tuple[Path, Path | None]:
-    size = data_config(options, model)["input_size"][-1]
-    output = Path(options.output)
-    name = options.experiment or f"{options.model.replace('/', '_')}-{size}"
-    folder = output / name
-    if options.resume == "auto":
-        candidates = [folder] if options.experiment else [folder, *output.glob(f"{name}-[0-9]*")]
-        found = {path: each for each in candidates if (path := newest_whole(each)) is not None}
-        if not found:
-            _logger.info(f"--resume auto: no checkpoint in '{folder}', starting from the beginning")
-            return folder, None
-        latest = max(found, key=lambda path: path.stat().st_mtime_ns)
-        return found[latest], latest
-    path = Path(options.resume) if options.resume else None
-    if path is not None and path.resolve().parent == folder.resolve():
-        return folder, path
-    if not options.overwrite and _holds_run(folder):
-        if options.experiment:
-            raise UserError(
-                f"--experiment: '{folder}' already holds a run; add --resume auto to go on with it, "
-                "--overwrite to start anew, or give another name."
-            )
-        number = 1
-        while _holds_run(folder := output / f"{name}-{number}"):
-            number += 1
-    return folder, path
-
-
-def _holds_run(folder: Path) -> bool:
-    return (folder / SUMMARY).exists() or bool(by_age(folder))
 
 
 def _announce(
@@ -259,7 +239,7 @@ def _epochs(
     """All epochs: train, validate, change the learning rate, write summary and checkpoint."""
     options, runtime, start, epochs = run.options, run.runtime, time.perf_counter(), range(begin.epoch, stop)
     for epoch in epochs:
-        random_seed(options.seed + 1000003 * (epoch + 1), runtime.rank)  # so that a resumed run draws the same numbers
+        random_seed(epoch_seed(options.seed, epoch), runtime.rank)  # so that a resumed run draws the same numbers
         row: Row = {"epoch": float(epoch)}
         figures, end = train_epoch(run, begin if epoch == begin.epoch else Position(epoch))
         lr = max(group["lr"] for group in run.optimizer.param_groups)
@@ -284,6 +264,11 @@ def _epochs(
             done = epoch - epochs[0] + 1
             rest = (time.perf_counter() - start) / done * (len(epochs) - done)
             _logger.info(_epoch_words(row, lr, epoch, 100 * (epoch + 1) / epochs.stop, rest))
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """The seed of an epoch, in the 32 bits that NumPy takes, with room for the number of the process."""
+    return (seed + 1000003 * (epoch + 1)) % (SEED - 0xFFFF)
 
 
 def _epoch_words(row: Row, lr: float, epoch: int, share: float, rest: float) -> str:

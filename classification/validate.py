@@ -21,19 +21,26 @@ if not __package__:  # run by its path, see train.py
 from rich.console import Console
 
 import revnets  # noqa: F401  (registers its models with timm)
-from revnets.training.options import given, options_of
 from classification.data import check_labels, open_dataset, validation_loader
-from revnets.training.errors import UserError, guarded
-from revnets.training.files import whole_file
 from classification.loop import validate as measure
-from classification.models import build_model, check_model_fits, data_config, load_weights, read_checkpoint
+from classification.models import (
+    build_model,
+    check_batch_fits,
+    check_model_fits,
+    data_config,
+    load_weights,
+    read_checkpoint,
+)
 from classification.options import TrainOptions, ValidateOptions, from_checkpoint_args
 from classification.report import table
 from classification.runtime import memory_words, peak_memory, start_runtime
-from revnets.training.files import NotWritten, writing
+from revnets.training.errors import UserError, guarded
+from revnets.training.files import NotWritten, whole_file, writing
+from revnets.training.foreign import reaching_argument, reaching_name
+from revnets.training.options import Layer, joined, options_of, read_layers, settled
 
 _logger = logging.getLogger("classification")
-DESCRIPTION = "Validate a timm model. With --checkpoint, the model and the data are those of the training unless given."
+DESCRIPTION = "Validate a timm model. With --checkpoint, the model is that of the training unless given."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,9 +61,10 @@ def validate(argv: Sequence[str] | None = None) -> dict[str, Any]:
         UserError: A mistake in the options, the data or the checkpoint.
     """
     training_only = frozenset(set(options_of(TrainOptions)) - set(options_of(ValidateOptions)))
-    values = given(ValidateOptions, argv, DESCRIPTION, prog="validate.py", ignored=training_only)
-    checkpoint = read_checkpoint(values["checkpoint"], "--checkpoint") if values.get("checkpoint") else None
-    options = ValidateOptions(**_with_training_options(values, checkpoint))
+    layers = read_layers(ValidateOptions, argv, DESCRIPTION, prog="validate.py", ignored=training_only)
+    path = joined(layers).get("checkpoint")
+    checkpoint = read_checkpoint(path, "--checkpoint") if path else None
+    options = settled(ValidateOptions, [_trained_with(joined(layers), checkpoint), *layers])
     options.check()
     runtime = start_runtime(options)
     dataset = open_dataset(options, options.val_split, training=False)
@@ -66,6 +74,7 @@ def validate(argv: Sequence[str] | None = None) -> dict[str, Any]:
         source = _load(model, checkpoint, options)
     model.to(device=runtime.device, memory_format=runtime.memory_format)  # type: ignore[call-overload]
     config = data_config(options, model)
+    check_batch_fits(options.batch_size, config["input_size"], runtime.device)
     check_model_fits(model, config["input_size"], options.num_classes, options.model)
     check_labels(dataset, int(getattr(model, "num_classes", 1000)))
     loader = validation_loader(options, runtime, dataset, config)
@@ -89,18 +98,53 @@ def validate(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return results
 
 
-def _with_training_options(values: dict[str, Any], checkpoint: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the user set, over what the checkpoint was trained with."""
-    if checkpoint is None:
-        return values
-    trained = from_checkpoint_args(checkpoint.get("args"))
+def _trained_with(values: Mapping[str, Any], checkpoint: Mapping[str, Any] | None) -> Layer:
+    """What the checkpoint was trained with, under what the user sets.
+
+    A checkpoint says how its network is built and how images are prepared. Where images are, and what else is read or
+    fetched, only the user says.
+
+    Raises:
+        UserError: The checkpoint names such things, and the user does not.
+    """
+    where = f"--checkpoint: '{values.get('checkpoint')}'"
+    trained = from_checkpoint_args(checkpoint.get("args"), where) if checkpoint is not None else {}
     if values.get("model", trained.get("model")) != trained.get("model"):
         trained = {}  # another model: the error about it comes from its weights
-    known = options_of(ValidateOptions)
-    trained = {name: value for name, value in trained.items() if name in known and _usable(value)}
-    joined = {**trained, **values}
-    joined["model_kwargs"] = {**(trained.get("model_kwargs") or {}), **values.get("model_kwargs", {})}
-    return joined
+    _check_reaches_nothing(trained, values)
+    known = {name: each for name, each in options_of(ValidateOptions).items() if name not in _PLACES}
+    wanted = {name: value for name, value in trained.items() if name in known and value is not None}
+    wanted = {name: value for name, value in wanted.items() if name not in values or known[name].kind is dict}
+    return Layer(where, wanted, asked=False)
+
+
+_PLACES = {"data_dir", "dataset", "dataset_download", "class_map"}
+
+
+def _check_reaches_nothing(trained: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Refuses what would be read or fetched because the checkpoint says so.
+
+    Raises:
+        UserError: Naming the option that allows it.
+    """
+    what, option = "model" not in values and reaching_name(trained.get("model", "")), "--model"
+    if not what:
+        kwargs = trained.get("model_kwargs")
+        what, option = reaching_argument(kwargs, values.get("model_kwargs", {})), "--model-kwargs"
+    if not what:
+        wanted = ["class_map"] if values.get("data_dir") else ["dataset"] if trained.get("dataset") else ["data_dir"]
+        missing = [name for name in wanted if trained.get(name) and not values.get(name) and not values.get("dataset")]
+        split = Path(str(trained.get("val_split", "")))
+        if missing:
+            option = f"--{missing[0].replace('_', '-')}"
+            what = f"{option} {str(trained[missing[0]])[:100]!r}"
+        elif "val_split" not in values and (split.is_absolute() or ".." in split.parts or ":" in str(split)):
+            what, option = f"--val-split {str(split)[:100]!r}", "--val-split"
+    if what:
+        raise UserError(
+            f"--checkpoint: '{values['checkpoint']}' was trained with {what}, and only what you name is read or "
+            f"fetched; give {option} yourself if you trust it."
+        )
 
 
 def _as_trained(options: ValidateOptions, checkpoint: Mapping[str, Any] | None) -> ValidateOptions:
@@ -108,10 +152,6 @@ def _as_trained(options: ValidateOptions, checkpoint: Mapping[str, Any] | None) 
     trained = from_checkpoint_args(checkpoint.get("args")) if checkpoint is not None else {}
     size = {name: trained[name] for name in ("img_size", "input_size") if name in trained}
     return dataclasses.replace(options, **size)
-
-
-def _usable(value: Any) -> bool:
-    return isinstance(value, (bool, int, float, str, list, dict))
 
 
 def _load(model: Any, checkpoint: Mapping[str, Any], options: ValidateOptions) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import logging
+import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,46 +15,74 @@ import torch
 
 from classification.checkpoints import first_whole
 from revnets.training.errors import UserError, one_line
+from revnets.training.files import named_file
+from revnets.training.held import RUNNER, WEIGHTS
 from revnets.training.integrity import damage, forbidden, is_archive
+from revnets.training.reading import in_file
+from revnets.training.tree import sound
 
 _logger = logging.getLogger("detection")
 LAST = "last_checkpoint"
+WRITTEN = (LAST, "summary.json", "predictions.png", "memory.json")
+_SAVED, _BEST = re.compile(r"(epoch|iter)_\d+\.pth|interim\.pth"), re.compile(r"best_.+\.pth")
+_BACKBONE = re.compile(r"(?<=\bbackbone=)dict\([\s\S]{0,2000}")  # in a config; short, so that it cannot be deep
+_NAMES = ("type", "model_name", "arch", "depth")  # of a backbone, in its config
 
 
-def newest(folder: Path) -> Path | None:
-    """The checkpoint that a run saved last, where there is one."""
+def writes(name: str) -> bool:
+    """Whether a run writes a file of that name."""
+    return name in WRITTEN or _SAVED.fullmatch(name) is not None or _BEST.fullmatch(name) is not None
+
+
+def newest(folder: Path, saved: Path | None = None) -> Path | None:
+    """The checkpoint that a run saved last, where there is one.
+
+    Args:
+        folder: Of the run; what its `last_checkpoint` says is the name of a file in the folder of checkpoints.
+        saved: The folder of checkpoints, where it is another.
+    """
     try:
-        path = Path((folder / LAST).read_text(encoding="utf-8").strip())
+        with (folder / LAST).open(encoding="utf-8") as file:
+            return named_file(saved or folder, file.read(1 << 14))
     except (OSError, ValueError):
         return None
-    for candidate in (path, folder / path.name):  # the folder may have been moved
-        if candidate.is_file():
-            return candidate
-    return None
 
 
-def newest_whole(folder: Path) -> Path | None:
+def newest_whole(folder: Path, saved: Path | None = None) -> Path | None:
     """The checkpoint to go on from: the newest that is whole and can be read; damaged ones are warned of.
+
+    Args:
+        folder: Of the run.
+        saved: The folder of checkpoints, where it is another.
 
     Raises:
         UserError: There are checkpoints, and all are damaged.
     """
     if not (folder / LAST).exists():
         return None
-    files = sorted(_of_run(folder), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    last = newest(folder)
+    files = sorted(_of_run(saved or folder), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    last = newest(folder, saved)
     return first_whole(list(dict.fromkeys([last, *files] if last is not None else files)), folder, read)
 
 
 def _of_run(folder: Path) -> list[Path]:
-    return [path for pattern in ("epoch_*.pth", "iter_*.pth", "interim.pth") for path in folder.glob(pattern)]
+    return [path for path in folder.glob("*.pth") if _SAVED.fullmatch(path.name) and path.is_file()]
 
 
 def forget(folder: Path, kept: str | None) -> None:
-    """Removes what a killed run would be resumed from, except a file that is still to be loaded; best ones stay."""
+    """Removes what a killed run would be resumed from, except a file that is still to be loaded; best ones stay.
+
+    Raises:
+        UserError: A file cannot be deleted.
+    """
     for path in [folder / LAST, *_of_run(folder)]:
-        if kept is None or Path(kept).resolve() != path.resolve():
-            path.unlink(missing_ok=True)
+        if kept is None or os.path.realpath(kept) != os.path.realpath(path):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise UserError(
+                    f"--overwrite: '{path}' cannot be deleted ({error.strerror}); delete it or give another --work-dir."
+                ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +105,7 @@ def read(path: str | Path, option: str) -> Checkpoint:
     Raises:
         UserError: No such file, a damaged one, or one that holds more than data.
     """
-    from mmengine.runner.checkpoint import get_torch_safe_globals
+    from revnets.mm.loading import read_checkpoint
 
     what = f"{option}: '{path}'"
     if not Path(path).is_file():
@@ -83,8 +114,7 @@ def read(path: str | Path, option: str) -> Checkpoint:
     if problem:
         raise UserError(f"{what} is damaged: {problem}; give another file.")
     try:
-        with torch.serialization.safe_globals(get_torch_safe_globals()):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive(path))
+        content = read_checkpoint(path, "cpu", mmap=is_archive(path))
     except pickle.UnpicklingError as error:
         if code := forbidden(error):
             raise UserError(
@@ -99,19 +129,40 @@ def read(path: str | Path, option: str) -> Checkpoint:
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{what} holds no weights; give a checkpoint of MMDetection.")
+    with in_file(path, option):
+        sound(content)
+        WEIGHTS.check(state, ("state_dict",) if "state_dict" in content else ())
+        if option == "--resume" and "optimizer" in content and "message_hub" in content:  # a runner wrote it
+            RUNNER.check(content)
     weights = {key.removeprefix("module."): value for key, value in state.items()}
     return Checkpoint(what, weights, "optimizer" in content, _trained_as(content))
 
 
 def _trained_as(content: dict[str, Any]) -> str:
-    text = (content.get("meta") or {}).get("cfg")
-    if not isinstance(text, str):
-        return ""
-    from mmengine.config import Config
+    """What a checkpoint says of its backbone: a help in messages, so whatever is odd gives nothing.
 
-    try:
-        backbone = Config.fromstring(text, file_format=".py").model.backbone
-    except Exception:  # what it says is a help, no more
+    It is text in the form of Python source. It is read, and never run: a checkpoint's words are anybody's.
+    """
+    meta = content.get("meta")
+    text = meta.get("cfg") if isinstance(meta, dict) else None
+    found = _BACKBONE.search(text) if isinstance(text, str) else None
+    if found is None:
         return ""
-    parts = [str(backbone[key]) for key in ("type", "model_name", "arch", "depth") if key in backbone]
-    return f" ({' '.join(parts)})"
+    try:
+        call = ast.parse(_balanced(found[0]), mode="eval").body
+        backbone = {keyword.arg: keyword.value for keyword in call.keywords} if isinstance(call, ast.Call) else {}
+        parts = [ast.literal_eval(backbone[key]) for key in _NAMES if key in backbone]
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        return ""
+    words = [str(part)[:60] for part in parts if isinstance(part, (str, int))]
+    return f" ({' '.join(' '.join(words).split())})" if words else ""
+
+
+def _balanced(text: str) -> str:
+    """A call, up to the bracket that closes it."""
+    depth = 0
+    for place, letter in enumerate(text):
+        depth += (letter in "([{") - (letter in ")]}")
+        if depth == 0 and letter == ")":
+            return text[: place + 1]
+    return ""

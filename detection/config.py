@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from revnets.training.options import Parser
-from revnets.training.errors import UserError, did_you_mean, one_line
+from detection.keys import check_keys
 from detection.noise import noise_kept_out
+from revnets.training.errors import UserError, did_you_mean, one_line, refusals, shown
+from revnets.training.options import Parser, argument
 
 try:
     from mmengine.config import Config, DictAction
@@ -21,6 +22,7 @@ except ImportError:  # said by `load`, as a user's mistake
     Config, DictAction = Any, argparse.Action
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "detection"
+PATH = argument(str, path=True)
 PARTS = ("revnets.mm", "mmdet.datasets")  # in this order: the former stands in for operators that mmdet asks for
 RUNNER_KEYS = (  # of MMEngine's Runner, which a configuration need not have
     "auto_scale_lr",
@@ -41,8 +43,8 @@ RUNNER_KEYS = (  # of MMEngine's Runner, which a configuration need not have
 def parser(prog: str, description: str) -> Parser:
     """The options that training and testing share; spelled as MMDetection's tools spell them."""
     line = Parser(prog=prog, description=description, allow_abbrev=False)
-    line.add_argument("config", help="a configuration of configs/detection/, or any of MMDetection's")
-    line.add_argument("--work-dir", help="folder of the run (default: output/<name of the configuration>)")
+    line.add_argument("config", type=PATH, help="a configuration of configs/detection/, or any of MMDetection's")
+    line.add_argument("--work-dir", type=PATH, help="folder of the run (default: output/<name of the configuration>)")
     line.add_argument(
         "--cfg-options",
         nargs="+",
@@ -52,8 +54,14 @@ def parser(prog: str, description: str) -> Parser:
         help="values to set in the configuration; data_root=/path moves the whole data set",
     )
     line.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], help="default: pytorch under torchrun")
-    line.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
-    line.add_argument("--draw", type=int, default=3, metavar="N", help="images to draw predictions on (default: 3)")
+    line.add_argument("--local-rank", "--local_rank", type=argument(int, low=0, high=1 << 20), help=argparse.SUPPRESS)
+    line.add_argument(
+        "--draw",
+        type=argument(int, low=0, high=1000),
+        default=3,
+        metavar="N",
+        help="images to draw predictions on (default: 3)",
+    )
     line.add_argument("--no-check", action="store_true", help="do not look at all annotations and image files first")
     line.add_argument(
         "--verbose", action="store_true", help="MMEngine's whole log in the terminal, not only in its file"
@@ -67,10 +75,8 @@ def parse(line: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         UserError: An unknown option, or a KEY=VALUE that is none.
     """
-    try:
+    with refusals("--cfg-options: not KEY=VALUE", "write for example a.b=3"):  # of DictAction
         return line.parse_args(argv)
-    except (ValueError, AssertionError) as error:  # of DictAction
-        raise UserError(f"--cfg-options: not KEY=VALUE ({one_line(error)}); write for example a.b=3.") from error
 
 
 def load(args: argparse.Namespace) -> Any:
@@ -89,8 +95,17 @@ def load(args: argparse.Namespace) -> Any:
     _override(cfg, args.cfg_options)
     name = Path(args.config).stem
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("output") / name)
+    _check_folder(Path(cfg.work_dir))
     _processes(cfg, args)
     return cfg
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuses a folder for the run that cannot be made; what is not there yet is not made here."""
+    nearest = next((each for each in (folder, *folder.parents) if os.path.lexists(each)), Path())
+    problem = "is not a folder" if not nearest.is_dir() else "" if os.access(nearest, os.W_OK) else "cannot be written"
+    if problem:
+        raise UserError(f"--work-dir: '{folder}' cannot be made, '{nearest}' {problem}; give another folder.")
 
 
 def read(path: str) -> Any:
@@ -110,11 +125,9 @@ def read(path: str) -> Any:
             for name in PARTS:
                 importlib.import_module(name)
             cfg = Config.fromfile(path)
-    except Exception as error:  # a configuration is a program: it may fail in any way
+    except (Exception, SystemExit) as error:  # a configuration is a program: it may fail in any way
         raise UserError(f"CONFIG: '{path}' cannot be read ({one_line(error)}); correct it.") from error
-    for key in ("model", "train_dataloader", "train_cfg", "optim_wrapper", "test_dataloader", "test_evaluator"):
-        if not cfg.get(key):
-            raise UserError(f"CONFIG: '{path}' sets no {key}; it is part of every detector's configuration.")
+    check_keys(cfg, path)
     return cfg
 
 
@@ -124,10 +137,9 @@ def _override(cfg: Any, options: dict[str, Any]) -> None:
         if first not in cfg and first not in RUNNER_KEYS:
             raise UserError(f"--cfg-options: the configuration has no '{first}'{did_you_mean(first, cfg)}; correct it.")
     old, new = cfg.get("data_root"), options.get("data_root")
-    try:
+    with refusals(f"--cfg-options: {shown(options)} does not fit", "correct the path of the key"):
         cfg.merge_from_dict(options)
-    except (KeyError, IndexError, TypeError, AssertionError) as error:
-        raise UserError(f"--cfg-options: {one_line(error)}; correct the path of the key.") from error
+    check_keys(cfg, cfg.filename)
     if old is not None and new is not None:
         moved = _moved(cfg._cfg_dict.to_dict(), old.rstrip("/"), str(new).rstrip("/"))
         cfg.merge_from_dict({key: moved[key] for key in moved if key.endswith(("_dataloader", "_evaluator"))})

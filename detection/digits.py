@@ -5,13 +5,9 @@ python -m detection.digits --data-dir data/digits-scenes
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +20,8 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from classification.digits import digit_scans
 from revnets.training.errors import UserError, guarded
+from revnets.training.files import whole_folder
+from revnets.training.options import SEED, Parser, argument
 
 MARKER = "scenes.json"
 CLASSES = tuple(str(digit) for digit in range(10))
@@ -49,10 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code: 2 after a user mistake."""
 
     def run() -> None:
-        parser = argparse.ArgumentParser(prog="digits.py", description="Compose digits into scenes in COCO's format.")
-        parser.add_argument("--data-dir", default="data/digits-scenes", help="folder to make")
+        parser = Parser(
+            prog="digits.py", description="Compose digits into scenes in COCO's format.", allow_abbrev=False
+        )
+        path = argument(str, path=True)
+        parser.add_argument("--data-dir", type=path, default="data/digits-scenes", help="folder to make")
         for field in dataclasses.fields(SceneOptions):
-            parser.add_argument(f"--{field.name}", type=int, default=field.default, help=f"default: {field.default}")
+            number = argument(int, low=0, high=SEED if field.name == "seed" else 100_000)
+            parser.add_argument(f"--{field.name}", type=number, default=field.default, help=f"default: {field.default}")
         values = vars(parser.parse_args(argv))
         root = make_scenes(Path(values.pop("data_dir")), SceneOptions(**values))
         print(f"scenes with digits are in '{root}': train, val and test, each a folder of images and a COCO file")
@@ -86,23 +88,12 @@ def make_scenes(root: Path, options: SceneOptions | None = None) -> Path:
         raise UserError(
             f"--data-dir: '{root}' holds other files than scenes with {settings}; delete it or give another folder."
         )
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=root.parent, prefix=".tmp-scenes-"))
-    except OSError as error:
-        raise UserError(f"--data-dir: '{root}' cannot be made ({error.strerror}); give a writable folder.") from error
-    try:
+    with whole_folder(root) as temporary:
         for number, (split, scans, labels) in enumerate(_splits(options.seed)):
             (temporary / split).mkdir()
             coco = _write_split(temporary / split, getattr(options, split), scans, labels, options, number)
             (temporary / f"{split}.json").write_text(json.dumps(coco), encoding="utf-8")
         (temporary / MARKER).write_text(json.dumps(settings), encoding="utf-8")
-        temporary.chmod(0o755)
-        if root.exists():
-            root.rmdir()  # empty, checked above
-        os.replace(temporary, root)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return root
 
 

@@ -20,15 +20,15 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from repor
 import torch
 from torch import Tensor, nn
 
-from revnets.training.options import Parser
-from revnets.training.errors import UserError, guarded
 from classification.report import clock
 from classification.runtime import MB
-from detection.config import CONFIGS
+from detection.config import CONFIGS, PATH
 from detection.digits import SceneOptions, make_scenes
 from detection.noise import noise_kept_out
 from detection.test import run_test
 from detection.train import train
+from revnets.training.errors import UserError, guarded
+from revnets.training.options import Parser, argument
 
 CONFIG = CONFIGS / "digits" / "faster-rcnn_revbifpn-s0_digits.py"
 DATA = Path("data/digits-scenes")
@@ -135,9 +135,13 @@ def final_line(metrics: Mapping[str, float], memory: Mapping[str, int], seconds:
 
 def _options() -> argparse.ArgumentParser:
     line = Parser(prog="quickstart.py", description="RevBiFPN finds digits.", allow_abbrev=False)
-    line.add_argument("--output", default="output/quickstart-detection", help="folder for the run and the picture")
-    line.add_argument("--data-dir", default=str(DATA), help="folder for the scenes")
-    line.add_argument("--scenes", type=int, help="use so many scenes to train on (for quick tests)")
+    line.add_argument(
+        "--output", type=PATH, default="output/quickstart-detection", help="folder for the run and the picture"
+    )
+    line.add_argument("--data-dir", type=PATH, default=str(DATA), help="folder for the scenes")
+    line.add_argument(
+        "--scenes", type=argument(int, low=1, high=100_000), help="use so many scenes to train on (for quick tests)"
+    )
     line.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="see detection/train.py")
     return line
 

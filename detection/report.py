@@ -15,8 +15,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from revnets.training.files import whole_file
 from detection.progress import name
+from revnets.training.files import whole_file
 
 _logger = logging.getLogger("detection")
 SUMMARY, PICTURE = "summary.json", "predictions.png"

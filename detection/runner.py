@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import functools
 import logging
+import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
-from mmdet.registry import OPTIMIZERS
+from mmdet.registry import OPTIMIZERS, VISUALIZERS
 from mmengine.registry import OPTIMIZERS as TORCH_OPTIMIZERS
 from mmengine.runner import Runner
+from mmengine.visualization import Visualizer
 from torch import nn
 
-from revnets.training.errors import UserError, did_you_mean, one_line
 from classification.runtime import start_logging
 from detection.config import primary
 from detection.noise import noise_kept_out
 from detection.progress import Progress
 from revnets.mm import ResumableTrainLoop
+from revnets.mm.checkpoint import UnknownMetric
+from revnets.mm.coco import use_checked
+from revnets.reversible import RangeError
+from revnets.training.errors import UserError, did_you_mean, one_line, refusals
+from revnets.training.finite import NonFinite
 
-BUILDING = (KeyError, TypeError, ValueError, AttributeError, ImportError, OSError, AssertionError)
+_logger = logging.getLogger("detection")
 LATE = (  # what MMEngine builds and reads only when it is about to train or test
     "build_train_loop",
     "build_val_loop",
@@ -33,12 +40,76 @@ LATE = (  # what MMEngine builds and reads only when it is about to train or tes
 )
 
 
+def _configuring(cfg: Any) -> AbstractContextManager[None]:
+    return refusals(f"CONFIG: '{cfg.filename}' cannot be built", "correct it")
+
+
+class Leftovers:
+    """What MMEngine writes for a run before a mistake of the user's keeps it from starting; it is taken away again.
+
+    Args:
+        folder: Of the run. What is there already stays there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._there = set(folder.iterdir()) if folder.is_dir() else set()
+        self._missing = [each for each in (folder, *folder.parents) if not each.exists()]
+
+    @contextmanager
+    def removed(self, before: Callable[[], bool] = lambda: True) -> Iterator[None]:
+        """Around what may find a mistake.
+
+        Args:
+            before: Whether the run has not started yet when it is found.
+        """
+        try:
+            yield
+        except UserError:
+            if primary() and before() and self.folder.is_dir():
+                self._remove()
+            raise
+
+    def _remove(self) -> None:
+        for new in set(self.folder.iterdir()) - self._there:
+            shutil.rmtree(new, ignore_errors=True) if new.is_dir() and not new.is_symlink() else new.unlink()
+        with suppress(OSError):  # others write there
+            for each in self._missing:
+                each.rmdir()
+        for kind in (Visualizer, *VISUALIZERS.module_dict.values()):
+            if issubclass(kind, Visualizer):
+                kind._instance_dict.clear()  # the next run of this process would write into the folder that is gone
+
+
+def started(runner: Runner) -> bool:
+    """Whether a step of training is done; asking `runner.iter` would build the loop, which may be what fails."""
+    return bool(getattr(runner._train_loop, "iter", 0) > 0)
+
+
 @contextmanager
-def _configuring(cfg: Any) -> Iterator[None]:
+def first_step(runner: Runner, verbose: bool) -> Iterator[None]:
+    """Around training: what fails before its first step is done is a mistake of the configuration that MMEngine built.
+
+    Errors with words of their own pass: values that are not finite or out of range, and unknown metrics. So does
+    everything later.
+
+    Args:
+        runner: That trains.
+        verbose: Whether to show the traceback, too.
+    """
     try:
         yield
-    except BUILDING as error:
-        raise UserError(f"CONFIG: '{cfg.filename}' cannot be built ({one_line(error)}); correct it.") from error
+    except (NonFinite, RangeError, UnknownMetric, UserError):
+        raise
+    except Exception as error:
+        if started(runner):
+            raise
+        if verbose:
+            _logger.error("the first step fails", exc_info=error)
+        words = f"{type(error).__name__}: {one_line(error)[:400]}"
+        raise UserError(
+            f"CONFIG: '{runner.cfg.filename}': the first step fails ({words}); correct it, --verbose shows where."
+        ) from error
 
 
 class CheckedRunner(Runner):
@@ -99,17 +170,19 @@ class QuietRunner(CheckedRunner):
         return logger
 
 
-def build(cfg: Any, verbose: bool) -> Runner:
+def build(cfg: Any, verbose: bool, checked: bool = True) -> Runner:
     """The runner of a configuration.
 
     Args:
         cfg: The configuration.
         verbose: MMEngine's whole log in the terminal.
+        checked: The data were looked at, so that data sets need not report what they skip.
 
     Raises:
         UserError: The configuration asks for what is not there, or for what CPUs cannot do.
     """
     start_logging(primary())
+    use_checked(cfg, report=not checked)
     with noise_kept_out(verbose), _configuring(cfg):
         runner = (CheckedRunner if verbose else QuietRunner).from_cfg(cfg)
     check_norms(runner.model, runner.world_size)

@@ -17,11 +17,11 @@ if not __package__:  # run by its path, see train.py
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from reporting that there is no GPU
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from revnets.training.errors import guarded
 from detection import checkpoints, checks
-from detection.config import load, parse, parser, primary
+from detection.config import PATH, load, parse, parser, primary
 from detection.noise import noise_kept_out
 from detection.report import draw, show, write_summary
+from revnets.training.errors import guarded
 
 _logger = logging.getLogger("detection")
 DESCRIPTION = "Test a detector on MMEngine's runner. Options are those of MMDetection's tools/test.py, and some more."
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def options() -> Any:
     """The command line."""
     line = parser("test.py", DESCRIPTION)
-    line.add_argument("checkpoint", help="of a run of train.py, or of MMDetection")
+    line.add_argument("checkpoint", type=PATH, help="of a run of train.py, or of MMDetection")
     line.add_argument("--classwise", action="store_true", help="AP of every class, too")
     return line
 
@@ -54,7 +54,7 @@ def run_test(argv: Sequence[str] | None = None) -> dict[str, float]:
     """
     args = parse(options(), argv)
     cfg = load(args)
-    from detection.runner import build, progress
+    from detection.runner import Leftovers, build, progress
 
     cfg.work_dir = str(Path(cfg.work_dir) / "test")
     if args.classwise:
@@ -64,9 +64,10 @@ def run_test(argv: Sequence[str] | None = None) -> dict[str, float]:
         checks.check_data(cfg, ["test"])
     checkpoint = checkpoints.read(args.checkpoint, "CHECKPOINT")
     cfg.load_from, cfg.resume = args.checkpoint, False
-    runner = build(cfg, args.verbose)
-    checks.check_neck(runner.model)
-    checks.check_weights(runner.model, checkpoint, whole=True)
+    with Leftovers(Path(cfg.work_dir)).removed():
+        runner = build(cfg, args.verbose, checked=not args.no_check)
+        checks.check_neck(runner.model)
+        checks.check_weights(runner.model, checkpoint, whole=True)
     progress(runner)
     with noise_kept_out(args.verbose):
         metrics: dict[str, float] = {key: float(value) for key, value in runner.test().items()}

@@ -7,6 +7,7 @@ torchrun --nproc_per_node=8 detection/train.py configs/detection/coco/mask-rcnn_
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -23,16 +24,20 @@ if not __package__:  # run by its path: Python then looks for modules in detecti
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from reporting that there is no GPU
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from revnets.training.errors import UserError, guarded, one_line
 from classification.report import clock
 from classification.runtime import MB
 from detection import checkpoints, checks
-from detection.config import connect, load, parse, parser, primary
+from detection.config import PATH, connect, load, parse, parser, primary
 from detection.noise import noise_kept_out
 from detection.report import draw, show, write_summary
+from revnets.training.errors import UserError, guarded, one_line
+from revnets.training.files import obstacle
+from revnets.training.lock import FolderLock
+from revnets.training.options import SEED, argument
 from revnets.training.processes import of_first
 
 _logger = logging.getLogger("detection")
+SAVE_EVERY = 1000  # iterations
 DESCRIPTION = "Train a detector on MMEngine's runner. Options are those of MMDetection's tools/train.py, and some more."
 
 
@@ -56,6 +61,7 @@ def options() -> Any:
     line = parser("train.py", DESCRIPTION)
     line.add_argument(
         "--resume",
+        type=PATH,
         nargs="?",
         const="auto",
         metavar="CHECKPOINT",
@@ -65,11 +71,14 @@ def options() -> Any:
     line.add_argument("--amp", action="store_true", help="bfloat16 mixed precision")
     line.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the global batch")
     line.add_argument("--tensorboard", action="store_true", help="write events for TensorBoard, too")
-    line.add_argument("--seed", type=int, help="of everything random (default: the configuration's, else 0)")
+    line.add_argument(
+        "--seed",
+        type=argument(int, low=0, high=SEED),
+        help="of everything random (default: the configuration's, else 0)",
+    )
     line.add_argument(
         "--save-every",
-        type=int,
-        default=1000,
+        type=argument(int, low=0, high=1 << 31),
         metavar="N",
         help="also save in the middle of an epoch, every N iterations; 0: do not (default: 1000)",
     )
@@ -89,27 +98,33 @@ def train(argv: Sequence[str] | None = None) -> Result:
         UserError: A mistake in the options, the configuration, the data or a checkpoint.
     """
     args = parse(options(), argv)
-    cfg = load(args)
-    from detection.runner import build, progress
-    from revnets.mm import DriftHook, FiniteHook, MemoryReportHook, TrainingFlopsHook
+    with contextlib.ExitStack() as held:
+        return _train(load(args), args, held)
+
+
+def _train(cfg: Any, args: argparse.Namespace, held: contextlib.ExitStack) -> Result:
+    from detection.runner import Leftovers, build, first_step, progress, started
+    from revnets.mm import DriftHook, FiniteHook, MemoryReportHook, ResumeCheckHook, TrainingFlopsHook
     from revnets.mm.checkpoint import UnknownMetric
     from revnets.reversible import RangeError
     from revnets.training.finite import NonFinite
 
     folder = Path(cfg.work_dir)
-    resumed = _resume(cfg, args, folder)
+    resumed = _resume(cfg, args, folder, held)
     _adapt(cfg, args)
     checks.check_classes(cfg)
     checks.check_save_best(cfg)
     if not args.no_check and primary():
         checks.check_data(cfg, ["train", "val"])
     checkpoint = _read_checkpoint(cfg, resumed)
-    runner = build(cfg, args.verbose)
-    checks.check_neck(runner.model)
-    if checkpoint is not None:
-        checks.check_weights(runner.model, checkpoint, whole=resumed)
+    leftovers = Leftovers(folder)
+    with leftovers.removed():
+        runner = build(cfg, args.verbose, checked=not args.no_check)
+        checks.check_neck(runner.model)
+        if checkpoint is not None:
+            checks.check_weights(runner.model, checkpoint, whole=resumed)
     told, memory = progress(runner), MemoryReportHook()
-    for hook in (memory, FiniteHook(), DriftHook(), TrainingFlopsHook()):
+    for hook in (memory, FiniteHook(), DriftHook(), TrainingFlopsHook(), ResumeCheckHook()):
         if not any(isinstance(each, type(hook)) for each in runner.hooks):  # the configuration's has its own options
             runner.register_hook(hook)
     if runner.rank == 0:
@@ -118,24 +133,35 @@ def train(argv: Sequence[str] | None = None) -> Result:
         _announce(runner, cfg, resumed)
     with noise_kept_out(args.verbose):
         try:
-            runner.train()
+            with leftovers.removed(lambda: not started(runner)), first_step(runner, args.verbose):
+                runner.train()
         except (NonFinite, RangeError, UnknownMetric) as error:
             raise UserError(f"iteration {runner.iter}: {one_line(error)}.") from error
     return _finish(runner, cfg, args, told, memory.report)
 
 
-def _resume(cfg: Any, args: argparse.Namespace, folder: Path) -> bool:
-    """Sets what is to be loaded; says whether the run goes on from it."""
-    if args.resume == "auto":
-        connect(cfg)
-        last = of_first(lambda: checkpoints.newest_whole(folder))
+def _resume(cfg: Any, args: argparse.Namespace, folder: Path, held: contextlib.ExitStack) -> bool:
+    """Takes the folder, for the first process, and sets what is to be loaded; says whether the run goes on from it."""
+    again = cfg.get("resume") and not cfg.get("load_from") and not args.resume and not args.overwrite
+    auto, saved = args.resume == "auto" or again, _saved_in(cfg, folder)
+
+    def take() -> Path | None:
+        held.enter_context(FolderLock(folder, "give another --work-dir"))
+        if problem := obstacle(folder, checkpoints.writes):
+            raise UserError(
+                f"--work-dir: {problem}, where a run has files of its own; move it away or give another folder."
+            )
+        return checkpoints.newest_whole(folder, saved) if auto else checkpoints.newest(folder, saved)
+
+    connect(cfg)
+    last = of_first(take)
+    if auto:
         if last is None:
             _logger.info(f"--resume auto: no checkpoint in '{folder}', starting from the beginning")
-        else:
-            cfg.load_from, cfg.resume = str(last), True
+        cfg.load_from, cfg.resume = str(last) if last else cfg.get("load_from"), last is not None
         return last is not None
     own = args.resume and _lies_in(args.resume, folder)
-    if checkpoints.newest(folder) is not None and not args.overwrite and not own:
+    if last is not None and not args.overwrite and not own:
         raise UserError(
             f"--work-dir: '{folder}' already holds a run; add --resume to go on with it, --overwrite to start anew, "
             "or give another folder."
@@ -145,8 +171,14 @@ def _resume(cfg: Any, args: argparse.Namespace, folder: Path) -> bool:
     return bool(cfg.get("resume"))
 
 
+def _saved_in(cfg: Any, folder: Path) -> Path:
+    """Where the checkpoints are: as `CheckpointHook` has it, below `out_dir` where that is set."""
+    out = ((cfg.get("default_hooks") or {}).get("checkpoint") or {}).get("out_dir")
+    return Path(out) / folder.name if out and Path(out) != folder else folder
+
+
 def _lies_in(file: str, folder: Path) -> bool:
-    return Path(file).resolve().parent == folder.resolve()
+    return os.path.dirname(os.path.realpath(file)) == os.path.realpath(folder)
 
 
 def _adapt(cfg: Any, args: argparse.Namespace) -> None:
@@ -173,9 +205,15 @@ def _adapt(cfg: Any, args: argparse.Namespace) -> None:
     saving = hooks.get("checkpoint", {"type": "CheckpointHook", "interval": 1})
     elsewhere = saving and (saving.get("backend_args") or saving.get("file_client_args"))  # no local folder
     if saving and saving.get("type") == "CheckpointHook" and not elsewhere:
-        saving = {**saving, "type": "WholeCheckpointHook", "interim": args.save_every}
+        saving = {**saving, "type": "WholeCheckpointHook", "interim": SAVE_EVERY}
+        saving |= {} if args.save_every is None else {"interim": args.save_every}
         if not saving.get("save_best") and _measures_boxes(cfg):
             saving["save_best"] = "coco/bbox_mAP"
+    elif args.save_every:
+        raise UserError(
+            "--save-every: it has no effect, the configuration's default_hooks.checkpoint is no CheckpointHook that "
+            "saves to a local folder; leave it out."
+        )
     cfg.default_hooks = {**hooks, "checkpoint": saving}
 
 
@@ -183,7 +221,7 @@ def _measures_boxes(cfg: Any) -> bool:
     evaluators = cfg.get("val_evaluator") or []
     for each in evaluators if isinstance(evaluators, list) else [evaluators]:
         metrics = each.get("metric", "bbox")
-        if each.get("type") == "CocoMetric" and "bbox" in ([metrics] if isinstance(metrics, str) else metrics):
+        if each.get("type") in checks.METRICS and "bbox" in ([metrics] if isinstance(metrics, str) else metrics):
             return True
     return False
 

@@ -10,6 +10,7 @@ from .engines import ENGINES, Engine, deploy, load
 from .graph import ExportError, export_graph
 from .lower import Layer, lower
 from .quantize import accuracy, quantize
+from .seal import Untrusted
 
 __all__ = [
     "ENGINES",
@@ -18,6 +19,7 @@ __all__ = [
     "KernelUnavailable",
     "Layer",
     "Measurement",
+    "Untrusted",
     "accuracy",
     "compare",
     "compare_layers",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.build import kernel_problem
+from ..models.named import build_model, check_model
 from ..profiling.command import track
 from ..profiling.report import write
 from ..pruning import prune
-from ..pruning.command import Source, calibration_batches, check_known, load_model
+from ..pruning.command import Source, calibration_batches, load_model
 from ..sparsity.masks import check_sparsity
+from ..training.places import check_exists, check_folder
+from ..training.values import COUNT, THREADS, check_choice, check_once, refused
 from .compare import COMPILED, EAGER, EXPLOITS, Measurement, compare, compare_layers, machine, speedups
-from .engines import ENGINES, Deployed, deploy, get_engine, load, open_folder
+from .engines import ENGINES, Deployed, check_limits, deploy, get_engine, load, open_folder
 from .graph import ExportError
-from .quantize import Quantized, accuracy, quantize
+from .quantize import CALIBRATIONS, Quantized, accuracy, quantize
 
 
 @dataclass(frozen=True)
@@ -50,9 +56,17 @@ def run(source: Source, request: Request, with_data: bool) -> None:
         ValueError: one sentence, before long work where that can be.
     """
     _check(source, request, with_data)
+    with _no_trace_of_failure(source.output):
+        _make(source, request)
+
+
+def _make(source: Source, request: Request) -> None:
     model, trained = load_model(source)
     model.eval()
-    x = _example(model, source, trained, request.batch_size or 1)
+    with refused(f"{source.model} cannot run", ExportError):
+        x = _example(model, source, trained, request.batch_size or 1)
+        with torch.no_grad():
+            model(x)
     options: dict[str, Any] = {
         "name": source.model.replace(":", "-").replace("/", "-"),
         "any_batch": request.batch_size is None,
@@ -80,15 +94,46 @@ def run(source: Source, request: Request, with_data: bool) -> None:
 
 
 def _check(source: Source, request: Request, with_data: bool) -> None:
-    """What can be refused at once."""
+    """What can be refused at once.
+
+    Raises:
+        ValueError: for it.
+    """
     if request.engine != "auto":
         get_engine(request.engine)
     if (request.int8 or request.eval_split) and not with_data:
         raise ExportError("--int8 and --eval-split need images: give --data, a folder or .tar file of class folders")
     if request.int8 and request.engine not in ("auto", "onnxruntime", "openvino"):
         raise ExportError(f"engine {request.engine!r} runs no INT8: expected onnxruntime or openvino with --int8")
-    if not request.tolerance > 0:
-        raise ExportError(f"tolerance={request.tolerance}: expected a number above 0, such as 1e-3")
+    check_choice("calibration", request.calibration, CALIBRATIONS)
+    check_limits(request.tolerance, request.max_density)
+    COUNT.check("images", request.images)
+    if request.batch_size is not None:
+        COUNT.check("batch_size", request.batch_size)
+    check_folder(source.output)
+    if with_data:
+        check_exists(source.data, "folder or .tar file", "--data")
+        for option, split, used in (
+            ("--split", source.split, request.int8),
+            ("--eval-split", request.eval_split, True),
+        ):
+            if used and split and not os.path.exists(source.data / split):
+                raise ExportError(
+                    f"{option}: there is no {split!r} in {str(source.data)!r}: give a folder or .tar file"
+                )
+
+
+@contextmanager
+def _no_trace_of_failure(folder: Path) -> Iterator[None]:
+    """Takes away the empty folders that were made on the way to an error."""
+    missing = list(takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
+    try:
+        yield
+    except BaseException:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def _example(model: nn.Module, source: Source, trained: Any, batch_size: int) -> Tensor:
@@ -188,9 +233,15 @@ def bench(request: BenchRequest) -> None:
     for engine in request.engines:
         if engine not in (EAGER, COMPILED):
             get_engine(engine)
+    check_once("models", request.models)
     for name in request.models:
-        check_known(name)
-    folder = None if request.output is None else open_folder(request.output)
+        check_model(name)
+    for number in request.threads:
+        THREADS.check("threads", number)
+    if not (request.models and request.sparsities and request.threads):
+        raise ExportError("there is nothing to measure: give a model, a sparsity and a number of threads at least")
+    if request.output is not None:
+        check_folder(request.output)
     found: list[Measurement] = []
     for name in request.models:
         networks, x = _networks(name, request)
@@ -203,7 +254,8 @@ def bench(request: BenchRequest) -> None:
     for title, rows in (("Whole networks, float32", found), ("1x1 convolutions, float32", layers)):
         if rows:
             print_measurements(title, rows)
-    if folder is not None:
+    if request.output is not None:
+        folder = open_folder(request.output)
         _say("wrote " + ", ".join(str(path) for path in _save(folder, found, layers)))
 
 
@@ -216,10 +268,13 @@ def _networks(name: str, request: BenchRequest) -> tuple[dict[float, nn.Module],
     import timm
 
     torch.manual_seed(0)
-    model = timm.create_model(name).eval()
+    model = build_model(name).eval()
     channels, *published = timm.get_pretrained_cfg(name).input_size
     sides = [request.img_size] * 2 if request.img_size else published
-    x = torch.randn(request.batch_size, channels, *sides)
+    with refused(f"{name} @{sides[0]} batch {request.batch_size} cannot run", ExportError):
+        x = torch.randn(request.batch_size, channels, *sides)
+        with torch.no_grad():
+            model(x)  # what it refuses is known before it is pruned and exported
     pruned = {
         s: prune(model, x, s, method="magnitude", recalibrate=False, images=len(x)).model.eval() if s else model
         for s in request.sparsities

@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from ..kernels.build import Geometry, kernel_problem, kernel_target, load_kernel
 from ..kernels.calls import ConvCall
 from ..kernels.compressed import compress
-from .engines import ENGINES, Runner, get_engine, module_runner, sparse_graph, torch_threads, verify
+from .engines import ENGINES, get_engine, sparse_graph, verify
 from .graph import export_graph
+from .runners import Runner, module_runner, torch_threads
+from .seal import read
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 EAGER, COMPILED = "torch eager", "torch compiled"
@@ -138,7 +140,7 @@ class _Files:
                 with torch_threads(threads):
                     graph, _ = sparse_graph(graph, self._x, None)
             one.write(graph, self._x, False, path)
-        return one.open(path, threads)
+        return one.open(read(path, trust=True), threads)
 
 
 def _eager(model: nn.Module, x: Tensor, threads: int) -> Runner:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,11 +17,20 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..kernels.build import kernel_problem
-from .bind import bind
-from .graph import INPUT_NAME, OUTPUT_NAME, ExportError, export_graph, export_program, flat, worst_error
+from ..training.values import COUNT
+from .graph import (
+    INPUT_NAME,
+    OUTPUT_NAME,
+    ExportError,
+    check_limits,
+    export_graph,
+    export_program,
+    flat,
+    worst_error,
+)
 from .lower import Layer, interleaved, lower
-
-Runner = Callable[[Tensor], list[Tensor]]
+from .runners import Runner, open_onnxruntime, open_openvino, open_torch
+from .seal import Content, Untrusted, read, seal
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class Engine:
         packages: that have to be installed.
         suffix: of its file; empty where it writes none.
         write: the graph to a path with that suffix.
-        open: the file, and the number of threads (None: torch's own), as a function of images.
+        open: a file's content, and the number of threads (None: torch's own), as a function of images.
     """
 
     name: str
@@ -43,7 +51,7 @@ class Engine:
     packages: tuple[str, ...]
     suffix: str
     write: Callable[[fx.GraphModule, Tensor, bool, Path], None]
-    open: Callable[[Path, int | None], Runner]
+    open: Callable[[Content, int | None], Runner]
 
     def missing(self) -> list[str]:
         """Packages that are not installed."""
@@ -82,41 +90,6 @@ def _write_torch(graph: fx.GraphModule, x: Tensor, any_batch: bool, path: Path) 
     torch.export.save(export_program(graph, x, any_batch), path)
 
 
-def _open_torch(path: Path, threads: int | None) -> Runner:
-    try:
-        module: Any = torch.export.load(path).module()
-    except Exception as error:  # of zip files, of schemas, of unpickling
-        raise ExportError(f"{str(path)!r} is no program of torch.export: {str(error).splitlines()[0]}") from error
-    if kernel_problem() is None:
-        bind(module)
-    return module_runner(module, threads)
-
-
-def module_runner(module: Callable[[Tensor], Any], threads: int | None) -> Runner:
-    """A module as a runner with its number of threads."""
-
-    @torch.no_grad()
-    def run(x: Tensor) -> list[Tensor]:
-        with torch_threads(threads):
-            return flat(module(x))
-
-    return run
-
-
-@contextlib.contextmanager
-def torch_threads(number: int | None) -> Iterator[None]:
-    """Within this context torch has so many threads; None: as many as before."""
-    before = torch.get_num_threads()
-    if number is None or number == before:
-        yield
-        return
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 # --- ONNX ------------------------------------------------------------------------------------------------------------
 
 
@@ -141,20 +114,6 @@ def write_onnx(graph: fx.GraphModule, x: Tensor, any_batch: bool, path: Path) ->
         logger.setLevel(level)
 
 
-def _open_onnxruntime(path: Path, threads: int | None) -> Runner:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.log_severity_level = 3
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions have no common class
-        raise ExportError(f"ONNX Runtime cannot open {str(path)!r}: {str(error).splitlines()[0]}") from error
-    name = session.get_inputs()[0].name
-    return lambda x: [torch.from_numpy(value) for value in session.run(None, {name: x.numpy()})]
-
-
 def _write_openvino(graph: fx.GraphModule, x: Tensor, any_batch: bool, path: Path) -> None:
     import openvino
 
@@ -162,32 +121,6 @@ def _write_openvino(graph: fx.GraphModule, x: Tensor, any_batch: bool, path: Pat
         onnx = Path(folder) / "model.onnx"
         write_onnx(graph, x, any_batch, onnx)
         openvino.save_model(openvino.convert_model(str(onnx)), str(path), compress_to_fp16=False)
-
-
-def _open_openvino(path: Path, threads: int | None) -> Runner:
-    import openvino
-
-    settings = {
-        "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16 where the machine has it
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    core = openvino.Core()
-    try:
-        model = core.read_model(str(path))
-    except RuntimeError as error:
-        raise ExportError(f"OpenVINO cannot open {str(path)!r}: {str(error).splitlines()[0]}") from error
-    compiled: dict[tuple[int, ...], Any] = {}
-
-    def run(x: Tensor) -> list[Tensor]:
-        shape = tuple(x.shape)
-        if shape not in compiled:  # for fixed shapes it plans better
-            model.reshape(list(shape))
-            compiled[shape] = core.compile_model(model, "CPU", settings).create_infer_request()
-        found = compiled[shape].infer({0: x.numpy()})
-        return [torch.from_numpy(found[port].copy()) for port in compiled[shape].model_outputs]
-
-    return run
 
 
 # --- ours ------------------------------------------------------------------------------------------------------------
@@ -200,14 +133,14 @@ def _write_sparse(graph: fx.GraphModule, x: Tensor, any_batch: bool, path: Path)
 ENGINES: Mapping[str, Engine] = {
     engine.name: engine
     for engine in (
-        Engine("torch", "none: zeros are multiplied", (), ".pt2", _write_torch, _open_torch),
+        Engine("torch", "none: zeros are multiplied", (), ".pt2", _write_torch, open_torch),
         Engine(
             "onnxruntime",
             "none in float32",
             ("onnx", "onnxscript", "onnxruntime"),
             ".onnx",
             write_onnx,
-            _open_onnxruntime,
+            open_onnxruntime,
         ),
         Engine(
             "openvino",
@@ -215,9 +148,9 @@ ENGINES: Mapping[str, Engine] = {
             ("onnx", "onnxscript", "openvino"),
             ".xml",
             _write_openvino,
-            _open_openvino,
+            open_openvino,
         ),
-        Engine("sparse", "any zeros of convolutions and linear layers", (), ".pt2", _write_sparse, _open_torch),
+        Engine("sparse", "any zeros of convolutions and linear layers", (), ".pt2", _write_sparse, open_torch),
     )
 }
 
@@ -266,8 +199,8 @@ def deploy(
         repeats: timed runs per engine for ``"auto"``.
 
     Raises:
-        ExportError: for an unknown engine or one that is not installed, a model that cannot be exported, outputs that
-            differ, a folder that cannot be written.
+        ExportError: for numbers that cannot be, an unknown engine or one that is not installed, a model that cannot be
+            exported, outputs that differ, a folder that cannot be written.
 
     Example:
         >>> import tempfile
@@ -278,6 +211,12 @@ def deploy(
         ...     torch.allclose(load(made.path)(x)[0], net(x), atol=1e-6)
         True
     """
+    check_limits(tolerance, max_density)
+    COUNT.check("repeats", repeats)
+    if not name or name != Path(name).name:
+        raise ExportError(f"name={name!r}: expected the name of a file, without a folder")
+    if not isinstance(x, Tensor) or not x.numel():
+        raise ExportError(f"x={type(x).__name__}: expected a tensor of images (N, C, H, W)")
     folder = open_folder(Path(folder))
     chosen = [e for e in ENGINES.values() if not e.missing()] if engine == "auto" else [get_engine(engine)]
     graph = export_graph(model, x, any_batch)
@@ -285,7 +224,7 @@ def deploy(
         made, runners = {}, {}
         for one in chosen:
             path, layers = _write(one, graph, x, any_batch, max_density, Path(temporary) / one.name, name)
-            runners[one.name] = one.open(path, None)
+            runners[one.name] = open_own(one, path, None)
             made[one.name] = (path, layers, verify(runners[one.name], model, x, tolerance, one.name))
         seconds = {}
         if len(chosen) > 1:
@@ -313,6 +252,7 @@ def _write(
     if engine.name == "sparse":
         graph, layers = sparse_graph(graph, x, max_density)
     engine.write(graph, x, any_batch, path)
+    seal(path)
     return path, layers
 
 
@@ -349,16 +289,25 @@ def verify(run: Runner, model: nn.Module, x: Tensor, tolerance: float, what: str
     return error
 
 
-def load(path: str | Path, engine: str | None = None, threads: int | None = None) -> Runner:
+def load(path: str | Path, engine: str | None = None, threads: int | None = None, trust: bool = False) -> Runner:
     """A deployed file as a function of float32 images ``(N, C, H, W)`` that gives a list of outputs.
+
+    Only what ``deploy`` or ``quantize`` wrote is opened, if it is as they wrote it (a SHA-256 at its end says so) and
+    holds nothing that could run code or name other files. Other files, such as those of releases that wrote no
+    SHA-256, need ``trust=True``: torch and the other engines may then run code that is in them.
 
     Args:
         path: ``.pt2``, ``.onnx`` or ``.xml``.
         engine: for ``.onnx`` files ``"openvino"`` instead of ONNX Runtime; by default what the suffix says.
         threads: None: as many as torch uses.
+        trust: open the file unchecked; only for files of people whose programs you would run, too.
+
+    Returns:
+        The function; it may be called from several threads at once.
 
     Raises:
         ExportError: for a file that is missing, or that the engine cannot open.
+        Untrusted: an ``ExportError``, for one that needs ``trust=True``.
     """
     path = Path(path)
     if not path.is_file():
@@ -366,7 +315,16 @@ def load(path: str | Path, engine: str | None = None, threads: int | None = None
     by_suffix = {".pt2": "torch", ".onnx": "onnxruntime", ".xml": "openvino"}
     if engine is None and path.suffix not in by_suffix:
         raise ExportError(f"{str(path)!r}: expected a name that ends in {', '.join(by_suffix)}")
-    return get_engine(engine or by_suffix[path.suffix]).open(path, threads)
+    return get_engine(engine or by_suffix[path.suffix]).open(read(path, trust), threads)
+
+
+def open_own(engine: Engine, path: Path, threads: int | None) -> Runner:
+    """A file that was just written, opened as ``load`` will; with a warning where that will need ``trust=True``."""
+    try:
+        return engine.open(read(path), threads)
+    except Untrusted as error:
+        warnings.warn(f"the file will need load(..., trust=True): {error}", stacklevel=2)
+        return engine.open(read(path, trust=True), threads)
 
 
 def open_folder(path: Path) -> Path:

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..layers.fold import fold
+from ..training.values import POSITIVE, SHARE
 
 ATEN = torch.ops.aten
 INPUT_NAME, OUTPUT_NAME = "image", "output"
@@ -18,6 +19,20 @@ INPUT_NAME, OUTPUT_NAME = "image", "output"
 
 class ExportError(ValueError):
     """A model that cannot be exported, or whose exported form computes something else."""
+
+
+def check_limits(tolerance: float, max_density: float | None) -> None:
+    """Make sure that the limits of ``deploy`` are numbers that can be.
+
+    Raises:
+        ExportError: they are not.
+    """
+    try:
+        POSITIVE.check("tolerance", tolerance)
+        if max_density is not None:
+            SHARE.check("max_density", max_density)
+    except ValueError as error:
+        raise ExportError(str(error)) from None
 
 
 def export_graph(model: nn.Module, x: Tensor, any_batch: bool = True) -> fx.GraphModule:

@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .engines import Runner, get_engine, load, open_folder, write_onnx
+from ..training.values import COUNT, POSITIVE
+from .engines import get_engine, load, open_folder, write_onnx
 from .graph import INPUT_NAME, ExportError, export_graph
+from .runners import Runner
+from .seal import seal
 
 CALIBRATIONS = ("minmax", "entropy", "percentile")
 _IMAGES_AT_ONCE = 8  # all activations of a step are kept
@@ -69,6 +72,8 @@ def quantize(
     """
     if calibration not in CALIBRATIONS:
         raise ExportError(f"calibration={calibration!r}: expected one of {', '.join(CALIBRATIONS)}")
+    COUNT.check("images", images)
+    POSITIVE.check("max_error", max_error)
     get_engine("onnxruntime")
     batches = list(_checked(data, images))
     folder = open_folder(Path(folder))
@@ -84,6 +89,7 @@ def quantize(
             batches if any_batch else [image for batch in batches for image in batch.split(1)],
             calibration,
         )
+        seal(small)
         weights, zeros = _count_weights(plain, small)
         error, agreement = _compared(load(small), batches, expected, any_batch)
         if not error <= max_error:

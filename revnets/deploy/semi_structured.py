@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..training.values import COUNT, refused
 from .compare import Measurement
 from .graph import ExportError
 
@@ -81,12 +82,15 @@ def compare_semi_structured(
     Raises:
         ExportError: where there is no CUDA device.
     """
+    for name, number in (*(("widths", width) for width in widths), ("rows", rows), ("repeats", repeats)):
+        COUNT.check(name, number)
     if not torch.cuda.is_available():
         raise ExportError("2:4 sparsity is measured on a CUDA device, and there is none here")
     found = []
     for width in widths:
-        x = torch.randn(rows, width, device="cuda", dtype=dtype)
-        dense = nn.Linear(width, width, device="cuda", dtype=dtype)
+        with refused(f"{width} -> {width}, {rows} rows cannot be measured", ExportError):
+            x = torch.randn(rows, width, device="cuda", dtype=dtype)
+            dense = nn.Linear(width, width, device="cuda", dtype=dtype)
         dense.weight.copy_(two_to_four(dense.weight))
         sparse = nn.Linear(width, width, device="cuda", dtype=dtype)
         sparse.load_state_dict(dense.state_dict())

@@ -5,18 +5,20 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shlex
 import shutil
-import subprocess
 import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
+from .cache import CACHE_VARIABLE as CACHE_VARIABLE
+from .cache import folders, open_kept, seal
+from .compiler import CompilerHangs, KernelUnavailable, compile_library, try_compiler, try_room, turn
 
 SOURCE = Path(__file__).with_name("sparse_conv.cpp")
 HEADERS = [
@@ -25,7 +27,6 @@ HEADERS = [
 ]
 COMPILER_VARIABLE = "REVNETS_CXX"
 FLAGS_VARIABLE = "REVNETS_CXXFLAGS"
-CACHE_VARIABLE = "REVNETS_CACHE"
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "hardsigmoid", "silu", "sigmoid")
 
 _OPTIONS = ["-O3", "-std=c++17", "-fPIC", "-ffp-contract=fast"]
@@ -40,8 +41,11 @@ _ATTEMPTS: list[tuple[list[str], list[str]]] = [
 ]
 
 
-class KernelUnavailable(RuntimeError):
-    """The kernel cannot be built here; the message says why."""
+_log = logging.getLogger(__name__)
+
+
+class _NoCompiler(KernelUnavailable):
+    """There is none; a kernel that is compiled already will do."""
 
 
 class CallStruct(ctypes.Structure):
@@ -67,26 +71,39 @@ class GradStruct(ctypes.Structure):
 
 @functools.cache
 def load_kernel() -> ctypes.CDLL:
-    """The compiled kernel; the first call on a machine compiles it, in seconds, into ``cache_folder()``.
+    """The compiled kernel; the first call on a machine compiles it, in seconds, and keeps it (see ``cache.folders``).
 
     The environment variable ``REVNETS_CXX`` names the compiler (``none``: do without), ``REVNETS_CXXFLAGS`` more flags
-    to compile and to link with (after the library's own, so that they win), ``REVNETS_CACHE`` the folder.
+    to compile and to link with (after the library's own, so that they win), ``REVNETS_CACHE`` the folder. A kernel that
+    is there is used where there is no compiler, too, and where the folder is read-only.
 
     Raises:
-        KernelUnavailable: where there is no compiler, or none that can compile it.
+        KernelUnavailable: where there is no compiler, or none that can compile it, and no compiled kernel.
     """
-    compiler = _compiler()
-    source = b"".join(path.read_bytes() for path in (SOURCE, *HEADERS))
-    build = [*compiler, *_OPTIONS, *_more_flags(), str(_ATTEMPTS), _machine()]
-    key = hashlib.sha256(source + "\n".join(build).encode())
-    name = f"sparse_conv-{key.hexdigest()[:16]}.so"
-    folder = cache_folder()
-    path = folder / name
-    if not path.exists():
-        with FileLock(folder / f"{name}.lock"):  # several processes: one compiles, the others wait
-            if not path.exists():
-                _build(compiler, path)
-    return _checked(path)
+    compiler, missing = None, None
+    try:
+        compiler = _compiler()
+    except _NoCompiler as error:
+        missing = error
+    key = _key()
+    problems: list[str] = []
+    for folder in folders(problems):
+        try:
+            library = _kept(folder, key, compiler)
+            if library is None and compiler is not None:
+                library = _built(folder, key, compiler)
+            if library is None and os.access(folder, os.W_OK):
+                break  # the next folder is for what cannot be written to this one
+        except OSError as error:  # a folder that is read-only or full: perhaps the next one
+            problems.append(str(error))
+            continue
+        if library is not None:
+            if problems:
+                _log.warning("the compiled kernel is in %s: %s", folder, "; ".join(problems))
+            return library
+    if missing is not None:
+        raise missing
+    raise KernelUnavailable(f"there is no folder for the compiled kernel: {'; '.join(problems)}")
 
 
 @functools.cache
@@ -113,36 +130,45 @@ def warn_of_dense_path() -> None:
         )
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: ``$REVNETS_CACHE``, or ``revnets`` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get(CACHE_VARIABLE) or Path(base) / "revnets")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError:  # read-only home: keep it for this boot
-        folder = Path(tempfile.gettempdir()) / f"revnets-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        if folder.stat().st_uid != os.getuid():
-            raise KernelUnavailable(f"{folder} belongs to somebody else: set {CACHE_VARIABLE} to a folder") from None
-        return folder
+# --- what it is compiled by and from ---------------------------------------------------------------------------------
+
+
+def _wanted() -> tuple[str, str]:
+    """The compiler that the user names, and the variable in which; both empty where none is named."""
+    for variable in (COMPILER_VARIABLE, "CXX"):
+        if os.environ.get(variable, "").strip():
+            return os.environ[variable].strip(), variable
+    return "", ""
 
 
 def _compiler() -> list[str]:
-    wanted = os.environ.get(COMPILER_VARIABLE) or os.environ.get("CXX")
+    wanted, variable = _wanted()
     if wanted == "none":
-        raise KernelUnavailable(f"{COMPILER_VARIABLE}=none")
-    candidates = [shlex.split(wanted)] if wanted else [["g++"], ["clang++"], ["c++"]]
+        raise KernelUnavailable(f"{variable}=none")
+    candidates = [_split(wanted, variable, _NoCompiler)] if wanted else [["g++"], ["clang++"], ["c++"]]
     for candidate in candidates:
-        if shutil.which(candidate[0]):
+        if candidate and shutil.which(candidate[0]):
             return candidate
-    names = ", ".join(candidate[0] for candidate in candidates)
-    raise KernelUnavailable(f"no C++ compiler found ({names}): install one, or name it in {COMPILER_VARIABLE}")
+    names = ", ".join(candidate[0] for candidate in candidates if candidate)
+    raise _NoCompiler(f"no C++ compiler found ({names}): install one, or name it in {COMPILER_VARIABLE}")
 
 
 def _more_flags() -> list[str]:
-    return shlex.split(os.environ.get(FLAGS_VARIABLE, ""))
+    return _split(os.environ.get(FLAGS_VARIABLE, ""), FLAGS_VARIABLE, KernelUnavailable)
+
+
+def _split(words: str, variable: str, problem: type[KernelUnavailable]) -> list[str]:
+    try:
+        return shlex.split(words)
+    except ValueError as error:
+        raise problem(f"{variable}={words!r} cannot be read ({error}): quote it as in a shell") from error
+
+
+def _key() -> str:
+    """What a kernel is compiled from and for. The compiler is no part: it is not known where there is none."""
+    source = b"".join(path.read_bytes() for path in (SOURCE, *HEADERS))
+    build = [*_OPTIONS, *_more_flags(), str(_ATTEMPTS), _machine()]
+    return hashlib.sha256(source + os.fsencode("\n".join(build))).hexdigest()
 
 
 def _machine() -> str:
@@ -155,39 +181,101 @@ def _machine() -> str:
     return f"{platform.machine()} {platform.processor()} {flags} {platform.libc_ver()}"
 
 
-def _build(compiler: Sequence[str], path: Path) -> None:
+# --- kept ------------------------------------------------------------------------------------------------------------
+
+
+def _name(key: str, compiler: Sequence[str]) -> str:
+    by = hashlib.sha256(os.fsencode("\n".join(compiler))).hexdigest()
+    return f"sparse_conv-{key[:16]}-{by[:8]}.so"
+
+
+def _kept(folder: Path, key: str, compiler: Sequence[str] | None) -> ctypes.CDLL | None:
+    """The kernel in a folder: of this compiler, or of any where there is none or none is named."""
+    paths = [] if compiler is None else [folder / _name(key, compiler)]
+    if compiler is None or not _wanted()[0]:
+        paths += sorted(set(folder.glob(f"sparse_conv-{key[:16]}-*.so")) - set(paths))
+    for path in paths:
+        try:
+            return _opened(path, key)
+        except FileNotFoundError:
+            pass
+        except (OSError, KernelUnavailable) as error:
+            _log.warning("a kernel is %s: %s", "not used" if compiler is None else "compiled again", error)
+    return None
+
+
+def _opened(path: Path, key: str) -> ctypes.CDLL:
+    """The library of a file, which is checked and loaded by one descriptor: nobody can exchange it in between.
+
+    The descriptor stays open. The loader knows a library by the name by which it was loaded, so that the number must
+    not come to mean another file.
+    """
+    handle = open_kept(path, key)
+    name = Path(f"/proc/self/fd/{handle}")
+    return _checked(name if name.exists() else path)  # without /proc by name: others cannot write the folder
+
+
+# --- made ------------------------------------------------------------------------------------------------------------
+
+
+def _built(folder: Path, key: str, compiler: Sequence[str]) -> ctypes.CDLL:
+    """Compiled; of several processes one compiles, the others wait.
+
+    Raises:
+        KernelUnavailable: by this compiler it cannot be.
+        OSError: there is no room in the folder, or it is read-only.
+    """
+    path = folder / _name(key, compiler)
+    with turn(path.with_name(f"{path.name}.lock")) as waited:
+        kept = _kept(folder, key, compiler) if waited else None
+        return kept or _build(compiler, path, key)
+
+
+def _build(compiler: Sequence[str], path: Path, key: str) -> ctypes.CDLL:
     """Compile into a folder of its own, try it, move it."""
     problem = ""
-    for flags, link_flags in _ATTEMPTS:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
-            part, whole = f"{folder}/kernel.o", Path(folder) / "kernel.so"
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        try_room(folder / "room")
+        try:
+            try_compiler(compiler, folder, _OPTIONS, _more_flags())
+        except KernelUnavailable as error:
+            raise KernelUnavailable(f"{shlex.join(compiler)} cannot compile: {error}") from error
+        for number, (flags, link_flags) in enumerate(_ATTEMPTS):
+            whole, sealed = folder / f"kernel-{number}.so", folder / f"sealed-{number}.so"
             try:
-                _run([*compiler, *_OPTIONS, *flags, *_more_flags(), "-c", str(SOURCE), "-o", part])
-                _run([*compiler, "-shared", part, "-o", str(whole), *link_flags, *_more_flags()])
-                _checked(whole)
-                whole.replace(path)
-                return
+                compile_library(
+                    compiler, SOURCE, whole, [*_OPTIONS, *flags, *_more_flags()], [*link_flags, *_more_flags()]
+                )
+                seal(whole, sealed, key)
+                library = _opened(sealed, key)
+            except CompilerHangs:
+                raise
             except KernelUnavailable as error:
                 problem = problem or str(error)
+                continue
+            try:
+                sealed.replace(path)
+            except OSError as error:
+                _log.warning("the compiled kernel is used, but not kept: %s", error)
+            return library
     raise KernelUnavailable(f"{shlex.join(compiler)} cannot compile {SOURCE.name}: {problem}")
-
-
-def _run(command: Sequence[str]) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise KernelUnavailable(str(error)) from error
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise KernelUnavailable(next((line for line in lines if "error" in line), lines[0]))
 
 
 def _checked(path: Path) -> ctypes.CDLL:
     """The library, once it is known to load and to agree about the layout of a call."""
     try:
         library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise KernelUnavailable(str(error)) from error
+        _declare(library)
+    except (OSError, AttributeError) as error:  # AttributeError: a library without these functions
+        raise KernelUnavailable(f"{path} is not the library of {SOURCE.name}: {error}") from error
+    sizes = library.revnets_call_size(), library.revnets_grad_call_size()
+    if sizes != (ctypes.sizeof(CallStruct), ctypes.sizeof(GradStruct)):
+        raise KernelUnavailable(f"{path} was compiled from another version of {SOURCE.name}: delete it")
+    return library
+
+
+def _declare(library: ctypes.CDLL) -> None:
     library.revnets_target.restype = ctypes.c_char_p
     library.revnets_call_size.restype = ctypes.c_int64
     library.revnets_fits.argtypes = [*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3]
@@ -199,10 +287,9 @@ def _checked(path: Path) -> ctypes.CDLL:
     library.revnets_transpose.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 2, ctypes.c_void_p, ctypes.c_int64]
     library.revnets_transpose.restype = None
     library.revnets_grad_call_size.restype = ctypes.c_int64
-    sizes = library.revnets_call_size(), library.revnets_grad_call_size()
-    if sizes != (ctypes.sizeof(CallStruct), ctypes.sizeof(GradStruct)):
-        raise KernelUnavailable(f"{path} was compiled from another version of {SOURCE.name}: delete it")
-    return library
+
+
+# --- what it is told -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from .build import ACTIVATIONS, CallStruct, Geometry, load_kernel
+from .operands import call, pointing, readable
 from .plan import Part, Plan, Shape, Step
 
 CONVOLUTION, DEPTHWISE, MEAN, SCALE, MAP, COPY, UPSAMPLE, MAX_POOL = range(8)  # ``Kind`` of call.h
 _WEIGHTS_PER_LINE = 24  # of a chunk: fewer, and the sums between two chunks cost more than they save
 _CHUNKS = (128, 256)  # inputs whose pixels fill the first cache, and the most that do no harm
+_MOST = 2**15  # pixels of a kernel, stride, padding or dilation: more would fill the memory with padded lines
 
 
 class _Layer:
@@ -36,10 +38,11 @@ class _Layer:
         return plans[len(given)](*given)[0]
 
 
-def _struct(kind: int, shape: Shape, out: Shape, **numbers: int) -> CallStruct:
+def _struct(kind: int, shape: Shape, out: Shape, weights: Sequence[Tensor | None] = (), **numbers: int) -> CallStruct:
+    """Weights are the struct's pointers from the first on."""
     n, channels, height, width = shape
     sizes = {"n": n, "c_in": channels, "h": height, "w": width, "c_out": out[1], "h_out": out[2], "w_out": out[3]}
-    return CallStruct(kind=kind, **sizes, **numbers)
+    return pointing(CallStruct, weights, kind=kind, **sizes, **numbers)
 
 
 class ConvCall(_Layer):
@@ -67,7 +70,7 @@ class ConvCall(_Layer):
         activation: str = "none",
     ) -> None:
         self.geometry, self.kind = geometry, DEPTHWISE
-        _check_weights(geometry, values, columns, rows, bias)
+        values, columns, rows, bias = _check_weights(geometry, values, columns, rows, bias)
         self._chunk = 1
         if columns is not None and rows is not None:
             self.kind = CONVOLUTION
@@ -75,8 +78,8 @@ class ConvCall(_Layer):
             self._chunk = chunk_size(inputs, len(values) / max(inputs * geometry.out_channels, 1))
             if self._chunk < inputs:
                 values, columns, rows = in_chunks(values, columns, rows, self._chunk, -(-inputs // self._chunk))
-        self._kept = [None if t is None else t.detach().contiguous() for t in (values, columns, rows, bias)]
-        self._activation = ACTIVATIONS.index(activation)
+        self._kept = (None, values, columns, rows, bias)  # the first is for the input
+        self._activation = _activation(activation)
 
     def parts(self, shapes: Sequence[Shape]) -> tuple[list[Part], Shape]:
         """See ``Call``; the residual, of the output's shape, is a second operand."""
@@ -88,40 +91,60 @@ class ConvCall(_Layer):
             raise ValueError(f"residual of shape {tuple(shapes[1])}: expected {out}, that of the output")
         names = ("kh", "kw", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w", "groups")
         numbers = zip(names, (*g.kernel_size, *g.stride, *g.padding, *g.dilation, g.groups), strict=True)
-        struct = _struct(self.kind, shapes[0], out, activation=self._activation, chunk=self._chunk, **dict(numbers))
-        for name, kept in zip(("values", "columns", "rows", "bias"), self._kept, strict=True):
-            setattr(struct, name, 0 if kept is None else kept.data_ptr())
+        more = {"activation": self._activation, "chunk": self._chunk, **dict(numbers)}
+        struct = _struct(self.kind, shapes[0], out, self._kept, **more)
         return [Part(struct, _x_and_residual(shapes))], out
+
+
+def _activation(name: str) -> int:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {name!r}: expected one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS.index(name)
+
+
+def check_geometry(g: Geometry) -> None:
+    """Numbers that the kernel's loops rely on.
+
+    Raises:
+        ValueError: for others.
+    """
+    for name in ("kernel_size", "stride", "padding", "dilation"):
+        least, numbers = int(name != "padding"), getattr(g, name)
+        if not all(least <= number <= _MOST for number in numbers):
+            raise ValueError(f"{name} of {numbers}: expected numbers from {least} to {_MOST}")
+    if min(g.in_channels, g.out_channels) < 0 or g.groups < 1 or g.in_channels % g.groups or g.out_channels % g.groups:
+        raise ValueError(
+            f"{g.groups} groups of {g.in_channels} inputs and {g.out_channels} outputs: expected whole ones"
+        )
 
 
 def _check_weights(
     g: Geometry, values: Tensor, columns: Tensor | None, rows: Tensor | None, bias: Tensor | None
-) -> None:
-    """What the kernel relies on when it runs: else it would read elsewhere."""
-    if g.in_channels % g.groups or g.out_channels % g.groups:
-        raise ValueError(
-            f"{g.groups} groups of {g.in_channels} inputs and {g.out_channels} outputs: expected whole ones"
-        )
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The weights as the kernel reads them, and only if it will not read elsewhere by them.
+
+    What is returned has been checked: whoever made contiguous ones later would not know what those hold.
+    """
+    check_geometry(g)
     inputs = g.in_channels // g.groups * math.prod(g.kernel_size)
-    expected = {"values": torch.float32, "columns": torch.int16, "rows": torch.int32, "bias": torch.float32}
-    lengths = {"values": inputs * g.out_channels, "bias": g.out_channels}
-    if columns is not None and rows is not None:
-        lengths = {"columns": len(values), "rows": g.out_channels + 1, "bias": g.out_channels}
-    for (name, dtype), tensor in zip(expected.items(), (values, columns, rows, bias), strict=True):
-        if tensor is None:
-            continue
-        if tensor.dtype != dtype or not tensor.is_cpu:
-            raise ValueError(f"{name} of {tensor.dtype} on {tensor.device}: expected {dtype} on cpu")
-        if tensor.numel() != lengths.get(name, tensor.numel()):
-            raise ValueError(f"{name} of {tensor.numel()} numbers: expected {lengths[name]}")
+    if bias is not None:
+        bias = readable("bias", bias.detach(), numel=g.out_channels)
     if columns is None or rows is None:
-        return
-    pointers = columns.contiguous().data_ptr(), rows.contiguous().data_ptr()
-    if not load_kernel().revnets_fits(*pointers, g.out_channels, len(values), inputs):
+        if columns is not rows or not g.is_depthwise:
+            raise ValueError("dense weights of a convolution that is not depthwise: expected columns and rows")
+        return readable("values", values.detach(), numel=inputs * g.out_channels), None, None, bias
+    for name, tensor in (("values", values), ("columns", columns), ("rows", rows)):
+        if tensor.dim() != 1:
+            raise ValueError(f"{name} of shape {tuple(tensor.shape)}: expected one dimension")
+    values = readable("values", values.detach())
+    columns = readable("columns", columns.detach(), torch.int16, len(values))
+    rows = readable("rows", rows.detach(), torch.int32, g.out_channels + 1)
+    if not call(load_kernel().revnets_fits, columns, rows, g.out_channels, len(values), inputs):
         raise ValueError(
             f"columns or rows out of range: expected columns from 0 to {inputs - 1}, and rows that grow from 0 to "
             f"{len(values)}, the number of values; are they of a layer of {g.in_channels} inputs?"
         )
+    return values, columns, rows, bias
 
 
 def _x_and_residual(shapes: Sequence[Shape]) -> dict[str, int]:
@@ -151,7 +174,7 @@ class MapCall(_Layer):
     """``activation(x)``, or ``activation(x + residual)`` of two tensors of one shape."""
 
     def __init__(self, activation: str = "none") -> None:
-        self._activation = ACTIVATIONS.index(activation)
+        self._activation = _activation(activation)
 
     def parts(self, shapes: Sequence[Shape]) -> tuple[list[Part], Shape]:
         """See ``Call``."""
@@ -170,7 +193,7 @@ class SliceCall(_Layer):
     def parts(self, shapes: Sequence[Shape]) -> tuple[list[Part], Shape]:
         """See ``Call``."""
         n, channels, *size = shapes[0]
-        if self._first + self._count > channels:
+        if not 0 <= self._first <= self._first + self._count <= channels:
             raise ValueError(f"channels {self._first} to {self._first + self._count} of {channels}")
         out = (n, self._count, *size)
         return [Part(_struct(COPY, shapes[0], out, first_in=self._first, count=self._count), {"x": 0})], out
@@ -195,6 +218,8 @@ class UpsampleCall(_Layer):
     """Bilinear upsampling by whole factors, 2 or more, of height and width, as torch's with ``align_corners=False``."""
 
     def __init__(self, factors: tuple[int, int]) -> None:
+        if min(factors) < 2:
+            raise ValueError(f"upsampling by {factors}: expected whole factors, 2 or more")
         self._factors = factors
 
     def parts(self, shapes: Sequence[Shape]) -> tuple[list[Part], Shape]:
@@ -208,6 +233,9 @@ class MaxPoolCall(_Layer):
     """The largest pixel under a window: ``geometry`` without dilation."""
 
     def __init__(self, geometry: Geometry) -> None:
+        check_geometry(geometry)
+        if geometry.dilation != (1, 1):
+            raise ValueError(f"max pooling of dilation {geometry.dilation}: expected (1, 1)")
         self._geometry = geometry
 
     def parts(self, shapes: Sequence[Shape]) -> tuple[list[Part], Shape]:

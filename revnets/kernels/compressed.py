@@ -6,6 +6,7 @@ through them. Where the kernel cannot be had, they compute the same on torch's d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .build import Geometry, kernel_problem, warn_of_dense_path
-from .calls import ConvCall, row_of_each
+from .calls import ConvCall, check_geometry, row_of_each
+from .operands import readable
 
 MAX_COLUMNS = 2**15  # of int16
 MAX_POSITIONS = 2**31  # of int32 offsets into the padded input
@@ -96,9 +98,23 @@ def conv_geometry(
     dilation: Sequence[int],
     groups: int,
 ) -> Geometry:
-    """The geometry of an operator's arguments."""
-    channels = (int(x.shape[1]), int(rows.shape[0]) - 1)
-    return Geometry(*channels, _pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation), groups)
+    """The geometry of an operator's arguments.
+
+    Raises:
+        ValueError: they are none of a convolution.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"input of shape {tuple(x.shape)}: expected (N, C, H, W)")
+    channels = (int(x.shape[1]), _outputs(rows))
+    geometry = Geometry(*channels, _pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation), groups)
+    check_geometry(geometry)
+    return geometry
+
+
+def _outputs(rows: Tensor) -> int:
+    if rows.dim() != 1 or not len(rows):
+        raise ValueError(f"rows of shape {tuple(rows.shape)}: expected one number per output channel, and one more")
+    return int(rows.shape[0]) - 1
 
 
 def _pair(values: Sequence[int]) -> tuple[int, int]:
@@ -144,9 +160,17 @@ def _depthwise_conv2d(
 
 
 def depthwise_geometry(weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Geometry:
-    """The geometry of a depthwise operator's arguments."""
+    """The geometry of a depthwise operator's arguments.
+
+    Raises:
+        ValueError: they are none.
+    """
+    if weight.dim() != 4 or weight.shape[1] != 1:
+        raise ValueError(f"weight of shape {tuple(weight.shape)}: expected (C, 1, height, width)")
     channels, _, height, width = weight.shape
-    return Geometry(channels, channels, (height, width), _pair(stride), _pair(padding), groups=channels)
+    geometry = Geometry(channels, channels, (height, width), _pair(stride), _pair(padding), groups=channels)
+    check_geometry(geometry)
+    return geometry
 
 
 def _dense(
@@ -157,14 +181,26 @@ def _dense(
 
 
 def _sparse_linear(x: Tensor, values: Tensor, columns: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-    features, outputs = x.shape[-1], rows.shape[0] - 1
-    flat = x.reshape(-1, features)
+    if not x.dim():
+        raise ValueError("input of no dimension: expected (..., features)")
+    features, outputs = x.shape[-1], _outputs(rows)
     if kernel_problem() is None:
-        pixels = flat.t().contiguous().reshape(1, features, -1, 1)  # what the layer mixes are channels, the rest pixels
-        y = ConvCall(Geometry(features, outputs), values, columns, rows, bias)(pixels)
+        layer = ConvCall(Geometry(features, outputs), values, columns, rows, bias)
+        number = math.prod(x.shape[:-1])
+        flat = readable("input", x).reshape(number, features)
+        if not number:
+            return flat.new_empty(*x.shape[:-1], outputs)
+        y = layer(flat.t().contiguous().reshape(1, features, number, 1))  # what it mixes are channels, the rest pixels
         return y.reshape(outputs, -1).t().contiguous().reshape(*x.shape[:-1], outputs)
     warn_of_dense_path()
     return F.linear(x, decompress(values, columns, rows, (outputs, features)), bias)
+
+
+def _check_devices(x: Tensor, *others: Tensor | None) -> None:
+    """One weight on meta is enough for torch to ask for a shape alone: numbers made up on the CPU would be believed."""
+    for other in others:
+        if other is not None and x.device.type != "meta" and other.device != x.device:
+            raise ValueError(f"weights on {other.device} for an input on {x.device}: expected one device")
 
 
 def _fake_sparse_conv2d(
@@ -181,6 +217,7 @@ def _fake_sparse_conv2d(
     groups: int,
     activation: str,
 ) -> Tensor:
+    _check_devices(x, values, columns, rows, bias, residual)
     geometry = conv_geometry(x, rows, kernel_size, stride, padding, dilation, groups)
     return x.new_empty((x.shape[0], geometry.out_channels, *geometry.output_size(x.shape[2], x.shape[3])))
 
@@ -194,12 +231,14 @@ def _fake_depthwise_conv2d(
     padding: Sequence[int],
     activation: str,
 ) -> Tensor:
+    _check_devices(x, weight, bias, residual)
     geometry = depthwise_geometry(weight, stride, padding)
     return x.new_empty((x.shape[0], x.shape[1], *geometry.output_size(x.shape[2], x.shape[3])))
 
 
 def _fake_sparse_linear(x: Tensor, values: Tensor, columns: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], rows.shape[0] - 1))
+    _check_devices(x, values, columns, rows, bias)
+    return x.new_empty((*x.shape[:-1], _outputs(rows)))
 
 
 _SCHEMAS.impl("sparse_conv2d", _sparse_conv2d, "CPU")

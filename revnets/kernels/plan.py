@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .build import CallStruct, load_kernel
+from .operands import address, aim, readable
 
 _ALIGNMENT = 16  # floats of a cache line
 _KEPT = 8  # sizes of the input for which a plan keeps memory
@@ -42,10 +43,11 @@ class Step:
 
 @dataclass
 class _Ready:
-    """A plan for inputs of one shape: its calls, the memory between them, the pointers that each run sets."""
+    """A plan for inputs of one shape: its calls, what they point at (the memory between them, weights), the pointers
+    that each run sets."""
 
     structs: Any
-    memory: Tensor
+    held: tuple[Tensor, list[CallStruct]]
     shapes: list[Shape]
     inputs_at: list[tuple[int, str, int]]
     outputs_at: list[tuple[int, str, int]]
@@ -53,13 +55,9 @@ class _Ready:
 
 def _readable(x: Tensor) -> Tensor:
     """Contiguous float32 on the CPU."""
-    if x.dtype is not torch.float32 or not x.is_cpu:
-        if not (x.is_cpu and x.is_floating_point() and torch.is_autocast_enabled("cpu")):
-            raise ValueError(
-                f"input of {x.dtype} on {x.device}: expected torch.float32 on cpu; convert it by .float().cpu()"
-            )
+    if x.dtype is not torch.float32 and x.is_cpu and x.is_floating_point() and torch.is_autocast_enabled("cpu"):
         x = x.float()
-    return x.contiguous()
+    return readable("input", x)
 
 
 class Plan:
@@ -73,6 +71,11 @@ class Plan:
 
     def __init__(self, steps: Sequence[Step], inputs: int, outputs: Sequence[int]) -> None:
         self._steps, self._inputs, self._outputs = list(steps), inputs, list(outputs)
+        for number, step in enumerate(self._steps):
+            if not all(0 <= value < inputs + number for value in step.reads):
+                raise ValueError(f"step {number} reads values {step.reads}: expected numbers below {inputs + number}")
+        if not all(inputs <= value < inputs + len(self._steps) for value in self._outputs):
+            raise ValueError(f"outputs {self._outputs}: expected numbers of what the steps compute")
         self._run = load_kernel().revnets_run
         self._free: dict[tuple[Shape, ...], list[_Ready]] = {}
 
@@ -87,7 +90,7 @@ class Plan:
         Raises:
             ValueError: for other tensors, and for sizes that the layers cannot take.
         """
-        inputs = tuple(_readable(x) for x in inputs)
+        inputs = self._given(inputs)
         key = tuple(x.shape for x in inputs)
         free = self._free.get(key)
         if free is None:
@@ -106,7 +109,7 @@ class Plan:
 
     def fixed(self, *inputs: Tensor) -> Callable[[], None]:
         """The plan for these tensors alone, to be timed: nothing is prepared or returned."""
-        inputs = tuple(_readable(x) for x in inputs)
+        inputs = self._given(inputs)
         ready = self._prepare(tuple(x.shape for x in inputs))
         kept = (inputs, self._point(ready, inputs))
 
@@ -115,13 +118,16 @@ class Plan:
 
         return run
 
+    def _given(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        if len(inputs) != self._inputs:
+            raise ValueError(f"{len(inputs)} inputs: expected {self._inputs}")
+        return tuple(_readable(x) for x in inputs)
+
     def _point(self, ready: _Ready, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """New outputs; all pointers to them and to the inputs."""
+        """New outputs; all pointers to them and to the inputs, which the caller holds until the kernel has run."""
         outputs = [torch.empty(ready.shapes[v], dtype=torch.float32, device="cpu") for v in self._outputs]
-        for part, name, value in ready.inputs_at:
-            setattr(ready.structs[part], name, inputs[value].data_ptr())
-        for part, name, place in ready.outputs_at:
-            setattr(ready.structs[part], name, outputs[place].data_ptr())
+        aim(ready.structs, ready.inputs_at, inputs)
+        aim(ready.structs, ready.outputs_at, outputs)
         return outputs
 
     def _prepare(self, key: tuple[Shape, ...]) -> _Ready:
@@ -142,14 +148,14 @@ class Plan:
             shapes.append(shape)
         offsets, size = self._arrange(shapes)
         memory = torch.empty(size + _ALIGNMENT, dtype=torch.float32, device="cpu")
-        start = -(-memory.data_ptr() // (4 * _ALIGNMENT)) * 4 * _ALIGNMENT
+        start = -(-address(memory) // (4 * _ALIGNMENT)) * 4 * _ALIGNMENT
         array = (CallStruct * len(structs))(*structs)
         for at, name, value in pointers:
             if value in offsets:
                 setattr(array[at], name, start + 4 * offsets[value])
         inputs_at = [pointer for pointer in pointers if pointer[2] < self._inputs]
         outputs_at = [(part, name, self._outputs.index(v)) for part, name, v in pointers if v in self._outputs]
-        return _Ready(array, memory, shapes, inputs_at, outputs_at)
+        return _Ready(array, (memory, structs), shapes, inputs_at, outputs_at)
 
     def _arrange(self, shapes: Sequence[Shape]) -> tuple[dict[int, int], int]:
         """Where the values between steps lie, in floats: a place is used again once nobody reads it any more."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from torch.nn import Parameter
 from .build import CallStruct, GradStruct, kernel_problem, load_kernel, warn_of_dense_path
 from .calls import chunk_size, in_chunks
 from .compressed import MAX_COLUMNS, compress
+from .operands import call, pointing, readable
 
 MAX_DENSITY = 0.5  # above it torch's dense kernels are about as fast
 MIN_PRODUCTS = (
@@ -63,15 +65,14 @@ class Compressed:
         n, channels, height, width = x.shape
         if channels != self.in_channels:
             raise ValueError(f"input of {channels} channels: the sparse layer expects {self.in_channels}")
+        x, values = readable("input", x), readable("values", values, numel=len(self.columns))
+        bias = None if bias is None else readable("bias", bias, numel=self.out_channels)
         y = x.new_empty(n, self.out_channels, height, width)
-        pointers = (x, values, self.columns, self.rows, bias, None, y)
         sizes = (n, self.in_channels, height, width, self.out_channels, height, width)
-        call = CallStruct(
-            *(None if t is None else t.data_ptr() for t in pointers), *sizes, 1, 1, 1, 1, 0, 0, 1, 1, self.groups
-        )
-        call.chunk = self.chunk
+        tensors = (x, values, self.columns, self.rows, bias, None, y)
+        struct = pointing(CallStruct, tensors, *sizes, 1, 1, 1, 1, 0, 0, 1, 1, self.groups, chunk=self.chunk)
         if y.numel():
-            load_kernel().revnets_run(ctypes.byref(call), 1, torch.get_num_threads())
+            call(load_kernel().revnets_run, ctypes.byref(struct), 1, torch.get_num_threads())
         return y
 
 
@@ -81,6 +82,9 @@ class Structure:
     Args:
         mask: bool, ``(C_out, C_in / groups, ...)``, on the CPU; further sizes are 1.
         groups: of the convolution.
+
+    Raises:
+        ValueError: for a mask that is not bool on the CPU, or that does not divide into the groups.
 
     Attributes:
         density: share of True.
@@ -93,12 +97,21 @@ class Structure:
     """
 
     def __init__(self, mask: Tensor, groups: int = 1) -> None:
+        if mask.dtype is not torch.bool or not mask.is_cpu or mask.dim() < 2:
+            raise ValueError(
+                f"a mask of {mask.dtype} and shape {tuple(mask.shape)} on {mask.device}: expected torch.bool on cpu, "
+                "(C_out, C_in / groups, ...); convert it by .bool()"
+            )
         outputs, inputs = mask.shape[:2]
+        if groups < 1 or outputs % groups:
+            raise ValueError(f"{groups} groups of {outputs} outputs: expected whole ones")
+        mask = readable("mask", mask.detach(), torch.bool)
         matrix = mask.reshape(outputs, inputs)
         places = torch.arange(1, matrix.numel() + 1, dtype=torch.int32, device=mask.device).view_as(matrix) * matrix
         self._forward, found = Compressed.of(places, groups)
         self._places = found - 1
         self.places = self._places.long()
+        self._numel = mask.numel()
         self.density = len(found) / max(mask.numel(), 1)
         ranks = torch.zeros(matrix.numel(), dtype=torch.int32, device=mask.device)
         ranks[self.places] = torch.arange(1, len(found) + 1, dtype=torch.int32, device=mask.device)
@@ -107,16 +120,21 @@ class Structure:
         self._order = found.long() - 1
 
     def values(self, weight: Tensor) -> Tensor:
-        """The weights that stay, in the kernel's order."""
-        return weight.reshape(-1).index_select(0, self.places)
+        """The weights that stay, in the kernel's order.
+
+        Raises:
+            ValueError: for a weight of another size than the mask.
+        """
+        self._check_size(weight.numel())
+        return readable("weight", weight).reshape(-1).index_select(0, self.places)
 
     def convolve(self, x: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
         """``(N, C_in, H, W)`` to ``(N, C_out, H, W)`` in the same memory layout.
 
         Raises:
-            ValueError: for another number of channels.
+            ValueError: for other numbers of dimensions, channels or values, other types, another device.
         """
-        bias = None if bias is None else bias.contiguous()
+        _check_images(x)
         return _laid_out(self._forward.convolve(_planes(x), values, bias), x)
 
     def grads(
@@ -130,7 +148,12 @@ class Structure:
             values: see ``values()``.
             shape: of the weight, whose gradient is 0 where the mask is False.
             needed: three.
+
+        Raises:
+            ValueError: for tensors that do not belong together.
         """
+        _check_images(grad)
+        values = readable("values", values, numel=len(self.places))
         dy = _planes(grad)
         grad_x = grad_weight = None
         if needed[0]:
@@ -143,12 +166,26 @@ class Structure:
     def _weight_grad(self, x: Tensor, dy: Tensor, shape: torch.Size) -> Tensor:
         """Sums are made in one order, whatever the number of threads."""
         f = self._forward
+        n, *size = len(x), *x.shape[2:]
+        self._check_size(math.prod(shape))
+        for name, found, channels in (("input", x, f.in_channels), ("gradient", dy, f.out_channels)):
+            if found.shape != (n, channels, *size):
+                raise ValueError(f"{name} of shape {tuple(found.shape)}: expected {(n, channels, *size)}")
+        x, dy = readable("input", x), readable("gradient", dy)
         gradient, sums = dy.new_zeros(shape), dy.new_empty(len(self.places))
-        pointers = (x, dy, f.columns, f.rows, self._places, gradient)
-        sizes = (len(x), f.in_channels, f.out_channels, x.shape[2] * x.shape[3], f.groups, f.chunk)
-        call = GradStruct(*(t.data_ptr() for t in pointers), *sizes)
-        load_kernel().revnets_weight_grad(ctypes.byref(call), sums.data_ptr(), torch.get_num_threads())
+        sizes = (n, f.in_channels, f.out_channels, size[0] * size[1], f.groups, f.chunk)
+        struct = pointing(GradStruct, (x, dy, f.columns, f.rows, self._places, gradient), *sizes)
+        call(load_kernel().revnets_weight_grad, ctypes.byref(struct), sums, torch.get_num_threads())
         return gradient
+
+    def _check_size(self, numel: int) -> None:
+        if numel != self._numel:
+            raise ValueError(f"a weight of {numel} numbers: expected {self._numel}, those of the mask")
+
+
+def _check_images(x: Tensor) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"input of shape {tuple(x.shape)}: expected (N, C, H, W)")
 
 
 def _by_pixel(x: Tensor) -> bool:
@@ -172,26 +209,32 @@ def _laid_out(y: Tensor, like: Tensor) -> Tensor:
     # no view of what `transposed` makes: autograd refuses changes in place of a view that a Function returns
     channels, pixels = y.shape[1], height * width
     laid_out = y.new_empty_strided((n, channels, height, width), (pixels * channels, 1, width * channels, channels))
-    _transpose(y[0, :, 0], laid_out)
+    _transpose(y[0, :, 0], laid_out.permute(0, 2, 3, 1))
     return laid_out
 
 
 def transposed(x: Tensor) -> Tensor:
-    """A contiguous float32 matrix, transposed and contiguous; torch takes two to three times as long.
+    """A float32 matrix, transposed and contiguous; torch takes two to three times as long.
+
+    Raises:
+        ValueError: for another tensor.
 
     Example:
         >>> transposed(torch.tensor([[1.0, 2.0]]))
         tensor([[1.],
                 [2.]])
     """
+    if x.dim() != 2:
+        raise ValueError(f"a tensor of shape {tuple(x.shape)}: expected a matrix")
+    x = readable("matrix", x)
     y = x.new_empty(x.shape[1], x.shape[0])
     _transpose(x, y)
     return y
 
 
 def _transpose(x: Tensor, y: Tensor) -> None:
-    """A matrix, transposed into the memory of y."""
-    load_kernel().revnets_transpose(x.data_ptr(), *x.shape, y.data_ptr(), torch.get_num_threads())
+    """A matrix, transposed into the memory of y; both are contiguous."""
+    call(load_kernel().revnets_transpose, x, *x.shape, y, torch.get_num_threads())
 
 
 class _SparseConv(torch.autograd.Function):
@@ -222,6 +265,7 @@ def sparse_conv(x: Tensor, weight: Tensor, bias: Tensor | None, structure: Struc
 
     Raises:
         KernelUnavailable: where there is no compiler.
+        ValueError: for tensors of other sizes or types.
 
     Example:
         >>> mask = torch.tensor([[True, False]])

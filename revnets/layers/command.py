@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -44,31 +43,31 @@ def print_conversion(model: str, spec: str, img_size: int | None, output: Path |
     import timm
     from rich.console import Console
 
+    from ..models.named import build_model, check_model
     from ..profiling.report import open_folder
+    from ..training.places import check_folder
+    from ..training.values import COUNT
 
-    if not timm.is_model(model):
-        near = ", ".join(difflib.get_close_matches(model, timm.list_models(), 3, 0.5))
-        raise ValueError(
-            f"unknown model {model!r}: " + (f"did you mean {near}?" if near else "timm.list_models() names all")
-        )
+    check_model(model)
+    if img_size is not None:
+        COUNT.check("img_size", img_size)
     if not spec:
         raise ValueError(f"which layers? Give one of {', '.join(list_layers())}, such as {model} sparse_wide:0.75")
-    name, _, tag = model.partition(".")
-    if tag and model not in (tags := timm.list_pretrained(f"{name}.*")):
-        raise ValueError(f"unknown weights {model!r}: expected {name} alone or one of {', '.join(tags)}")
-    folder = None if output is None else open_folder(output)
-    kwargs = {}
+    if output is not None:
+        check_folder(output)
+    kwargs: dict[str, Any] = {}
     if img_size is not None and timm.get_pretrained_cfg(model).fixed_input_size:
         kwargs["img_size"] = img_size
     with torch.device("meta"):
-        network = timm.create_model(model, **kwargs)
+        network = build_model(model, **kwargs)
     channels = timm.get_pretrained_cfg(model).input_size[0]
     report = convert(network, spec, input_size=None if img_size is None else (channels, img_size, img_size))
     flops = _flops(report)
     console = Console(width=140)
     console.print(report.table())
     console.print(flops.table())
-    if folder is not None:
+    if output is not None:
+        folder = open_folder(output)
         console.print("\n".join(f"wrote {path}" for path in _save(flops, folder, f"{model} · {spec}")), soft_wrap=True)
 
 

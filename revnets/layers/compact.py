@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +35,11 @@ def save_sparse(model: nn.Module, path: str | Path) -> Path:
         >>> torch.equal(net.weight, other.weight) and torch.equal(net.mask, other.mask)
         True
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
+
+    from ..profiling.report import write
+    from ..training.files import writing
 
     path = Path(path)
     if not path.parent.is_dir():
@@ -52,13 +55,8 @@ def save_sparse(model: nn.Module, path: str | Path) -> Path:
             tensors[name + _PLACES] = pack_bits(mask)
         elif not (owner in masked and leaf == "mask"):
             tensors[name] = tensor.contiguous().clone()  # shared tensors are stored twice
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-    try:
-        save_file(tensors, temporary, metadata={"format": FORMAT})
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    with writing(path, (SafetensorError,)):
+        return write(path, lambda temporary: save_file(tensors, temporary, metadata={"format": FORMAT}))
 
 
 def load_sparse(model: nn.Module, path: str | Path) -> None:
@@ -87,7 +85,11 @@ def load_sparse(model: nn.Module, path: str | Path) -> None:
         ) from None
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{str(path)!r} is of format {metadata.get('format')!r}, expected {FORMAT!r} (save_sparse)")
-    model.load_state_dict(_expanded(model, stored, str(path)))
+    state = _expanded(model, stored, str(path))
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() != state[name].is_floating_point():  # a cast would change the numbers silently
+            raise ValueError(f"{path}: {name} is {state[name].dtype}, the model's {tensor.dtype}: give one of its kind")
+    model.load_state_dict(state)
 
 
 def _expanded(model: nn.Module, stored: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:

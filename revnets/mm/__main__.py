@@ -2,6 +2,8 @@
 
 python -m revnets.mm test.py CONFIG CHECKPOINT
 python -m revnets.mm analysis_tools/get_flops.py CONFIG
+
+Checkpoints are read as data. For an old one that holds more, and that you trust, set REVNETS_TRUST_CHECKPOINTS=1.
 """
 
 import runpy
@@ -16,6 +18,9 @@ def main() -> int:
         return 0 if len(sys.argv) > 1 else 2
     import mmdet
 
+    from ..training.errors import guarded
+    from .checkpoint import protect
+
     tools = Path(mmdet.__file__).parent / ".mim" / "tools"
     script = next((path for path in (Path(sys.argv[1]), tools / sys.argv[1]) if path.is_file()), None)
     if script is None:
@@ -24,8 +29,8 @@ def main() -> int:
         return 2
     sys.argv = [str(script), *sys.argv[2:]]
     sys.path.insert(0, str(script.parent))
-    runpy.run_path(str(script), run_name="__main__")
-    return 0
+    protect()
+    return guarded(lambda: runpy.run_path(str(script), run_name="__main__"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """Checkpoints that are written whole or not at all, and never removed before their successor is there."""
 
+import atexit
+import functools
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,14 +13,87 @@ from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
+from mmengine.runner import BaseLoop
 from torch import nn
 
 from ..profiling.report import write
-from ..training.files import writing
-from ..training.processes import at_first, own_buffers, put_buffers
+from ..training.files import leftovers, named_file, writing
+from ..training.lock import FolderLock, held_here
+from ..training.processes import at_first, of_first, own_buffers, put_buffers
 
 BACKEND = "revnets.whole_files"
-INTERIM = "interim.pth"
+INTERIM, LAST = "interim.pth", "last_checkpoint"
+_SAVED = re.compile(r"[^/\\]+\.pth")
+_locks: list[FolderLock] = []  # that hooks have taken
+
+
+def own_names(known: dict[str, Any], folder: Path) -> None:
+    """Has what a checkpoint says of other checkpoints mean files of this folder only: the hook removes such files.
+
+    Args:
+        known: Of MMEngine's message hub, after a run was resumed; it is changed.
+        folder: Of the run's checkpoints.
+    """
+    for key in [key for key in known if key in ("best_ckpt", "last_ckpt") or key.startswith("best_ckpt_")]:
+        path = named_file(folder, known[key])
+        if path is None:
+            del known[key]
+        else:
+            known[key] = str(path)
+    steps = known.pop("keep_ckpt_ids", None)
+    if isinstance(steps, (list, tuple)) and all(type(step) is int and step >= 0 for step in steps):
+        known["keep_ckpt_ids"] = list(steps)
+
+
+def hold_folder(hook: CheckpointHook, runner: Any) -> None:
+    """Before a training, have the first process take the work folder, unless it has it.
+
+    Raises:
+        InUse: another run is in it; in all processes.
+    """
+
+    def take() -> None:
+        hook.folder_lock = held_here(Path(runner.work_dir))
+        if hook.folder_lock is None:
+            hook.folder_lock = FolderLock(Path(runner.work_dir), "give another work_dir")
+            _locks.append(hook.folder_lock)
+
+    if isinstance(runner._train_loop, BaseLoop):  # it is built when a training begins
+        of_first(take)
+
+
+def give_folder_back(hook: CheckpointHook, runner: Any) -> None:
+    """After a run, release what a hook has taken, this one or that of a run which failed in this process."""
+    lock = vars(hook).get("folder_lock")
+    if lock in _locks:
+        _locks.remove(lock)
+        lock.release()
+
+
+@atexit.register
+def _release_all() -> None:
+    for lock in _locks:
+        lock.release()
+
+
+def protect() -> None:
+    """Have MMEngine's own ``CheckpointHook`` hold its folder and take names for names, in scripts that use it."""
+    plain = CheckpointHook.before_train
+
+    @functools.wraps(plain)
+    def before_train(self: CheckpointHook, runner: Any) -> None:
+        own_names(runner.message_hub.runtime_info, checkpoint_folder(self, runner))
+        plain(self, runner)
+
+    CheckpointHook.before_train = before_train
+    CheckpointHook.before_run, CheckpointHook.after_run = hold_folder, give_folder_back
+
+
+def checkpoint_folder(hook: CheckpointHook, runner: Any) -> Path:
+    """Where a hook will save, as it finds it itself before a training."""
+    if hook.out_dir is None or hook.out_dir == runner.work_dir:
+        return Path(runner.work_dir)
+    return Path(hook.out_dir, os.path.basename(str(runner.work_dir).rstrip(os.sep)))
 
 
 class WholeFilesBackend(LocalBackend):
@@ -83,12 +159,23 @@ class WholeCheckpointHook(CheckpointHook):
         self.interim = interim
         self._due, self._saved_at = False, -1
         self._processes: list[Any] = []  # while a file is saved
+        self.folder_lock: FolderLock | None = None
+
+    def before_run(self, runner: Any) -> None:
+        """Take the run's folder, see ``hold_folder``."""
+        hold_folder(self, runner)
+
+    def after_run(self, runner: Any) -> None:
+        """Give the folder back."""
+        give_folder_back(self, runner)
 
     def before_train(self, runner: Any) -> None:
         """Find the folder; remove what a kill left half-written in it."""
+        folder = checkpoint_folder(self, runner)
+        own_names(runner.message_hub.runtime_info, folder)
         super().before_train(runner)
-        if is_main_process():
-            for file in Path(self.out_dir).glob(".*.pth.tmp"):
+        if self.folder_lock is not None and self.folder_lock.known:  # in the first process
+            for file in leftovers(folder, lambda name: name == LAST or _SAVED.fullmatch(name)):
                 file.unlink(missing_ok=True)
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
@@ -178,7 +265,7 @@ class WholeCheckpointHook(CheckpointHook):
         self._processes = []
         if is_main_process():
             text = self.last_ckpt
-            write(Path(runner.work_dir, "last_checkpoint"), lambda path: path.write_text(text, encoding="utf-8"))
+            write(Path(runner.work_dir, LAST), lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _modules(runner: Any) -> dict[str, nn.Module]:
@@ -189,7 +276,4 @@ def _modules(runner: Any) -> dict[str, nn.Module]:
 
 
 def _write_through(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_bytes(content)  # `write` sees to it that the disk has it

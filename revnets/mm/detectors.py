@@ -14,7 +14,7 @@ from mmengine.utils import get_installed_path
 from torch import Tensor, nn
 
 from ..profiling.fake import ProfileError
-from ..profiling.target import Job, Setting, Target, as_job, first_line, training_loss
+from ..profiling.target import Job, Setting, Target, as_job, first_line, is_size, training_loss
 from ..reversible import RevSequential, set_mode
 
 PARTS = ("backbone", "backbone + neck", "detector")
@@ -108,7 +108,7 @@ def parse_config(text: str, setting: Setting, img_size: int | None = None, batch
         ProfileError: for a config that cannot be read or built.
     """
     match = re.fullmatch(r"(.+\.py)(?:@(\d+)(?:x(\d+))?)?(?::(\d+))?", text)
-    if match is None or "0" in match.groups():
+    if match is None or not all(size is None or is_size(size) for size in match.groups()[1:]):
         raise ProfileError(f"{text!r}: expected CONFIG.py@HEIGHTxWIDTH:BATCH, such as faster-rcnn.py@800x1333:1")
     height = int(match[2] or img_size or DEFAULT_SIZE[0])
     aspect = int(match[3]) / height if match[3] else 1.0 if match[2] else DEFAULT_SIZE[1] / DEFAULT_SIZE[0]

@@ -1,20 +1,21 @@
 """Weights for a backbone: from a file, from a classification run, from a detector's checkpoint, or by timm's name."""
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from ..models._cached import drop_wrong_cache
 from ..models._revbifpn_checkpoint import check_file
 from ..models.revbifpn import RevBiFPN, checkpoint_filter_fn
 from ..profiling.target import first_line
 from ..pruning import densify
-from ..pruning.checkpoint import flops_of, read_checkpoint
+from ..pruning.checkpoint import best_weights, flops_of
 from ..sparsity import sparse_layers
+from ..training.reading import read_checkpoint
+from ..training.weights import unfit
 
 SCHEME = "timm://"
 
@@ -43,8 +44,9 @@ def load_pretrained(net: nn.Module, model_name: str, checkpoint: str, prefix: st
     if checkpoint.startswith(SCHEME):
         state = _from_timm(checkpoint.removeprefix(SCHEME))
     else:
-        state = _from_file(Path(checkpoint))
-        flops = flops_of(read_checkpoint(checkpoint))
+        check_file(Path(checkpoint))
+        content = read_checkpoint(checkpoint)
+        state, flops = best_weights(content), flops_of(content)
     if prefix:
         cut = prefix.rstrip(".") + "."
         state = {key.removeprefix(cut): value for key, value in state.items() if key.startswith(cut)}
@@ -74,24 +76,11 @@ def inner(net: nn.Module) -> Any:
 def _from_timm(name: str) -> dict[str, Tensor]:
     if not timm.is_model(name):
         raise ValueError(f"{SCHEME}{name}: timm knows no model {name!r}")
+    drop_wrong_cache(name)
     try:
         return timm.create_model(name, pretrained=True).state_dict()
     except (RuntimeError, OSError) as error:  # it has no weights, or they cannot be fetched
         raise ValueError(f"{SCHEME}{name}: {first_line(error)}") from error
-
-
-def _from_file(path: Path) -> dict[str, Any]:
-    check_file(path)
-    try:
-        return load_state_dict(str(path), use_ema=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
-        reason = first_line(error)
-        if "weights_only" in str(error) and "globals" in str(error):
-            reason = (
-                "it holds objects that could run code, which are refused; save its state dict alone (for a detector's: "
-                "MMDetection's tools/model_converters/publish_model.py)"
-            )
-        raise ValueError(f"checkpoint {path} cannot be loaded: {reason}") from error
 
 
 def _unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,3 +103,5 @@ def _check(state: Mapping[str, Any], net: nn.Module, name: str, checkpoint: str)
             f"checkpoint {checkpoint} is not of {name}: {len(missing) + len(wrong)} of {len(own)} tensors do not fit, "
             f"for example {reason}, expected {tuple(own[key].shape)}"
         )
+    if problem := unfit(own, state):
+        raise ValueError(f"checkpoint {checkpoint} cannot be loaded: {problem}")

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from ..reversible import RangeError
 from ..training.processes import settle_buckets
+from ..training.reading import CheckpointError
 from ..training.resumable import MODEL, resumable, seed_all
 from ..training.termination import Terminated, Termination
 
@@ -111,12 +112,12 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         """How many batches of the present epoch are done.
 
         Raises:
-            ValueError: when an epoch had another number of batches before the run was resumed.
+            CheckpointError: when an epoch had another number of batches before the run was resumed.
         """
         done = self._iter - self._epoch * len(self.dataloader)
         before = self.runner.message_hub.runtime_info.get(BATCHES, len(self.dataloader))
         if before != len(self.dataloader) or not 0 <= done <= before:
-            raise ValueError(
+            raise CheckpointError(
                 f"cannot resume at iteration {self._iter} in epoch {self._epoch}: an epoch now has "
                 f"{len(self.dataloader)} batches, other than when the checkpoint was saved; use the same data, batch "
                 "size and number of processes"

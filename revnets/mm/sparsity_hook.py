@@ -11,6 +11,7 @@ from torch import nn
 
 from ..sparsity import SparsityController, apply_masks
 from ..sparsity.report import draw_picture, write_table
+from ..training.reading import CheckpointError
 from .training_flops import RunFlops
 
 
@@ -59,11 +60,11 @@ class SparsityHook(Hook):
         """Keep the controller's state until the model has its own.
 
         Raises:
-            ValueError: when a run is resumed from a checkpoint without one.
+            CheckpointError: when a run is resumed from a checkpoint without one.
         """
         if runner._resume and self.controller is not None:
             if "sparsity" not in checkpoint:
-                raise ValueError(
+                raise CheckpointError(
                     "SparsityHook: the checkpoint says nothing of the schedule of its masks; start from its weights "
                     "with load_from= and resume=False instead"
                 )

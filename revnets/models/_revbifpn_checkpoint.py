@@ -1,5 +1,6 @@
 """Published RevBiFPN weights: where they are, how they are verified, and how their keys map to ours."""
 
+import logging
 import re
 import zipfile
 from collections.abc import Mapping
@@ -12,6 +13,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
+from ..training.integrity import sha256_of
+from ..training.weights import unfit
+
+_logger = logging.getLogger(__name__)
 _URL = "https://cerebras-public.s3.us-west-2.amazonaws.com/revbifpn/revbifpn_s{n}.pth.tar"
 _SHA256 = (
     "a9ee012a2670003ea18deca1afaed7c1323ffaafc83b0a30874d262bf2403cfa",
@@ -104,7 +109,7 @@ def check_file(path: Path) -> None:
 
 
 def fetch(url: str, sha256: str, folder: str | Path | None = None) -> Path:
-    """Download a file once into torch's hub folder and verify it.
+    """Download a file once into torch's hub folder, and verify it each time.
 
     Args:
         url: its address.
@@ -112,20 +117,24 @@ def fetch(url: str, sha256: str, folder: str | Path | None = None) -> Path:
         folder: where to keep it; torch's hub folder by default.
 
     Raises:
-        RuntimeError: when the download fails or the digest differs; nothing is left behind.
+        RuntimeError: when the download fails or the digest differs; nothing new is left behind.
     """
     folder = Path(folder or Path(torch.hub.get_dir()) / "checkpoints")
     path = folder / f"{sha256[:8]}-{url.rsplit('/', 1)[-1]}"
-    if path.exists():
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
+    had = ""
+    if path.is_file():
+        if sha256_of(path) == sha256:
+            return path
+        had = f" ('{path}' is there, but has another SHA-256)"
+        _logger.warning(f"cached weights '{path}' have another SHA-256 than published: they are downloaded again")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         # downloads to a temporary file, compares the digest, then renames
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
     except Exception as error:
         raise RuntimeError(
-            f"pretrained weights could not be fetched from {url} (sha256 {sha256}): {error}; download the file by hand "
-            "and pass pretrained_cfg_overlay=dict(file=PATH), or use pretrained=False"
+            f"pretrained weights could not be fetched from {url} (sha256 {sha256}): {error}{had}; download the file by "
+            "hand and pass pretrained_cfg_overlay=dict(file=PATH), or use pretrained=False"
         ) from error
     return path
 
@@ -172,6 +181,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         outputs = _silo_outputs(state)
         state = {_rename(key, outputs): value for key, value in state.items()}
     _check_fits(state, model)
+    if problem := unfit(model.state_dict(), state):
+        raise ValueError(f"the checkpoint cannot be loaded: {problem}; pass a file of plain weights")
     return state
 
 

@@ -13,14 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import convert, fp8_products
+from ..layers.fp8 import check_grad_scale
+from ..layers.mus import MunitScaled
 from ..profiling.command import choose_targets, track
 from ..profiling.fake import ProfileError
+from ..profiling.memory import check_loss
 from ..profiling.profile import describe
 from ..profiling.report import open_folder, write
-from ..profiling.target import Setting, Target, as_job, first_line, training_loss
-from .monitor import NumericsMonitor
-from .report import print_table
+from ..profiling.target import Setting, Target, as_job, training_loss
+from ..reversible import MODES
+from ..training.places import check_exists, check_folder
+from ..training.values import COUNT, find_device, reason, refused, words
+from .monitor import LAYERS, NumericsMonitor
+from .report import FILES, print_table
 
+JSON = "numerics.json"
 Batch = tuple[Tensor, Tensor | None]
 
 
@@ -45,16 +52,23 @@ def run(request: Request, setting: Setting) -> None:
 
     Raises:
         ProfileError: for what does not exist or cannot run.
-        ValueError: for layers that cannot be.
+        ValueError: for layers that cannot be, and numbers that cannot.
     """
+    COUNT.check("batches", request.batches)
+    check_grad_scale(request.grad_scale)
+    if request.mode and len(words("mode", request.mode, MODES)) > 1:
+        raise ProfileError(f"mode {request.mode!r}: a step runs in one mode, give one")
+    if request.output is not None:
+        check_folder(request.output, (*FILES, JSON))
+    if request.data is not None:
+        check_exists(request.data, "folder or .tar file", "--data")
     target = choose_targets([request.model], request.mode, setting, request.img_size, request.batch_size)[0]
     if target.part:
         raise ProfileError(
             f"{request.model} is a detector: in its config, add custom_hooks=[dict(type='NumericsHook')]"
         )
-    folder = None if request.output is None else open_folder(request.output)
     dataset = None if request.data is None else _open(request.data, request.split)
-    network, words = _network(target, setting, request.layers, _classes(dataset))
+    network, converted = _network(target, setting, request.layers, _classes(dataset))
     channels = _channels(target)
     if dataset is None:
         source = f"{request.batches} batches of RANDOM numbers as images (give --data for real ones)"
@@ -65,11 +79,12 @@ def run(request: Request, setting: Setting) -> None:
         batches = chosen
     fp8_products(reset=True)
     records = _watch(network, batches, target, setting, request.grad_scale)
-    title = f"{target}, {target.mode_name}{words}: {source} ({describe(setting)})"
+    title = f"{target}, {target.mode_name}{converted}: {source} ({describe(setting)})"
     print_table(records.records, title)
     products = ", ".join(f"{n} {kind}" for kind, n in sorted(fp8_products().items()))
     _say(f"FP8 products: {products or 'none'}")
-    if folder is not None:
+    if request.output is not None:
+        folder = open_folder(request.output)
         for path in [*records.save(folder, title), _write_json(records.records, title, folder)]:
             _say(f"wrote {path}")
 
@@ -78,10 +93,8 @@ def _network(target: Target, setting: Setting, layers: str, classes: int | None)
     """The network in training mode on its device, converted, and in words what was converted."""
     if classes is not None:
         target = replace(target, options=(*target.options, ("num_classes", classes)))
-    try:
-        network = target.build(setting, setting.device).network
-    except (RuntimeError, AssertionError) as error:
-        raise ProfileError(f"{target} cannot be built on {setting.device}: {first_line(error)}") from error
+    with refused(f"{target} cannot be built on {setting.device}", ProfileError):
+        network = target.build(setting, find_device(setting.device, here=True)).network
     if not layers:
         return network, ""
     report = convert(network, layers, input_size=(_channels(target), target.img_size, target.img_size))
@@ -97,22 +110,29 @@ def _channels(target: Target) -> int:
 
 def _watch(network: nn.Module, batches: Any, target: Target, setting: Setting, grad_scale: float) -> NumericsMonitor:
     """One record of all batches: forward and backward pass of each, weights unchanged."""
+    if grad_scale != 1 and all(isinstance(m, MunitScaled) for m in network.modules() if isinstance(m, LAYERS)):
+        raise ProfileError(
+            f"--grad-scale {grad_scale:g} has no effect: every layer has a scale of its own, leave it out"
+        )
     monitor = NumericsMonitor(network, every=1, grad_scale=grad_scale)
     layout = torch.channels_last if setting.channels_last else torch.contiguous_format
     with monitor:
-        for x, labels in track(batches, "watching") if isinstance(batches, list) else batches:
-            x = x.to(setting.device).contiguous(memory_format=layout)
-            job = as_job(network, x, training_loss, setting)
-            network.zero_grad(set_to_none=True)
-            try:
-                y = job.model.train()(x)
-                _loss(y, labels).backward()
-            except (RuntimeError, ValueError, AssertionError) as error:
-                raise ProfileError(f"{target} cannot run: {first_line(error)}") from error
+        for x, labels in track(batches, "watching") if isinstance(batches, list) else _readable(batches):
+            with refused(f"{target} cannot run", ProfileError):
+                x = x.to(setting.device).contiguous(memory_format=layout)
+                job = as_job(network, x, training_loss, setting)
+                network.zero_grad(set_to_none=True)
+                check_loss(_loss(job.model.train()(x), labels)).backward()
         monitor.step()
         monitor.close()
     network.zero_grad(set_to_none=True)
     return monitor
+
+
+def _readable(batches: Any) -> Iterator[Batch]:
+    """The batches of a loader; images that cannot be read are one sentence."""
+    with refused("--data: an image cannot be read", ProfileError):
+        yield from batches
 
 
 def _loss(y: Any, labels: Tensor | None) -> Tensor:
@@ -140,17 +160,16 @@ def _open(path: Path, split: str) -> Any:
     """
     from timm.data import create_dataset
 
-    if not path.exists():
-        raise ProfileError(f"--data: there is no folder or .tar file {str(path)!r}: give the one that holds the images")
-    for candidate in (path / f"{split}.tar", path / split):
-        if path.is_dir() and candidate.exists():
-            path = candidate
-            break
+    from ..training.splits import check_split, split_or_root
+
+    check_exists(path, "folder or .tar file", "--data")
     try:
-        return create_dataset("", root=str(path), split=split, is_training=True)
-    except (RuntimeError, OSError, ValueError, AssertionError) as error:
+        path = split_or_root(path, split)
+        check_split(path)
+        return create_dataset("", root=str(path), search_split=False, is_training=True)
+    except Exception as error:  # timm's readers raise what their libraries raise
         raise ProfileError(
-            f"--data: cannot open images in {str(path)!r} ({first_line(error)}): expected one folder per class"
+            f"--data: cannot open images in {str(path)!r} ({reason(error)}): expected one folder per class"
         ) from error
 
 
@@ -187,7 +206,7 @@ def _sample(dataset: Any, target: Target, channels: int, count: int) -> Any:
 
 def _write_json(records: list[dict[str, Any]], title: str, folder: Path) -> Path:
     text = json.dumps({"title": title, "rows": records}, indent=2) + "\n"
-    return write(folder / "numerics.json", lambda path: path.write_text(text))
+    return write(folder / JSON, lambda path: path.write_text(text))
 
 
 def _say(line: str) -> None:

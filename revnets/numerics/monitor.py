@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
-from ..layers.fp8 import E4M3, E5M2
+from ..layers.fp8 import E4M3, E5M2, check_grad_scale
 from ..layers.mus import MunitScaled
 from ..layers.mus_functional import gradient_scale
+from ..training.values import COUNT
 from .report import Record, draw_picture, read_table, write_table
 from .stats import StatsSum
 
+LAYERS = (nn.Linear, _ConvNd)
+"""What is watched."""
 FORMATS = {"input": E4M3, "weight": E4M3, "output": None, "output_grad": E5M2, "weight_grad": None}
 """What is watched of a layer, and the FP8 format it has, or would have, as an operand."""
 
@@ -44,7 +47,7 @@ class NumericsMonitor:
             ``_clipped`` where FP8 casts (shares in 0 to 1; None where a layer did not run).
 
     Raises:
-        ValueError: for an interval below 1, or a model without such layers.
+        ValueError: for an interval below 1, a scale that is no number above 0, or a model without such layers.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -57,13 +60,14 @@ class NumericsMonitor:
     """
 
     def __init__(self, model: nn.Module, every: int = 100, grad_scale: float = 1.0) -> None:
-        if every < 1:
-            raise ValueError(f"every={every!r}: expected a number of steps, 1 at least")
+        COUNT.check("every", every)
+        if check_grad_scale(grad_scale) is None:
+            raise ValueError("grad_scale=None: expected a number greater than 0, 1 for gradients as they are")
         self.model, self.every, self.grad_scale = model, every, grad_scale
         self.records: list[Record] = []
         self._layers: dict[nn.Module, str] = {}
         for name, module in model.named_modules():
-            if isinstance(module, (nn.Linear, _ConvNd)):
+            if isinstance(module, LAYERS):
                 self._layers.setdefault(module, name)
         if not self._layers:
             raise ValueError(f"{type(model).__name__} has no linear layer and no convolution to be watched")

@@ -82,12 +82,22 @@ def write_table(records: Sequence[Record], folder: Path) -> Path:
 
 
 def read_table(folder: Path) -> list[Record]:
-    """The records of ``numerics.csv``; none where there is no such file."""
+    """The records of ``numerics.csv``; none where there is no such file.
+
+    Raises:
+        ValueError: it holds something else.
+    """
     path = folder / TABLE
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        return [{key: _value(key, text) for key, text in row.items()} for row in csv.DictReader(file)]
+    try:
+        with path.open(newline="") as file:
+            records = [{key: _value(key, text) for key, text in row.items()} for row in csv.DictReader(file)]
+        if any(not isinstance(record.get("step"), int) or not record.get("layer") for record in records):
+            raise ValueError("a row without step or layer")
+    except (ValueError, TypeError, csv.Error, OSError) as error:
+        raise ValueError(f"{str(path)!r} is no table of numerics ({error}): delete it") from error
+    return records
 
 
 def _value(key: str, text: str) -> Any:

@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..training.values import COUNT, find_device, refused
 from .ablation import AS_IT_IS, COMPILED, VARIANTS
 from .command import choose_targets
 from .fake import ProfileError
 from .memory import measure_training_step, synchronize
 from .profile import describe
 from .report import save_json
-from .target import Job, Setting, Target, first_line
+from .target import Job, Setting, Target
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ def make_cases(
     cases = []
     for target in choose_targets(names, modes, setting):
         cases += [Case(target, variant) for variant in (wanted if target.mode == "reversible" else [AS_IT_IS])]
+    if (ablate or compiled) and not any(case.target.mode == "reversible" for case in cases):
+        flag = "--ablate" if ablate else "--compiled"
+        raise ProfileError(f"{flag} has no effect: no network here has the mode reversible, name one, or leave it out")
     return cases
 
 
@@ -76,6 +80,8 @@ def run(
     Raises:
         ProfileError: for a network that does not run.
     """
+    COUNT.check("repeats", repeats)
+    find_device(setting.device, here=True)
     jobs: dict[Case, Job] = {}
     memory: dict[Case, float] = {}
     seconds: dict[Case, list[float]] = {case: [] for case in cases}
@@ -83,7 +89,8 @@ def run(
         variant = VARIANTS[case.variant]
         with variant.active():
             if measure_memory:
-                jobs[case] = job = variant.build(case.target, setting)
+                with refused(f"{case.target} cannot be built on {setting.device}", ProfileError):
+                    jobs[case] = job = variant.build(case.target, setting)
                 memory[case] = _activation_bytes(case, job) / case.target.batch_size
             else:
                 seconds[case].append(_timed_step(jobs[case]))
@@ -91,10 +98,8 @@ def run(
 
 
 def _activation_bytes(case: Case, job: Job) -> int:
-    try:
+    with refused(f"{case.target} cannot run", ProfileError):
         return measure_training_step(job.model, job.x, job.loss_fn).activation_bytes
-    except (ValueError, RuntimeError) as error:
-        raise ProfileError(f"{case.target} cannot run: {first_line(error)}") from error
 
 
 def _timed_step(job: Job) -> float:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..reversible import MODES
+from ..training.places import check_folder
+from ..training.values import COUNT, check_choice, check_once, find_device, words
 from . import plots, report, sweep
 from .fake import ProfileError
-from .fit import DoesNotFitError, Fit, fit, parse_budget
+from .fit import WHAT, DoesNotFitError, Fit, fit, parse_budget
 from .profile import profile
 from .target import Setting, Target, parse_targets
 
@@ -40,30 +42,40 @@ def run(request: Request, setting: Setting) -> None:
         ProfileError: one sentence, before long work where that can be.
     """
     budget = None if request.fit is None else parse_budget(request.fit)
-    if request.fit_what not in ("batch", "image"):
-        raise ProfileError(f"unknown --fit-what {request.fit_what!r}: expected batch or image")
+    if budget is not None and request.sweeps:
+        raise ProfileError("--sweep and --fit: each prints a table of its own, give one of them")
+    check_choice("--fit-what", request.fit_what, WHAT)
+    kinds = words("sweep", request.sweeps, sweep.KINDS) if request.sweeps else []
+    parts = words("--part", request.parts) if request.parts else []
+    if request.output is not None:
+        check_folder(request.output)
     targets = choose_targets(request.names, request.modes, setting, request.img_size, request.batch_size)
-    targets = _of_parts(targets, request.parts.replace(",", " ").split())
-    sweeps = {kind: sweep.targets(kind, targets, setting) for kind in request.sweeps.replace(",", " ").split()}
-    folder = None if request.output is None else report.open_folder(request.output)
+    targets = _of_parts(targets, parts)
+    sweeps = {kind: sweep.targets(kind, targets, setting) for kind in kinds}
+    if request.measure:
+        find_device(setting.device, here=True)
     if budget is not None:
         fits = _fit_all(targets, setting, budget, request.fit_what)
         report.print_fits(fits, budget, request.fit_what)
-        if folder is not None:
+        if (folder := _folder(request)) is not None:
             _wrote(report.save_records(report.fit_records(fits, budget), setting, folder, "fit"))
         return
     for kind, swept in sweeps.items():
         rows = [profile(t, setting, measure=False) for t in track(swept, f"predicting {kind}")]
         report.print_sweep(kind, rows, setting)
-        if folder is not None:
+        if (folder := _folder(request)) is not None:
             _wrote([*report.save_records(report.records(rows), setting, folder, kind), plots.sweep(kind, rows, folder)])
     if sweeps:
         return
     rows = [profile(t, setting, request.measure) for t in track(targets, "profiling")]
     report.print_rows(rows, setting)
-    if folder is not None:
+    if (folder := _folder(request)) is not None:
         _wrote(report.save_records(report.records(rows), setting, folder, "profile"))
         _wrote([plots.timeline(row, folder) for row in rows])
+
+
+def _folder(request: Request) -> Path | None:
+    return None if request.output is None else report.open_folder(request.output)
 
 
 def choose_targets(
@@ -81,18 +93,24 @@ def choose_targets(
     Raises:
         ProfileError: for what does not exist.
     """
-    wanted = modes.replace(",", " ").split()
-    unknown = [mode for mode in wanted if mode not in MODES]
-    if unknown:
-        raise ProfileError(f"unknown mode {unknown[0]!r}: expected some of {', '.join(MODES)}")
+    wanted = words("mode", modes, MODES) if modes else []
+    check_once("networks", names)
+    COUNT.check("batch_size", batch_size)
+    if img_size is not None:
+        COUNT.check("img_size", img_size)
     targets = []
+    everywhere: set[str] = set()
     for text in names:
         found = parse_targets(text, setting, img_size, batch_size)
+        everywhere.update(t.mode for t in found)
         # a peer without any of these modes is still worth comparing: plain
         chosen = [t for t in found if not wanted or t.mode in wanted]
         if not chosen and text == names[0]:
             raise ProfileError(f"{text} has no mode {wanted[0]!r}, only {', '.join(t.mode for t in found)}")
         targets += chosen or [t for t in found if t.mode == "store"]
+    idle = [mode for mode in wanted if mode not in everywhere]
+    if idle:
+        raise ProfileError(f"{', '.join(names)}: no network here has the mode {idle[0]!r}: leave it out")
     return targets
 
 

@@ -1,6 +1,7 @@
 """Fake twins of real things: the same shapes, layouts and devices, without memory or values."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
+
+from ..training.values import reason
 
 
 class ProfileError(ValueError):
@@ -29,6 +32,15 @@ def fake_like(x: Tensor, device: torch.device) -> Tensor:
     return nn.Parameter(twin, x.requires_grad) if isinstance(x, nn.Parameter) else twin.requires_grad_(x.requires_grad)
 
 
+def fake_input(x: Any, device: torch.device) -> Any:
+    """The input of a model with a fake tensor in place of each of its tensors."""
+    if isinstance(x, Tensor):
+        return fake_like(x, device)
+    if isinstance(x, Mapping):
+        return {name: fake_input(value, device) for name, value in x.items()}
+    return tuple(fake_input(value, device) for value in x) if isinstance(x, (tuple, list)) else x
+
+
 def fake_twin(model: nn.Module, device: torch.device) -> nn.Module:
     """A copy of ``model`` with fake parameters and buffers, shared ones shared; to be called inside a fake mode."""
     memo: dict[int, Any] = {}
@@ -37,8 +49,8 @@ def fake_twin(model: nn.Module, device: torch.device) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def explain(error: Exception, op: str) -> ProfileError | None:
-    """One sentence for what fake tensors cannot do, naming the op; None when ``error`` is something else.
+def explain(error: Exception, op: str) -> ProfileError:
+    """One sentence for why a step cannot be traced: what fake tensors cannot do, naming the op, or what was raised.
 
     Args:
         error: raised while the step was traced.
@@ -48,4 +60,4 @@ def explain(error: Exception, op: str) -> ProfileError | None:
         return ProfileError(f"its op {error.func} depends on values, and fake tensors have none")
     if isinstance(error, (UnsupportedOperatorException, NotImplementedError)):
         return ProfileError(f"its op {getattr(error, 'func', op)} has no implementation for fake tensors")
-    return None
+    return ProfileError(reason(error))

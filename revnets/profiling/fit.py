@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..training.values import Number, check_choice
 from .fake import ProfileError
 from .predict import StepPrediction
 from .profile import predict
@@ -12,6 +13,9 @@ from .target import Setting, Target, with_size
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
           "TIB": 2**40}  # fmt: skip
+
+
+BYTES = Number(int, 1, 2**63 - 1)
 
 
 def parse_budget(text: str) -> int:
@@ -26,9 +30,16 @@ def parse_budget(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
     factor = _UNITS.get(match[2].upper()) if match else None
-    if match is None or factor is None or float(match[1]) == 0:
-        raise ProfileError(f"budget {text!r}: expected a size such as 24GB (10^9 bytes), 24GiB (2^30) or 16000MB")
+    if match is None or factor is None or not 1 <= float(match[1]) * factor < 2**63:
+        raise ProfileError(
+            f"budget {text[:100]!r}: expected a size such as 24GB (10^9 bytes), 24GiB (2^30) or 16000MB, at least a "
+            "byte and below 2^63 of them"
+        )
     return int(float(match[1]) * factor)
+
+
+WHAT = ("batch", "image")
+"""What may be looked for."""
 
 
 class DoesNotFitError(ProfileError):
@@ -92,7 +103,10 @@ def fit(target: Target, setting: Setting, budget: int, what: str = "batch") -> F
 
     Raises:
         DoesNotFitError: when not even one sample (or the smallest image) fits; says what it needs.
+        ValueError: for a budget that is no number of bytes, or another ``what``.
     """
+    BYTES.check("budget", budget)
+    check_choice("what", what, WHAT)
     step = 1 if what == "batch" else target.divisor(setting)
     known: dict[int, StepPrediction] = {}
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from ..layers import MuSConv2d, MuSLinear, fp8_products
 from ..layers.fp8 import check_backend, resolve_backend
 from ..layers.fp8_break_even import KINDS, device_kind
+from ..training.values import COUNT, find_device, reason, refused, words
 from .fake import ProfileError
 from .memory import synchronize
 from .report import write
-from .target import first_line
 
 MODES = ("eager", "compiled")
 PLAIN, OURS, TORCHAO = "plain", "mus_fp8", "torchao dynamic"
@@ -59,8 +59,10 @@ class Request:
             unknown = [one for one in given if one not in known]
             if unknown or not given:
                 raise ProfileError(f"unknown {what} {''.join(unknown[:1])!r}: expected some of {', '.join(known)}")
-        if not (self.widths and self.rows) or min(*self.widths, *self.rows) < 1:
-            raise ProfileError(f"widths {list(self.widths)}, rows {list(self.rows)}: expected numbers of at least 1")
+        for what, sizes in (("widths", self.widths), ("rows", self.rows)):
+            if not sizes or not all(COUNT.holds(size) for size in sizes):
+                raise ProfileError(f"{what} {list(sizes)}: expected some numbers, each {COUNT.words}")
+        COUNT.check("repeats", self.repeats)
 
 
 def parse(device: str, widths: str, rows: str, kinds: str, modes: str, repeats: int, backend: str | None) -> Request:
@@ -69,20 +71,22 @@ def parse(device: str, widths: str, rows: str, kinds: str, modes: str, repeats: 
     Raises:
         ProfileError: for what does not exist here.
     """
-    try:
-        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with refused("bench-fp8", ProfileError):
+        found = find_device(device or ("cuda" if torch.cuda.is_available() else "cpu"), here=True)
         device_kind(found)
         check_backend(backend)
-        numbers = [[int(word) for word in text.replace(",", " ").split()] for text in (widths, rows)]
-    except (ValueError, RuntimeError) as error:
-        raise ProfileError(f"bench-fp8: {first_line(error)}") from error
+        if backend is not None:
+            resolve_backend(backend, found, torch.bfloat16)
+        numbers = [
+            COUNT.read_list(f"--{name}", text) if text else [] for name, text in (("widths", widths), ("rows", rows))
+        ]
+        chosen = words("kind", kinds, KINDS, blanks=False), words("mode", modes, MODES)
     small = found.type == "cpu"
     return Request(
         found,
         numbers[0] or ([256, 512] if small else [256, 512, 1024, 2048, 4096, 8192]),
         numbers[1] or ([512] if small else [2048, 8192]),
-        [word.strip() for word in kinds.split(",")],
-        [word.strip() for word in modes.split(",")],
+        *chosen,
         repeats,
         backend,
     )
@@ -127,7 +131,8 @@ def run(
 def _measure(request: Request, kind: str, rows: int, width: int, say: Callable[[str], Any]) -> list[Row]:
     torch._dynamo.reset()
     torch.manual_seed(0)
-    x, grad = _inputs(kind, rows, width, request.device)
+    with refused(f"{kind} {rows}x{width} cannot be measured on {request.device}", ProfileError):
+        x, grad = _inputs(kind, rows, width, request.device)
     steps: dict[tuple[str, str], Callable[[], None]] = {}
     backends: dict[tuple[str, str], str] = {}
     for mode in request.modes:
@@ -143,8 +148,8 @@ def _measure(request: Request, kind: str, rows: int, width: int, say: Callable[[
                 step()
             except Exception as error:  # whatever a compiler or another library may raise
                 if name == PLAIN:
-                    raise ProfileError(f"{kind} {width}, {mode}: {first_line(error)}") from error
-                say(f"{kind} {rows}x{width}, {mode}: {name} was not measured: {first_line(error)}")
+                    raise ProfileError(f"{kind} {width}, {mode}: {reason(error)}") from error
+                say(f"{kind} {rows}x{width}, {mode}: {name} was not measured: {reason(error)}")
                 continue
             steps[mode, name] = step
     counts = {key: _count(step, request.device) for key, step in steps.items()}

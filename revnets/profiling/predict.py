@@ -1,5 +1,6 @@
 """Memory and FLOPs of a training step, known before it runs: no accelerator, no allocation."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -8,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fake import explain, fake_like, fake_twin, new_fake_mode
-from .memory import mean_square
+from ..training.values import find_device
+from .fake import ProfileError, explain, fake_input, fake_twin, new_fake_mode
+from .memory import call, check_loss, check_step, mean_square, tensors_of
 from .tracker import Event, StorageTracker, Trace
 
 CATEGORIES = ("parameters", "buffers", "gradients", "optimizer state", "input", "activations", "temporary")
@@ -59,7 +61,7 @@ class StepPrediction:
 
 def predict_training_step(
     model: nn.Module,
-    x: Tensor,
+    x: Any,
     loss_fn: Callable[[Any], Tensor] | None = None,
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
     device: torch.device | str | None = None,
@@ -69,13 +71,16 @@ def predict_training_step(
     Args:
         model: real, on ``torch.device("meta")`` or fake; it is copied without its memory, and left as it is. In the
             mode (train, memory mode, autocast inside) that is asked about.
-        x: input, e.g. ``(N, C, H, W)``; real, meta or fake.
-        loss_fn: from the model's output to a scalar; by default the mean of squares.
+        x: input, e.g. ``(N, C, H, W)``; real, meta or fake. For a model with several inputs a tuple of them, or a
+            mapping by name.
+        loss_fn: from the model's output to a scalar; by default the mean of squares, summed over all tensors of the
+            output (in tuples, mappings, dataclasses).
         optimizer: makes one for a model; by default there is none.
         device: to predict for, at hand or not; by default that of ``x`` (CPU for meta).
 
     Raises:
-        ProfileError: when fake tensors cannot run the model; names the op.
+        ProfileError: for arguments of which no step can be made, and when fake tensors cannot run the model; names the
+            op, or what the model raised.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
@@ -83,13 +88,17 @@ def predict_training_step(
         >>> predicted.categories["parameters"], predicted.gradient_bytes, predicted.macs
         (576, 576, 8192)
     """
-    wanted = torch.device(device or ("cpu" if x.device.type == "meta" else x.device))
+    try:
+        given = check_step(model, x, loss_fn, optimizer)
+        wanted = find_device(device or ("cpu" if given.type == "meta" else given), here=False)
+    except ValueError as error:
+        raise ProfileError(str(error)) from None
     with new_fake_mode():
         twin = fake_twin(model, traceable(wanted))
         names = {module: name or type(module).__name__ for name, module in twin.named_modules()}
         tracker = StorageTracker(wanted, traceable(wanted), names)
         with tracker, _explained(tracker):
-            return _trace(twin, fake_like(x, traceable(wanted)), loss_fn or mean_square, optimizer, tracker)
+            return _trace(twin, fake_input(x, traceable(wanted)), loss_fn or mean_square, optimizer, tracker)
 
 
 def traceable(device: torch.device) -> torch.device:
@@ -101,18 +110,21 @@ def traceable(device: torch.device) -> torch.device:
 
 @contextmanager
 def _explained(tracker: StorageTracker) -> Iterator[None]:
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True  # it logs tracebacks of what becomes one sentence here
     try:
         yield
-    except Exception as error:
-        explained = explain(error, tracker.op)
-        if explained is None:
-            raise
-        raise explained from error
+    except ProfileError:
+        raise
+    except Exception as error:  # of the model, the loss or the optimizer, which somebody chose
+        raise explain(error, tracker.op) from error
+    finally:
+        logger.disabled = before
 
 
 def _trace(
     model: nn.Module,
-    x: Tensor,
+    x: Any,
     loss_fn: Callable[[Any], Tensor],
     make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None,
     tracker: StorageTracker,
@@ -121,10 +133,11 @@ def _trace(
         tracker.follow(parameter, "parameters")
     for buffer in model.buffers():
         tracker.follow(buffer, "buffers")
-    tracker.follow(x, "input")
+    for tensor in tensors_of(x):
+        tracker.follow(tensor, "input")
     optimizer = make_optimizer(model) if make_optimizer is not None else None
     with tracker.during("forward"):
-        loss = loss_fn(model(x))
+        loss = check_loss(loss_fn(call(model, x)))
     for block in tracker.alive():
         block.category = block.category or ("activations" if block.phase == "forward" else None)
     with tracker.during("backward"):

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 import timm
 import torch
 
+from ..training.values import reason, refused
 from .fake import ProfileError
 from .memory import StepMemory, measure_training_step
 from .predict import StepPrediction, predict_training_step
-from .target import Setting, Target, first_line
+from .target import Setting, Target
 
 SLOW_FLOPS = 1e12
 """Training FLOPs beyond which a step on a CPU is only measured when asked for: it takes minutes."""
@@ -61,12 +62,16 @@ def predict(target: Target, setting: Setting) -> StepPrediction:
             job = target.build(setting, "meta")
         except (NotImplementedError, RuntimeError):  # its constructor looks at values
             job = target.build(setting, "cpu")
+        except ProfileError as error:
+            if not isinstance(error.__cause__, RuntimeError):
+                raise
+            job = target.build(setting, "cpu")
         return predict_training_step(job.model, job.x, job.loss_fn, optimizer, setting.device)
     except ProfileError as error:
         message = str(error)
-        raise ProfileError(message if target.name in message else f"{target.name}: {message}") from error
+        raise ProfileError(message if target.name in message else f"{target} cannot run: {message}") from error
     except (ValueError, AssertionError, RuntimeError, TypeError) as error:
-        raise ProfileError(f"{target} cannot run: {first_line(error)}") from error
+        raise ProfileError(f"{target} cannot run: {reason(error)}") from error
 
 
 def profile(target: Target, setting: Setting, measure: bool | None = None) -> Row:
@@ -89,7 +94,8 @@ def profile(target: Target, setting: Setting, measure: bool | None = None) -> Ro
     job = target.build(setting, setting.device)
     optimizer = setting.make_optimizer(job.model) if setting.optimizer is not None else None
     repeats = 1 if predicted.training_flops > SLOW_FLOPS else 3
-    measured = measure_training_step(job.model, job.x, job.loss_fn, optimizer, repeats)
+    with refused(f"{target} cannot run", ProfileError):
+        measured = measure_training_step(job.model, job.x, job.loss_fn, optimizer, repeats)
     state = [v for s in (optimizer.state.values() if optimizer is not None else ()) for v in s.values()]
     tensors = [*job.model.parameters(), *job.model.buffers(), job.x, *(v for v in state if torch.is_tensor(v))]
     resident = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

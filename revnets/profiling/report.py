@@ -7,7 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..training.files import writing
+from ..training.files import usable_folder, whole_file
+from ..training.places import check_folder
 from .fake import ProfileError
 from .fit import Fit
 from .predict import CATEGORIES
@@ -144,18 +145,15 @@ def _mb(nbytes: int | None) -> str:
 
 
 def open_folder(path: Path) -> Path:
-    """The folder for the output, made if it is missing.
+    """The folder for the output, made if it is missing; before long work, ``check_folder`` does without making it.
 
     Raises:
         ProfileError: when it cannot be made or written to.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / ".writable").touch()
-        (path / ".writable").unlink()
-    except OSError as error:
-        raise ProfileError(f"the output folder {str(path)!r} cannot be used: {error.strerror}") from error
-    return path
+        return usable_folder(check_folder(path))
+    except (OSError, ValueError) as error:
+        raise ProfileError(str(error)) from error
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> Path:
@@ -164,13 +162,8 @@ def write(path: Path, save: Callable[[Path], Any]) -> Path:
     Raises:
         NotWritten: there is no space, say.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path):
-        try:
-            save(temporary)
-            temporary.rename(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary:
+        save(temporary)
     return path
 
 

@@ -19,16 +19,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..deploy.compare import LAYERS, machine
-from ..deploy.engines import torch_threads
+from ..deploy.runners import torch_threads
 from ..kernels.build import load_kernel
 from ..layers import SparseConv2d, convert, use_sparse_kernel
+from ..models.named import build_model, check_model
 from ..sparsity.masks import check_sparsity
-from .report import write
+from ..training.values import COUNT, THREADS, check_once, refused
+from .report import open_folder, write
 
 DENSE, MASKED, KERNEL = "dense", "masked", "kernel"
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 _WARM_SECONDS = 0.03
+FILES = ("sparse_training.csv", "sparse_training.json")
+"""What ``save`` writes."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,19 @@ class Request:
     layers: bool = True
 
     def __post_init__(self) -> None:
+        check_once("models", self.models)
+        for name in self.models:
+            check_model(name)
+        if not (self.models or self.layers):
+            raise ValueError("there is nothing to measure without layers and without a model: name one, or keep layers")
+        if not (self.sparsities and self.threads):
+            raise ValueError("there is nothing to measure without a sparsity and a number of threads: give one of each")
         for sparsity in self.sparsities:
             check_sparsity(sparsity)
-        if min(self.threads) < 1:
-            raise ValueError(f"threads {list(self.threads)}: expected numbers from 1 on, such as 1,2")
+        for number in self.threads:
+            THREADS.check("threads", number)
+        for name in ("batch_size", "img_size", "repeats"):
+            COUNT.check(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -103,7 +116,7 @@ def run(request: Request, progress: Progress = iter) -> tuple[list[Row], list[Ro
     found: tuple[list[Row], list[Row]] = ([], [])
     cases = list(itertools.product(request.threads, request.sparsities, makers))
     for threads, sparsity, (whole, case, make, shape) in progress(cases):
-        with torch_threads(threads):
+        with torch_threads(threads), refused(f"{case} cannot be measured"):
             seconds = _measure(make(sparsity), shape, whole, request.repeats)
         found[whole].extend(Row(case, sparsity, threads, *key, *each) for key, each in seconds.items())
     return found
@@ -118,10 +131,8 @@ def _layer(inputs: int, outputs: int, sparsity: float) -> dict[str, nn.Module]:
 
 
 def _network(name: str, input_size: tuple[int, int, int], sparsity: float) -> dict[str, nn.Module]:
-    import timm
-
     torch.manual_seed(0)
-    dense = timm.create_model(name).train()
+    dense = build_model(name).train()
     masked = convert(copy.deepcopy(dense), f"sparse:{sparsity}", input_size=input_size).model
     kernel = copy.deepcopy(masked)
     if not use_sparse_kernel(kernel):
@@ -222,7 +233,8 @@ def print_rows(title: str, rows: Sequence[Row]) -> None:
 
 
 def save(layers: Sequence[Row], networks: Sequence[Row], folder: Path) -> list[Path]:
-    """All rows as CSV and JSON, complete or not at all."""
+    """All rows as CSV and JSON, complete or not at all, in a folder that is made if it is missing."""
+    open_folder(folder)
     data = {"machine": machine(), "layers": [asdict(r) for r in layers], "networks": [asdict(r) for r in networks]}
 
     def as_csv(path: Path) -> None:
@@ -231,8 +243,8 @@ def save(layers: Sequence[Row], networks: Sequence[Row], folder: Path) -> list[P
             writer.writeheader()
             writer.writerows(asdict(row) for row in (*layers, *networks))
 
-    name = "sparse_training"
+    table, records = FILES
     return [
-        write(folder / f"{name}.csv", as_csv),
-        write(folder / f"{name}.json", lambda path: path.write_text(json.dumps(data, indent=2) + "\n")),
+        write(folder / table, as_csv),
+        write(folder / records, lambda path: path.write_text(json.dumps(data, indent=2) + "\n")),
     ]

@@ -42,6 +42,8 @@ def targets(kind: str, given: Sequence[Target], setting: Setting) -> list[Target
     Raises:
         ProfileError: for an unknown kind, or a network that cannot be made deeper.
     """
+    if not given:
+        raise ProfileError("a sweep needs a network: give one")
     first = [t for t in given if t.title == given[0].title]
     if kind == "families":
         if len({t.name for t in given}) > 1:

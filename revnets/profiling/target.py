@@ -12,8 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.named import build_model, check_model
 from ..reversible import MODES
+from ..training.values import COUNT, find_device, reason, refused
 from .fake import ProfileError
+from .memory import mean_square
+
+first_line = reason
+"""Under this name the side of MMDetection knows it."""
 
 MODE_NAMES = {"store": "plain", "checkpoint": "own checkpointing"}  # for networks without our modes
 
@@ -46,11 +52,9 @@ class Setting:
         if self.amp_dtype not in (None, "bfloat16", "float16"):
             raise ProfileError(f"unknown amp dtype {self.amp_dtype!r}: expected bfloat16 or float16")
         try:
-            kind = torch.device(self.device).type
-        except RuntimeError:
-            kind = "meta"
-        if kind == "meta":
-            raise ProfileError(f"unknown device {self.device!r}: expected cpu, cuda, cuda:0, ...")
+            find_device(self.device, here=False)
+        except ValueError as error:
+            raise ProfileError(str(error)) from None
         if self.optimizer is not None:
             from timm.optim import list_optimizers
 
@@ -60,7 +64,8 @@ class Setting:
         """The optimizer for the parameters of ``model`` (momentum 0.9 where it has one, weight decay)."""
         from timm.optim import create_optimizer_v2
 
-        return create_optimizer_v2(model, opt=self.optimizer, lr=1e-3, weight_decay=1e-4)
+        with refused(f"optimizer {self.optimizer!r} cannot be made", ProfileError):
+            return create_optimizer_v2(model, opt=self.optimizer, lr=1e-3, weight_decay=1e-4)
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,7 @@ class Target:
         torch.manual_seed(0)
         cfg = timm.get_pretrained_cfg(self.name)
         channels = cfg.input_size[0] if cfg is not None else 3
-        with torch.device(device):
+        with torch.device(device), refused(f"{self} cannot be built on {torch.device(device)}", ProfileError):
             model = create(self.name, self.img_size, setting, self.options)
             x = torch.randn(self.batch_size, channels, self.img_size, self.img_size)
         if not set_mode(model, self.mode):
@@ -166,15 +171,7 @@ def create(name: str, img_size: int, setting: Setting, options: tuple[tuple[str,
     cfg = timm.get_pretrained_cfg(name)
     if cfg is not None and cfg.fixed_input_size:
         kwargs["img_size"] = img_size
-    try:
-        return timm.create_model(name, **kwargs, **dict(options))
-    except (AssertionError, ValueError, TypeError) as error:
-        raise ProfileError(f"{name} @{img_size} cannot be built: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its kind."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return build_model(name, f"{name} @{img_size} cannot be built", ProfileError, **kwargs, **dict(options))
 
 
 def set_mode(model: Any, mode: str) -> bool:
@@ -216,15 +213,28 @@ def parse_targets(text: str, setting: Setting, img_size: int | None = None, batc
 
         return list(parse_config(text, setting, img_size, batch_size))
     match = re.fullmatch(r"([^@:]+)(?:@(\d+))?(?::(\d+))?", text)
-    if match is None or "0" in (match[2], match[3]):
-        raise ProfileError(f"{text!r}: expected NAME@SIZE:BATCH with whole numbers, such as revbifpn_s0@224:8")
-    name = match[1]
-    _check_name("model", name, timm.list_models())
+    if match is None or not all(size is None or is_size(size) for size in (match[2], match[3])):
+        raise ProfileError(
+            f"{text[:200]!r}: expected NAME@SIZE:BATCH with {COUNT.words} for both, such as revbifpn_s0@224:8"
+        )
+    try:
+        name = check_model(match[1])
+    except ValueError as error:
+        raise ProfileError(str(error)) from None
     cfg = timm.get_pretrained_cfg(name)
     side = int(match[2] or img_size or (cfg.input_size[-1] if cfg is not None else 224))
     model = _on_meta(name, side, setting)
     modes = [mode for mode in MODES if (mode != "reversible" or is_reversible(name)) and set_mode(model, mode)]
     return [Target(name, side, int(match[3] or batch_size), mode) for mode in sorted(modes, key=_MODE_ORDER.index)]
+
+
+def is_size(text: str) -> bool:
+    """Whether a text is a number of pixels, or of images."""
+    try:
+        COUNT.read(text)
+    except ValueError:
+        return False
+    return True
 
 
 _MODE_ORDER = ("reversible", "store", "checkpoint")
@@ -259,8 +269,7 @@ def training_loss(y: Any) -> Tensor:
     """Cross entropy of logits ``(N, classes)`` with fixed labels; for other outputs the mean of squares."""
     if isinstance(y, Tensor) and y.ndim == 2 and y.shape[1] > 1:
         return F.cross_entropy(y.float(), torch.arange(len(y), device=y.device) % y.shape[1])
-    outputs = [y] if isinstance(y, Tensor) else list(y.values() if isinstance(y, dict) else y)
-    return torch.stack([t.float().square().mean() for t in outputs]).sum()
+    return mean_square(y)
 
 
 def with_size(target: Target, *, batch_size: int | None = None, img_size: int | None = None) -> Target:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models._cached import drop_wrong_cache
+from ..models.named import check_model
 from ..models.small_stem import small_stem
-from ..sparsity.masks import check_sparsity
-from .checkpoint import best_weights, read_checkpoint, save_weights
+from ..training.foreign import reaching_argument
+from ..training.held import TRAINED
+from ..training.places import check_exists, check_file
+from ..training.reading import in_file, options_in, read_checkpoint
+from ..training.values import COUNT, SEED, find_device, reason, refused
+from ..training.weights import unfit
+from .checkpoint import best_weights, save_weights
 from .densify import densify
-from .one_shot import prune
+from .one_shot import check_options, prune
 from .report import PruningReport
 
 _DATA = ("img_size", "input_size", "in_chans", "mean", "std", "crop_pct", "interpolation")
@@ -62,12 +68,11 @@ def run(source: Source, images: int, **options: Any) -> PruningReport:
 
     if source.output.suffix != ".safetensors":
         raise ValueError(f"output {str(source.output)!r}: expected a name that ends in .safetensors")
-    if not source.output.parent.is_dir():
-        raise ValueError(f"the folder {str(source.output.parent)!r} for the output does not exist: create it first")
-    if not source.data.exists():  # before weights are loaded, or fetched
-        raise ValueError(f"there is no folder or .tar file {str(source.data)!r}: give the one that holds the images")
-    if options.get("sparsity") is not None:
-        check_sparsity(options["sparsity"])
+    for suffix in (".safetensors", ".json", ".csv", ".png"):
+        check_file(source.output.with_suffix(suffix))
+    check_exists(source.data, "folder or .tar file", "--data")  # before weights are loaded, or fetched
+    find_device(source.device, here=True)
+    check_options(images=images, **options)
     model, trained = load_model(source)
     batches = calibration_batches(source, model, trained, images)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
@@ -86,8 +91,8 @@ def run(source: Source, images: int, **options: Any) -> PruningReport:
     save_weights(report.model, source.output, words)
     files = [source.output, *report.save(source.output)]
     console.print(report.table())
-    for reason, count in Counter(s.reason for s in report.skipped).items():
-        console.print(f"left out, {count} layers: {reason}", style="dim")
+    for why, count in Counter(s.reason for s in report.skipped).items():
+        console.print(f"left out, {count} layers: {why}", style="dim")
     console.print("written: " + ", ".join(str(file) for file in files))
     return report
 
@@ -98,32 +103,29 @@ def load_model(source: Source) -> tuple[nn.Module, dict[str, Any]]:
     Raises:
         ValueError: for an unknown model, or a checkpoint that is missing, damaged or of another network.
     """
-    check_known(source.model)
+    check_model(source.model)
+    SEED.check("seed", source.seed)
+    for name in ("img_size", "batch_size"):
+        if getattr(source, name) is not None:
+            COUNT.check(name, getattr(source, name))
     checkpoint = read_checkpoint(source.checkpoint) if source.checkpoint is not None else {}
     trained = _trained(checkpoint, source)
     return _model(source, checkpoint, trained), trained
 
 
-def check_known(model: str) -> None:
-    """Make sure that timm knows the model.
-
-    Raises:
-        ValueError: if not.
-    """
-    import timm
-
-    if not timm.is_model(model):
-        near = ", ".join(difflib.get_close_matches(model, timm.list_models(), 3, 0.5))
-        hint = f"did you mean {near}?" if near else "timm.list_models() names all"
-        raise ValueError(f"unknown model {model!r}: {hint}")
-
-
 def _trained(checkpoint: Mapping[str, Any], source: Source) -> dict[str, Any]:
     """The options that say how the network was built and what images it saw, of a checkpoint of ``train.py``."""
-    stored = checkpoint.get("args") or {}
-    values = dict(stored if isinstance(stored, Mapping) else vars(stored))
+    values = options_in(checkpoint)
+    with in_file(source.checkpoint or ""):
+        TRAINED.check(values, ("args",))
     if values.get("model", source.model) != source.model:
         raise ValueError(f"the checkpoint is of {values['model']}, not of {source.model}: give that name")
+    reaches = reaching_argument(values.get("model_kwargs"), _keywords(source.model_kwargs))
+    if reaches:
+        raise ValueError(
+            f"{str(source.checkpoint)!r} was trained with {reaches}, and only what you name is read or fetched: give "
+            "--model-kwargs yourself if you trust it"
+        )
     known = (*_DATA, "model_kwargs", "num_classes", "gp", "small_stem")
     found = {name: values[name] for name in known if values.get(name) not in (None, "", {})}
     found["model_kwargs"] = {**found.get("model_kwargs", {}), **_keywords(source.model_kwargs)}
@@ -139,6 +141,8 @@ def _keywords(texts: Sequence[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not (name and equals):
             raise ValueError(f"model-kwargs {text!r}: expected KEY=VALUE, such as stem_stride=2")
+        if name in found:
+            raise ValueError(f"model-kwargs {text!r}: {name} is given twice, give it once")
         try:
             found[name] = json.loads(value)
         except json.JSONDecodeError:
@@ -151,26 +155,31 @@ def _model(source: Source, checkpoint: Mapping[str, Any], trained: Mapping[str, 
 
     arguments = {"num_classes": trained.get("num_classes"), "in_chans": trained.get("in_chans")}
     arguments |= {"global_pool": trained.get("gp"), **trained["model_kwargs"]}
+    if source.checkpoint is None:
+        drop_wrong_cache(source.model)
     try:
         model: nn.Module = timm.create_model(source.model, pretrained=source.checkpoint is None, **arguments)
         if "small_stem" in trained:
             small_stem(model, trained["small_stem"])
-    except (RuntimeError, OSError, TypeError, ValueError, AssertionError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{source.model} cannot be made ({reason}): give --checkpoint and --model-kwargs") from error
+    except Exception as error:  # whatever the network, or the library that fetches its weights, refuses
+        raise ValueError(
+            f"{source.model} cannot be made ({reason(error)}): give --checkpoint and --model-kwargs"
+        ) from error
     if checkpoint:
+        weights = densify(best_weights(checkpoint))
+        if problem := unfit(model.state_dict(), weights):
+            raise ValueError(f"{str(source.checkpoint)!r} cannot be loaded: {problem}: give a file of plain weights")
         try:
-            model.load_state_dict(densify(best_weights(checkpoint)))
+            model.load_state_dict(weights)
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[1].strip()[:200]
+            lines = str(error).strip().splitlines()
+            first = lines[1 if len(lines) > 1 else 0].strip()[:200]
             raise ValueError(
-                f"{str(source.checkpoint)!r} is not of {source.model} with these arguments ({reason}): give the same "
+                f"{str(source.checkpoint)!r} is not of {source.model} with these arguments ({first}): give the same "
                 "--model-kwargs; layers other than sparse:S have to be folded first"
             ) from error
-    try:
-        return model.to(torch.device(source.device))
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {source.device!r} cannot be used here: {error}") from error
+    with refused(f"device {source.device!r} cannot be used here"):
+        return model.to(find_device(source.device, here=False))
 
 
 def calibration_batches(
@@ -183,17 +192,17 @@ def calibration_batches(
     """
     from timm.data import create_dataset, resolve_data_config
 
+    from ..training.splits import check_split, find_split, split_or_root
+
     config = resolve_data_config({name: trained.get(name) for name in _DATA}, model=model)
-    if not source.data.exists():
-        raise ValueError(f"there is no folder or .tar file {str(source.data)!r}: give the one that holds the images")
-    if source.split and not (source.data / source.split).exists():
-        raise ValueError(f"there is no {source.split!r} in {str(source.data)!r}: give a folder or .tar file of it")
+    check_exists(source.data, "folder or .tar file", "--data")
     mode = "L" if config["input_size"][0] == 1 else "RGB"
     try:
-        split = source.split or ("train.tar" if (source.data / "train.tar").is_file() else "train")
-        dataset: Any = create_dataset("", root=str(source.data), split=split, input_img_mode=mode)
-    except (RuntimeError, OSError, ValueError, AssertionError) as error:
-        raise ValueError(f"no images in {str(source.data)!r} ({error}): give class folders of them") from error
+        path = find_split(source.data, source.split) if source.split else split_or_root(source.data, "train")
+        check_split(path)
+        dataset: Any = create_dataset("", root=str(path), search_split=False, input_img_mode=mode)
+    except Exception as error:  # timm's readers raise what their libraries raise
+        raise ValueError(f"no images in {str(source.data)!r} ({reason(error)}): give class folders of them") from error
     return draw_batches(dataset, config, images, source.batch_size, source.seed)
 
 
@@ -215,4 +224,10 @@ def draw_batches(
     names = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     dataset.transform = create_transform(**{name: config[name] for name in names})
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:images].tolist()
-    return iter(DataLoader(Subset(dataset, order), batch_size=batch_size))
+    return _readable(DataLoader(Subset(dataset, order), batch_size=batch_size))
+
+
+def _readable(batches: Any) -> Iterator[tuple[Tensor, ...]]:
+    """The batches of a loader; images that cannot be read are one sentence."""
+    with refused("data: an image cannot be read"):
+        yield from batches

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..layers.geometry import described
 from ..layers.sites import Surroundings
 from ..layers.trace import Trace, TraceError, trace
-from ..sparsity.masks import check_sparsity
+from ..sparsity.masks import DISTRIBUTIONS, check_sparsity
+from ..training.values import COUNT, NOT_NEGATIVE, check_choice
 from .calibration import Passes, collect, full_precision
 from .choice import DEFAULT_EXCLUDE, Layers, blocks, choose, targets
 from .densify import densify
@@ -81,11 +82,8 @@ def prune(
         [('2', 432)]
     """
     start = time.perf_counter()
-    goal = _goal(sparsity, pattern, method)
-    if not damping >= 0 or block_size < 1 or max_passes < 1:
-        raise ValueError(
-            f"damping={damping}, block_size={block_size}, max_passes={max_passes}: expected at least 0, 1 and 1"
-        )
+    numbers = {"images": images, "damping": damping, "block_size": block_size, "max_passes": max_passes}
+    goal = check_options(sparsity, pattern, method, distribution, exclude, **numbers)
     batches = collect(data, images)
     network = densify(model)
     recorded = _traced(network, batches[0])
@@ -108,9 +106,27 @@ def prune(
     return report
 
 
-def _goal(sparsity: float | None, pattern: str | None, method: str) -> float | Pattern:
-    if method not in METHODS:
-        raise ValueError(f"method={method!r}: expected one of {', '.join(METHODS)}")
+def check_options(
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    method: str = "sparsegpt",
+    distribution: str = "uniform",
+    exclude: Sequence[str] = DEFAULT_EXCLUDE,
+    **numbers: Any,
+) -> float | Pattern:
+    """What is to be reached, once all options of ``prune`` are known to be possible.
+
+    Raises:
+        ValueError: for one that is not; names it.
+    """
+    check_choice("method", method, METHODS)
+    check_choice("distribution", distribution, (*DISTRIBUTIONS, "global"))
+    if isinstance(exclude, str) or not all(isinstance(word, str) for word in exclude):
+        raise ValueError(f"exclude={exclude!r}: expected a list of rules and patterns, such as ['first', 'head.*']")
+    for name, value in numbers.items():
+        if name in ("images", "block_size", "max_passes"):
+            COUNT.check(name, value)
+    NOT_NEGATIVE.check("damping", numbers.get("damping", 0.0))
     if (sparsity is None) == (pattern is None):
         raise ValueError(f"sparsity={sparsity}, pattern={pattern!r}: expected one of the two, such as sparsity=0.7")
     return check_sparsity(sparsity) if pattern is None else Pattern.parse(pattern)  # type: ignore[arg-type]

@@ -179,11 +179,7 @@ class SparsityController:
         Raises:
             ValueError: when the layers or their masks are not those of the model, or the schedule is another one.
         """
-        self._check_layers(state["layers"])
-        if state["schedule"] != self.schedule.name:
-            raise ValueError(
-                f"schedule={self.schedule.name!r}: the checkpoint was trained with {state['schedule']!r}; give that one"
-            )
+        self.check_state_dict(state)
         self._generator.set_state(state["generator"].cpu())
         self.steps, self._leaky = int(state["steps"]), bool(state["leaky"])
         columns = {name: values.tolist() for name, values in state["history"].items()}
@@ -194,14 +190,34 @@ class SparsityController:
         self._forget_gradients()
         self._gather(self._gathers(self.steps + 1))
 
-    def _check_layers(self, theirs: Mapping[str, list[int]]) -> None:
+    def check_state_dict(self, state: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> None:
+        """Refuse a state that is not of these layers and this schedule; nothing changes.
+
+        Args:
+            state: Of ``state_dict``.
+            weights: The model's state that is to be loaded with it; None: the model has it already.
+
+        Raises:
+            ValueError: when the layers or their masks are not those of the model, or the schedule is another one.
+        """
+        active = counts(self.layers)
+        for index, layer in enumerate(self.layers):
+            mask = None if weights is None else weights.get(f"{layer.name}.mask" if layer.name else "mask")
+            active[index] = active[index] if mask is None else int(mask.sum())
+        self._check_layers(state["layers"], active)
+        if state["schedule"] != self.schedule.name:
+            raise ValueError(
+                f"schedule={self.schedule.name!r}: the checkpoint was trained with {state['schedule']!r}; give that one"
+            )
+
+    def _check_layers(self, theirs: Mapping[str, list[int]], held: list[int]) -> None:
         ours = {layer.name: layer for layer in self.layers}
         odd = sorted(set(ours) ^ set(theirs))
         if odd:
             where = "the model, not in the checkpoint" if odd[0] in ours else "the checkpoint, not in the model"
             raise ValueError(f"masks do not match: sparse layer '{odd[0]}' is in {where}; give the same layers=")
-        for name, made, active in zip(ours, self._counts, counts(self.layers), strict=True):
-            *shape, count = theirs[name]
+        for name, made, active in zip(ours, self._counts, held, strict=True):
+            *shape, count = theirs[name] or [0]
             if tuple(shape) != ours[name].mask.shape:
                 raise ValueError(
                     f"masks do not match: '{name}' has shape {tuple(shape)} in the checkpoint, "

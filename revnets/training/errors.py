@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from .files import NotWritten
 from .termination import TERMINATED, Terminated
 
 USER_ERROR = 2
 INTERRUPTED = 130
+LONGEST = 400  # characters of another library's message that are passed on
 
 
 class UserError(Exception):
@@ -20,6 +23,46 @@ class UserError(Exception):
 def one_line(error: BaseException) -> str:
     """The message of an exception as one line, or its type where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def shown(value: object) -> str:
+    """A value as an error message shows it: its `repr`, cut in the middle where it is long or deep."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother, short.maxlong = 3, 120, 120, 40
+    try:
+        return short.repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return f"a {type(value).__name__} of too many digits"
+
+
+@contextmanager
+def refusals(what: str, fix: str) -> Iterator[None]:
+    """The door to another library: whatever it raises inside is a mistake in what the user asked of it.
+
+    It goes around single calls into timm, torch or MMEngine that get the user's values, and around nothing of ours.
+
+    Args:
+        what: The option, and what is done with it.
+        fix: What to do about it.
+
+    Raises:
+        UserError: With the library's own words.
+
+    Example:
+        >>> with refusals("--opt: adam refuses its arguments", "correct --opt-kwargs"):
+        ...     raise ValueError("bad beta")
+        Traceback (most recent call last):
+        ...
+        revnets.training.errors.UserError: --opt: adam refuses its arguments (bad beta); correct --opt-kwargs.
+    """
+    try:
+        yield
+    except (UserError, NotWritten):
+        raise
+    except Exception as error:
+        words = one_line(error)
+        words = words if len(words) <= LONGEST else f"{words[:LONGEST]}..."
+        raise UserError(f"{what} ({words.rstrip('.')}); {fix}.") from error
 
 
 def guarded(run: Callable[[], object]) -> int:

@@ -1,5 +1,6 @@
 """Whether a checkpoint is still what was written."""
 
+import hashlib
 import re
 import zipfile
 import zlib
@@ -53,3 +54,17 @@ def forbidden(error: BaseException) -> str:
         r"Unsupported class (\S+)", str(error)
     )
     return found[1] if found else ""
+
+
+def sha256_of(path: str | Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits.
+
+    Example:
+        >>> len(sha256_of(__file__))
+        64
+    """
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from classification import lr_transfer, mus_table, train
-from revnets.training.options import options_of, read_yaml
 from classification.lr_transfer import Best, Proxy
 from classification.mus_table import Outcome
 from classification.options import TrainOptions, ValidateOptions
 from revnets.layers import MuSConv2d, MuSLinear
+from revnets.training.options import options_of, read_yaml
 
 from .short_runs import Trainer
 

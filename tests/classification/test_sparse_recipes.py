@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from classification import sparse_table, train
-from revnets.training.options import options_of, read_yaml
 from classification.options import TrainOptions, ValidateOptions
 from revnets.sparsity import sparse_layers
+from revnets.training.options import options_of, read_yaml
 
 from .short_runs import ROOT, Trainer
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from classification import train, validate
-from revnets.training.files import whole_file
 from classification.report import read_summary
 from revnets.kernels import build
+from revnets.training.files import whole_file
 
 from .short_runs import ROOT, SHORT, TINY, Trainer
 

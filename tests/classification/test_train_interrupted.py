@@ -15,8 +15,8 @@ import torch
 
 from classification import train
 from classification.checkpoints import by_age, newest_whole
-from revnets.training.errors import UserError
 from classification.report import read_summary
+from revnets.training.errors import UserError
 
 from .short_runs import Trainer
 from .test_train_run import differing, load

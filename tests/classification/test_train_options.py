@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from revnets.training.options import options_of, parse, read_yaml
-from revnets.training.errors import UserError
 from classification.options import TrainOptions, ValidateOptions, as_dict
+from revnets.training.errors import UserError
+from revnets.training.options import options_of, parse, read_yaml
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "classification"
 

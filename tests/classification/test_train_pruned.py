@@ -12,13 +12,13 @@ import timm
 import torch
 
 from classification import prune_table, spdf_table, train, validate
-from revnets.training.options import options_of, read_yaml
-from revnets.training.errors import UserError
 from classification.options import TrainOptions, ValidateOptions
 from classification.report import read_summary
 from classification.series import part_of
 from revnets.layers import count_costs
 from revnets.pruning import densify, prune
+from revnets.training.errors import UserError
+from revnets.training.options import options_of, read_yaml
 
 from .short_runs import ROOT, Trainer
 from .test_sparse_recipes import tars  # noqa: F401 - a fixture

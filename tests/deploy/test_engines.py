@@ -98,8 +98,10 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ExportError, match=r"expected a name that ends in .pt2, .onnx, .xml"):
         load(tmp_path / "file")
     (tmp_path / "broken.pt2").write_text("nothing")
-    with pytest.raises(ExportError, match=r"no program of torch.export"):
+    with pytest.raises(ExportError, match=r"no seal of revnets deploy.*trust=True"):
         load(tmp_path / "broken.pt2")
+    with pytest.raises(ExportError, match=r"torch.export cannot open"):
+        load(tmp_path / "broken.pt2", trust=True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
     with pytest.raises(ExportError, match=r"engine openvino: .*openvino not installed: pip install"):
         deploy(Net(), images(1), tmp_path, "openvino")

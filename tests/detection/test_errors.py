@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from revnets.training.errors import UserError
 from detection import checkpoints
 from detection import test as testing
 from detection import train as training
+from revnets.training.errors import UserError
 
 from .conftest import tiny_config
 
@@ -57,10 +57,6 @@ def bad_box(content: dict[str, Any], data: Path) -> None:
     content["annotations"][0]["bbox"] = [1, 2, 3]
 
 
-def no_width(content: dict[str, Any], data: Path) -> None:
-    del content["images"][0]["width"]
-
-
 def missing_image(content: dict[str, Any], data: Path) -> None:
     (data / "train" / "00002.png").unlink()
 
@@ -84,7 +80,21 @@ def text_as_image(content: dict[str, Any], data: Path) -> None:
 
 def all_too_small(content: dict[str, Any], data: Path) -> None:
     for image in content["images"]:
-        image["width"] = 8
+        shrink(image, data / "train")
+    polygons(content)
+
+
+def shrink(image: dict[str, Any], folder: Path, width: int = 8) -> None:
+    """An image that is narrower than it was, and a file of that size."""
+    image["width"] = width
+    with Image.open(folder / image["file_name"]) as picture:
+        picture.resize((width, image["height"])).save(folder / image["file_name"])
+
+
+def polygons(content: dict[str, Any]) -> None:
+    """Masks that fit an image of any size, where those of the scenes are of a certain one."""
+    for each in content["annotations"]:
+        each["segmentation"] = [[1, 1, 5, 1, 5, 5]]
 
 
 def without(kind: str, key: str, value: Any = None) -> Change:
@@ -108,8 +118,6 @@ STOPS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "no objects": (no_objects, ("train.json", "no image with an object")),
     "no annotations": (no_list, ("train.json", "'annotations'")),
     "a box of three numbers": (bad_box, ("annotation 1", "[1, 2, 3]", "[x, y, width, height]")),
-    "an image without width": (no_width, ("image 1", "'width'")),
-    "an image of a width that is null": (without("images", "width"), ("image 1", "'width'")),
     "an object without area": (without("annotations", "area"), ("train.json", "annotation 1", "'area'")),
     "an object without category": (without("annotations", "category_id"), ("annotation 1", "'category_id'")),
     "an object without image": (without("annotations", "image_id"), ("annotation 1", "'image_id'")),
@@ -173,7 +181,9 @@ def test_what_mmdetection_skips_is_counted(own: Path, tmp_path: Path, caplog: py
         annotations[4]["category_id"] = 99
         annotations[5]["image_id"] = 1234
         content["images"].append({**content["images"][7], "id": 77})
-        content["images"].append({**content["images"][7], "id": 78, "width": 20})
+        shutil.copy(data / "train" / "00007.png", data / "train" / "narrow.png")
+        content["images"].append({**content["images"][7], "id": 78, "file_name": "narrow.png"})
+        shrink(content["images"][-1], data / "train", 20)
 
     changed(own, change)
     check_data(read(str(tiny_config(tmp_path, own))), ["train"])
@@ -181,15 +191,20 @@ def test_what_mmdetection_skips_is_counted(own: Path, tmp_path: Path, caplog: py
     assert "4 annotations with a box without area, or outside of its image are skipped (ids 1, 2, 3, 4)" in said
     assert "1 annotations of a category that the file does not list are skipped (ids 5)" in said
     assert "1 annotations of an image that the file does not list are skipped (ids 6)" in said
-    assert "1 images with a side under 32 pixels are skipped (00007.png)" in said
-    assert "2 images without an object are skipped" in said
+    assert "1 images with a side under 32 pixels are skipped (narrow.png)" in said
+    assert "2 images without an object are skipped (1 have no annotation: 00007.png; 1 none that can be used: " in said
+    assert "1 image files are listed more than once (00007.png)" in said
 
 
 def test_small_images_that_are_kept_are_named(own: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from detection.checks import check_data
     from detection.config import read
 
-    changed(own, lambda content, data: content["images"][0].update(width=20), "val")
+    def change(content: dict[str, Any], data: Path) -> None:
+        shrink(content["images"][0], data / "val", 20)
+        polygons(content)
+
+    changed(own, change, "val")
     check_data(read(str(tiny_config(tmp_path, own))), ["val"])
     assert "1 images are smaller than one cell of the coarsest map (32 pixels)" in caplog.text
 
@@ -212,6 +227,17 @@ OPTIONS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["--cfg-options", "default_hooks.checkpoint.save_best=coco/bbox_mPA"],
         ("save_best", "'coco/bbox_mPA'", "did you mean"),
     ),
+    "seed of 70 bits": (["--seed", str(2**70)], ("--seed", "4294967295")),
+    "fewer than no pictures": (["--draw", "-2"], ("--draw", "at least 0")),
+    "saving backwards": (["--save-every", "-5"], ("--save-every", "at least 0")),
+    "folder that cannot be": (["--work-dir", "x" * 300], ("--work-dir", "too long")),
+    "folder that is a device": (["--work-dir", "/dev/null"], ("--work-dir", "/dev/null", "is not a folder")),
+    "no training": (["--cfg-options", "train_cfg=None"], ("sets no train_cfg",)),
+    "a number for a part": (["--cfg-options", "model.backbone=5"], ("model.backbone: 5", "dict(...)")),
+    "epochs in words": (["--cfg-options", "train_cfg.max_epochs=many"], ("train_cfg.max_epochs: 'many'", "a whole")),
+    "batches of nothing": (["--cfg-options", "train_dataloader.batch_size=0"], ("batch_size: 0", "from 1")),
+    "rate in words": (["--cfg-options", "optim_wrapper.optimizer.lr=fast"], ("tiny.py", "cannot be built")),
+    "a neck that fails at the first step": (["--cfg-options", "model.neck.num_outs=0"], ("the first step fails",)),
     "slurm": (["--launcher", "slurm"], ("slurm", "SLURM_PROCID", "srun")),
     "torchrun": (["--launcher", "pytorch"], ("torchrun",)),
 }
@@ -224,6 +250,7 @@ def test_bad_options(
     monkeypatch.delenv("SLURM_PROCID", raising=False)
     more, words = OPTIONS[what]
     refused(capsys, training.main([str(tiny), "--work-dir", str(tmp_path / "run"), *more]), *words)
+    assert not (tmp_path / "run").exists()
 
 
 def test_bad_configurations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

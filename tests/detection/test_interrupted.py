@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from revnets.training.errors import UserError, guarded
 from detection import checkpoints
+from revnets.training.errors import UserError, guarded
 from tests.mm import test_resume as toy
 
 
@@ -99,4 +99,4 @@ def test_full_disk_leaves_the_checkpoint_before(
     assert guarded(lambda: toy.run(tmp_path, [])) == 2
     assert "interim.pth' cannot be written (No space left on device): free space" in capsys.readouterr().err
     assert (tmp_path / "interim.pth").read_bytes() == before
-    assert not list(tmp_path.glob(".*.tmp"))
+    assert not list(tmp_path.glob(".tmp-*"))

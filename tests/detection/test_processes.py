@@ -13,9 +13,9 @@ pytest.importorskip("mmengine", reason="MMDetection is not installed: pip instal
 
 from mmengine.config import Config
 
-from revnets.training.errors import UserError
 from detection import checkpoints, train
 from detection.config import connect
+from revnets.training.errors import UserError
 
 
 def work(rank: int, folder: str) -> None:

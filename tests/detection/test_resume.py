@@ -46,4 +46,4 @@ def test_resumed_in_the_middle_of_an_epoch(
     assert same_weights(tmp_path / "whole" / "epoch_2.pth", tmp_path / "parts" / "epoch_2.pth")
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "parts")]
     assert summaries[0]["validations"] == summaries[1]["validations"] != []
-    assert not list(tmp_path.rglob(".*.tmp"))
+    assert not list(tmp_path.rglob(".tmp-*"))

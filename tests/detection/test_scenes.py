@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from revnets.training.errors import UserError
 from detection.digits import CLASSES, OVERLAP, SceneOptions, _shared, _splits, main, make_scenes
+from revnets.training.errors import UserError
 
 OPTIONS = SceneOptions(train=8, val=2, test=2)
 

@@ -125,7 +125,7 @@ def detection(data: Path, epochs: int = 3) -> Scenario:
         own.write_text(CONFIG.format(tiny=tiny, epochs=epochs, losses=folder.with_suffix(".jsonl")))
         return [str(own), "--work-dir", str(folder), "--draw", "0", "--save-every", "1", "--resume"]
 
-    return Scenario("detection", line, ".*.tmp", _detected)
+    return Scenario("detection", line, ".tmp-*", _detected)
 
 
 def _detected(a: Path, b: Path) -> list[str]:

@@ -95,6 +95,16 @@ def folder_of(*names: str) -> Make:
     return make
 
 
+def loop(*before: str) -> Make:
+    """A command line that ends with a link to itself."""
+
+    def make(folder: Path) -> list[str]:
+        (folder / "loop").symlink_to(folder / "loop")
+        return [*before, str(folder / "loop")]
+
+    return make
+
+
 def given(*line: str) -> Make:
     """A command line as it is."""
     return lambda folder: list(line)
@@ -102,6 +112,7 @@ def given(*line: str) -> Make:
 
 Case = tuple[str, Make, str]
 LAYERS = ("--layers",)
+LAUGHS = "a0: &a0 [1, 1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 30))
 TRAIN: list[Case] = [
     # options
     ("unknown option", given("--learning-rate", "1"), "--learning-rate"),
@@ -123,6 +134,35 @@ TRAIN: list[Case] = [
     ("channels", given("--in-chans", "7", "--mean", "0.5", "0.5"), "--mean"),
     ("resume and overwrite", given("--resume", "auto", "--overwrite"), "--overwrite"),
     ("output that is a file", file("taken", "x", "--output"), "--output"),
+    ("number of 70 bits", given("--seed", str(2**70)), "--seed"),
+    ("number in other digits", given("--epochs", "\N{ARABIC-INDIC DIGIT TWO}"), "--epochs"),
+    ("number of 5,000 digits", given("--warmup-epochs", "1" * 5000), "--warmup-epochs"),
+    ("range of one number", given("--scale", "0.5"), "--scale"),
+    ("range of zeros", given("--ratio", "0", "0"), "--ratio"),
+    ("one beta", given("--opt-betas", "0.8"), "--opt-betas"),
+    ("zero byte in a path", given("--output", "a\0b"), "--output"),
+    ("path too long", given("--resume", "x" * 5000), "--resume"),
+    ("link that leads to itself", loop("--initial-checkpoint"), "--initial-checkpoint"),
+    ("run outside of the output", given("--experiment", "../other"), "--experiment"),
+    ("colours of two channels", given("--in-chans", "2"), "--in-chans"),
+    ("no such resampling", given("--train-interpolation", "cubic"), "bicubic"),
+    ("device without values", given("--device", "meta"), "--device"),
+    ("model of features", given("--model-kwargs", "features_only=true"), "features_only"),
+    ("model argument twice", given("--model-kwargs", "a=1", "a=2"), "--model-kwargs"),
+    ("optimizer of second order", given("--opt", "adahessian"), "adahessian"),
+    ("optimizer that is not installed", given("--opt", "bnbadam"), "bnbadam"),
+    ("cycles of no length", given("--lr-cycle-mul", "0", "--lr-cycle-limit", "2"), "--lr-cycle-mul"),
+    # options without effect
+    ("part of mixup without mixup", given("--mixup-switch-prob", "0.1"), "--mixup"),
+    ("distillation without teacher", given("--distill-logits", "3"), "teacher"),
+    ("two rates", given("--lr-base", "0.3"), "--lr"),
+    ("warm-up rate without warm-up", given("--warmup-lr", "0.1"), "--warmup-epochs"),
+    ("decay of another schedule", given("--patience-epochs", "3"), "--sched cosine"),
+    ("erasing of nothing", given("--recount", "3"), "--reprob"),
+    ("decay of no mean", given("--model-ema-decay", "0.9"), "--model-ema"),
+    ("precision without amp", given("--amp-dtype", "bfloat16"), "--amp"),
+    ("distribution without sparse layers", given("--sparsity-distribution", "erk"), "no sparse layers"),
+    ("effect that a file lacks", file("a.yaml", "cutmix: 0.0\nmixup_mode: elem\n", "--config"), "mixup_mode"),
     # configurations
     ("configuration that is missing", given("--config", "/nowhere.yaml"), "/nowhere.yaml"),
     ("configuration that is no YAML", file("a.yaml", "a: [", "--config"), "not valid YAML"),
@@ -131,6 +171,13 @@ TRAIN: list[Case] = [
     ("unknown key", file("a.yaml", "lrr: 1\n", "--config"), "lrr"),
     ("key of another kind", file("a.yaml", "epochs: many\n", "--config"), "'many'"),
     ("configuration that runs code", file("a.yaml", "lr: !!python/object/apply:os.getcwd []\n", "--config"), "a.yaml"),
+    ("key that is there twice", file("a.yaml", "epochs: 1\nepochs: 2\n", "--config"), "line 2"),
+    ("key that is a number", file("a.yaml", "3: 1\n", "--config"), "the key 3"),
+    ("configuration that is nested", file("a.yaml", "mean: " + "[" * 1200 + "]" * 1200, "--config"), "nested"),
+    ("configuration that doubles itself", file("a.yaml", LAUGHS, "--config"), "aliases"),
+    ("configuration that is a folder", given("--config", "/tmp"), "/tmp"),
+    ("configuration that is a device", given("--config", "/dev/zero"), "/dev/zero"),
+    ("configuration that leads to itself", loop("--config"), "--config"),
     ("base that leads back", file("a.yaml", "base: a.yaml\n", "--config"), "back to itself"),
     # data
     ("no data folder", given("--data-dir", "/nowhere"), "/nowhere"),
@@ -177,10 +224,16 @@ TRAIN: list[Case] = [
 ]  # fmt: skip
 VALIDATE: list[Case] = [
     ("results of no kind", given("--results-file", "a.doc"), "a.doc"),
+    ("images of no size", given("--img-size", "0"), "--img-size"),
+    ("two sizes", given("--input-size", "3", "32", "32"), "--input-size"),
+    ("validation on no device", given("--device", "cpu:3"), "--device"),
+    ("results in a path that cannot be", given("--results-file", "x" * 300 + ".csv"), "--results-file"),
     ("EMA without checkpoint", given("--use-ema"), "--use-ema"),
     ("validated checkpoint that runs code", saved({"state_dict": Evil()}, "--checkpoint"), "print"),
     ("validated checkpoint with a wrong byte", spoiled("--checkpoint"), "checksum"),
 ]
+PRUNE = ("prune", "test_resnet", "--data", "/tmp", "--output", "/tmp/never.safetensors", "--sparsity", "0.5")
+DEPLOY = ("deploy", "test_resnet", "--output", "/tmp/never")
 COMMAND: list[Case] = [
     ("bench: no such model", given("bench", "revbifpn_s9@64:1"), "revbifpn_s9"),
     ("bench: no batch", given("bench", "test_revbifpn@64:none"), "none"),
@@ -193,6 +246,35 @@ COMMAND: list[Case] = [
     ("profile: no such sweep", given("profile", "test_revbifpn@64:1", "--sweep", "colour"), "colour"),
     ("profile: no such configuration", given("profile", "nowhere.py@64:1"), "nowhere.py"),
     ("layers: no such model", given("layers", "resnet5000", "sparse:0.5"), "resnet5000"),
+    ("bench: size of zeros", given("bench", "test_revbifpn@00:1"), "whole number"),
+    ("bench: over a device", given("bench", "test_resnet@32:1", "--output", "/dev/null"), "is no file"),
+    ("bench: twice the same", given("bench", "test_resnet@32:1", "test_resnet@32:1"), "twice"),
+    ("profile: two tables", given("profile", "test_resnet@32:1", "--sweep", "depth", "--fit", "1GB"), "--fit"),
+    ("profile: fit of nothing", given("profile", "test_resnet@32:1", "--fit-what", "image"), "without --fit"),
+    ("profile: fit without end", given("profile", "test_resnet@32:1", "--fit", "9" * 400 + "GB"), "below 2^63"),
+    ("profile: part of no detector", given("profile", "test_resnet@32:1", "--part", "neck"), "no detector"),
+    ("profile: closure", given("profile", "test_resnet@32:1", "--optimizer", "adahessian"), "cannot run"),
+    ("profile: device without data", given("profile", "test_resnet@32:1", "--device", "meta"), "'meta'"),
+    ("profile: ninth CPU", given("profile", "test_resnet@32:1", "--device", "cpu:9"), "'cpu:9'"),
+    ("profile: one mode twice", given("profile", "test_resnet@32:1", "--mode", "store,store"), "twice"),
+    ("profile: a hub", given("profile", "hf-hub:nobody/nothing"), "hf-hub"),
+    ("profile: option twice", given("profile", "test_resnet@32:1", "--device", "cpu", "--device", "cpu"), "--device"),
+    ("profile: nothing", given("profile", ""), "MODEL"),
+    ("numerics: scale of zero", given("numerics", "test_resnet@32:1", "--grad-scale", "0"), "above 0"),
+    ("numerics: scale that is none", given("numerics", "test_resnet@32:1", "--grad-scale", "nan"), "'nan'"),
+    ("numerics: split of nothing", given("numerics", "test_resnet@32:1", "--split", "train"), "without --data"),
+    ("prune: seed of 65 bits", given(*PRUNE, "--seed", str(2**64)), "18446744073709551615"),
+    ("prune: damping without end", given(*PRUNE, "--damping", "inf"), "--damping"),
+    ("prune: damping of nothing", given(*PRUNE, "--method", "wanda", "--damping", "1"), "--method wanda"),
+    ("deploy: density that is none", given(*DEPLOY, "--max-density", "nan"), "from 0 to 1"),
+    ("deploy: tolerance without end", given(*DEPLOY, "--tolerance", "inf"), "--tolerance"),
+    ("deploy: data for nothing", given(*DEPLOY, "--data", "/tmp"), "--int8"),
+    ("bench-deploy: threads without end", given("bench-deploy", "test_resnet", "--threads", str(2**40)), "1024"),
+    ("bench-fp8: no width", given("bench-fp8", "--widths", ","), "--widths"),
+    ("bench-sparse-training: nothing", given("bench-sparse-training", "--no-layers"), "nothing to measure"),
+    ("bench-2to4: rows without end", given("bench-2to4", "--rows", "9" * 5000), "--rows"),
+    ("layers: size of nothing", given("layers", "--img-size", "32"), "--img-size"),
+    ("no such command", given("bake"), "bake"),
     ("layers: no such spec", given("layers", "test_revbifpn", "spars:0.5"), "spars"),
 ]
 

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from revnets.deploy.engines import torch_threads
+from revnets.deploy.runners import torch_threads
 from revnets.kernels.build import ACTIVATIONS, Geometry, kernel_problem
 from revnets.kernels.calls import CatCall, ConvCall, MapCall, MaxPoolCall, MeanCall, ScaleCall, SliceCall, UpsampleCall
 from revnets.kernels.compressed import activate, compress

@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from revnets.deploy.engines import torch_threads
+from revnets.deploy.runners import torch_threads
 from revnets.kernels import build, plan
 from revnets.kernels.build import ACTIVATIONS, Geometry, KernelUnavailable, kernel_problem
 from revnets.kernels.calls import ConvCall, MaxPoolCall, MeanCall

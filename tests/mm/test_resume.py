@@ -176,7 +176,7 @@ def test_only_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     names = {path.name for path in tmp_path.glob("*.pth")}
     assert names == {"interim.pth", "epoch_3.pth", "best_score_epoch_2.pth"}
     assert Path((tmp_path / "last_checkpoint").read_text()) == tmp_path / "epoch_3.pth"
-    assert not list(tmp_path.rglob(".*.tmp"))
+    assert not list(tmp_path.rglob(".tmp-*"))
 
 
 def test_a_failed_write_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +200,7 @@ def test_a_failed_write_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytest.
     last = Path((tmp_path / "last_checkpoint").read_text())
     assert names == {last.name} == {"epoch_1.pth"}
     torch.load(last, weights_only=False)
-    assert not list(tmp_path.rglob(".*.tmp"))
+    assert not list(tmp_path.rglob(".tmp-*"))
 
 
 def test_options_are_those_of_mmengine() -> None:

@@ -1,6 +1,8 @@
 """Predicted memory: exact on small modules, and against what torch's allocator does on whole networks."""
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from revnets.profiling import ProfileError, StepPrediction, measure_training_step, predict_training_step
+from revnets.profiling.fit import fit
 from revnets.profiling.target import Setting, Target, parse_targets, training_loss
 
 N, D = 1024, 256
@@ -206,3 +209,71 @@ def test_ops_without_fake_implementation_are_named() -> None:
 
     with pytest.raises(ProfileError, match=r"revnets_test.opaque.* no implementation"):
         predict_training_step(Opaque(), torch.ones(3))
+
+
+@dataclasses.dataclass
+class Answer:
+    """What some libraries return."""
+
+    logits: Tensor
+    hidden: tuple[Tensor, ...] | None = None
+
+
+class Two(nn.Module):
+    """A model of two inputs, whose output is of the kind asked for."""
+
+    def __init__(self, kind: str = "tensor") -> None:
+        super().__init__()
+        self.first, self.second, self.kind = nn.Linear(8, 8), nn.Linear(4, 8), kind
+
+    def forward(self, a: Tensor, b: Tensor) -> Any:
+        y = self.first(a) + self.second(b)
+        kinds = {"tensor": y, "dict": {"y": y}, "tuple": (y,), "list": [y, None], "dataclass": Answer(y, (y,))}
+        return kinds[self.kind]
+
+
+@pytest.mark.parametrize("kind", ["tensor", "dict", "tuple", "list", "dataclass"])
+def test_several_inputs_and_outputs_of_any_kind(kind: str) -> None:
+    a, b = torch.ones(16, 8), torch.ones(16, 4)
+    for x in ((a, b), [a, b], {"b": b, "a": a}):
+        p = predict_training_step(Two(kind), x)
+        assert p.categories["input"] == a.nbytes + b.nbytes
+        assert p.gradient_bytes == 4 * (8 * 8 + 8 + 4 * 8 + 8)
+        assert p.macs == 16 * (8 * 8 + 4 * 8)
+        assert measure_training_step(Two(kind), x).gradient_bytes == p.gradient_bytes
+
+
+X = torch.ones(4, 8)
+LINEAR = nn.Linear(8, 8)
+IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
+    "a model that needs another input": ({"model": Two(), "x": X}, "missing 1 required positional argument"),
+    "a model without parameters": ({"model": nn.ReLU()}, "no parameter with requires_grad"),
+    "a model that is frozen": ({"model": nn.Linear(8, 8).requires_grad_(False)}, "no parameter with requires_grad"),
+    "no model": ({"model": "resnet18"}, "model=str"),
+    "an input of another size": ({"x": torch.ones(4, 7)}, "mat1|shape|size|dim"),
+    "an input that is none": ({"x": [1, 2]}, "x=list: expected a tensor"),
+    "an output without tensors": ({"model": nn.Flatten(), "loss_fn": lambda y: 1.0}, "the loss is of float"),
+    "a loss of many numbers": ({"loss_fn": lambda y: y}, r"shape \(4, 8\)"),
+    "a loss that is no function": ({"loss_fn": "mse"}, "loss_fn=str"),
+    "an optimizer that is one already": ({"optimizer": torch.optim.SGD(LINEAR.parameters(), 0.1)}, "optimizer=SGD"),
+    "an optimizer that refuses": ({"optimizer": lambda m: torch.optim.SGD(m.parameters(), lr=-1)}, "-1"),
+    "an optimizer that needs a closure": ({"optimizer": lambda m: torch.optim.LBFGS(m.parameters())}, "closure"),
+    "a device that is none": ({"device": "meta"}, "unknown device 'meta'"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_impossible_steps_are_one_sentence(case: str) -> None:
+    arguments, words = IMPOSSIBLE[case]
+    with pytest.raises(ProfileError, match=words) as error:
+        predict_training_step(**{"model": LINEAR, "x": X, **arguments})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("budget", [0, -1, float("nan"), 2**63, "1GB", True])
+def test_budgets_that_cannot_be(budget: Any) -> None:
+    target = parse_targets("test_resnet@32:1", Setting())[0]
+    with pytest.raises(ValueError, match="budget"):
+        fit(target, Setting(), budget)
+    with pytest.raises(ValueError, match="expected one of batch, image"):
+        fit(target, Setting(), 10**9, "depth")

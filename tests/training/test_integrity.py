@@ -40,8 +40,8 @@ def flipped(whole: bytes, place: int, bit: int) -> bytes:
 
 
 def test_a_bit_that_says_several_disks(saved: Path) -> None:
-    from revnets.training.errors import UserError
     from classification.models import read_checkpoint
+    from revnets.training.errors import UserError
 
     whole = saved.read_bytes()
     saved.write_bytes(flipped(whole, whole.rfind(b"PK\x06\x07") + 16, 1))

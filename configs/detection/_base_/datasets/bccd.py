@@ -6,7 +6,7 @@ resize = [dict(type="Resize", scale=(320, 240), keep_ratio=True)]
 pack = [dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor"))]
 flips = [dict(type="RandomFlip", prob=[0.25, 0.25, 0.25], direction=["horizontal", "vertical", "diagonal"])]
 dataset = dict(
-    type="CocoDataset",
+    type="CheckedCocoDataset",
     data_root=data_root,
     data_prefix=dict(img="images/"),
     metainfo=dict(classes=("RBC", "WBC", "Platelets")),
@@ -20,5 +20,5 @@ loader = dict(batch_size=4, num_workers=2, persistent_workers=True)
 train_dataloader = dict(**loader, sampler=dict(type="DefaultSampler", shuffle=True), dataset=train)
 val_dataloader = dict(**loader, sampler=dict(type="DefaultSampler", shuffle=False), dataset=val)
 test_dataloader = dict(**loader, sampler=dict(type="DefaultSampler", shuffle=False), dataset=test)
-val_evaluator = dict(type="CocoMetric", ann_file=data_root + "/val.json", metric="bbox")
-test_evaluator = dict(type="CocoMetric", ann_file=data_root + "/test.json", metric="bbox")
+val_evaluator = dict(type="CheckedCocoMetric", ann_file=data_root + "/val.json", metric="bbox")
+test_evaluator = dict(type="CheckedCocoMetric", ann_file=data_root + "/test.json", metric="bbox")

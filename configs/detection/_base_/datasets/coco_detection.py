@@ -1,8 +1,8 @@
 # COCO 2017 with boxes. Where it is: COCO_ROOT=/path, or in detection/train.py `--cfg-options data_root=/path`.
 _base_ = "mmdet::_base_/datasets/coco_detection.py"
 data_root = "{{$COCO_ROOT:data/coco}}"
-train_dataloader = dict(dataset=dict(data_root=data_root))
-val_dataloader = dict(dataset=dict(data_root=data_root))
+train_dataloader = dict(dataset=dict(type="CheckedCocoDataset", data_root=data_root))
+val_dataloader = dict(dataset=dict(type="CheckedCocoDataset", data_root=data_root))
 test_dataloader = val_dataloader
-val_evaluator = dict(ann_file=data_root + "/annotations/instances_val2017.json")
+val_evaluator = dict(type="CheckedCocoMetric", ann_file=data_root + "/annotations/instances_val2017.json")
 test_evaluator = val_evaluator

@@ -2,7 +2,7 @@
 # DIGITS_ROOT=/path, or in detection/train.py `--cfg-options data_root=/path`.
 data_root = "{{$DIGITS_ROOT:data/digits-scenes}}"
 dataset = dict(
-    type="CocoDataset",
+    type="CheckedCocoDataset",
     data_root=data_root,
     metainfo=dict(classes=("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")),
     pipeline=[
@@ -19,5 +19,5 @@ test = dict(ann_file="test.json", data_prefix=dict(img="test/"), test_mode=True)
 train_dataloader = dict(**loader, sampler=dict(type="DefaultSampler", shuffle=True), dataset=dict(**dataset, **train))
 val_dataloader = dict(**loader, sampler=dict(type="DefaultSampler", shuffle=False), dataset=dict(**dataset, **val))
 test_dataloader = dict(**loader, sampler=dict(type="DefaultSampler", shuffle=False), dataset=dict(**dataset, **test))
-val_evaluator = dict(type="CocoMetric", ann_file=data_root + "/val.json", metric="bbox")
-test_evaluator = dict(type="CocoMetric", ann_file=data_root + "/test.json", metric="bbox")
+val_evaluator = dict(type="CheckedCocoMetric", ann_file=data_root + "/val.json", metric="bbox")
+test_evaluator = dict(type="CheckedCocoMetric", ann_file=data_root + "/test.json", metric="bbox")

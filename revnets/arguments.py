@@ -1,0 +1,208 @@
+"""How the ``revnets`` command reads what was typed: kinds of options, options without effect, a door for errors."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from .training.errors import USER_ERROR, UserError, one_line
+from .training.files import NotWritten
+from .training.values import Number
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Values = Mapping[str, Any]
+
+
+# --- kinds of options ------------------------------------------------------------------------------------------------
+
+
+def number(kind: Number, help: str) -> Any:
+    """An option that is a number of this kind."""
+    limits = "" if kind.low == -math.inf else f" {'>' if kind.above else '>='}{kind.low:g}"
+    shown = f"<{kind.kind.__name__}{limits}>"
+    return typer.Option(help=help, parser=_parser(kind.read), metavar=shown)
+
+
+def path(help: str) -> Any:
+    """An option that is a path."""
+    return typer.Option(help=help, parser=_parser(_path), metavar="<path>")
+
+
+def text(help: str, metavar: str | None = None) -> Any:
+    """An option that is text, though not empty."""
+    return typer.Option(help=help, parser=_parser(_text), metavar=metavar or "<str>")
+
+
+def argument(help: str, metavar: str) -> Any:
+    """An argument that is a name, or several."""
+    return typer.Argument(help=help, parser=_parser(_text), metavar=metavar)
+
+
+def _parser(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """For typer, whose own message for a ``ValueError`` holds the value only."""
+
+    def parse(value: Any) -> Any:
+        try:
+            return read(value)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+
+    return parse
+
+
+def _text(value: Any) -> str:
+    if not value or "\0" in value or not value.strip():
+        raise ValueError(f"{value!r}: expected some text, or leave it out")
+    return str(value)
+
+
+def _path(value: Any) -> Path:
+    return Path(_text(str(value)))
+
+
+# --- options without effect ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An option that does nothing under a condition on all of them, and which others are to blame."""
+
+    option: str
+    idle: Callable[[Values], Any]
+    why: str
+
+
+def without_effect(option: str, why: str, idle: Callable[[Values], Any]) -> Callable[[Function], Function]:
+    """Declare, above a command, that an option is a mistake under a condition: nobody types what does nothing.
+
+    Args:
+        option: by the name of its parameter.
+        why: completes "--option has no effect ..."; may hold ``{values}`` of parameters.
+        idle: of the values of all parameters; a rule counts only for options that were typed.
+    """
+
+    def declare(function: Function) -> Function:
+        rules: list[Rule] = function.__dict__.setdefault("rules", [])
+        rules.insert(0, Rule(option, idle, why))
+        return function
+
+    return declare
+
+
+def needs(option: str, *others: str) -> Callable[[Function], Function]:
+    """Declare that an option does nothing unless one of the others was given."""
+    flags = " or ".join(map(_flag, others))
+    return without_effect(option, f"without {flags}: add it", lambda v: not any(v[other] for other in others))
+
+
+def excludes(option: str, *others: str) -> Callable[[Function], Function]:
+    """Declare that an option does nothing once another one was given."""
+
+    def declare(function: Function) -> Function:
+        for other in reversed(others):
+            idle = operator.itemgetter(other)
+            function = without_effect(option, f"with {_flag(other)}: give one of them", idle)(function)
+        return function
+
+    return declare
+
+
+def sized(names: Sequence[str | None], sign: str) -> bool:
+    """Whether all these ``NAME@SIZE:BATCH`` have a size (``@``) or a batch (``:``) of their own."""
+    return all(re.search(rf"{sign}\d[\dx]*(:\d+)?$", one) for one in names if one)
+
+
+class Command(TyperCommand):
+    """A command that refuses options without effect, and those that are given twice."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Reads what was typed."""
+        typed = [word.partition("=")[0] for word in args[: args.index("--") if "--" in args else len(args)]]
+        for option in self.params:
+            flags = [*option.opts, *option.secondary_opts]
+            if option.param_type_name == "option" and not getattr(option, "multiple", False):
+                given = [word for word in typed if word in flags]
+                if len(given) > 1:
+                    raise typer.BadParameter(f"{' and '.join(given)} were given, where one counts", ctx=ctx)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs it, once the options that were typed are known to count."""
+        for rule in getattr(self.callback, "rules", ()):
+            source = ctx.get_parameter_source(rule.option)
+            if source is None or source.name not in ("COMMANDLINE", "ENVIRONMENT"):
+                continue
+            if rule.idle(ctx.params):
+                flag = _typed(rule.option, ctx.params[rule.option])
+                fail(f"{flag} has no effect {rule.why.format_map(ctx.params)}, or leave {flag} out")
+        return super().invoke(ctx)
+
+
+def _typed(option: str, value: Any) -> str:
+    return f"--no-{_flag(option)[2:]}" if value is False else _flag(option)
+
+
+def _flag(option: str) -> str:
+    return "--" + option.replace("_", "-")
+
+
+# --- the door --------------------------------------------------------------------------------------------------------
+
+
+class Commands(TyperGroup):
+    """Commands whose mistakes end with one sentence and exit code 2; other exceptions are bugs, and show."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs a command."""
+        from .kernels.build import KernelUnavailable
+
+        try:
+            return super().invoke(ctx)
+        except (ValueError, UserError, NotWritten, KernelUnavailable) as error:
+            fail(error)
+
+    def main(self, *args: Any, standalone_mode: bool = True, **more: Any) -> Any:
+        """Reads the command line and runs what it says."""
+        run: Any = super().main
+        if not standalone_mode:
+            return run(*args, standalone_mode=False, **more)
+        try:
+            code = run(*args, standalone_mode=False, **more)
+        except typer.Abort:
+            typer.echo("Aborted!", err=True)
+            code = 1
+        except Exception as error:  # of click, whose classes typer has changed more than once
+            if not hasattr(error, "format_message"):
+                raise
+            _usage(error)
+            code = USER_ERROR
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: Any) -> None:
+    """What is wrong with a command line, or, where nothing was typed, the help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return
+    program = getattr(getattr(error, "ctx", None), "command_path", "revnets")
+    _say(f"{str(error.format_message()).rstrip('. ')}; `{program} --help` lists what there is")
+
+
+def fail(error: object) -> NoReturn:
+    """Ends the command with one sentence."""
+    _say(str(error))
+    raise typer.Exit(USER_ERROR)
+
+
+def _say(sentence: str) -> None:
+    printable = one_line(ValueError(sentence)).encode(errors="backslashreplace").decode()
+    typer.echo("revnets: " + printable.replace("\0", "\\0"), err=True)

@@ -1,0 +1,174 @@
+"""Deployed files opened as functions of images. They may be called from several threads at once."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.build import kernel_problem
+from .bind import bind
+from .checks import plain_onnx, plain_program
+from .graph import ExportError, flat
+from .seal import Content
+
+Runner = Callable[[Tensor], list[Tensor]]
+
+
+def open_torch(content: Content, threads: int | None) -> Runner:
+    """A program of ``torch.export``, by torch and the kernel for zeros.
+
+    Raises:
+        ExportError: where it cannot be opened, or may run code.
+    """
+    program = plain_program(content)
+    try:
+        module: Any = torch.export.load(program).module()
+    except Exception as error:  # of zip files, of schemas, of unpickling
+        raise _cannot_open("torch.export", content, error) from error
+    if kernel_problem() is None:
+        bind(module)
+    return module_runner(module, threads)
+
+
+def open_onnxruntime(content: Content, threads: int | None) -> Runner:
+    """A model by ONNX Runtime, on the CPU.
+
+    Raises:
+        ExportError: where it cannot be opened, or names other files.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 3
+    model = str(content.path) if content.trusted else plain_onnx(content)
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common class
+        raise _cannot_open("ONNX Runtime", content, error) from error
+    name = session.get_inputs()[0].name
+    return lambda x: [torch.from_numpy(value) for value in session.run(None, {name: x.numpy()})]
+
+
+class _OpenVino:
+    """A model of OpenVINO: compiled once per shape, and one infer request per call that is under way."""
+
+    def __init__(self, core: Any, model: Any, settings: dict[str, Any]) -> None:
+        self._core, self._model, self._settings = core, model, settings
+        self._compiled: dict[tuple[int, ...], tuple[Any, list[Any]]] = {}  # each with its requests at rest
+        self._lock = threading.Lock()
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        compiled, at_rest = self._for_shape(tuple(x.shape))
+        try:
+            request = at_rest.pop()
+        except IndexError:
+            request = compiled.create_infer_request()
+        found = request.infer({0: x.numpy()})
+        outputs = [torch.from_numpy(found[port].copy()) for port in request.model_outputs]
+        at_rest.append(request)  # one that failed is left out
+        return outputs
+
+    def _for_shape(self, shape: tuple[int, ...]) -> tuple[Any, list[Any]]:
+        """For fixed shapes it plans better. The model is reshaped in place, so by one thread at a time."""
+        with self._lock:
+            if shape not in self._compiled:
+                self._model.reshape(list(shape))
+                self._compiled[shape] = self._core.compile_model(self._model, "CPU", self._settings), []
+            return self._compiled[shape]
+
+
+def open_openvino(content: Content, threads: int | None) -> Runner:
+    """A model by OpenVINO, on the CPU: an ``.xml`` with its ``.bin``, or an ``.onnx``.
+
+    Raises:
+        ExportError: where it cannot be opened, or names other files.
+    """
+    import openvino
+
+    settings = {
+        "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16 where the machine has it
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    core = openvino.Core()
+    try:
+        if content.trusted:
+            model = core.read_model(str(content.path))
+        elif content.path.suffix == ".onnx":
+            model = core.read_model(plain_onnx(content))
+        else:
+            model = core.read_model(content.data, content.weights)
+    except RuntimeError as error:
+        raise _cannot_open("OpenVINO", content, error) from error
+    return _OpenVino(core, model, settings)
+
+
+def _cannot_open(engine: str, content: Content, error: Exception) -> ExportError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return ExportError(f"{engine} cannot open {str(content.path)!r}: {reason}")
+
+
+def module_runner(module: Callable[[Tensor], Any], threads: int | None) -> Runner:
+    """A module as a runner with its number of threads."""
+
+    @torch.no_grad()
+    def run(x: Tensor) -> list[Tensor]:
+        with torch_threads(threads):
+            return flat(module(x))
+
+    return run
+
+
+class _Threads(threading.local):
+    """Of each of Python's threads: how many ``torch_threads`` it is in."""
+
+    depth = 0
+
+
+_mine = _Threads()
+_turn = threading.Condition()
+_inside: list[int] = []  # what each of Python's threads that is in a ``torch_threads`` wants
+_outside = [0]  # torch's number before the first of them
+
+
+@contextlib.contextmanager
+def torch_threads(number: int | None) -> Iterator[None]:
+    """Within this context torch has so many threads; None: as many as before.
+
+    torch has one such number for all of Python's threads: those that want the same one run together, others wait.
+    """
+    if number is None:
+        yield
+        return
+    if not _mine.depth:
+        with _turn:
+            _turn.wait_for(lambda: not _inside or _inside[0] == number)
+            if not _inside:
+                _outside[0] = torch.get_num_threads()
+            _inside.append(number)
+    before = torch.get_num_threads() if _mine.depth else _outside[0]
+    _mine.depth += 1
+    try:
+        if torch.get_num_threads() != number:
+            torch.set_num_threads(number)
+        yield
+    finally:
+        _mine.depth -= 1
+        if not _mine.depth:
+            with _turn:
+                _inside.remove(number)
+                _restore(before)
+                _turn.notify_all()
+        else:
+            _restore(before)
+
+
+def _restore(number: int) -> None:
+    if torch.get_num_threads() != number:
+        torch.set_num_threads(number)
