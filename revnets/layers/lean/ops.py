@@ -1,7 +1,7 @@
 """The operators: what a lean layer computes between two convolutions, each one call of ``torch.ops.revnets``.
 
-Off CUDA an operator is torch's own kernels in a row, to be read here; on CUDA, ``triton.py`` computes the same in one or
-two kernels.
+Off CUDA an operator is torch's own kernels in a row, to be read here; on CUDA, ``triton.py`` computes the same in one
+or two kernels.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 from ...reversible.operators import operator
 from .activations import ACTIVATIONS
 
-# --- batch norm and activation -----------------------------------------------------------------------------------------
+# --- batch norm and activation ----------------------------------------------------------------------------------------
 
 
 @operator(
@@ -64,7 +64,7 @@ def norm_act_again(
     return y, p if gate is None else p.mul_(gate[:, :, None, None])
 
 
-# --- gradients ---------------------------------------------------------------------------------------------------------
+# --- gradients --------------------------------------------------------------------------------------------------------
 
 
 @operator(f"norm_act_backward(Tensor grad, {_NORM}, bool[3] needed) -> Tensor[]")
@@ -171,7 +171,7 @@ def by_parts(function: Callable[..., Tensor], *xs: Tensor, parts: int = 4) -> li
     return [function(*some) for some in zip(*(x.chunk(parts) for x in xs), strict=True)]
 
 
-# --- squeeze-and-excite ------------------------------------------------------------------------------------------------
+# --- squeeze-and-excite -----------------------------------------------------------------------------------------------
 
 _GATE = "Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str se_act, str gate_act"
 

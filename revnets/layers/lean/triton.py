@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PARTS = 64  # partial sums per channel
+MOST_PARTS = 64  # partial sums per channel
 _ACTS = {"": 0, "relu": 1, "silu": 2, "hardswish": 3, "hardsigmoid": 4, "sigmoid": 5}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-# --- pieces ------------------------------------------------------------------------------------------------------------
+# --- pieces -----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def _offsets(n, c, p, channel_stride, pixel_stride, sample_stride):  # type: ign
     return sample * sample_stride + c[:, None].to(tl.int64) * channel_stride + p[None, :].to(tl.int64) * pixel_stride
 
 
-# --- norm, activation, gate --------------------------------------------------------------------------------------------
+# --- norm, activation, gate -------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def _norm_act_kernel(  # type: ignore[no-untyped-def]
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """``act(norm(x))``, times the gate where there is one; or with its mean over all pixels (then LOOPS covers them)."""
+    """``act(norm(x))``, times the gate where there is one; or with its mean over the pixels, all of them in LOOPS."""
     n = tl.program_id(2)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     own = c < channels
@@ -144,7 +144,7 @@ def _scale_kernel(  # type: ignore[no-untyped-def]
     tl.store(place, (h * gate[:, None]).to(h_ptr.dtype.element_ty), mask=inside)
 
 
-# --- gradients ---------------------------------------------------------------------------------------------------------
+# --- gradients --------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -330,7 +330,7 @@ def _gate_grad_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + n * channels + c, total.to(out_ptr.dtype.element_ty), mask=own)
 
 
-# --- from tensors to launches ------------------------------------------------------------------------------------------
+# --- from tensors to launches -----------------------------------------------------------------------------------------
 
 
 class Norm(NamedTuple):
@@ -346,7 +346,7 @@ class Norm(NamedTuple):
 
 
 def suits(*tensors: Tensor) -> bool:
-    """Whether the kernels take these maps ``(N, C, H, W)``: known precision, rows of pixels without gaps between them."""
+    """Whether the kernels take these maps ``(N, C, H, W)``: known precision, no gaps between rows of pixels."""
     return all(
         t.dim() == 4
         and t.dtype in _DTYPES
@@ -450,13 +450,15 @@ def norm_act_grads(
     x, weight, bias, mean, var, eps, act = norm
     blocks = _blocks(x)
     n, c, h, w = x.shape
-    sums = torch.empty(2, PARTS, c, dtype=torch.float32, device=x.device)
+    tiles = n * triton.cdiv(h * w, blocks["BLOCK_P"])
+    parts = min(MOST_PARTS, triton.next_power_of_2(tiles))
+    sums = torch.empty(2, parts, c, dtype=torch.float32, device=x.device)
     grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
     gate, grad_mean = (x, x) if gating is None else gating
-    flags = {"ACT": _ACTS[act], "GATED": gating is not None, "PARTS": PARTS, **blocks}
+    flags = {"ACT": _ACTS[act], "GATED": gating is not None, "PARTS": parts, **blocks}
     affine = (weight, bias, mean, var, eps)
     with _on(x.device):
-        _sums_kernel[(PARTS, triton.cdiv(c, blocks["BLOCK_C"]))](
+        _sums_kernel[(parts, triton.cdiv(c, blocks["BLOCK_C"]))](
             grad, x, gate, grad_mean, *affine, sums, n, c, h * w, *_layout(grad), *_layout(x), **flags
         )
         loops = _loops(x, blocks, 8) if needed[0] else 1

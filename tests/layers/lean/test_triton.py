@@ -1,4 +1,4 @@
-"""The Triton kernels against torch's own in a row, in Triton's interpreter: values, gradients, and the same bits again."""
+"""The Triton kernels against torch's own in a row, in Triton's interpreter: values, gradients, the same bits again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-SHAPES = [(2, 5, 6, 7), (1, 33, 4, 4), (3, 16, 1, 1), (2, 3, 1, 9), (2, 40, 33, 20)]
+SHAPES = [(2, 5, 6, 7), (1, 33, 4, 4), (3, 16, 1, 1), (2, 3, 1, 9), (2, 34, 9, 8)]
 ACTS = ("", "relu", "silu", "hardswish")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
@@ -31,7 +31,7 @@ def maps(shape: tuple[int, ...], dtype: torch.dtype, layout: str, count: int) ->
 def close(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
     assert got.shape == wanted.shape
     assert got.dtype == wanted.dtype
-    scale = max(float(wanted.abs().max()), 1e-3)
+    scale = max(float(wanted.abs().max()), 1e-3 if dtype == torch.float32 else 0.1)  # sums of either sign cancel
     assert float((got.float() - wanted.float()).abs().max()) <= TOLERANCE[dtype] * scale, (dtype, got, wanted)
 
 
@@ -90,6 +90,13 @@ def check(shape: tuple[int, ...], dtype: torch.dtype, layout: str, act: str) -> 
                 close(mine, theirs, dtype)
 
 
+def check_some() -> None:
+    """Every shape, layout, precision and activation once or twice, not all their combinations."""
+    layouts, kinds = ("contiguous", "channels_last", "half"), list(TOLERANCE)
+    for i in range(12):
+        check(SHAPES[i % len(SHAPES)], kinds[(i // 3) % 3], layouts[i % 3], ACTS[i % len(ACTS)])
+
+
 def check_all() -> None:
     for shape in SHAPES:
         for dtype in TOLERANCE:
@@ -111,7 +118,7 @@ def check_not_finite() -> None:
         assert y[0, 1].isfinite().all()
 
 
-@pytest.mark.parametrize("what", ["check_all", "check_not_finite"])
+@pytest.mark.parametrize("what", ["check_some", "check_not_finite", pytest.param("check_all", marks=pytest.mark.slow)])
 def test_interpreted(what: str) -> None:
     code = f"from tests.layers.lean.test_triton import {what}; {what}()"
     done = subprocess.run(
