@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..reversible.replay import once
-from .lean import cuda  # noqa: F401 - registers the operators
+from .lean import cuda  # noqa: F401 - registers the operators and their kernels
 from .lean.activations import ACTIVATIONS, name_of
 
 

@@ -102,10 +102,15 @@ class _NormActConv(torch.autograd.Function):
         norm, grad = (x, weight, bias, mean, var, settings.eps, settings.act), dense(grad)
         y, p = lean.norm_act_again(*norm, gate)
         conv = (settings.conv, settings.structure)
-        of_conv = conv_grads(grad, p, conv_weight, conv[0], (False, needed[6], needed[7]), conv[1])[1:]
-        del p
-        # of the input, its own gradient needs the shape only, and x has that
-        grad_h: Any = conv_grads(grad, x, conv_weight, conv[0], (True, False, False), conv[1])[0]
+        wanted = (True, needed[6], needed[7])
+        if grad.device.type == "cpu":  # one gradient after the other needs less memory
+            of_conv = conv_grads(grad, p, conv_weight, conv[0], (False, *wanted[1:]), conv[1])[1:]
+            del p
+            # of the input, its own gradient needs the shape only, and x has that
+            grad_h: Any = conv_grads(grad, x, conv_weight, conv[0], (True, False, False), conv[1])[0]
+        else:  # and elsewhere one call is one launch less
+            grad_h, *of_conv = conv_grads(grad, p, conv_weight, conv[0], wanted, conv[1])
+            del p
         del grad
         grad_mean, gate_grads = None, []
         if gate is not None:

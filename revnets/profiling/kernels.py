@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from ..reversible.operators import DECOMPOSED
+from ..reversible.operators import DECOMPOSED, ON_CUDA
 
 aten = torch.ops.aten
 
@@ -35,8 +35,8 @@ FAKE_KERNELS: dict[Any, Callable[..., Any]] = {
 
 
 def decomposition(func: Any, device: torch.device) -> Callable[..., Any] | None:
-    """The kernels that one of our own operators is made of on a device; None for any other operator."""
-    return DECOMPOSED.get(func)
+    """What one of our own operators calls and allocates on a device; None for any other operator."""
+    return (ON_CUDA.get(func) if device.type == "cuda" else None) or DECOMPOSED.get(func)
 
 
 def temporary_bytes(func: Any, args: Any, out: Any, device: torch.device) -> int:

@@ -51,19 +51,19 @@ def _rounded(x: Tensor, constant: float) -> Tensor:
 
 
 @operator("add_rounded(Tensor x, Tensor value, float constant) -> Tensor")
-def _add_rounded(x: Tensor, value: Tensor, constant: float) -> Tensor:
+def add_rounded_in_a_row(x: Tensor, value: Tensor, constant: float) -> Tensor:
     return (value.to(x.dtype) + constant).sub_(constant).add_(x)
 
 
 @operator("sub_rounded_(Tensor(a!) x, Tensor value, float constant) -> ()")
-def _sub_rounded(x: Tensor, value: Tensor, constant: float) -> None:
+def sub_rounded_in_a_row(x: Tensor, value: Tensor, constant: float) -> None:
     x.sub_((value.to(x.dtype) + constant).sub_(constant))
 
 
 @operator("sub_rounded_owned_(Tensor(a!) x, Tensor(b!) value, float constant) -> ()")
 def _sub_rounded_owned(x: Tensor, value: Tensor, constant: float) -> None:
     if value.dtype != x.dtype:
-        return _sub_rounded(x, value, constant)
+        return sub_rounded_in_a_row(x, value, constant)
     x.sub_(value.add_(constant).sub_(constant))
 
 

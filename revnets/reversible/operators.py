@@ -12,6 +12,8 @@ import torch
 _LIBRARY = torch.library.Library("revnets", "FRAGMENT")
 DECOMPOSED: dict[Any, Callable[..., Any]] = {}
 """Each operator, and torch's own kernels that it stands for: memory and FLOPs are counted in these."""
+ON_CUDA: dict[Any, Callable[..., Any]] = {}
+"""Operators that have kernels of their own on CUDA: what allocates and launches (for fake tensors, only allocates)."""
 
 
 def operator(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -34,6 +36,7 @@ def operator(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     return register
 
 
-def implement(name: str, function: Callable[..., Any], device: str) -> None:
-    """Replace an operator's implementation on one kind of device, such as ``"CUDA"``."""
-    _LIBRARY.impl(name, function, device)
+def implement(name: str, function: Callable[..., Any]) -> None:
+    """Replace an operator's implementation on CUDA; fake tensors get none of its launches."""
+    _LIBRARY.impl(name, function, "CUDA")
+    ON_CUDA[getattr(torch.ops.revnets, name).default] = function

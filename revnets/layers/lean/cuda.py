@@ -1,110 +1,158 @@
-"""The operators of ``ops`` on CUDA: Triton's kernels where they suit the tensors, else torch's own in a row."""
+"""The operators of ``ops`` on CUDA: Triton's kernels where they suit the tensors, else torch's own in a row.
+
+Fake tensors get the memory that the kernels would take, and no launch: so memory is predicted without a GPU.
+"""
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...reversible.cuda import usable
 from ...reversible.operators import implement
+from ...reversible.replay import is_fake
+from ...reversible.tiles import blocks, grid, layout, like, loops, on
 from . import ops
 
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+ACTS = ("", "relu", "silu", "hardswish", "hardsigmoid", "sigmoid")  # numbered as the kernels know them
+MOST_PARTS = 64  # partial sums per channel
 
 
-def _suits(*tensors: Tensor) -> bool:
-    if not _has_triton():
-        return False
-    from . import triton
+class Norm(NamedTuple):
+    """The arguments that the operators share, see ``ops``."""
 
-    return triton.suits(*tensors)
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    var: Tensor
+    eps: float
+    act: str
+
+    @property
+    def affine(self) -> tuple[Any, ...]:
+        """What the kernels need of the norm."""
+        return self.weight, self.bias, self.mean, self.var, self.eps
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Channels and pixels."""
+        return self.x.shape[1], self.x.shape[2] * self.x.shape[3]
 
 
 def norm_act(x: Tensor, *rest: Any) -> Tensor:
-    if not _suits(x):
-        return ops.norm_act(x, *rest)
-    from . import triton
-
-    return triton.norm_act(triton.Norm(x, *rest))
+    return _norm_act(Norm(x, *rest)) if usable(x) else ops.norm_act(x, *rest)
 
 
 def norm_act_mean(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    if not _suits(x):
+    if not usable(x):
         return ops.norm_act_mean(x, *rest)
-    from . import triton
-
     pooled = x.new_empty(x.shape[:2])
-    return triton.norm_act(triton.Norm(x, *rest), pooled=pooled), pooled
+    return _norm_act(Norm(x, *rest), pooled=pooled), pooled
 
 
 def se_scale_(h: Tensor, pooled: Tensor, *parameters: Any) -> Tensor:
-    if not _suits(h):
+    if not usable(h):
         return ops.se_scale_(h, pooled, *parameters)
-    from . import triton
-
-    gate = ops.gate_of(pooled, *parameters)
-    triton.scale_(h, gate.contiguous())
+    gate, block = ops.gate_of(pooled, *parameters).contiguous(), blocks(h)
+    sizes = (h.shape[1], h.shape[2] * h.shape[3])
+    _launch("scale_kernel", grid(h, block), h, gate, *sizes, *layout(h), **block)
     return gate
 
 
 def norm_act_se(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    if not _suits(x):
+    if not usable(x):
         return ops.norm_act_se(x, *rest)
-    from . import triton
-
-    gate = ops.gate_of(*rest[6:])
-    return triton.norm_act(triton.Norm(x, *rest[:6]), gate.contiguous()), gate
+    gate = ops.gate_of(*rest[6:]).contiguous()
+    return _norm_act(Norm(x, *rest[:6]), gate), gate
 
 
 def norm_act_again(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    if not _suits(x):
+    if not usable(x):
         return ops.norm_act_again(x, *rest)
-    from . import triton
-
-    gate = rest[6]
-    return x.new_empty(0), triton.norm_act(triton.Norm(x, *rest[:6]), None if gate is None else gate.contiguous())
+    return x.new_empty(0), _norm_act(Norm(x, *rest[:6]), rest[6])
 
 
 def norm_act_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
-    if not _suits(grad, x):
+    if not usable(grad, x):
         return ops.norm_act_backward(grad, x, *rest)
-    from . import triton
-
-    needed = rest[6]
-    out = torch.empty_like(grad) if needed[0] else None
-    found = triton.norm_act_grads(grad, triton.Norm(x, *rest[:6]), needed, out)
-    return _wanted(found, needed)
+    norm, needed = Norm(x, *rest[:6]), rest[6]
+    out = like(grad) if needed[0] else None
+    found = _norm_grads(grad, norm, out)
+    return [g for g, wanted in zip((out, *found), needed, strict=True) if wanted and g is not None]
 
 
 def norm_act_backward_(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
-    if not _suits(grad, x):
+    if not usable(grad, x):
         return ops.norm_act_backward_(grad, x, *rest)
-    from . import triton
-
-    norm, (_, gate, grad_mean, needed) = triton.Norm(x, *rest[:6]), rest[6:]
-    gating = None if gate is None else (gate.contiguous(), grad_mean.contiguous())
-    _, *found = triton.norm_act_grads(grad, norm, needed, None, gating)
-    return _wanted((None, *found), (False, *needed[1:]))
+    norm, (_, gate, grad_mean, needed) = Norm(x, *rest[:6]), rest[6:]
+    found = _norm_grads(grad, norm, grad if needed[0] else None, gate, grad_mean)
+    return [g for g, wanted in zip(found, needed[1:], strict=True) if wanted]
 
 
 def se_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    if not _suits(grad, x):
+    if not usable(grad, x):
         return ops.se_backward(grad, x, *rest)
-    from . import triton
-
-    of_gate = triton.gate_grad(grad, triton.Norm(x, *rest[:6]))
+    norm, block = Norm(x, *rest[:6]), blocks(x)
+    of_gate, steps = x.new_empty(x.shape[:2]), loops(x, block["BLOCK_P"])
+    sizes = (*norm.sizes, *layout(grad), *layout(x))
+    flags = {"ACT": ACTS.index(norm.act), "LOOPS": steps, **block}
+    _launch("gate_grad_kernel", grid(x, block, steps), grad, x, of_gate, *norm.affine, *sizes, **flags)
     return ops.gate_grads(of_gate, *rest[7:])  # rest[6] is the norm's output, which is computed again here
 
 
-def _wanted(found: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor]:
-    return [g for g, wanted in zip(found, needed, strict=True) if wanted and g is not None]
+def _norm_act(norm: Norm, gate: Tensor | None = None, pooled: Tensor | None = None) -> Tensor:
+    """``act(norm(x))``, times a gate ``(N, C)``; or its mean over the pixels into ``pooled``, ``(N, C)``."""
+    x, out, block = norm.x, like(norm.x), blocks(norm.x)
+    steps = loops(x, block["BLOCK_P"], None if pooled is not None else 4)
+    tensors = (x, out, x if gate is None else gate, x if pooled is None else pooled)
+    flags = {"ACT": ACTS.index(norm.act), "GATED": gate is not None, "POOLED": pooled is not None, "LOOPS": steps}
+    sizes = (*norm.sizes, *layout(x), *layout(out))
+    _launch("norm_act_kernel", grid(x, block, steps), *tensors, *norm.affine, *sizes, **flags, **block)
+    return out
+
+
+def _norm_grads(
+    grad: Tensor, norm: Norm, out: Tensor | None, gate: Tensor | None = None, grad_mean: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias; that of the input goes to ``out``, which may be ``grad`` itself.
+
+    Args:
+        grad: of ``act(norm(x))``, or of that times the gate.
+        norm: as in the forward pass.
+        out: None where it is not wanted.
+        gate: ``(N, C)``, or None.
+        grad_mean: gradient of the mean of ``act(norm(x))`` over the pixels, with a gate.
+    """
+    x, block = norm.x, blocks(norm.x)
+    n, (c, pixels) = x.shape[0], norm.sizes
+    tiles = n * loops(x, block["BLOCK_P"])
+    parts = min(MOST_PARTS, 1 << (tiles - 1).bit_length())
+    sums = torch.empty(2, parts, c, dtype=torch.float32, device=x.device)
+    grad_weight, grad_bias = torch.empty_like(norm.weight), torch.empty_like(norm.bias)
+    gating = (x, x) if gate is None or grad_mean is None else (gate.contiguous(), grad_mean.contiguous())
+    flags: dict[str, Any] = {"ACT": ACTS.index(norm.act), "GATED": gate is not None, "PARTS": parts, **block}
+    channel_tiles, strides = -(-c // block["BLOCK_C"]), (*layout(grad), *layout(x))
+    sizes = (sums, n, c, pixels, *strides)
+    _launch("sums_kernel", (parts, channel_tiles), grad, x, *gating, *norm.affine, *sizes, **flags)
+    steps, target = loops(x, block["BLOCK_P"], 8), grad if out is None else out
+    programs: Sequence[int] = (1, channel_tiles, 1) if out is None else grid(x, block, steps)
+    results = (sums, grad_weight, grad_bias, float(n * pixels), c, pixels, *strides, *layout(target))
+    flags |= {"INPUT": out is not None, "LOOPS": steps}
+    _launch("norm_grad_kernel", programs, grad, target, x, *gating, *norm.affine, *results, **flags)
+    return grad_weight, grad_bias
+
+
+def _launch(kernel: str, programs: Sequence[int], *arguments: Any, **flags: Any) -> None:
+    first: Tensor = arguments[0]
+    if not is_fake(first):
+        from . import triton
+
+        with on(first.device):
+            getattr(triton, kernel)[tuple(programs)](*arguments, **flags)
 
 
 for _function in (
@@ -117,4 +165,4 @@ for _function in (
     norm_act_backward_,
     se_backward,
 ):
-    implement(_function.__name__, _function, "CUDA")
+    implement(_function.__name__, _function)

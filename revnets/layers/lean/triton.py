@@ -1,4 +1,4 @@
-"""The operators of ``ops`` in one or two Triton kernels each, for CUDA and for Triton's interpreter.
+"""The kernels that ``cuda.py`` launches, in Triton: for CUDA, and for Triton's interpreter.
 
 Imported on first use only. Arithmetic is in float32, products and sums are fused by hand (``tl.fma``) or not at all, so
 that a value is the same to the bit in the forward pass and when it is computed again. Sums are over fixed parts, one
@@ -7,19 +7,8 @@ after the other: no atomic operations, so the same numbers every time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-MOST_PARTS = 64  # partial sums per channel
-_ACTS = {"": 0, "relu": 1, "silu": 2, "hardswish": 3, "hardsigmoid": 4, "sigmoid": 5}
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
 
@@ -82,7 +71,7 @@ def _offsets(n, c, p, channel_stride, pixel_stride, sample_stride):  # type: ign
 
 
 @triton.jit
-def _norm_act_kernel(  # type: ignore[no-untyped-def]
+def norm_act_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     out_ptr,
     gate_ptr,
@@ -131,7 +120,7 @@ def _norm_act_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _scale_kernel(  # type: ignore[no-untyped-def]
+def scale_kernel(  # type: ignore[no-untyped-def]
     h_ptr, gate_ptr, channels, pixels, h_n, h_c, h_p, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
 ):
     n = tl.program_id(2)
@@ -176,7 +165,7 @@ def _inner_grad(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _sums_kernel(  # type: ignore[no-untyped-def]
+def sums_kernel(  # type: ignore[no-untyped-def]
     grad_ptr,
     x_ptr,
     gate_ptr,
@@ -228,7 +217,7 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _norm_grad_kernel(  # type: ignore[no-untyped-def]
+def norm_grad_kernel(  # type: ignore[no-untyped-def]
     grad_ptr,
     out_ptr,
     x_ptr,
@@ -291,7 +280,7 @@ def _norm_grad_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _gate_grad_kernel(  # type: ignore[no-untyped-def]
+def gate_grad_kernel(  # type: ignore[no-untyped-def]
     grad_ptr,
     x_ptr,
     out_ptr,
@@ -328,160 +317,3 @@ def _gate_grad_kernel(  # type: ignore[no-untyped-def]
         grad = tl.load(grad_ptr + _offsets(n, c, p, g_c, g_p, g_n), mask=inside, other=0.0).to(tl.float32)
         total += tl.sum(grad * _act(y, ACT), axis=1)
     tl.store(out_ptr + n * channels + c, total.to(out_ptr.dtype.element_ty), mask=own)
-
-
-# --- from tensors to launches -----------------------------------------------------------------------------------------
-
-
-class Norm(NamedTuple):
-    """The arguments that the operators share, see ``ops``."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor
-    mean: Tensor
-    var: Tensor
-    eps: float
-    act: str
-
-
-def suits(*tensors: Tensor) -> bool:
-    """Whether the kernels take these maps ``(N, C, H, W)``: known precision, no gaps between rows of pixels."""
-    return all(
-        t.dim() == 4
-        and t.dtype in _DTYPES
-        and t.numel() > 0
-        and t.shape[0] < 2**16
-        and (t.shape[2] == 1 or t.stride(2) == t.shape[3] * t.stride(3))
-        for t in tensors
-    )
-
-
-def _layout(t: Tensor) -> tuple[int, int, int]:
-    """Strides of samples, channels and pixels."""
-    return t.stride(0), t.stride(1), t.stride(3) if t.shape[3] > 1 else t.stride(2) if t.shape[2] > 1 else 1
-
-
-def _blocks(t: Tensor) -> dict[str, int]:
-    """A tile whose fast direction is the one that lies together in memory."""
-    return {"BLOCK_C": 32, "BLOCK_P": 32} if _layout(t)[1] == 1 else {"BLOCK_C": 2, "BLOCK_P": 512}
-
-
-def _grid(t: Tensor, blocks: dict[str, int], loops: int) -> tuple[int, int, int]:
-    n, c, h, w = t.shape
-    return triton.cdiv(h * w, blocks["BLOCK_P"] * loops), triton.cdiv(c, blocks["BLOCK_C"]), n
-
-
-def _loops(t: Tensor, blocks: dict[str, int], at_most: int | None = None) -> int:
-    tiles = triton.cdiv(t.shape[2] * t.shape[3], blocks["BLOCK_P"])
-    return tiles if at_most is None else min(tiles, at_most)
-
-
-def _like(x: Tensor) -> Tensor:
-    layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
-    return torch.empty_like(x, memory_format=layout)
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
-
-
-def norm_act(norm: Norm, gate: Tensor | None = None, pooled: Tensor | None = None) -> Tensor:
-    """``act(norm(x))``, times a gate ``(N, C)``; or its mean over the pixels into ``pooled``, ``(N, C)``."""
-    x, weight, bias, mean, var, eps, act = norm
-    out, blocks = _like(x), _blocks(x)
-    loops = _loops(x, blocks, None if pooled is not None else 4)
-    with _on(x.device):
-        _norm_act_kernel[_grid(x, blocks, loops)](
-            x,
-            out,
-            x if gate is None else gate,
-            x if pooled is None else pooled,
-            weight,
-            bias,
-            mean,
-            var,
-            eps,
-            x.shape[1],
-            x.shape[2] * x.shape[3],
-            *_layout(x),
-            *_layout(out),
-            ACT=_ACTS[act],
-            GATED=gate is not None,
-            POOLED=pooled is not None,
-            LOOPS=loops,
-            **blocks,
-        )
-    return out
-
-
-def scale_(h: Tensor, gate: Tensor) -> None:
-    """Times a gate ``(N, C)`` in place."""
-    blocks = _blocks(h)
-    with _on(h.device):
-        _scale_kernel[_grid(h, blocks, 1)](h, gate, h.shape[1], h.shape[2] * h.shape[3], *_layout(h), **blocks)
-
-
-def gate_grad(grad: Tensor, norm: Norm) -> Tensor:
-    """Sum over the pixels of ``grad * act(norm(x))``, ``(N, C)``."""
-    x, weight, bias, mean, var, eps, act = norm
-    out, blocks = x.new_empty(x.shape[:2]), _blocks(x)
-    loops = _loops(x, blocks)
-    sizes = (x.shape[1], x.shape[2] * x.shape[3], *_layout(grad), *_layout(x))
-    with _on(x.device):
-        _gate_grad_kernel[_grid(x, blocks, loops)](
-            grad, x, out, weight, bias, mean, var, eps, *sizes, ACT=_ACTS[act], LOOPS=loops, **blocks
-        )
-    return out
-
-
-def norm_act_grads(
-    grad: Tensor, norm: Norm, needed: Sequence[bool], out: Tensor | None, gating: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients of input, weight and bias.
-
-    Args:
-        grad: of ``act(norm(x))``, or of that times the gate.
-        norm: as in the forward pass.
-        needed: which gradients are wanted; those of weight and bias are always given.
-        out: where the gradient of the input goes; may be ``grad`` itself.
-        gating: the gate and the gradient of the mean over the pixels, ``(N, C)`` each.
-    """
-    x, weight, bias, mean, var, eps, act = norm
-    blocks = _blocks(x)
-    n, c, h, w = x.shape
-    tiles = n * triton.cdiv(h * w, blocks["BLOCK_P"])
-    parts = min(MOST_PARTS, triton.next_power_of_2(tiles))
-    sums = torch.empty(2, parts, c, dtype=torch.float32, device=x.device)
-    grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
-    gate, grad_mean = (x, x) if gating is None else gating
-    flags = {"ACT": _ACTS[act], "GATED": gating is not None, "PARTS": parts, **blocks}
-    affine = (weight, bias, mean, var, eps)
-    with _on(x.device):
-        _sums_kernel[(parts, triton.cdiv(c, blocks["BLOCK_C"]))](
-            grad, x, gate, grad_mean, *affine, sums, n, c, h * w, *_layout(grad), *_layout(x), **flags
-        )
-        loops = _loops(x, blocks, 8) if needed[0] else 1
-        grid = _grid(x, blocks, loops) if needed[0] else (1, triton.cdiv(c, blocks["BLOCK_C"]), 1)
-        target = grad if out is None else out
-        _norm_grad_kernel[grid](
-            grad,
-            target,
-            x,
-            gate,
-            grad_mean,
-            *affine,
-            sums,
-            grad_weight,
-            grad_bias,
-            float(n * h * w),
-            c,
-            h * w,
-            *_layout(grad),
-            *_layout(x),
-            *_layout(target),
-            INPUT=bool(needed[0]),
-            LOOPS=loops,
-            **flags,
-        )
-    return target if needed[0] else None, grad_weight, grad_bias
