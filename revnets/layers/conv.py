@@ -86,9 +86,11 @@ def conv_grads(
     grad_x = grad_weight = grad_bias = None
     if needed[1] and not needed[2] and _as_forward(x, grad, conv):
         grad_weight = _depthwise_weight_grad(*operands[:2], conv)
+    elif x.device.type != "cpu":
+        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(*operands, *fixed, list(needed))
     elif needed[1] or needed[2]:
         _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(*operands, *fixed, [False, *needed[1:]])
-    if needed[0]:
+    if needed[0] and grad_x is None:
         grad_x, _, _ = torch.ops.aten.convolution_backward(*operands, *fixed, [True, False, False])
     dtypes = (x.dtype, weight.dtype, weight.dtype)
     return tuple(

@@ -1,6 +1,6 @@
 """Batch norm followed by an activation, keeping one tensor for the backward pass where autograd keeps two or three."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..reversible.replay import once
+from .lean import cuda  # noqa: F401 - registers the operators and their kernels
+from .lean.activations import ACTIVATIONS, name_of
 
 
 def norm_act(x: Tensor, norm: nn.Module, act: nn.Module | None = None) -> Tensor:
@@ -34,7 +36,7 @@ def norm_act(x: Tensor, norm: nn.Module, act: nn.Module | None = None) -> Tensor
         x = norm(x)
         return x if act is None else act(x)
     mean, var = once(lambda: update_statistics(x, norm), owner=norm)
-    return _NormAct.apply(x, norm.weight, norm.bias, mean, var, norm.eps, ACTIVATIONS[type(act)])
+    return _NormAct.apply(x, norm.weight, norm.bias, mean, var, norm.eps, name_of(act))
 
 
 class _Lean:
@@ -69,7 +71,7 @@ def is_lean(norm: nn.Module, act: nn.Module | None) -> bool:
     return (
         norm.training
         and uses_lean_layers()
-        and type(act) in ACTIVATIONS
+        and name_of(act) is not None
         and type(norm) is nn.BatchNorm2d
         and norm.track_running_stats
         and norm.momentum is not None
@@ -94,33 +96,8 @@ def update_statistics(x: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
             f"batch norm in training needs more than one value per channel, got input of shape {tuple(x.shape)}: "
             "use a larger batch or image, or norm.eval()"
         )
-    norm.num_batches_tracked.add_(1)
-    return torch.batch_norm_update_stats(x.detach(), norm.running_mean, norm.running_var, norm.momentum)
-
-
-def _identity(x: Tensor, inplace: bool = False) -> Tensor:
-    return x if inplace else x.clone()
-
-
-def _hardswish_grad(grad: Tensor, x: Tensor) -> Tensor:
-    return torch.ops.aten.hardswish_backward(grad, x)
-
-
-def _silu_grad(grad: Tensor, x: Tensor) -> Tensor:
-    return torch.ops.aten.silu_backward(grad, x)
-
-
-def _relu_grad(grad: Tensor, x: Tensor) -> Tensor:
-    return torch.ops.aten.threshold_backward(grad, x, 0)
-
-
-# activation module -> (activation with an `inplace` option, its gradient from the gradient and the activation's input)
-ACTIVATIONS: dict[type, tuple[Any, Any]] = {
-    type(None): (_identity, None),
-    nn.Hardswish: (F.hardswish, _hardswish_grad),
-    nn.SiLU: (F.silu, _silu_grad),
-    nn.ReLU: (F.relu, _relu_grad),
-}
+    running = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    return torch.ops.revnets.batch_stats_(x.detach(), *running, norm.momentum)
 
 
 class _NormAct(torch.autograd.Function):
@@ -128,70 +105,25 @@ class _NormAct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, kind: tuple[Any, Any]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, act: str
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, mean, var)
-        ctx.eps, ctx.kind = eps, kind
-        return kind[0](F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps), inplace=True)
+        ctx.eps, ctx.act = eps, act
+        return torch.ops.revnets.norm_act(x, weight, bias, mean, var, eps, act)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, bias, mean, var = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: the plain formula, differentiable again
-            y = ctx.kind[0](F.batch_norm(x, None, None, weight, bias, True, 0.0, ctx.eps), inplace=True)
+            y = F.batch_norm(x, None, None, weight, bias, True, 0.0, ctx.eps)
+            y = ACTIVATIONS[ctx.act].value(y, inplace=True)
             inputs = (x, weight, bias)
             found = iter(torch.autograd.grad(y, [t for t in inputs if t.requires_grad], grad, create_graph=True))
             return *(next(found) if t.requires_grad else None for t in inputs), None, None, None, None
-        grad, act_grad = dense(grad), ctx.kind[1]
-        if act_grad is not None:
-            y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, ctx.eps)
-            by_parts(lambda y, g: y.copy_(act_grad(g, y)), y, grad)
-            grad = y
-        owned = act_grad is not None
-        grads = batch_norm_grad(grad, x, weight, mean, var, ctx.eps, ctx.needs_input_grad, owned)
-        return *grads, None, None, None, None
-
-
-def batch_norm_grad(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    needed: Sequence[bool],
-    owned: bool = False,
-) -> tuple[Tensor | None, ...]:
-    r"""Gradients of input, weight and bias of a batch norm in training.
-
-    With g the gradient, :math:`\hat x = (x - \mu) / \sigma` and means over all but the channels,
-
-    .. math:: \partial x = \frac{w}{\sigma} (g - \overline{g} - \hat x \, \overline{g \hat x})
-
-    which is linear in g and x per channel. torch's CPU kernel allocates its result twice, so there it only sums.
-
-    Args:
-        grad: g, ``(N, C, H, W)``.
-        x: the norm's input.
-        weight: w, ``(C,)``.
-        mean: of the batch.
-        var: of the batch, biased.
-        eps: of the norm.
-        needed: which of the three gradients are wanted.
-        owned: whether ``grad`` may be changed in place.
-    """
-    invstd = (var + eps).rsqrt_()
-    kernel = torch.ops.aten.native_batch_norm_backward
-    if x.device.type != "cpu" or not needed[0] or not grad.dtype == x.dtype == weight.dtype:
-        return kernel(grad, x, weight, None, None, mean, invstd, True, eps, list(needed[:3]))
-    _, grad_weight, grad_bias = kernel(grad, x, weight, None, None, mean, invstd, True, eps, [False, True, True])
-    scale, count = weight * invstd, x.numel() // x.shape[1]
-    slope = -scale * invstd * grad_weight / count
-    shift = -scale * grad_bias / count - slope * mean
-    scale, slope, shift = (t[:, None, None] for t in (scale, slope, shift))
-    grad_x = grad.mul_(scale) if owned else grad * scale
-    grad_x.addcmul_(x, slope).add_(shift)
-    return grad_x, grad_weight if needed[1] else None, grad_bias if needed[2] else None
+        needed = ctx.needs_input_grad[:3]
+        norm = (x, weight, bias, mean, var, ctx.eps, ctx.act)
+        found = iter(torch.ops.revnets.norm_act_backward(dense(grad), *norm, needed))
+        return *(next(found) if wanted else None for wanted in needed), None, None, None, None
 
 
 def dense(x: Tensor) -> Tensor:
@@ -203,8 +135,3 @@ def dense(x: Tensor) -> Tensor:
         return x
     channels_last = x.dim() == 4 and x.stride(1) == 1
     return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-
-def by_parts(function: Callable[..., Tensor], *xs: Tensor, parts: int = 4) -> list[Tensor]:
-    """``function`` of a few samples of tensors ``(N, ...)`` at a time: its temporaries are that much smaller."""
-    return [function(*some) for some in zip(*(x.chunk(parts) for x in xs), strict=True)]

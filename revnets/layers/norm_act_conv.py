@@ -1,17 +1,20 @@
 """Norm, activation, squeeze-and-excite and convolution in a row, keeping one tensor where autograd keeps five."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import SEModule
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from ..kernels.training import Structure
-from ..reversible.replay import once, parameters_of, tree
+from ..reversible.replay import once, tree
 from .conv import conv_grads, convolved, is_plain_conv, structure_of, weight_of
-from .norm_act import ACTIVATIONS, batch_norm_grad, by_parts, dense, has_hooks, is_lean, norm_act, update_statistics
+from .lean.activations import ACTIVATIONS, name_of
+from .norm_act import dense, has_hooks, is_lean, norm_act, update_statistics
+
+lean = torch.ops.revnets
 
 
 def norm_act_conv(x: Tensor, norm: nn.Module, act: nn.Module, se: SEModule | None, conv: nn.Module) -> Tensor:
@@ -43,57 +46,32 @@ def norm_act_conv(x: Tensor, norm: nn.Module, act: nn.Module, se: SEModule | Non
         return conv(x if se is None else se(x))
     mean, var = once(lambda: update_statistics(x, norm), owner=norm)
     structure = structure_of(conv, x)
-    kind: Any = ACTIVATIONS[type(act)]
-    settings = _Settings(norm.eps, kind, se, conv, torch.is_grad_enabled(), structure)  # type: ignore[arg-type]
-    gate_parameters = () if se is None else tuple(parameters_of(se))
-    return _NormActConv.apply(
-        x, norm.weight, norm.bias, mean, var, settings, weight_of(conv, structure), conv.bias, *gate_parameters
-    )
+    settings = _Settings(norm.eps, name_of(act), se, conv, structure)  # type: ignore[arg-type]
+    norm_tensors = (x, norm.weight, norm.bias, mean, var)
+    return _NormActConv.apply(*norm_tensors, settings, weight_of(conv, structure), conv.bias, *_gate_parameters(se))
+
+
+def _gate_parameters(se: SEModule | None) -> tuple[Tensor | None, ...]:
+    return () if se is None else (weight_of(se.fc1), se.fc1.bias, weight_of(se.fc2), se.fc2.bias)
 
 
 def _is_plain_se(se: SEModule) -> bool:
     if not isinstance(se.bn, nn.Identity) or not (is_plain_conv(se.fc1) and is_plain_conv(se.fc2)):
         return False
-    hooked = any(map(has_hooks, tree(se))) or any(p._backward_hooks for p in parameters_of(se))
-    return not (se.add_maxpool or hooked)
+    known = name_of(se.act) is not None and name_of(se.gate) is not None
+    return known and not (se.add_maxpool or any(map(has_hooks, tree(se))))
 
 
 class _Settings:
     """What the function needs besides tensors."""
 
-    def __init__(
-        self,
-        eps: float,
-        kind: tuple[Any, Any],
-        se: SEModule | None,
-        conv: nn.Conv2d,
-        differentiable: bool,
-        structure: Structure | None,
-    ) -> None:
-        self.eps, self.kind, self.se, self.conv, self.differentiable = eps, kind, se, conv, differentiable
-        self.structure = structure
-
-    def normed(self, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
-
-    def gate(self, pooled: Tensor) -> Tensor:
-        """The factors ``(N, C, 1, 1)`` from the means ``(N, C, 1, 1)``."""
-        se: Any = self.se
-        squeezed = se.act(se.bn(_pointwise(pooled.flatten(1), se.fc1)))
-        return se.gate(_pointwise(squeezed, se.fc2))[:, :, None, None]
-
-
-def _pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """A 1x1 convolution of single pixels ``(N, C)``: as a product of matrices it costs a tenth."""
-    return F.linear(x, weight_of(conv).flatten(1), conv.bias)
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
+    def __init__(self, eps: float, act: str, se: SEModule | None, conv: nn.Conv2d, structure: Structure | None) -> None:
+        self.eps, self.act, self.conv, self.structure = eps, act, conv, structure
+        self.gate_acts = () if se is None else (name_of(se.act), name_of(se.gate))
 
 
 class _NormActConv(torch.autograd.Function):
-    """Keeps x; the gate, a graph on tensors of one number per channel, is kept as it is."""
+    """Keeps x and, of squeeze-and-excite, one number per sample and channel."""
 
     @staticmethod
     def forward(
@@ -106,60 +84,81 @@ class _NormActConv(torch.autograd.Function):
         settings: _Settings,
         conv_weight: Tensor,
         conv_bias: Tensor | None,
-        *gate_parameters: Tensor,
+        *gate_parameters: Tensor | None,
     ) -> Tensor:
-        p = settings.kind[0](settings.normed(x, weight, bias, mean, var), inplace=True)
-        if settings.se is not None:
-            pooled = once(lambda: p.mean((2, 3), keepdim=True))
-            # plain hooks: under a checkpoint, unpacking from this graph would start a recomputation of its own
-            with torch.set_grad_enabled(settings.differentiable), saved_tensors_hooks(_same, _same):
-                pooled = pooled.detach().requires_grad_(settings.differentiable)
-                gate = settings.gate(pooled)
-            p.mul_(gate.detach())
-            ctx.gate = (pooled, gate)
-        ctx.save_for_backward(x, weight, bias, mean, var, conv_weight, conv_bias, *gate_parameters)
+        norm = (x, weight, bias, mean, var, settings.eps, settings.act)
+        p, *gated = _gated(norm, gate_parameters, settings) if gate_parameters else [lean.norm_act(*norm)]
+        ctx.save_for_backward(x, weight, bias, mean, var, conv_weight, conv_bias, *gate_parameters, *gated)
         ctx.settings = settings
         return convolved(p, conv_weight, conv_bias, settings.conv, settings.structure)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, bias, mean, var, conv_weight, conv_bias, *rest = ctx.saved_tensors
+        settings, needed, gate_parameters = ctx.settings, ctx.needs_input_grad, rest[:4]
         if torch.is_grad_enabled():  # create_graph=True
-            return _differentiable_grads(ctx, grad)
-        x, weight, bias, mean, var, conv_weight, _, *gate_parameters = ctx.saved_tensors
-        settings, needed = ctx.settings, ctx.needs_input_grad
-        act, act_grad = settings.kind
-        y, grad = settings.normed(x, weight, bias, mean, var), dense(grad)
-        p = act(y)
-        if settings.se is not None:
-            p.mul_(ctx.gate[1].detach())
+            return _differentiable_grads(settings, grad, x, weight, bias, conv_weight, conv_bias, gate_parameters)
+        pooled, gate = rest[4:] or (None, None)
+        norm, grad = (x, weight, bias, mean, var, settings.eps, settings.act), dense(grad)
+        y, p = lean.norm_act_again(*norm, gate)
         conv = (settings.conv, settings.structure)
-        of_conv = conv_grads(grad, p, conv_weight, conv[0], (False, needed[6], needed[7]), conv[1])[1:]
-        del p
-        # of the input, its own gradient needs the shape only, and y has that
-        grad_h: Any = conv_grads(grad, y, conv_weight, conv[0], (True, False, False), conv[1])[0]
+        wanted = (True, needed[6], needed[7])
+        if grad.device.type == "cpu":  # one gradient after the other needs less memory
+            of_conv = conv_grads(grad, p, conv_weight, conv[0], (False, *wanted[1:]), conv[1])[1:]
+            del p
+            # of the input, its own gradient needs the shape only, and x has that
+            grad_h: Any = conv_grads(grad, x, conv_weight, conv[0], (True, False, False), conv[1])[0]
+        else:  # and elsewhere one call is one launch less
+            grad_h, *of_conv = conv_grads(grad, p, conv_weight, conv[0], wanted, conv[1])
+            del p
         del grad
-        gate_grads: list[Tensor | None] = []
-        if settings.se is not None:
-            pooled, gate = ctx.gate
-            grad_gate = torch.cat(by_parts(lambda y, g: act(y).mul_(g).sum((2, 3), keepdim=True), y, grad_h))
-            wanted = [p for p in gate_parameters if p.requires_grad]
-            found = iter(torch.autograd.grad(gate, [pooled, *wanted], grad_gate.to(gate.dtype), retain_graph=True))
-            grad_h.mul_(gate.detach()).add_(next(found) / (x.shape[2] * x.shape[3]))
-            gate_grads = [next(found) if p.requires_grad else None for p in gate_parameters]
-        if act_grad is not None:
-            by_parts(lambda g, y: g.copy_(act_grad(g, y)), grad_h, y)
-        del y
-        norm_grads = batch_norm_grad(grad_h, x, weight, mean, var, settings.eps, needed, owned=True)
-        return *norm_grads, None, None, None, *of_conv, *gate_grads
+        grad_mean, gate_grads = None, []
+        if gate is not None:
+            gating = (gate, pooled, *gate_parameters, *settings.gate_acts)
+            grad_mean, *gate_grads = lean.se_backward(grad_h, *norm, y, *gating)
+            gate_grads = [g if wanted else None for g, wanted in zip(gate_grads, needed[8:], strict=True)]
+        found = lean.norm_act_backward_(grad_h, *norm, y, gate, grad_mean, needed[:3])
+        if len(found) < sum(needed[:3]):
+            found.insert(0, grad_h)
+        of_norm = iter(found)
+        return *(next(of_norm) if wanted else None for wanted in needed[:3]), None, None, None, *of_conv, *gate_grads
 
 
-def _differentiable_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gated(norm: tuple[Any, ...], gate_parameters: Sequence[Any], settings: _Settings) -> tuple[Tensor, ...]:
+    """What the convolution reads, the mean over the pixels, and the gate; in a recomputed branch the mean is reused."""
+    fresh: list[Tensor] = []
+
+    def mean() -> Tensor:
+        h, pooled = lean.norm_act_mean(*norm)
+        fresh.append(h)
+        return pooled
+
+    pooled = once(mean)
+    gating = (pooled, *gate_parameters, *settings.gate_acts)
+    if fresh:
+        return fresh[0], pooled, lean.se_scale_(fresh[0], *gating)
+    p, gate = lean.norm_act_se(*norm, *gating)
+    return p, pooled, gate
+
+
+def _differentiable_grads(
+    settings: _Settings,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    gate_parameters: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:
     """Gradients by the plain formula, differentiable again."""
-    x, weight, bias, _, _, conv_weight, conv_bias, *gate_parameters = ctx.saved_tensors
-    settings = ctx.settings
-    h = settings.kind[0](F.batch_norm(x, None, None, weight, bias, True, 0.0, settings.eps))
-    if settings.se is not None:
-        h = h * settings.gate(h.mean((2, 3), keepdim=True))
+    h = ACTIVATIONS[settings.act].value(F.batch_norm(x, None, None, weight, bias, True, 0.0, settings.eps))
+    if gate_parameters:
+        z = h.mean((2, 3))
+        w1, b1, w2, b2 = gate_parameters
+        for act, w, b in zip(settings.gate_acts, (w1, w2), (b1, b2), strict=True):
+            z = ACTIVATIONS[act].value(F.linear(z, w.flatten(1), b))  # type: ignore[union-attr]
+        h = h * z[:, :, None, None]
     used = conv_weight if settings.structure is None else conv_weight * settings.conv.mask
     y = convolved(h, used, conv_bias, settings.conv)
     inputs = [x, weight, bias, conv_weight, conv_bias, *gate_parameters]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from ..reversible.operators import DECOMPOSED, ON_CUDA
+
 aten = torch.ops.aten
 
 
@@ -30,6 +32,11 @@ FAKE_KERNELS: dict[Any, Callable[..., Any]] = {
     # torch's fake one makes the input's gradient even where it is not asked for (2.15)
     aten.native_batch_norm_backward.default: _batch_norm_backward,
 }
+
+
+def decomposition(func: Any, device: torch.device) -> Callable[..., Any] | None:
+    """What one of our own operators calls and allocates on a device; None for any other operator."""
+    return (ON_CUDA.get(func) if device.type == "cuda" else None) or DECOMPOSED.get(func)
 
 
 def temporary_bytes(func: Any, args: Any, out: Any, device: torch.device) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .flops import count_flops
-from .kernels import FAKE_KERNELS, temporary_bytes
+from .kernels import FAKE_KERNELS, decomposition, temporary_bytes
 
 aten = torch.ops.aten
 
@@ -93,6 +93,9 @@ class StorageTracker(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
             return args[0].fake_device  # asked for all the time
+        if (parts := decomposition(func, self.device)) is not None:
+            with self:
+                return parts(*args, **kwargs)
         self.op = str(func)
         substitute = FAKE_KERNELS.get(func)
         if substitute is not None:

@@ -3,6 +3,7 @@
 It knows nothing of vision models, layers or data: branches are any modules.
 """
 
+from . import cuda as _cuda  # noqa: F401 - its kernels register
 from .check import OpError, ReversibilityReport, check_reversibility
 from .compiled import compile_branches
 from .coupling import AdditiveCoupling

@@ -42,8 +42,8 @@ class AdditiveCoupling(ReversibleOp):
         """Undo ``forward``: same shapes."""
         with self.undoing():
             y1, y2 = self._halves(ys)
-            x1 = y1 - self.quantize(self.branch("g", self.g, y2), y1)
-            x2 = y2 - self.quantize(self.branch("f", self.f, x1), y2)
+            x1 = self.minus(y1, self.branch("g", self.g, y2))
+            x2 = self.minus(y2, self.branch("f", self.f, x1))
         return _joined((x1, x2), len(ys))
 
     def rewind(self, step: Step, ys: Tensors, grad_ys: Grads) -> tuple[Tensors, Grads]:
@@ -55,12 +55,12 @@ class AdditiveCoupling(ReversibleOp):
         )
 
         value, pull = self.evaluate(step, "g", self.g, x2)
-        x1.sub_(self.quantize(value, x1))
+        self.subtract(x1, value)
         del value
         grad_2 = step.add(grad_2, pull(grad_1)[0])
 
         value, pull = self.evaluate(step, "f", self.f, x1, needs_grad=step.needs_input_grad[0], dense_grad=True)
-        x2.sub_(self.quantize(value, x2))
+        self.subtract(x2, value)
         del value
         grad_1 = step.add(grad_1, pull(grad_2)[0])
         return xs, grads if len(xs) == 1 else (grad_1, grad_2)

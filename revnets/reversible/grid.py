@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import RangeError, ReversibleError
+from .operators import operator
 
 DEFAULT_GRID_BITS = 12
 """k of the default grid: steps of ``2^-12`` (finer than TF32 or bfloat16 at 1), range ±512 in float32."""
@@ -44,60 +45,118 @@ def grid_limit(grid_bits: int, dtype: torch.dtype) -> float:
     return 2.0 ** (_MANTISSA_BITS[dtype] - 2 - grid_bits)
 
 
-class _RoundToGrid(torch.autograd.Function):
-    """Rounding with the identity as its gradient (straight-through)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, constant: float) -> Tensor:
-        shifted = x + constant
-        if torch.compiler.is_compiling():  # torch 2.11 compiles a change in place to a gradient of 0
-            return shifted - constant
-        return shifted.sub_(constant)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-def round_to_grid(x: Tensor, grid_bits: int, inplace: bool = False) -> Tensor:
-    """Round ``x`` to the nearest multiple of ``2^-k``; the gradient passes unchanged.
-
-    Adding and subtracting ``1.5 * 2^(m-k)`` (m mantissa bits) pushes the bits below the grid out of the mantissa.
-
-    Args:
-        x: any shape, float32 or float64.
-        grid_bits: k.
-        inplace: overwrite ``x``, which must not need a gradient.
-
-    Raises:
-        ReversibleError: for another dtype: half-precision numbers have too few bits for a useful grid.
-
-    Example:
-        >>> round_to_grid(torch.tensor([0.3, 1.0]), 2)
-        tensor([0.2500, 1.0000])
-    """
-    if x.dtype not in _MANTISSA_BITS:
-        raise ReversibleError(
-            f"exact mode needs a float32 or float64 stream, got {str(x.dtype).removeprefix('torch.')}: keep the model "
-            "in float32 and use torch.autocast for half precision, or pass exact=False"
-        )
-    constant = 1.5 * 2.0 ** (_MANTISSA_BITS[x.dtype] - grid_bits)
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _RoundToGrid.apply(x, constant)
-    if inplace:
-        return x.add_(constant).sub_(constant)
+@operator("round_to_grid(Tensor x, float constant) -> Tensor")
+def _rounded(x: Tensor, constant: float) -> Tensor:
     return (x + constant).sub_(constant)
 
 
-def max_abs(x: Tensor) -> Tensor:
-    """Largest magnitude in ``x`` as a 0-d tensor on its device; NaN when ``x`` holds one."""
-    x = x.detach()
+@operator("add_rounded(Tensor x, Tensor value, float constant) -> Tensor")
+def add_rounded_in_a_row(x: Tensor, value: Tensor, constant: float) -> Tensor:
+    return (value.to(x.dtype) + constant).sub_(constant).add_(x)
+
+
+@operator("sub_rounded_(Tensor(a!) x, Tensor value, float constant) -> ()")
+def sub_rounded_in_a_row(x: Tensor, value: Tensor, constant: float) -> None:
+    x.sub_((value.to(x.dtype) + constant).sub_(constant))
+
+
+@operator("sub_rounded_owned_(Tensor(a!) x, Tensor(b!) value, float constant) -> ()")
+def _sub_rounded_owned(x: Tensor, value: Tensor, constant: float) -> None:
+    if value.dtype != x.dtype:
+        return sub_rounded_in_a_row(x, value, constant)
+    x.sub_(value.add_(constant).sub_(constant))
+
+
+@operator("max_abs(Tensor x) -> Tensor")
+def _max_abs(x: Tensor) -> Tensor:
     if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         x = x.permute(0, 2, 3, 1)  # contiguous: reduces several times faster on CPU
     if not x.numel():
         return x.new_zeros(())
     low, high = torch.aminmax(x)
     return torch.maximum(high, -low)
+
+
+class _RoundToGrid(torch.autograd.Function):
+    """Rounding with the identity as its gradient (straight-through)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, constant: float) -> Tensor:
+        if torch.compiler.is_compiling():  # to be fused with what is around it
+            return (x + constant) - constant
+        return torch.ops.revnets.round_to_grid(x, constant)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _AddRounded(torch.autograd.Function):
+    """``x`` plus the rounded value; the gradient passes to both."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, constant: float) -> Tensor:
+        ctx.dtype = value.dtype
+        return torch.ops.revnets.add_rounded(x, value, constant)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad, grad.to(ctx.dtype), None
+
+
+def rounding_constant(grid_bits: int, dtype: torch.dtype) -> float:
+    """What is added and subtracted again to push the bits below the grid out of the mantissa: ``1.5 * 2^(m-k)``.
+
+    Raises:
+        ReversibleError: for half-precision numbers, which have too few bits for a useful grid.
+    """
+    if dtype not in _MANTISSA_BITS:
+        raise ReversibleError(
+            f"exact mode needs a float32 or float64 stream, got {str(dtype).removeprefix('torch.')}: keep the model "
+            "in float32 and use torch.autocast for half precision, or pass exact=False"
+        )
+    return 1.5 * 2.0 ** (_MANTISSA_BITS[dtype] - grid_bits)
+
+
+def round_to_grid(x: Tensor, grid_bits: int) -> Tensor:
+    """Round ``x`` to the nearest multiple of ``2^-k``; the gradient passes unchanged.
+
+    Args:
+        x: any shape, float32 or float64.
+        grid_bits: k.
+
+    Raises:
+        ReversibleError: for another dtype.
+
+    Example:
+        >>> round_to_grid(torch.tensor([0.3, 1.0]), 2)
+        tensor([0.2500, 1.0000])
+    """
+    constant = rounding_constant(grid_bits, x.dtype)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _RoundToGrid.apply(x, constant)
+    return torch.ops.revnets.round_to_grid(x, constant)
+
+
+def add_rounded(x: Tensor, value: Tensor, grid_bits: int) -> Tensor:
+    """``x`` plus ``value`` rounded to the grid of ``x``; differentiable in both.
+
+    Example:
+        >>> add_rounded(torch.ones(1), torch.tensor([0.3]), 2)
+        tensor([1.2500])
+    """
+    return _AddRounded.apply(x, value, rounding_constant(grid_bits, x.dtype))
+
+
+def sub_rounded_(x: Tensor, value: Tensor, grid_bits: int, owned: bool = False) -> None:
+    """Subtract ``value``, rounded to the grid of ``x``, from ``x`` in place; what is ``owned`` may be overwritten."""
+    subtract = torch.ops.revnets.sub_rounded_owned_ if owned else torch.ops.revnets.sub_rounded_
+    subtract(x, value, rounding_constant(grid_bits, x.dtype))
+
+
+def max_abs(x: Tensor) -> Tensor:
+    """Largest magnitude in ``x`` as a 0-d tensor on its device; NaN when ``x`` holds one."""
+    return torch.ops.revnets.max_abs(x.detach())
 
 
 def check_range(value: float, grid_bits: int, dtype: torch.dtype, where: str) -> None:

@@ -28,6 +28,7 @@ class Tape:
         self.length = length
         self.precision = Precision(*device_types)
         self._content: tuple[int, Tensors, Grads, bool] | None = None
+        self._zero: Tensor | None = None
 
     def put(self, owner: int, values: Tensors, grads: Grads, exclusive: bool) -> None:
         """Leave what the node after ``owner`` rebuilt: the outputs of ``owner`` and their gradients.
@@ -39,6 +40,12 @@ class Tape:
             exclusive: whether the next node may change them in place.
         """
         self._content = (owner, values, grads, exclusive)
+
+    def stand_ins(self, xs: Tensors) -> list[Tensor]:
+        """Of the shapes that autograd expects of gradients of ``xs``, in the memory of one number."""
+        if self._zero is None or self._zero.dtype != xs[0].dtype:
+            self._zero = xs[0].new_zeros(())
+        return [self._zero.expand(x.shape) for x in xs]
 
     def take(self, owner: int, name: str) -> tuple[Tensors, Grads]:
         """What was left for node ``owner``, to be changed in place; the tape keeps no reference.
@@ -85,7 +92,7 @@ class Handover(torch.autograd.Function):
             )
         ys = _saved_outputs(ctx)
         ctx.tape.put(ctx.tape.length - 1, ys, grads, exclusive=False)
-        return (None, None, *(_stand_in(y) for y in ys))
+        return (None, None, *ctx.tape.stand_ins(ys))
 
 
 class OpNode(torch.autograd.Function):
@@ -116,13 +123,9 @@ class OpNode(torch.autograd.Function):
             xs, grad_xs = op.rewind(step, ys, grad_ys)
         if ctx.index > 0:
             tape.put(ctx.index - 1, xs, grad_xs, step.shared["exclusive"])
-            grad_xs = tuple(_stand_in(x) if needed else None for x, needed in zip(xs, needs_input_grad, strict=True))
+            stand_ins = zip(tape.stand_ins(xs), needs_input_grad, strict=True)
+            grad_xs = tuple(stand_in if needed else None for stand_in, needed in stand_ins)
         return (None, None, None, None, None, *grad_xs, *step.parameter_grads())
-
-
-def _stand_in(x: Tensor) -> Tensor:
-    """Of the shape that autograd expects of a gradient of ``x``, in the memory of one number."""
-    return x.new_zeros(()).expand(x.shape)
 
 
 def _saved_outputs(ctx: Any) -> Tensors:
@@ -159,8 +162,8 @@ def _check_versions(ctx: Any) -> None:
 class RangeGuard:
     """Watches that values stay on the grid of exact mode, without making an accelerator wait.
 
-    On CPU the check is immediate. Elsewhere the maxima go to pinned memory while the device works on, and are checked
-    when the backward pass arrives. Within ``range_checks_put_off`` they are checked when the caller wants it.
+    On CPU all are checked at the end of the forward pass. Elsewhere the maxima go to pinned memory while the device
+    works on, and are checked when the backward pass arrives; within ``range_checks_put_off``, when the caller wants it.
     """
 
     def __init__(self, grid_bits: int) -> None:
@@ -170,21 +173,23 @@ class RangeGuard:
         self._event: Any = None
 
     def watch(self, where: str, values: Tensors) -> None:
-        """Check the outputs of an op, now or later."""
+        """Note the largest magnitudes of the outputs of an op."""
         for value in values:
-            if is_fake(value) or value.device.type == "meta":
-                continue
-            if value.device.type == "cpu" and active.guards is None:
-                check_range(max_abs(value).item(), self.grid_bits, value.dtype, where)
-            else:
+            if not is_fake(value) and value.device.type != "meta":
                 self._seen.append((where, value.dtype, max_abs(value)))
 
     def arm(self, outputs: Tensors) -> None:
-        """Start copying the maxima to the host, to be checked when the backward pass reaches ``outputs``."""
+        """Check the maxima (CPU), or have them copied and checked when the backward pass reaches ``outputs``.
+
+        Raises:
+            RangeError: naming the op, the value, and the grid that would hold it.
+        """
         if not self._seen:
             return
-        maxima, device = torch.stack([m.double() for _, _, m in self._seen]), self.device
+        maxima, device = torch.stack([m for _, _, m in self._seen]), self.device  # float32 and float64 do not mix
         self._host = maxima.to("cpu", non_blocking=True)
+        if device.type == "cpu" and active.guards is None:
+            return self.settle()
         if device.type != "cpu":
             self._event = torch.get_device_module(device).Event()
             self._event.record()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .compiled import call
-from .grid import resolve_grid_bits, round_to_grid
+from .grid import add_rounded, resolve_grid_bits, round_to_grid, sub_rounded_
 from .replay import BranchRecord, FrozenRunner, Replayer, activated, active, replaying, tree
 
 Tensors = tuple[Tensor, ...]
@@ -87,21 +87,28 @@ class ReversibleOp(nn.Module):
         """Whether exact mode acts now: in training only."""
         return self.grid_bits is not None and (self.training or active.in_stack)
 
-    def quantize(self, value: Tensor, like: Tensor, owned: bool = False) -> Tensor:
-        """What is added to the stream ``like``: ``value``, rounded to the grid where exact mode acts.
-
-        ``owned`` says that ``value`` may be changed in place (outside of autograd only).
-        """
+    def quantize(self, value: Tensor, like: Tensor) -> Tensor:
+        """What is added to the stream ``like``: ``value``, rounded to the grid where exact mode acts."""
         if not self.rounds or self.grid_bits is None:
             return value
-        return round_to_grid(value.to(like.dtype), self.grid_bits, inplace=owned)
+        return round_to_grid(value.to(like.dtype), self.grid_bits)
 
     def plus(self, x: Tensor, value: Tensor) -> Tensor:
         """The stream ``x`` with ``value`` added to it, rounded first where exact mode acts."""
-        quantized = self.quantize(value, x)
-        if quantized is value or torch.is_grad_enabled():
-            return x + quantized
-        return quantized.add_(x)  # the rounded copy is ours
+        if not self.rounds or self.grid_bits is None:
+            return x + value
+        return add_rounded(x, value, self.grid_bits)
+
+    def minus(self, y: Tensor, value: Tensor) -> Tensor:
+        """What ``plus`` made of, undone: ``y`` without ``value``."""
+        return y - self.quantize(value, y)
+
+    def subtract(self, y: Tensor, value: Tensor, owned: bool = False) -> None:
+        """``minus`` in place, within ``rewind``; a ``value`` that is ``owned`` may be overwritten."""
+        if not self.rounds or self.grid_bits is None:
+            y.sub_(value)
+        else:
+            sub_rounded_(y, value, self.grid_bits, owned)
 
     def extra_repr(self) -> str:
         return "" if self.grid_bits is None else f"exact={self.grid_bits}"

@@ -136,11 +136,11 @@ class RevSilo(ReversibleOp):
         return x if total is None else self.plus(x, total)
 
     def _minus(self, y: Tensor, total: Tensor | None) -> Tensor:
-        return y if total is None else y - self.quantize(total, y)
+        return y if total is None else self.minus(y, total)
 
     def _subtract(self, y: Tensor, total: Tensor | None) -> None:
         if total is not None:
-            y.sub_(self.quantize(total, y, owned=True))
+            self.subtract(y, total, owned=True)
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, [f"{self.num_inputs} -> {self.num_outputs} scales", super().extra_repr()]))

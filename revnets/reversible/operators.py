@@ -1,0 +1,42 @@
+"""How an operator of our own is registered: one call (on a GPU, one launch) for what torch does in several.
+
+An operator is torch's own kernels in a row, to be read where it is defined; on CUDA a kernel of ours may replace them.
+A step of a network is so many launches, and small networks wait for launches rather than for arithmetic.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_LIBRARY = torch.library.Library("revnets", "FRAGMENT")
+DECOMPOSED: dict[Any, Callable[..., Any]] = {}
+"""Each operator, and torch's own kernels that it stands for: memory and FLOPs are counted in these."""
+ON_CUDA: dict[Any, Callable[..., Any]] = {}
+"""Operators that have kernels of their own on CUDA: what allocates and launches (for fake tensors, only allocates)."""
+
+
+def operator(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register ``torch.ops.revnets.NAME`` with the function below as its implementation on every device.
+
+    It is called without autograd: within an ``autograd.Function``, or on tensors without gradient.
+
+    Args:
+        signature: name, arguments and results as torch writes them, such as ``"twice(Tensor x) -> Tensor"``.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = signature.partition("(")[0]
+        _LIBRARY.define(signature)
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"revnets::{name}", function, lib=_LIBRARY)
+        DECOMPOSED[getattr(torch.ops.revnets, name).default] = function
+        return function
+
+    return register
+
+
+def implement(name: str, function: Callable[..., Any]) -> None:
+    """Replace an operator's implementation on CUDA; fake tensors get none of its launches."""
+    _LIBRARY.impl(name, function, "CUDA")
+    ON_CUDA[getattr(torch.ops.revnets, name).default] = function
