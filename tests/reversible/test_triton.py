@@ -47,4 +47,4 @@ def test_the_largest_magnitude() -> None:
     from revnets.reversible import cuda, grid
 
     for x in (torch.randn(2, 3, 4, 5) - 5, torch.zeros(0, 3), torch.tensor([1.0, torch.nan])):
-        assert torch.equal(cuda.max_abs(x), grid.max_abs(x)) or grid.max_abs(x).isnan() and cuda.max_abs(x).isnan()
+        assert torch.equal(cuda.max_abs(x), grid.max_abs(x)) or (grid.max_abs(x).isnan() and cuda.max_abs(x).isnan())
