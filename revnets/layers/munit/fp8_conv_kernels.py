@@ -18,8 +18,8 @@ from ..fp8_triton import _fp8_code
 # Numbers that only enter addresses: compiled code must not depend on whether they are 1 or multiples of 16.
 _MAPS = ("rows", "pixels", "wide", "channels", "columns", "top", "scale")
 _PRODUCT = (
-    *("rows", "high", "wide", "outputs", "height", "width", "start_y", "start_x", "step_y", "step_x", "tap_y", "tap_x"),
-    *("taps", "taps_wide", "all_taps", "first_tap", "next_tap_y", "next_tap_x", "stride_n", "stride_y", "scale"),
+    *("rows", "high", "wide", "height", "width", "start_y", "start_x", "step_y", "step_x", "tap_y", "tap_x"),
+    *("taps", "taps_wide", "all_taps", "first_tap", "next_tap_y", "next_tap_x", "scale"),
 )
 _PARTIAL = (
     *("rows", "high", "wide", "outputs", "height", "width", "start_y", "start_x", "step_y", "step_x", "tap_y", "tap_x"),

@@ -1,0 +1,181 @@
+"""What a compiler makes of the FP8 convolution kernels, without a GPU: ``python -m revnets.layers.munit.compile_report``.
+
+Registers and spills are read from the binaries, shared memory from Triton's notes, instructions from the PTX.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+E4M3, E5M2, CODE = "fp8e4nv", "fp8e5", "u8"  # as Triton names them
+_MATRIX = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)[\w.:]*")
+_FP8 = re.compile(r"\.(e[45]m[23])\b")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with its types and tile: its words, and what the compiler needs to know."""
+
+    words: str
+    kernel: str
+    pointers: tuple[str, ...]
+    constants: Mapping[str, Any]
+    ones: tuple[str, ...] = ()
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of a variant.
+
+    Attributes:
+        words: kernel, types and tile.
+        registers: of a thread.
+        spilled: bytes of a thread's registers that are kept in memory.
+        shared: bytes of shared memory of a program.
+        instructions: matrix instructions by name, such as ``wgmma e5m2 x e4m3``, with their number.
+    """
+
+    words: str
+    registers: int
+    spilled: int
+    shared: int
+    instructions: Mapping[str, int]
+
+
+def variants() -> Iterator[Variant]:
+    """Every kernel, in the types of training in bfloat16 and every tile of the list."""
+    from .fp8_conv_triton import _CAST_CHANNELS, _CAST_ROWS, _SUM_BLOCK, TILES
+
+    cast = {"BLOCK_ROWS": _CAST_ROWS, "BLOCK_CHANNELS": _CAST_CHANNELS}
+    for name, bits, transposed in (("e4m3", (4, 3), False), ("e5m2, and its transpose", (5, 2), True)):
+        constants = {"EXPONENT": bits[0], "MANTISSA": bits[1], "TRANSPOSED": transposed, **cast}
+        yield Variant(f"cast to {name}", "cast_maps", ("bf16", CODE, CODE), constants, ("stride_c",))
+    for tile in TILES:
+        m, n, warps, stages = tile
+        words = f"{m}x{n}x128, {warps} warps, {stages} stages"
+        blocks = {"DECODED": False, "BLOCK_K": 128, "BLOCK_M": m, "BLOCK_N": n}
+        for name, kind in (("output", E4M3), ("input gradient", E5M2)):
+            constants = {"X_E4M3": kind == E4M3, **blocks}
+            yield Variant(
+                *(f"{name}, {words}", "product", (kind, E4M3, "bf16"), constants, ("stride_c",), warps, stages)
+            )
+        yield Variant(
+            *(f"weight gradient, {words}", "weight_partials", (E5M2, E4M3, "fp32"), blocks, (), warps, stages)
+        )
+    yield Variant("sum of a weight's parts", "sum_partials", ("fp32", "bf16"), {"BLOCK": _SUM_BLOCK}, ("stride_i",))
+
+
+def compile_variant(variant: Variant, capability: int = 90) -> Any:
+    """Triton's compiled kernel, for a GPU that need not be here.
+
+    Raises:
+        RuntimeError: in Triton's interpreter, which compiles nothing.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from . import fp8_conv_kernels, fp8_conv_triton
+
+    if fp8_conv_triton.interpreted():
+        raise RuntimeError("TRITON_INTERPRET is set: expected Triton's compiler; unset it for this report")
+    kernel = getattr(fp8_conv_kernels, variant.kernel)
+    constants: dict[str, Any] = {**variant.constants, **dict.fromkeys(variant.ones, 1)}
+    pointers = iter(variant.pointers)
+    signature, attributes = {}, {}
+    for place, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        pointer = name.endswith("_ptr")
+        signature[name] = f"*{next(pointers)}" if pointer else ("fp32" if name in ("top", "scale") else "i32")
+        if pointer or not parameter.do_not_specialize:  # channels padded, strides of whole vectors
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": variant.warps, "num_stages": variant.stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def report(capability: int = 90, chosen: Iterator[Variant] | None = None) -> list[Row]:
+    """Compile variants, all by default, and read what the compiler says of them.
+
+    Args:
+        capability: such as 90 for Hopper, 89 for Ada.
+        chosen: some of ``variants()``.
+
+    Raises:
+        RuntimeError: where Triton comes without NVIDIA's ``cuobjdump``, or interprets.
+    """
+    rows = []
+    for variant in variants() if chosen is None else chosen:
+        compiled = compile_variant(variant, capability)
+        resources = *_resources(compiled.asm["cubin"]), compiled.metadata.shared
+        rows.append(Row(variant.words, *resources, _instructions(compiled.asm["ptx"])))
+    return rows
+
+
+def _instructions(ptx: str) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for match in _MATRIX.finditer(ptx):
+        kinds = _FP8.findall(match.group())
+        found[f"{match.group(1).split('.')[0]} {' x '.join(kinds) or 'not in FP8'}"] += 1
+    return dict(found)
+
+
+def reader() -> Path | None:
+    """NVIDIA's ``cuobjdump``, as it comes with Triton; None where it does not."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return path if path.is_file() and os.access(path, os.X_OK) else None
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack: the kernels have no arrays, so what is there was spilled."""
+    program = reader()
+    if program is None:
+        raise RuntimeError("this Triton comes without cuobjdump: expected it in triton/backends/nvidia/bin")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        words = subprocess.run([program, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", words)
+    if found is None:
+        raise RuntimeError(f"cuobjdump said {words[:80]!r}: expected a line with REG and STACK")
+    return int(found[1]), int(found[2])
+
+
+def table(rows: list[Row]) -> str:
+    """The report in Markdown."""
+    lines = ["| kernel, tile | registers | spilled bytes | shared KiB | matrix instructions |", "|---|---|---|---|---|"]
+    for row in rows:
+        words = ", ".join(f"{count} {name}" for name, count in row.instructions.items()) or "none"
+        lines.append(f"| {row.words} | {row.registers} | {row.spilled} | {row.shared / 1024:.0f} | {words} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table; of another architecture than Hopper's if a number is given: ``... compile_report 89``."""
+    try:
+        capability = int(sys.argv[1]) if len(sys.argv) > 1 else 90
+        rows = report(capability)
+    except (ImportError, RuntimeError, ValueError) as error:
+        print(f"compile_report: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
