@@ -55,14 +55,14 @@ class Row:
 
 def variants() -> Iterator[Variant]:
     """Every kernel, in the types of training in bfloat16 and every tile of the list."""
-    from .fp8_conv_triton import _CAST_CHANNELS, _CAST_ROWS, _SUM_BLOCK, TILES
+    from .fp8_conv_triton import _CHANNELS, _ROWS, _SUM_BLOCK, TILES
 
-    cast = {"BLOCK_ROWS": _CAST_ROWS, "BLOCK_CHANNELS": _CAST_CHANNELS}
-    for name, bits, transposed in (("e4m3", (4, 3), False), ("e5m2, and its transpose", (5, 2), True)):
-        constants = {"EXPONENT": bits[0], "MANTISSA": bits[1], "TRANSPOSED": transposed, **cast}
-        yield Variant(f"cast to {name}", "cast_maps", ("bf16", CODE, CODE), constants, ("stride_c",))
-    for tile in TILES:
-        m, n, warps, stages = tile
+    block = {"BLOCK_ROWS": _ROWS, "BLOCK_CHANNELS": _CHANNELS}
+    for name, exponent, mantissa in (("e4m3", 4, 3), ("e5m2", 5, 2)):
+        constants = {"EXPONENT": exponent, "MANTISSA": mantissa, **block}
+        yield Variant(f"cast to {name}", "cast_maps", ("bf16", CODE), constants, ("stride_c",))
+    yield Variant("pixels contiguous", "columns", (CODE, CODE), {"ALIGN": 16, **block})
+    for m, n, warps, stages in TILES:
         words = f"{m}x{n}x128, {warps} warps, {stages} stages"
         blocks = {"DECODED": False, "BLOCK_K": 128, "BLOCK_M": m, "BLOCK_N": n}
         for name, kind in (("output", E4M3), ("input gradient", E5M2)):
@@ -70,10 +70,11 @@ def variants() -> Iterator[Variant]:
             yield Variant(
                 *(f"{name}, {words}", "product", (kind, E4M3, "bf16"), constants, ("stride_c",), warps, stages)
             )
-        yield Variant(
-            *(f"weight gradient, {words}", "weight_partials", (E5M2, E4M3, "fp32"), blocks, (), warps, stages)
-        )
-    yield Variant("sum of a weight's parts", "sum_partials", ("fp32", "bf16"), {"BLOCK": _SUM_BLOCK}, ("stride_i",))
+        for align in (16, 8):
+            constants = {"ALIGN": align, **blocks}
+            name = f"weight gradient, loads of {align} bytes, {words}"
+            yield Variant(name, "weight_partials", (E5M2, E4M3, "fp32"), constants, (), warps, stages)
+    yield Variant("sum of a weight's parts", "sum_partials", ("fp32", "bf16"), {"BLOCK": _SUM_BLOCK})
 
 
 def compile_variant(variant: Variant, capability: int = 90) -> Any:

@@ -1,4 +1,4 @@
-"""FP8 convolutions as Triton kernels: one cast, one product for outputs and input gradients, two for weight gradients.
+"""FP8 convolutions as Triton kernels: a cast, a product for outputs and input gradients, three for weight gradients.
 
 Maps are pixels by channels, weights outputs by taps by channels, both in FP8 with channels contiguous, their number (the
 pitch) a multiple of 16, zeros in the rest: so every load is of 16 bytes. A product is an implicit GEMM: the sum runs
@@ -16,15 +16,13 @@ import triton.language as tl
 from ..fp8_triton import _fp8_code
 
 # Numbers that only enter addresses: compiled code must not depend on whether they are 1 or multiples of 16.
-_MAPS = ("rows", "pixels", "wide", "channels", "columns", "top", "scale")
+_MAPS = ("rows", "pixels", "wide", "channels", "top", "scale")
 _PRODUCT = (
     *("rows", "high", "wide", "height", "width", "start_y", "start_x", "step_y", "step_x", "tap_y", "tap_x"),
     *("taps", "taps_wide", "all_taps", "first_tap", "next_tap_y", "next_tap_x", "scale"),
 )
-_PARTIAL = (
-    *("rows", "high", "wide", "outputs", "height", "width", "start_y", "start_x", "step_y", "step_x", "tap_y", "tap_x"),
-    *("taps", "taps_wide", "chunk"),
-)
+_COLUMNS = ("lines", "units", "width", "channels", "start_x", "step_x", "tap_x")
+_PARTIAL = ("lines", "high", "units", "outputs", "height", "start_y", "step_y", "tap_y", "taps", "taps_wide")
 _SUM = ("numbers", "parts", "taps", "taps_wide", "channels", "stride_o", "stride_i", "stride_y", "stride_x", "scale")
 
 
@@ -51,13 +49,11 @@ def _multiply(a, b, total, A_E4M3: tl.constexpr, B_E4M3: tl.constexpr, DECODED: 
 def cast_maps(  # type: ignore[no-untyped-def]
     x_ptr,
     y_ptr,
-    t_ptr,
     rows,  # pixels of all images
     pixels,  # of an image
     wide,  # pixels in a row of an image
     channels,
     pitch,
-    columns,  # rows, rounded up to a multiple of 16
     stride_n,
     stride_c,
     stride_y,
@@ -66,11 +62,10 @@ def cast_maps(  # type: ignore[no-untyped-def]
     scale,
     EXPONENT: tl.constexpr,
     MANTISSA: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """Clip and cast maps of any strides to ``(rows, pitch)`` and, on request, ``(channels, columns)``, zeros between."""
+    """Clip and cast maps of any strides to ``(rows, pitch)``, zeros behind the channels."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     image, pixel = row // pixels, row % pixels
@@ -80,12 +75,9 @@ def cast_maps(  # type: ignore[no-untyped-def]
     x = tl.load(x_ptr + source[:, None] + channel.to(tl.int64)[None, :] * stride_c, mask=inside, other=0.0)
     x = x.to(tl.float32)
     x = tl.where(x > top, top, tl.where(x < -top, -top, x))  # NaN stays: it is on no side
-    y = _fp8_code(x * scale, EXPONENT, MANTISSA)
     written = (row < rows)[:, None] & (channel < pitch)[None, :]
-    tl.store(y_ptr + row.to(tl.int64)[:, None] * pitch + channel[None, :], y, mask=written)
-    if TRANSPOSED:
-        written = (channel < channels)[:, None] & (row < columns)[None, :]
-        tl.store(t_ptr + channel.to(tl.int64)[:, None] * columns + row[None, :], tl.trans(y), mask=written)
+    target = row.to(tl.int64)[:, None] * pitch + channel[None, :]
+    tl.store(y_ptr + target, _fp8_code(x * scale, EXPONENT, MANTISSA), mask=written)
 
 
 @triton.jit(do_not_specialize=_PRODUCT)
@@ -157,72 +149,104 @@ def product(  # type: ignore[no-untyped-def]
     tl.store(y_ptr + target, (total * scale).to(y_ptr.dtype.element_ty), mask=written)
 
 
+@triton.jit(do_not_specialize=_COLUMNS)
+def columns(  # type: ignore[no-untyped-def]
+    x_ptr,  # (lines, width, pitch), bytes
+    t_ptr,  # (taps wide, channels, lines, wide), bytes
+    lines,  # of all images
+    units,  # wide / ALIGN
+    width,
+    channels,
+    pitch,
+    start_x,
+    step_x,
+    tap_x,
+    ALIGN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """Maps with the pixels contiguous, once for every column of taps: shifted by it, so that none must be unaligned."""
+    wide = units * ALIGN
+    tap = tl.program_id(2)
+    place = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    line, x = place // wide, start_x + (place % wide) * step_x + tap * tap_x
+    there = (line < lines) & (x >= 0) & (x < width)
+    source = (line.to(tl.int64) * width + x) * pitch
+    tile = tl.load(
+        x_ptr + source[:, None] + channel[None, :], mask=there[:, None] & (channel < pitch)[None, :], other=0
+    )
+    target = (tap * channels + channel).to(tl.int64) * lines * wide
+    written = (channel < channels)[:, None] & tl.max_constancy(line < lines, ALIGN)[None, :]
+    tl.store(t_ptr + target[:, None] + place[None, :], tl.trans(tile), mask=written)
+
+
 @triton.jit(do_not_specialize=_PARTIAL)
 def weight_partials(  # type: ignore[no-untyped-def]
-    g_ptr,  # (outputs, columns): the gradient, transposed
-    x_ptr,  # (images, height, width, pitch)
-    p_ptr,  # (parts, outputs, taps, pitch), float32
-    rows,  # images * high * wide, of the gradient
+    g_ptr,  # (outputs, lines, wide): the gradient
+    t_ptr,  # (taps wide, channels, images * height, wide): the map, shifted
+    p_ptr,  # (parts, outputs, taps, channels), float32
+    lines,  # images * high
     high,
-    wide,
+    units,  # wide / ALIGN
     outputs,
     height,
-    width,
-    pitch,
-    columns,
+    channels,
     start_y,
-    start_x,
     step_y,
-    step_x,
     tap_y,
-    tap_x,
     taps,
     taps_wide,
-    chunk,  # rows of a part: a multiple of BLOCK_K
+    chunk,  # places of a part: a multiple of BLOCK_K
     DECODED: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """The gradient of a weight, summed over a part of the pixels."""
-    tiles = tl.cdiv(pitch, BLOCK_N)  # neighbours share the gradient
+    wide = units * ALIGN
+    tiles = tl.cdiv(channels, BLOCK_N)  # neighbours share the gradient
     tile, part = tl.program_id(0), tl.program_id(1)
     tap, channel = (tile // tiles) % taps, (tile % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     output = (tile // (tiles * taps)) * BLOCK_M + tl.arange(0, BLOCK_M)
-    y, x = start_y + (tap // taps_wide) * tap_y, start_x + (tap % taps_wide) * tap_x
-    g_start = output.to(tl.int64) * columns
+    first_y = start_y + (tap // taps_wide) * tap_y
+    length = lines * wide
+    g_start = output.to(tl.int64) * length
+    t_start = ((tap % taps_wide) * channels + channel).to(tl.int64) * (lines // high * height * wide)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(tl.cdiv(tl.minimum(chunk, rows - part * chunk), BLOCK_K)):
-        row = part * chunk + step * BLOCK_K + tl.arange(0, BLOCK_K)
-        image, pixel = row // (high * wide), row % (high * wide)
-        tap_row, tap_column = y + (pixel // wide) * step_y, x + (pixel % wide) * step_x
-        there = (row < rows) & (tap_row >= 0) & (tap_row < height) & (tap_column >= 0) & (tap_column < width)
+    for step in range(tl.cdiv(tl.minimum(chunk, length - part * chunk), BLOCK_K)):
+        place = part * chunk + step * BLOCK_K + tl.arange(0, BLOCK_K)
+        line = place // wide
+        y = first_y + (line % high) * step_y
+        there = tl.max_constancy((line < lines) & (y >= 0) & (y < height), ALIGN)
+        source = (line // high * height + y) * wide + place % wide
+        source = tl.multiple_of(tl.max_contiguous(source, ALIGN), ALIGN)
         a = tl.load(
-            g_ptr + g_start[:, None] + row[None, :],
-            mask=(output < outputs)[:, None] & (row < columns)[None, :],
+            g_ptr + g_start[:, None] + place[None, :],
+            mask=(output < outputs)[:, None] & tl.max_constancy(line < lines, ALIGN)[None, :],
             other=0.0,
         )
         b = tl.load(
-            x_ptr + (((image.to(tl.int64) * height + tap_row) * width + tap_column) * pitch)[:, None] + channel[None, :],
-            mask=there[:, None] & (channel < pitch)[None, :],
+            t_ptr + t_start[None, :] + source[:, None],
+            mask=there[:, None] & (channel < channels)[None, :],
             other=0.0,
         )
         total = _multiply(a, b, total, False, True, DECODED)
-    target = ((part.to(tl.int64) * outputs + output) * taps + tap) * pitch
-    written = (output < outputs)[:, None] & (channel < pitch)[None, :]
+    target = ((part.to(tl.int64) * outputs + output) * taps + tap) * channels
+    written = (output < outputs)[:, None] & (channel < channels)[None, :]
     tl.store(p_ptr + target[:, None] + channel[None, :], total, mask=written)
 
 
 @triton.jit(do_not_specialize=_SUM)
 def sum_partials(  # type: ignore[no-untyped-def]
-    p_ptr,  # (parts, outputs, taps, pitch), float32
+    p_ptr,  # (parts, outputs, taps, channels), float32
     w_ptr,  # (outputs, channels, taps high, taps wide), any strides
-    numbers,  # outputs * taps * pitch
+    numbers,  # outputs * taps * channels
     parts,
     taps,
     taps_wide,
     channels,
-    pitch,
     stride_o,
     stride_i,
     stride_y,
@@ -238,6 +262,6 @@ def sum_partials(  # type: ignore[no-untyped-def]
     for _ in range(parts):
         total += tl.load(source, mask=inside, other=0.0)
         source += numbers
-    channel, tap, output = place % pitch, (place // pitch) % taps, place // pitch // taps
+    channel, tap, output = place % channels, (place // channels) % taps, place // channels // taps
     target = output * stride_o + channel * stride_i + (tap // taps_wide) * stride_y + (tap % taps_wide) * stride_x
-    tl.store(w_ptr + target, (total * scale).to(w_ptr.dtype.element_ty), mask=inside & (channel < channels))
+    tl.store(w_ptr + target, (total * scale).to(w_ptr.dtype.element_ty), mask=inside)

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from ..fp8_triton import _FORMATS, _on
-from .fp8_conv_kernels import cast_maps, product, sum_partials, weight_partials
+from .fp8_conv_kernels import cast_maps, columns, product, sum_partials, weight_partials
 
 ALIGNMENT = 16
 """Channels are padded to a multiple of it, with zeros, when they are cast."""
@@ -19,13 +19,16 @@ ALIGNMENT = 16
 Tile = tuple[int, int, int, int]
 """BLOCK_M, BLOCK_N, warps, stages of the software pipeline."""
 
-TILES: tuple[Tile, ...] = ((128, 128, 8, 3), (128, 64, 4, 4), (64, 128, 4, 4), (64, 64, 4, 4))
+TILES: tuple[Tile, ...] = ((128, 128, 8, 3), (128, 64, 8, 4), (64, 128, 4, 4), (64, 64, 4, 4))
 """What is tried for each product and size; the first where nothing can be timed."""
 
 MAXIMUM = 2**30
 """Of the pixels of a batch, on either side: within a batch they are counted in 32 bits, addresses are of 64."""
 
-_CAST_ROWS, _CAST_CHANNELS = 64, 64
+WORKSPACE = 2**28
+"""Bytes that a weight gradient may use for the transposed maps of some images; at least those of one."""
+
+_ROWS, _CHANNELS = 64, 64  # of a cast's tile
 _SUM_BLOCK = 1024
 _PROGRAMS = 264  # that weight gradients are cut into, at least: twice the multiprocessors of an H100
 _NOMINAL = 128  # tile that this count is made with, as a sum's order must not depend on the tile
@@ -53,31 +56,26 @@ def step_of_sum(length: int, most: int = 128) -> int:
     return min(max(triton.next_power_of_2(length), 32), most)  # FP8 units take 32 at least
 
 
-def cast(x: Tensor, dtype: torch.dtype, scale: float = 1.0, transposed: bool = False) -> tuple[Tensor, Tensor | None]:
+def cast(x: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     """Maps clipped and cast as ``fp8.quantize`` does, channels last, in one pass over ``x`` whatever its strides.
 
     Args:
         x: ``(N, C, H, W)``.
         dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
         scale: a static factor.
-        transposed: also return the transpose.
 
     Returns:
-        ``(N, H, W, C')`` and, on request, ``(C, (N H W)')``; C' and (N H W)' are padded with zeros.
+        ``(N, H, W, C')``, where C' is padded with zeros.
     """
     n, c, h, w = x.shape
     rows, pitch = n * h * w, padded(c)
-    columns = padded(rows)
     y = torch.empty(n, h, w, pitch, dtype=torch.uint8, device=x.device)
-    t = torch.empty(c, columns, dtype=torch.uint8, device=x.device) if transposed else None
-    if rows and c:
-        grid = (triton.cdiv(columns if transposed else rows, _CAST_ROWS), triton.cdiv(pitch, _CAST_CHANNELS))
-        sizes = (rows, h * w, w, c, pitch, columns, *x.stride(), torch.finfo(dtype).max / scale, scale)
+    if y.numel():
+        grid = (triton.cdiv(rows, _ROWS), triton.cdiv(pitch, _CHANNELS))
+        sizes = (rows, h * w, w, c, pitch, *x.stride(), torch.finfo(dtype).max / scale, scale)
         with _on(x.device):
-            cast_maps[grid](
-                x, y, y if t is None else t, *sizes, *_FORMATS[dtype], transposed, _CAST_ROWS, _CAST_CHANNELS
-            )
-    return y.view(dtype), None if t is None else t.view(dtype)
+            cast_maps[grid](x, y, *sizes, *_FORMATS[dtype], _ROWS, _CHANNELS)
+    return y.view(dtype)
 
 
 def convolve(x: Tensor, weight: Tensor, y: Tensor, geometry: Sequence[Sequence[int]], scale: float) -> None:
@@ -140,50 +138,98 @@ def _met(first: int, stride: int, padding: int, dilation: int, taps: int) -> tup
 
 
 def convolve_weight(
-    grad: Tensor, x: Tensor, grad_weight: Tensor, outputs: Sequence[int], geometry: Sequence[Sequence[int]], scale: float
+    grad: Tensor, x: Tensor, grad_weight: Tensor, geometry: Sequence[Sequence[int]], scale: float
 ) -> None:
     """Gradient of a convolution's weight: sums over parts of the pixels, then their sum, in an order of its own.
 
+    FP8 units want what is summed over contiguous: pixels, here. So maps are transposed, the input once for every column
+    of taps, a few images at a time, in ``WORKSPACE`` bytes.
+
     Args:
-        grad: ``(outputs, (N H' W')')`` in FP8.
+        grad: ``(N, H', W', outputs')`` in FP8.
         x: ``(N, H, W, C')`` in e4m3.
         grad_weight: ``(outputs, C, k, k)``, any strides: written.
-        outputs: H' and W'.
         geometry: stride, padding, dilation.
         scale: of the result.
     """
-    (sy, sx), (py, px), (dy, dx) = geometry
-    (channels_out, channels, high, wide), (images, height, width, pitch) = grad_weight.shape, x.shape
-    rows, taps = images * math.prod(outputs), high * wide
-    if not (rows and grad_weight.numel()):
+    (images, high, out_wide, _), (_, height, _, _), (outputs, channels, *kernel) = (
+        *(grad.shape, x.shape),
+        grad_weight.shape,
+    )
+    if not (grad.numel() and x.numel() and grad_weight.numel()):
         grad_weight.zero_()
         return
-    step = step_of_sum(rows)
-    parts, chunk = _parts(rows, triton.cdiv(channels_out, _NOMINAL) * triton.cdiv(pitch, _NOMINAL) * taps, step)
-    sums = torch.empty(parts, channels_out, taps, pitch, dtype=torch.float32, device=x.device)
-    sizes = (rows, *outputs, channels_out, height, width, pitch, grad.shape[1])
-    places = (-py, -px, sy, sx, dy, dx, taps, wide, chunk)
-    operands = _loadable(grad), _loadable(x), sums
-
-    def launch(tile: Tile) -> None:
-        m, n, warps, stages = tile
-        grid = (triton.cdiv(channels_out, m) * triton.cdiv(pitch, n) * taps, parts)
-        constants = (interpreted(), step, m, n)
-        weight_partials[grid](*operands, *sizes, *places, *constants, num_warps=warps, num_stages=stages)
-
+    align = _alignment(out_wide)
+    wide, taps = -(-out_wide // align) * align, math.prod(kernel)
+    step = step_of_sum(high * wide)
+    together = max(1, min(images, WORKSPACE // (kernel[1] * channels * height * wide + outputs * high * wide)))
+    tiles = triton.cdiv(outputs, _NOMINAL) * triton.cdiv(channels, _NOMINAL) * taps
+    parts, chunk = _parts(together * high * wide, tiles, step)
+    groups = range(0, images, together)
+    sums = torch.empty(len(groups) * parts, outputs, taps, channels, dtype=torch.float32, device=x.device)
+    used = 0
     with _on(x.device):
-        launch(_tile(launch, x.device, ("weight", _octave(rows), channels_out, pitch, taps)))
-        numbers = channels_out * taps * pitch
+        for first in groups:
+            some = slice(first, first + together)
+            used += _launch_partials(grad[some], x[some], sums[used:], kernel, geometry, (align, wide, step, chunk))
+        numbers = outputs * taps * channels
         sum_partials[(triton.cdiv(numbers, _SUM_BLOCK),)](
-            *(sums, grad_weight, numbers, parts, taps, wide, channels, pitch, *grad_weight.stride(), scale, _SUM_BLOCK)
+            *(sums, grad_weight, numbers, used, taps, kernel[1], channels, *grad_weight.stride(), scale, _SUM_BLOCK)
         )
 
 
-def _parts(rows: int, tiles: int, step: int) -> tuple[int, int]:
-    """How many parts a sum over rows has, and the rows of each: enough programs for a GPU, at least 8 steps each."""
-    parts = max(1, min(triton.cdiv(_PROGRAMS, tiles), rows // (8 * step)))
-    chunk = triton.cdiv(triton.cdiv(rows, parts), step) * step
-    return triton.cdiv(rows, chunk), chunk
+def _launch_partials(
+    grad: Tensor,
+    x: Tensor,
+    sums: Tensor,
+    kernel: Sequence[int],
+    geometry: Sequence[Sequence[int]],
+    sizes: tuple[int, int, int, int],
+) -> int:
+    """Parts of a weight's gradient from some images; returns how many."""
+    (sy, sx), (py, px), (dy, dx) = geometry
+    align, wide, step, chunk = sizes
+    (images, high, _, _), height = grad.shape, x.shape[1]
+    _, outputs, taps, channels = sums.shape
+    g = _columns(grad, outputs, 1, wide, align, (0, 1, 0))
+    t = _columns(x, channels, kernel[1], wide, align, (-px, sx, dx))
+    lines = images * high
+    parts = triton.cdiv(lines * wide, chunk)
+    numbers = (lines, high, wide // align, outputs, height, channels, -py, sy, dy, taps, kernel[1], chunk)
+
+    def launch(tile: Tile) -> None:
+        m, n, warps, stages = tile
+        grid = (triton.cdiv(outputs, m) * triton.cdiv(channels, n) * taps, parts)
+        constants = (interpreted(), align, step, m, n)
+        weight_partials[grid](
+            *(_loadable(g), _loadable(t), sums, *numbers, *constants), num_warps=warps, num_stages=stages
+        )
+
+    launch(_tile(launch, x.device, ("weight", _octave(lines * wide), align, outputs, channels, taps)))
+    return parts
+
+
+def _columns(x: Tensor, channels: int, copies: int, wide: int, align: int, shift: tuple[int, int, int]) -> Tensor:
+    """``(copies, channels, lines, wide)``: the pixels of each line from ``start + copy * tap`` on, in steps."""
+    images, height, width, pitch = x.shape
+    lines = images * height
+    t = torch.empty(copies, channels, lines, wide, dtype=torch.uint8, device=x.device)
+    grid = (triton.cdiv(lines * wide, _ROWS), triton.cdiv(channels, _CHANNELS), copies)
+    sizes = (lines, wide // align, width, channels, pitch, *shift)
+    columns[grid](x.view(torch.uint8), t, *sizes, align, _ROWS, _CHANNELS)
+    return t.view(x.dtype)
+
+
+def _alignment(wide: int) -> int:
+    """Pixels that a line is padded to a multiple of: those of a load; half as many where that leaves fewer zeros."""
+    return 16 if -(-wide // 16) * 16 == -(-wide // 8) * 8 else 8
+
+
+def _parts(places: int, tiles: int, step: int) -> tuple[int, int]:
+    """How many parts a sum over places has, and the places of each: enough programs for a GPU, 8 steps each at least."""
+    parts = max(1, min(triton.cdiv(_PROGRAMS, tiles), places // (8 * step)))
+    chunk = triton.cdiv(triton.cdiv(places, parts), step) * step
+    return triton.cdiv(places, chunk), chunk
 
 
 def _launch_product(
