@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import product as product_of
 from typing import Any
 
 import torch
@@ -11,19 +13,14 @@ import triton
 from torch import Tensor
 
 from ..fp8_triton import _FORMATS, _on
+from .fp8_conv import ALIGNMENT
 from .fp8_conv_kernels import cast_maps, columns, product, sum_partials, weight_partials
-
-ALIGNMENT = 16
-"""Channels are padded to a multiple of it, with zeros, when they are cast."""
 
 Tile = tuple[int, int, int, int]
 """BLOCK_M, BLOCK_N, warps, stages of the software pipeline."""
 
 TILES: tuple[Tile, ...] = ((128, 128, 8, 3), (128, 64, 8, 4), (64, 128, 4, 4), (64, 64, 4, 4))
 """What is tried for each product and size; the first where nothing can be timed."""
-
-MAXIMUM = 2**30
-"""Of the pixels of a batch, on either side: within a batch they are counted in 32 bits, addresses are of 64."""
 
 WORKSPACE = 2**28
 """Bytes that a weight gradient may use for the transposed maps of some images; at least those of one."""
@@ -54,6 +51,17 @@ def step_of_sum(length: int, most: int = 128) -> int:
         (32, 64, 128)
     """
     return min(max(triton.next_power_of_2(length), 32), most)  # FP8 units take 32 at least
+
+
+@contextmanager
+def _rounding(y: Tensor) -> Iterator[Tensor]:
+    """What a kernel writes ``y`` to: the interpreter would cut numbers to bfloat16, where FP8 units round them."""
+    if not interpreted() or y.dtype == torch.float32:
+        yield y
+        return
+    wide = torch.empty_like(y, dtype=torch.float32)
+    yield wide
+    y.copy_(wide)
 
 
 def cast(x: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -90,7 +98,8 @@ def convolve(x: Tensor, weight: Tensor, y: Tensor, geometry: Sequence[Sequence[i
     """
     (sy, sx), (py, px), (dy, dx) = geometry
     _, high, wide, _ = weight.shape
-    _launch_product(x, weight, y, (-py, -px), (sy, sx), (dy, dx), (high, wide), (0, 0), (1, 1), scale)
+    with _rounding(y) as written:
+        _launch_product(x, weight, written, (-py, -px), (sy, sx), (dy, dx), (high, wide), (0, 0), (1, 1), scale)
 
 
 def convolve_backward(
@@ -107,14 +116,14 @@ def convolve_backward(
     """
     (sy, sx), (py, px), (dy, dx) = geometry
     _, high, wide, _ = weight.shape
-    for first_y in range(min(sy, grad_x.shape[2])):
-        for first_x in range(min(sx, grad_x.shape[3])):
+    with _rounding(grad_x) as written:
+        for first_y, first_x in product_of(range(min(sy, grad_x.shape[2])), range(min(sx, grad_x.shape[3]))):
             (tap_y, start_y, step_y, count_y), (tap_x, start_x, step_x, count_x) = (
                 _met(first_y, sy, py, dy, high),
                 _met(first_x, sx, px, dx, wide),
             )
             _launch_product(
-                *(grad, weight, grad_x[:, :, first_y::sy, first_x::sx]),
+                *(grad, weight, written[:, :, first_y::sy, first_x::sx]),
                 *((start_y, start_x), (1, 1), (-step_y * dy // sy, -step_x * dx // sx)),
                 *((count_y, count_x), (tap_y, tap_x), (step_y, step_x), scale),
             )
@@ -152,10 +161,7 @@ def convolve_weight(
         geometry: stride, padding, dilation.
         scale: of the result.
     """
-    (images, high, out_wide, _), (_, height, _, _), (outputs, channels, *kernel) = (
-        *(grad.shape, x.shape),
-        grad_weight.shape,
-    )
+    (images, high, out_wide, _), height, (outputs, channels, *kernel) = grad.shape, x.shape[1], grad_weight.shape
     if not (grad.numel() and x.numel() and grad_weight.numel()):
         grad_weight.zero_()
         return
@@ -173,9 +179,9 @@ def convolve_weight(
             some = slice(first, first + together)
             used += _launch_partials(grad[some], x[some], sums[used:], kernel, geometry, (align, wide, step, chunk))
         numbers = outputs * taps * channels
-        sum_partials[(triton.cdiv(numbers, _SUM_BLOCK),)](
-            *(sums, grad_weight, numbers, used, taps, kernel[1], channels, *grad_weight.stride(), scale, _SUM_BLOCK)
-        )
+        with _rounding(grad_weight) as written:
+            sizes = (numbers, used, taps, kernel[1], channels, *written.stride())
+            sum_partials[(triton.cdiv(numbers, _SUM_BLOCK),)](sums, written, *sizes, scale, _SUM_BLOCK)
 
 
 def _launch_partials(
