@@ -1,6 +1,6 @@
-"""What a compiler makes of the FP8 convolution kernels, without a GPU: ``python -m revnets.layers.munit.compile_report``.
+"""What a compiler makes of the FP8 convolution kernels, without a GPU.
 
-Registers and spills are read from the binaries, shared memory from Triton's notes, instructions from the PTX.
+``python -m revnets.layers.munit.compile_report`` prints a table for Hopper, with ``89`` one for Ada. Registers and spills are read from the binaries, shared memory from Triton's notes, instructions from the PTX.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    """Print the table; of another architecture than Hopper's if a number is given: ``... compile_report 89``."""
+    """Print the table, for Hopper or the compute capability given, such as 89."""
     try:
         capability = int(sys.argv[1]) if len(sys.argv) > 1 else 90
         rows = report(capability)

@@ -1,11 +1,11 @@
 """FP8 convolutions as Triton kernels: a cast, a product for outputs and input gradients, three for weight gradients.
 
-Maps are pixels by channels, weights outputs by taps by channels, both in FP8 with channels contiguous, their number (the
-pitch) a multiple of 16, zeros in the rest: so every load is of 16 bytes. A product is an implicit GEMM: the sum runs
-over taps and, within a tap, over blocks of channels, and the taps that lie outside of a map are masked. There are no
-atomics, and the size of tiles changes no sum's order: a step of the sum has a number of products that depends on the
-shapes alone (``BLOCK_K``), and its sum is added to the float32 accumulator at once, as Hopper's FP8 units keep fewer
-bits than float32 between such additions. Imported at the first use only; launched by ``fp8_conv_triton``.
+Maps are pixels by channels, weights outputs by taps by channels, both in FP8 with channels contiguous, their number
+(the pitch) a multiple of 16, zeros in the rest: so every load is of 16 bytes. A product is an implicit GEMM: the sum
+runs over taps and, within a tap, over blocks of channels, and taps that lie outside of a map are masked. There are no
+atomics, and no choice of tiles changes a sum's order: a step of a sum has a number of products that depends on the
+shapes alone (``BLOCK_K``), and what it gives is added to the float32 accumulator at once, as Hopper's FP8 units keep
+fewer bits than float32 between such additions. Imported at the first use only; launched by ``fp8_conv_triton``.
 """
 
 from __future__ import annotations

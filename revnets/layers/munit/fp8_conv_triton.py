@@ -232,7 +232,7 @@ def _alignment(wide: int) -> int:
 
 
 def _parts(places: int, tiles: int, step: int) -> tuple[int, int]:
-    """How many parts a sum over places has, and the places of each: enough programs for a GPU, 8 steps each at least."""
+    """How many parts a sum over places has, and the places of each: enough programs for a GPU, of 8 steps at least."""
     parts = max(1, min(triton.cdiv(_PROGRAMS, tiles), places // (8 * step)))
     chunk = triton.cdiv(triton.cdiv(places, parts), step) * step
     return triton.cdiv(places, chunk), chunk
