@@ -1,6 +1,7 @@
 """What a compiler makes of the FP8 convolution kernels, without a GPU.
 
-``python -m revnets.layers.munit.compile_report`` prints a table for Hopper, with ``89`` one for Ada. Registers and spills are read from the binaries, shared memory from Triton's notes, instructions from the PTX.
+``python -m revnets.layers.munit.compile_report`` prints a table for Hopper, with ``89`` one for Ada. Registers and
+spills are read from the binaries, shared memory from Triton's notes, instructions from the PTX.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 E4M3, E5M2, CODE = "fp8e4nv", "fp8e5", "u8"  # as Triton names them
 _MATRIX = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)[\w.:]*")
+_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global[^;]*?\], 0x([0-9a-f]+)")
 _FP8 = re.compile(r"\.(e[45]m[23])\b")
 
 
@@ -44,6 +46,7 @@ class Row:
         spilled: bytes of a thread's registers that are kept in memory.
         shared: bytes of shared memory of a program.
         instructions: matrix instructions by name, such as ``wgmma e5m2 x e4m3``, with their number.
+        copies: bytes of the asynchronous loads into shared memory, by which operands arrive.
     """
 
     words: str
@@ -51,6 +54,7 @@ class Row:
     spilled: int
     shared: int
     instructions: Mapping[str, int]
+    copies: tuple[int, ...]
 
 
 def variants() -> Iterator[Variant]:
@@ -123,7 +127,9 @@ def report(capability: int = 90, chosen: Iterator[Variant] | None = None) -> lis
     for variant in variants() if chosen is None else chosen:
         compiled = compile_variant(variant, capability)
         resources = *_resources(compiled.asm["cubin"]), compiled.metadata.shared
-        rows.append(Row(variant.words, *resources, _instructions(compiled.asm["ptx"])))
+        ptx = compiled.asm["ptx"]
+        copies = tuple(sorted({int(size, 16) for size in _COPY.findall(ptx)}))
+        rows.append(Row(variant.words, *resources, _instructions(ptx), copies))
     return rows
 
 
@@ -160,10 +166,13 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 def table(rows: list[Row]) -> str:
     """The report in Markdown."""
-    lines = ["| kernel, tile | registers | spilled bytes | shared KiB | matrix instructions |", "|---|---|---|---|---|"]
+    head = "| kernel, tile | registers | spilled bytes | shared KiB | asynchronous loads | matrix instructions |"
+    lines = [head, "|---|---|---|---|---|---|"]
     for row in rows:
         words = ", ".join(f"{count} {name}" for name, count in row.instructions.items()) or "none"
-        lines.append(f"| {row.words} | {row.registers} | {row.spilled} | {row.shared / 1024:.0f} | {words} |")
+        copies = ", ".join(f"{size} bytes" for size in row.copies) or "none"
+        numbers = f"{row.registers} | {row.spilled} | {row.shared / 1024:.0f}"
+        lines.append(f"| {row.words} | {numbers} | {copies} | {words} |")
     return "\n".join(lines)
 
 
