@@ -150,11 +150,14 @@ def _wrong(device: torch.device) -> str | None:
     generator = torch.Generator().manual_seed(0)
     shapes, geometry = ((2, 24, 9, 7), (40, 24, 3, 3), (2, 40, 5, 4)), ([2, 2], [1, 1], [1, 1])
     x, weight, grad = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
-    with torch.enable_grad():
-        leaves = [x.requires_grad_(), weight.requires_grad_()]
-        y = fp8_conv2d(*leaves, 1.0, torch.float32, geometry, 1.0)
-        got = (y, *torch.autograd.grad(y, leaves, grad))
-    operands = (quantize(t.detach(), kind).double() for t, kind in ((grad, E5M2), (x, E4M3), (weight, E4M3)))
+    maps, taps, back = (_maps(t, E4M3, 1.0) for t in (x, weight, weight.transpose(0, 1)))
+    grads, kind = _maps(grad, E5M2, 1.0), (torch.float32, True)
+    got = (
+        _output(maps, taps, *geometry, 1.0, *kind),
+        _input_gradient(grads, back, *geometry, 1.0, list(x.shape), *kind),
+        _weight_gradient(grads, maps, *geometry, 1.0, list(weight.shape), *kind),
+    )
+    operands = (quantize(t, dtype).double() for t, dtype in ((grad, E5M2), (x, E4M3), (weight, E4M3)))
     exact_grad, exact_x, exact_weight = operands
     expected = (
         F.conv2d(exact_x, exact_weight, None, *geometry),
