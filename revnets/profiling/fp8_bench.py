@@ -21,7 +21,21 @@ from .fake import ProfileError
 from .fp8_rows import OURS, PLAIN, TORCHAO, TRITON, Row, break_even, describe, print_rows, write_table
 from .memory import synchronize
 
-__all__ = ["Request", "Row", "break_even", "describe", "measure_fp8", "parse", "print_rows", "run", "write_table"]
+__all__ = [
+    "OURS",
+    "PLAIN",
+    "TORCHAO",
+    "TRITON",
+    "Request",
+    "Row",
+    "break_even",
+    "describe",
+    "measure_fp8",
+    "parse",
+    "print_rows",
+    "run",
+    "write_table",
+]
 
 MODES = ("eager", "compiled")
 Size = tuple[str, int, int]

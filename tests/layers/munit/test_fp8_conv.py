@@ -35,24 +35,29 @@ def in_interpreter(*names: str) -> None:
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}
     )
+    if "only 0-dimensional arrays can be converted" in result.stderr:
+        pytest.skip("the interpreter of this Triton does not work with this NumPy")
     assert result.returncode == 0, result.stderr[-3000:]
 
 
 # --- the three products ----------------------------------------------------------------------------------------------
 
-CASES = st.fixed_dictionaries(
-    {
-        "sizes": st.tuples(st.integers(1, 3), st.integers(1, 70), st.integers(1, 12), st.integers(1, 12)),
-        "outputs": st.integers(1, 70),
-        "kernel": st.tuples(st.integers(1, 3), st.integers(1, 3)),
-        "stride": st.tuples(st.integers(1, 3), st.integers(1, 3)),
-        "padding": st.tuples(st.integers(0, 3), st.integers(0, 3)),
-        "dilation": st.tuples(st.integers(1, 3), st.integers(1, 3)),
-        "dtype": st.sampled_from([torch.float32, torch.float32, BF16, FP16]),
-        "last": st.booleans(),
-        "last_weight": st.booleans(),
-    }
-)
+
+def cases(most: int) -> st.SearchStrategy[dict[str, Any]]:
+    """Convolutions of kernels up to so many taps in each direction."""
+    return st.fixed_dictionaries(
+        {
+            "sizes": st.tuples(st.integers(1, 3), st.integers(1, 70), st.integers(1, 12), st.integers(1, 12)),
+            "outputs": st.integers(1, 70),
+            "kernel": st.tuples(st.integers(1, most), st.integers(1, most)),
+            "stride": st.tuples(st.integers(1, 3), st.integers(1, 3)),
+            "padding": st.tuples(st.integers(0, 3), st.integers(0, 3)),
+            "dilation": st.tuples(st.integers(1, 3), st.integers(1, 3)),
+            "dtype": st.sampled_from([torch.float32, torch.float32, BF16, FP16]),
+            "last": st.booleans(),
+            "last_weight": st.booleans(),
+        }
+    )
 
 
 def operands(case: dict[str, Any]) -> tuple[Tensor, Tensor, list[list[int]]]:
@@ -112,11 +117,11 @@ def check(case: dict[str, Any], bound: float = 1e-5) -> None:
         assert off(a, c.double()) < (bound if a.dtype == torch.float32 else 1e-3), (name, case, off(a, c))
 
 
-def shapes(count: int) -> None:
+def shapes(count: int, most: int = 3) -> None:
     suppressed = [HealthCheck.too_slow, HealthCheck.filter_too_much]
 
     @settings(max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=suppressed)
-    @given(case=CASES)
+    @given(case=cases(most))
     def any_shape(case: dict[str, Any]) -> None:
         sizes = zip(case["sizes"][2:], *(case[n] for n in ("kernel", "padding", "dilation")), strict=True)
         assume(all(n + 2 * p - d * (k - 1) >= 1 for n, k, p, d in sizes))
@@ -271,7 +276,7 @@ def test_interpreted() -> None:
 @needs_triton
 @pytest.mark.slow
 def test_interpreted_many_shapes() -> None:
-    in_interpreter("shapes(200)")
+    in_interpreter("shapes(200, 5)")
 
 
 @needs_triton
@@ -386,15 +391,19 @@ def test_padded_words() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("kind", [torch.float32, BF16])
-def test_on_this_gpu(kind: torch.dtype, last: bool) -> None:
+def test_on_this_gpu(kind: torch.dtype, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available() or (problem := fp8_conv._problem("cuda", 0)) is not None:
         pytest.skip(f"needs a GPU that the kernels serve: {problem if torch.cuda.is_available() else 'there is none'}")
+    from revnets.layers.munit import fp8_conv_triton
+
     for kernel, stride, dilation in ((3, 1, 1), (3, 2, 1), (5, 1, 2), (1, 2, 1)):
         case = {"sizes": (4, 72, 28, 20), "outputs": 136, "kernel": (kernel,) * 2, "stride": (stride,) * 2}
         x, weight, geometry = operands({**case, "dilation": (dilation,) * 2, "dtype": kind, "last": last})
         x, weight = (t.detach().cuda().requires_grad_() for t in (x, weight))
         *got, grad = products(x, weight, geometry, "scaled_mm")
-        again = products(x, weight, geometry, "scaled_mm", grad)
-        for a, b, c in zip(got, again, exact(x, weight, geometry, grad), strict=False):
-            assert torch.equal(a, b)
-            assert off(a, c) < (1e-3 if kind == torch.float32 else 4e-3)
+        for a, b in zip(got, exact(x, weight, geometry, grad), strict=True):
+            assert off(a, b) < (1e-3 if kind == torch.float32 else 4e-3)
+        for tile in fp8_conv_triton.TILES:
+            monkeypatch.setattr(fp8_conv_triton, "_tile", lambda launch, device, key, tile=tile: tile)
+            again = products(x, weight, geometry, "scaled_mm", grad)[:3]
+            assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), tile
