@@ -63,8 +63,9 @@ def variants() -> Iterator[Variant]:
 
     block = {"BLOCK_ROWS": _ROWS, "BLOCK_CHANNELS": _CHANNELS}
     for name, exponent, mantissa in (("e4m3", 4, 3), ("e5m2", 5, 2)):
-        constants = {"EXPONENT": exponent, "MANTISSA": mantissa, **block}
-        yield Variant(f"cast to {name}", "cast_maps", ("bf16", CODE), constants, ("stride_c",))
+        for layout, one in (("channels last", "stride_c"), ("contiguous", "stride_x")):
+            constants = {"EXPONENT": exponent, "MANTISSA": mantissa, "FLAT": True, **block}
+            yield Variant(f"cast to {name}, {layout}", "cast_maps", ("bf16", CODE), constants, (one,))
     yield Variant("pixels contiguous", "columns", (CODE, CODE), {"ALIGN": 16, **block})
     for m, n, warps, stages in TILES:
         words = f"{m}x{n}x128, {warps} warps, {stages} stages"

@@ -269,6 +269,11 @@ def _empty(shape: Sequence[int], dtype: torch.dtype, last: bool, like: Tensor) -
     return torch.empty(tuple(shape), dtype=dtype, device=like.device, memory_format=memory_format)
 
 
+def _laid_out(y: Tensor, last: bool) -> Tensor:
+    """Channels-last as the kernels write, which is quicker than scattered numbers, or copied to contiguous memory."""
+    return y if last else _empty(y.shape, y.dtype, False, y).copy_(y)
+
+
 # --- operators -------------------------------------------------------------------------------------------------------
 
 
@@ -300,9 +305,9 @@ def _output(
     """Of ``(N, H, W, C')`` and ``(outputs, k, k, C')``."""
     from .fp8_conv_triton import convolve
 
-    y = _empty(_output_shape(maps, taps, stride, padding, dilation), dtype, last, maps)
+    y = _empty(_output_shape(maps, taps, stride, padding, dilation), dtype, True, maps)
     convolve(maps, taps, y, (stride, padding, dilation), scale)
-    return y
+    return _laid_out(y, last)
 
 
 @_output.register_fake
@@ -343,9 +348,9 @@ def _input_gradient(
     """Of ``(N, H', W', outputs')`` and ``(C, k, k, outputs')``."""
     from .fp8_conv_triton import convolve_backward
 
-    grad_x = _empty(shape, dtype, last, grads)
+    grad_x = _empty(shape, dtype, True, grads)
     convolve_backward(grads, taps, grad_x, (stride, padding, dilation), scale)
-    return grad_x
+    return _laid_out(grad_x, last)
 
 
 @torch.library.custom_op("revnets::fp8_conv2d_weight", mutates_args=())

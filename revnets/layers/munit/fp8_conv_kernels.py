@@ -16,7 +16,7 @@ import triton.language as tl
 from ..fp8_triton import _fp8_code
 
 # Numbers that only enter addresses: compiled code must not depend on whether they are 1 or multiples of 16.
-_MAPS = ("rows", "pixels", "wide", "channels", "top", "scale")
+_MAPS = ("rows", "wide", "top", "scale")
 _PRODUCT = (
     *("rows", "high", "wide", "height", "width", "start_y", "start_x", "step_y", "step_x", "tap_y", "tap_x"),
     *("taps", "taps_wide", "all_taps", "first_tap", "next_tap_y", "next_tap_x", "scale"),
@@ -62,21 +62,33 @@ def cast_maps(  # type: ignore[no-untyped-def]
     scale,
     EXPONENT: tl.constexpr,
     MANTISSA: tl.constexpr,
+    FLAT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """Clip and cast maps of any strides to ``(rows, pitch)``, zeros behind the channels."""
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    """Clip and cast maps of any strides to ``(rows, pitch)``, zeros behind the channels.
+
+    ``FLAT``: a tile is of one image, whose pixels are evenly spaced, so that the compiler sees which way memory runs.
+    """
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    image, pixel = row // pixels, row % pixels
-    source = image.to(tl.int64) * stride_n
-    source += (pixel // wide).to(tl.int64) * stride_y + (pixel % wide).to(tl.int64) * stride_x
-    inside = (row < rows)[:, None] & (channel < channels)[None, :]
+    if FLAT:
+        tiles = tl.cdiv(pixels, BLOCK_ROWS)
+        image = tl.program_id(0) // tiles
+        pixel = (tl.program_id(0) % tiles) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        there = pixel < pixels
+        row = image.to(tl.int64) * pixels + pixel
+        source = image.to(tl.int64) * stride_n + pixel.to(tl.int64) * stride_x
+    else:
+        row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        there = row < rows
+        pixel = row % pixels
+        source = row // pixels * stride_n + pixel // wide * stride_y + pixel % wide * stride_x
+    inside = there[:, None] & (channel < channels)[None, :]
     x = tl.load(x_ptr + source[:, None] + channel.to(tl.int64)[None, :] * stride_c, mask=inside, other=0.0)
     x = x.to(tl.float32)
     x = tl.where(x > top, top, tl.where(x < -top, -top, x))  # NaN stays: it is on no side
-    written = (row < rows)[:, None] & (channel < pitch)[None, :]
-    target = row.to(tl.int64)[:, None] * pitch + channel[None, :]
+    written = there[:, None] & (channel < pitch)[None, :]
+    target = row[:, None] * pitch + channel[None, :]
     tl.store(y_ptr + target, _fp8_code(x * scale, EXPONENT, MANTISSA), mask=written)
 
 

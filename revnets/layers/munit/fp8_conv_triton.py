@@ -22,7 +22,7 @@ Tile = tuple[int, int, int, int]
 TILES: tuple[Tile, ...] = ((128, 128, 8, 3), (128, 64, 8, 4), (64, 128, 4, 4), (64, 64, 4, 4))
 """What is tried for each product and size; the first where nothing can be timed."""
 
-WORKSPACE = 2**28
+WORKSPACE = 2**27
 """Bytes that a weight gradient may use for the transposed maps of some images; at least those of one."""
 
 _ROWS, _CHANNELS = 64, 64  # of a cast's tile
@@ -79,10 +79,13 @@ def cast(x: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     rows, pitch = n * h * w, padded(c)
     y = torch.empty(n, h, w, pitch, dtype=torch.uint8, device=x.device)
     if y.numel():
-        grid = (triton.cdiv(rows, _ROWS), triton.cdiv(pitch, _CHANNELS))
+        stride_y, stride_x = x.stride()[2:]
+        flat = 2 * h * w >= _ROWS and (h == 1 or stride_y == w * stride_x)
+        tiles = n * triton.cdiv(h * w, _ROWS) if flat else triton.cdiv(rows, _ROWS)
+        grid = (tiles, triton.cdiv(pitch, _CHANNELS))
         sizes = (rows, h * w, w, c, pitch, *x.stride(), torch.finfo(dtype).max / scale, scale)
         with _on(x.device):
-            cast_maps[grid](x, y, *sizes, *_FORMATS[dtype], _ROWS, _CHANNELS)
+            cast_maps[grid](x, y, *sizes, *_FORMATS[dtype], flat, _ROWS, _CHANNELS)
     return y.view(dtype)
 
 
