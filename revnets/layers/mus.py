@@ -177,7 +177,7 @@ class MuSConv2d(MunitScaled, nn.Conv2d):  # type: ignore[misc]
         if not self.fp8:
             return self._conv_forward(x, self.effective_weight(), self.bias)
         padding: Any = self.padding
-        if isinstance(padding, str) or self.padding_mode != "zeros":
+        if self._pads_before():
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode), 0
         return mus_conv2d(
@@ -189,12 +189,16 @@ class MuSConv2d(MunitScaled, nn.Conv2d):  # type: ignore[misc]
             pointwise=self.pointwise,
         )
 
+    def _pads_before(self) -> bool:
+        """Whether padding is none of the convolution's, which knows numbers of zeros only."""
+        return isinstance(self.padding, str) or self.padding_mode != "zeros"
+
     @property
     def note(self) -> str:
         """What is active, and what computes it where the layer is, for the report of a conversion."""
         if not self.fp8:
             return super().note
-        padding = (1, 1) if self.padding == "same" else (0, 0) if self.padding == "valid" else self.padding
+        padding: Any = (0, 0) if self._pads_before() else self.padding
         options: dict[str, Any] = {"backend": self.backend, "pointwise": self.pointwise, "quiet": True}
         choice = choose(self.weight.shape, padding, self.weight.device, self.weight.dtype, **options)
         how = f"emulated: {choice.reason}" if choice.how == "emulate" else f"on FP8 units, {choice.reason}"

@@ -91,7 +91,8 @@ def mus_fp8(job: Any, config: MuSFp8Config) -> nn.Module:
     options: dict[str, Any] = {"backend": config.backend, "grad_scale": config.grad_scale}
     model = _scaled(job, config, "mus_fp8", slow, fp8=True, **options)
     for name in by_triton:
-        model.get_submodule(name).pointwise = "triton"
+        layer: Any = model.get_submodule(name)
+        layer.pointwise = "triton"
     _note_padding(job, model)
     return model
 

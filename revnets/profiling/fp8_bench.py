@@ -174,8 +174,8 @@ def _run(
     say: Callable[[str], Any],
 ) -> list[Row]:
     found: list[Row] = []
-    for size in progress(sizes):
-        found += _measure(request, *size, say)
+    for kind, rows, width in progress(sizes):
+        found += _measure(request, kind, rows, width, say)
     return found
 
 
@@ -320,7 +320,7 @@ def _backend(name: str, layer: Any, mode: str, request: Request) -> str:
         return {PLAIN: "bfloat16", TORCHAO: "its own"}[name]
     if mode != "compiled":
         return ", ".join(sorted(fp8_products(reset=True)))
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, MuSConv2d):
         return _choice(f"{layer.kernel_size[0]}x", layer.weight.shape[0], request, layer.pointwise)
     return resolve_backend(request.backend, request.device, torch.bfloat16)
 

@@ -92,11 +92,11 @@ def compile_variant(variant: Variant, capability: int = 90) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from . import fp8_conv_kernels, fp8_conv_triton
+    from . import fp8_conv_kernels_triton, fp8_conv_triton
 
     if fp8_conv_triton.interpreted():
         raise RuntimeError("TRITON_INTERPRET is set: expected Triton's compiler; unset it for this report")
-    kernel = getattr(fp8_conv_kernels, variant.kernel)
+    kernel = getattr(fp8_conv_kernels_triton, variant.kernel)
     constants: dict[str, Any] = {**variant.constants, **dict.fromkeys(variant.ones, 1)}
     pointers = iter(variant.pointers)
     signature, attributes = {}, {}

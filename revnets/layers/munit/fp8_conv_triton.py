@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..fp8_triton import _FORMATS, _on
 from .fp8_conv import ALIGNMENT
-from .fp8_conv_kernels import cast_maps, columns, product, sum_partials, weight_partials
+from .fp8_conv_kernels_triton import cast_maps, columns, product, sum_partials, weight_partials
 
 Tile = tuple[int, int, int, int]
 """BLOCK_M, BLOCK_N, warps, stages of the software pipeline."""
@@ -121,14 +121,19 @@ def convolve_backward(
     _, high, wide, _ = weight.shape
     with _rounding(grad_x) as written:
         for first_y, first_x in product_of(range(min(sy, grad_x.shape[2])), range(min(sx, grad_x.shape[3]))):
-            (tap_y, start_y, step_y, count_y), (tap_x, start_x, step_x, count_x) = (
-                _met(first_y, sy, py, dy, high),
-                _met(first_x, sx, px, dx, wide),
-            )
+            tap_y, start_y, step_y, count_y = _met(first_y, sy, py, dy, high)
+            tap_x, start_x, step_x, count_x = _met(first_x, sx, px, dx, wide)
             _launch_product(
-                *(grad, weight, written[:, :, first_y::sy, first_x::sx]),
-                *((start_y, start_x), (1, 1), (-step_y * dy // sy, -step_x * dx // sx)),
-                *((count_y, count_x), (tap_y, tap_x), (step_y, step_x), scale),
+                grad,
+                weight,
+                written[:, :, first_y::sy, first_x::sx],
+                start=(start_y, start_x),
+                steps=(1, 1),
+                next_tap=(-step_y * dy // sy, -step_x * dx // sx),
+                taps=(count_y, count_x),
+                first_tap=(tap_y, tap_x),
+                tap_steps=(step_y, step_x),
+                scale=scale,
             )
 
 
