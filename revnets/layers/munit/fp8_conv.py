@@ -261,7 +261,8 @@ class _Conv2d(torch.autograd.Function):
 
 
 def _channels_last(x: Tensor) -> bool:
-    return x.stride(1) == 1
+    """By the strides, as weights of 1x1 kernels are contiguous either way."""
+    return x.stride(1) == 1 and x.stride(3) != 1
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype, last: bool, like: Tensor) -> Tensor:

@@ -230,7 +230,7 @@ def _columns(x: Tensor, channels: int, copies: int, wide: int, align: int, shift
     t = torch.empty(copies, channels, lines, wide, dtype=torch.uint8, device=x.device)
     grid = (triton.cdiv(lines * wide, _ROWS), triton.cdiv(channels, _CHANNELS), copies)
     sizes = (lines, wide // align, width, channels, pitch, *shift)
-    columns[grid](x.view(torch.uint8), t, *sizes, align, _ROWS, _CHANNELS)
+    columns[grid](x.contiguous().view(torch.uint8), t, *sizes, align, _ROWS, _CHANNELS)
     return t.view(x.dtype)
 
 
@@ -284,7 +284,8 @@ def _launch_product(
 
 
 def _loadable(x: Tensor) -> Tensor:
-    """What a kernel gets for a tensor in FP8: the interpreter decodes bytes."""
+    """What a kernel gets for a tensor in FP8, contiguous as the cast made it; the interpreter decodes bytes."""
+    x = x.contiguous()
     return x.view(torch.uint8) if interpreted() else x
 
 

@@ -253,6 +253,34 @@ def kept_and_counted() -> None:
     assert fp8_products(reset=True) == {"emulate, convolution": 1, "scaled_mm": 1}
 
 
+def same_layouts() -> None:
+    """Results have the layout of the input, gradients those of their operands, kernels of one tap included."""
+    for kernel in (1, 3):
+        for last in (False, True):
+            for last_weight in (False, True):
+                case = {"sizes": (2, 3, 5, 4), "outputs": 6, "kernel": (kernel, kernel), "last": last}
+                x, weight, geometry = operands({**case, "last_weight": last_weight})
+                y, grad_x, grad_weight, _ = products(x, weight, geometry, "scaled_mm")
+                assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+                assert (grad_x.stride(), grad_weight.stride()) == (x.stride(), weight.stride())
+
+
+def far_addresses() -> None:
+    """A second image that starts 2^31 bytes behind the first; untouched memory of zeros costs nothing."""
+    from revnets.layers.munit.fp8_conv_kernels_triton import columns, product
+
+    one, two, height, width, pitch = 0x38, 0x40, 2**15, 2**12, 16
+    x = torch.zeros(2**31 + 64, dtype=torch.uint8)
+    x[:pitch], x[2**31 : 2**31 + pitch] = two, one
+    y, t = torch.empty(2, 1, 1, 1), torch.zeros(1, 1, 2, 8, dtype=torch.uint8)
+    weight = torch.full((1, 1, 1, pitch), one, dtype=torch.uint8)
+    sizes = (2, 1, 1, 1, height, width, pitch, *(0, 0), *(1, 1), *(1, 1), *(1, 1), *(1, 0, 1, 1), *(1, 1, 1, 1))
+    product[(1,)](x, weight, y, *sizes, 1.0, True, True, 32, 64, 64)
+    assert y.flatten().tolist() == [32.0, 16.0]
+    columns[(1, 1, 1)](x, t, 2, 1, height * width, 1, pitch, *(0, 1, 1), 8, 64, 64)
+    assert t[0, 0, :, 0].tolist() == [two, one]
+
+
 def trial() -> None:
     """A device whose kernels give wrong numbers is not served by them."""
     from revnets.layers.munit import fp8_conv_triton
@@ -269,14 +297,14 @@ def trial() -> None:
 def test_interpreted() -> None:
     in_interpreter(
         *("shapes(15)", "chosen_shapes()", "hard_numbers()", "every_tile_and_again()"),
-        *("kept_and_counted()", "compiled_and_autocast()", "trial()"),
+        *("same_layouts()", "kept_and_counted()", "compiled_and_autocast()", "trial()"),
     )
 
 
 @needs_triton
 @pytest.mark.slow
 def test_interpreted_many_shapes() -> None:
-    in_interpreter("shapes(200, 5)")
+    in_interpreter("far_addresses()", "shapes(200, 5)")
 
 
 @needs_triton
