@@ -120,9 +120,9 @@ def _warn_of_problem(problem: str) -> None:
 
 @cache
 def _problem(kind: str, index: int | None) -> str | None:
-    if kind == "cuda" and (found := _too_old(index)) is not None:
-        return found
     try:
+        if kind == "cuda" and (found := _too_old(index)) is not None:
+            return found
         from .fp8_conv_triton import interpreted
 
         if kind != "cuda" and not (kind == "cpu" and interpreted()):

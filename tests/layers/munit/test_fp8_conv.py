@@ -138,7 +138,7 @@ def chosen_shapes() -> None:
     check({"sizes": (1, 150, 4, 5), "outputs": 20, "kernel": (3, 3), "padding": (1, 1)})
     check({"sizes": (2, 20, 5, 5), "outputs": 140, "kernel": (2, 1), "last": False})
     check({"sizes": (1, 8, 9, 9), "outputs": 8, "kernel": (2, 2), "stride": (5, 4)})
-    check({"sizes": (1, 8, 9, 10), "outputs": 8, "kernel": (3, 3), "stride": (4, 3), "dilation": (2, 3)})
+    check({"sizes": (1, 8, 9, 10), "outputs": 8, "kernel": (3, 3), "stride": (2, 3), "dilation": (3, 2)})
     check({"sizes": (1, 1, 1, 1), "outputs": 1, "kernel": (1, 1)})
     check({"sizes": (2, 16, 3, 20), "outputs": 16, "kernel": (1, 3), "padding": (0, 5)})
 
