@@ -3,6 +3,7 @@
 What needs the interpreter, which is a setting of a whole process, runs in one of its own: ``in_interpreter``.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -22,9 +23,7 @@ from revnets.layers.fp8 import E4M3, E5M2, fp8_products
 from revnets.layers.munit import fp8_conv
 from revnets.layers.munit.fp8_conv import Choice, can_convolve, choose, padded_words
 
-needs_triton = pytest.mark.skipif(
-    pytest.importorskip("importlib.util").find_spec("triton") is None, reason="Triton is not installed"
-)
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 SCALE, GRAD_SCALE = 0.37, 2.0**6
 BF16, FP16 = torch.bfloat16, torch.float16
 
