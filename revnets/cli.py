@@ -178,26 +178,26 @@ def bench_fp8(
     device: Annotated[str | None, text("cpu, cuda, ... (default: cuda where there is one)")] = None,
     widths: Annotated[str | None, text("inputs and outputs of the layers (default: by device)")] = None,
     rows: Annotated[str | None, text("of the products: images times pixels, or tokens")] = None,
-    kinds: Annotated[str, text("of layers: linear, 1x1 conv")] = "linear,1x1 conv",
+    kinds: Annotated[str, text("of layers: linear, 1x1 conv, 3x3 conv")] = "linear,1x1 conv,3x3 conv",
     modes: Annotated[str, text("eager, compiled")] = "eager,compiled",
     repeats: Annotated[int, number(COUNT, "timed rounds; their median counts")] = 7,
     backend: Annotated[str | None, text("scaled_mm or emulate (default: the best)")] = None,
     output: Annotated[Path | None, path("also write JSON, which mus_fp8:auto reads")] = None,
 ) -> None:
-    """From which sizes on FP8 layers are faster than bfloat16 here: linear layers and 1x1 convolutions, interleaved."""
+    """From which sizes on FP8 layers are faster than bfloat16 here: linear layers and convolutions, interleaved."""
     from .profiling import fp8_bench
     from .profiling.command import track
 
     if output is not None:
         check_file(output)
     request = fp8_bench.parse(device or "", widths or "", rows or "", kinds, modes, repeats, backend)
-    typer.echo(f"measuring on {fp8_bench.describe(request)}", err=True)
+    typer.echo(f"measuring on {fp8_bench.describe(request.device)}", err=True)
     found = fp8_bench.run(
         request, lambda work: track(list(work), "measuring"), lambda sentence: typer.echo(sentence, err=True)
     )
-    fp8_bench.print_rows(found, request)
+    fp8_bench.print_rows(found, request.device, request.repeats)
     if output is not None:
-        fp8_bench.save(found, request, output)
+        fp8_bench.write_table(found, request.device, output)
 
 
 @_command()

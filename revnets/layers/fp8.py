@@ -195,7 +195,9 @@ def check_grad_scale(scale: float | None) -> float | None:
     return scale
 
 
-def resolve_backend(backend: str | None, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+def resolve_backend(
+    backend: str | None, device: torch.device, dtype: torch.dtype = torch.float32, quiet: bool = False
+) -> str:
     """What computes FP8 products on a device.
 
     None means ``"scaled_mm"`` on GPUs with FP8 units, else ``"emulate"``, with one warning per kind of device: the
@@ -205,6 +207,7 @@ def resolve_backend(backend: str | None, device: torch.device, dtype: torch.dtyp
         backend: asked for, or None.
         device: of the operands.
         dtype: of the result.
+        quiet: do not warn.
 
     Raises:
         ValueError: for an unknown backend.
@@ -224,14 +227,15 @@ def resolve_backend(backend: str | None, device: torch.device, dtype: torch.dtyp
                 "use backend='emulate', or None to choose by device"
             )
         return "scaled_mm"
-    return _best_backend(device.type, device.index)
+    return _best_backend(device.type, device.index, quiet)
 
 
 @torch.compiler.assume_constant_result
-def _best_backend(kind: str, index: int | None) -> str:
+def _best_backend(kind: str, index: int | None, quiet: bool) -> str:
     if kind != "cpu" and _multiplies_fp8(kind, index):  # torch multiplies FP8 on CPUs, but not faster than float32
         return "scaled_mm"
-    _warn_of_emulation(kind)
+    if not quiet:
+        _warn_of_emulation(kind)
     return "emulate"
 
 
@@ -276,8 +280,8 @@ def _count(kind: str) -> None:
 def fp8_products(reset: bool = False) -> dict[str, int]:
     """How many FP8 products there were so far, by how they were computed.
 
-    Keys: ``"scaled_mm"``, ``"scaled_mm, padded"``, ``"emulate"``, ``"emulate, convolution"``. Compiled code is not
-    counted.
+    Keys: ``"scaled_mm"``, ``"triton"``, either with ``", padded"`` where sizes are no multiples of 16, ``"emulate"``,
+    ``"emulate, convolution"``. Compiled code is not counted.
 
     Args:
         reset: start again from zero afterwards.

@@ -15,14 +15,20 @@ from torch import nn
 VARIABLE = "REVNETS_FP8_TABLE"
 """Environment variable with the path of a measured table."""
 
-KINDS = ("linear", "1x1 conv")
+KINDS = ("linear", "1x1 conv", "3x3 conv")
+"""Of layers; what was measured of 3x3 convolutions is taken for all larger kernels."""
+
+POINTWISE = "1x1 conv, triton"
+"""In tables: from where on our kernel computes 1x1 convolutions faster than ``scaled_mm`` does."""
+
 Points = tuple[tuple[int, int | None], ...]
 """Of one kind of layer: (rows of the product, least width), by rows; a width of None is never faster."""
 
-_HOPPER: Mapping[str, Points] = dict.fromkeys(KINDS, ((2048, 2048),))
+_HOPPER: Mapping[str, Points] = dict.fromkeys(("linear", "1x1 conv"), ((2048, 2048),))
 DEFAULTS: Mapping[str, Mapping[str, Points]] = {"cuda sm90": _HOPPER, "cuda sm100": _HOPPER, "cuda sm103": _HOPPER}
 """Not measured by us: torchao, whose dynamic scales cost more than static ones, skips layers with fewer than one to
-four thousand inputs or outputs on an H100. Other devices multiply no FP8, or it is not known whether it pays there."""
+four thousand inputs or outputs on an H100. Of larger kernels nothing is known before it was measured. Other devices
+multiply no FP8, or it is not known whether it pays there."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class BreakEven:
 
     Attributes:
         device: such as ``"cuda sm90"`` or ``"cpu"``.
-        least: for each of ``KINDS``, see ``Points``.
+        least: for each of ``KINDS``, and ``POINTWISE``, see ``Points``; what is missing was not measured.
         source: where it is from, in words.
     """
 
@@ -54,12 +60,23 @@ class BreakEven:
         """
         kind = "linear"
         if isinstance(layer, nn.Conv2d):
-            kind = "1x1 conv"
             if layer.groups > 1:
                 return "grouped convolutions are not quantised"
-            if layer.kernel_size != (1, 1) or layer.padding not in ((0, 0), "valid"):
-                size = "x".join(map(str, layer.kernel_size))
-                return f"{size} convolutions with FP8 operands are computed in float32, which is never faster"
+            plain = layer.kernel_size == (1, 1) and layer.padding in ((0, 0), "valid")
+            kind = "1x1 conv" if plain else "3x3 conv"
+        return self._below(kind, layer, rows)
+
+    def pointwise(self, layer: nn.Module, rows: int) -> str:
+        """What is faster for a 1x1 convolution in FP8: ``"scaled_mm"``, unless ``"triton"`` was measured to be.
+
+        Args:
+            layer: an ``nn.Conv2d``.
+            rows: of the product.
+        """
+        return "scaled_mm" if self._below(POINTWISE, layer, rows) else "triton"
+
+    def _below(self, kind: str, layer: nn.Module, rows: int) -> str | None:
+        """Why nothing says that a layer of this kind is faster."""
         weight: Any = layer.weight
         fan_out, fan_in = weight.shape[:2]
         points = sorted(self.least.get(kind, ()))
@@ -124,7 +141,9 @@ def break_even(device: torch.device | str, table: str | Path | None = None) -> B
     try:
         data = json.loads(Path(path).read_text())
         measured_on = data["device"]
-        least = {name: tuple((int(rows), width) for rows, width in data["break_even"][name]) for name in KINDS}
+        points = data["break_even"]
+        kinds = [name for name in (*KINDS, POINTWISE) if name in points]
+        least = {name: tuple((int(rows), width) for rows, width in points[name]) for name in kinds}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"the table {str(path)!r} cannot be read ({type(error).__name__}: {error}): expected what "

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .fp8 import check_backend, check_floating, check_grad_scale
+from .munit.fp8_conv import choose, padded_words
 from .mus_functional import munit_scale, mus_conv2d, mus_linear
 from .sparse import MaskedWeight
 
@@ -62,7 +63,8 @@ class MunitScaled(nn.Module):
     @property
     def note(self) -> str:
         """What is active, for the report of a conversion."""
-        return f"role {self.role}, scale {self.scale:.4g}, {self._precision()}"
+        padded = padded_words(self.weight.shape[1], self.weight.shape[0]) if self.fp8 else ""
+        return f"role {self.role}, scale {self.scale:.4g}, {self._precision()}" + (f", {padded}" if padded else "")
 
     def _precision(self) -> str:
         return "e4m3/e5m2" if self.fp8 else "not quantised"
@@ -131,8 +133,9 @@ class MuSLinear(MunitScaled, nn.Linear):  # type: ignore[misc]
 class MuSConv2d(MunitScaled, nn.Conv2d):  # type: ignore[misc]
     r"""Munit-scaled convolution, in FP8 on request; fan-in is :math:`C_{in} / \text{groups} \cdot k^2`.
 
-    1x1 convolutions are products of FP8 matrices where the device has them; larger kernels convolve quantised operands
-    in float32, so the numbers are those of FP8; grouped convolutions (depthwise) are not quantised. See ``mus_conv2d``.
+    On GPUs with FP8 units 1x1 convolutions are products of matrices and larger kernels are ours, in Triton; elsewhere
+    quantised operands are convolved in float32, so the numbers are those of FP8. Grouped convolutions (depthwise) are
+    not quantised. See ``mus_conv2d``.
 
     Args:
         args: those of ``nn.Conv2d``, in its order.
@@ -142,6 +145,10 @@ class MuSConv2d(MunitScaled, nn.Conv2d):  # type: ignore[misc]
         grad_scale: static factor around the quantisation of gradients, a power of two; None: see ``gradient_scale``.
         kwargs: those of ``nn.Conv2d``.
 
+    Attributes:
+        pointwise: what computes 1x1 convolutions on FP8 units, ``"scaled_mm"`` or ``"triton"``: set by
+            ``mus_fp8:auto``, from what was measured.
+
     Raises:
         ValueError: for an unknown role or backend, or widths of 0 in FP8.
 
@@ -149,6 +156,8 @@ class MuSConv2d(MunitScaled, nn.Conv2d):  # type: ignore[misc]
         >>> MuSConv2d(16, 32, 1, bias=False, fp8=True)
         MuSConv2d(16, 32, kernel_size=(1, 1), stride=(1, 1), bias=False, role=hidden, scale=0.25, fp8=e4m3/e5m2)
     """
+
+    pointwise: str = "scaled_mm"
 
     def __init__(
         self,
@@ -168,7 +177,7 @@ class MuSConv2d(MunitScaled, nn.Conv2d):  # type: ignore[misc]
         if not self.fp8:
             return self._conv_forward(x, self.effective_weight(), self.bias)
         padding: Any = self.padding
-        if isinstance(padding, str) or self.padding_mode != "zeros":
+        if self._pads_before():
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode), 0
         return mus_conv2d(
@@ -177,7 +186,23 @@ class MuSConv2d(MunitScaled, nn.Conv2d):  # type: ignore[misc]
             fp8=True,
             backend=self.backend,
             grad_scale=self.grad_scale,
+            pointwise=self.pointwise,
         )
+
+    def _pads_before(self) -> bool:
+        """Whether padding is none of the convolution's, which knows numbers of zeros only."""
+        return isinstance(self.padding, str) or self.padding_mode != "zeros"
+
+    @property
+    def note(self) -> str:
+        """What is active, and what computes it where the layer is, for the report of a conversion."""
+        if not self.fp8:
+            return super().note
+        padding: Any = (0, 0) if self._pads_before() else self.padding
+        options: dict[str, Any] = {"backend": self.backend, "pointwise": self.pointwise, "quiet": True}
+        choice = choose(self.weight.shape, padding, self.weight.device, self.weight.dtype, **options)
+        how = f"emulated: {choice.reason}" if choice.how == "emulate" else f"on FP8 units, {choice.reason}"
+        return f"{super().note}, {how}"
 
 
 # --- under masks -----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import nn
 from .fp8 import check_backend, check_grad_scale
 from .fp8_break_even import break_even
 from .geometry import arguments
+from .munit.fp8_conv import padded_words
 from .mus import MunitScaled, MuSConv2d, MuSLinear, SparseMuSConv2d, SparseMuSLinear
 from .mus_functional import ROLES
 from .registry import LayerConfig, Spec, parse_layers, register_layer
@@ -86,9 +87,24 @@ def mus(job: Any, config: MuSConfig) -> nn.Module:
 @register_layer("mus_fp8", MuSFp8Config, network=True, everywhere=True, keeps_weights=True)
 def mus_fp8(job: Any, config: MuSFp8Config) -> nn.Module:
     """Munit-scaled layers that multiply in FP8 in training, too; first layer, classifier, grouped ones do not."""
-    slow = _slower_in_fp8(job, config) if config.auto else {}
+    slow, by_triton = _slower_in_fp8(job, config) if config.auto else ({}, set())
     options: dict[str, Any] = {"backend": config.backend, "grad_scale": config.grad_scale}
-    return _scaled(job, config, "mus_fp8", slow, fp8=True, **options)
+    model = _scaled(job, config, "mus_fp8", slow, fp8=True, **options)
+    for name in by_triton:
+        layer: Any = model.get_submodule(name)
+        layer.pointwise = "triton"
+    _note_padding(job, model)
+    return model
+
+
+def _note_padding(job: Any, model: nn.Module) -> None:
+    """How many layers have zeros added to their channels, into the report."""
+    layers = [m for name, m in model.named_modules() if name in job.names and isinstance(m, MunitScaled) and m.fp8]
+    padded = sum(bool(padded_words(*layer.weight.shape[1::-1])) for layer in layers)
+    if padded:
+        job.report.notes.append(
+            f"{padded} of {len(layers)} FP8 layers have channels that are no multiple of 16: padded with zeros on GPUs"
+        )
 
 
 def _scaled(
@@ -113,8 +129,10 @@ def _scaled(
     return job.report.model
 
 
-def _slower_in_fp8(job: Any, config: MuSFp8Config) -> dict[str, str]:
-    """Reasons, by name, why layers are left out by ``auto``; remarks go to the report."""
+def _slower_in_fp8(job: Any, config: MuSFp8Config) -> tuple[dict[str, str], set[str]]:
+    """Reasons, by name, why layers are left out by ``auto``, and the 1x1 convolutions that are for Triton; remarks go
+    to the report.
+    """
     weight: Any = next(job.model.parameters(), torch.empty(0))
     device: Any = "cpu" if weight.device.type == "meta" else weight.device
     if weight.device.type in ("cpu", "meta") and torch.cuda.is_available():
@@ -122,6 +140,7 @@ def _slower_in_fp8(job: Any, config: MuSFp8Config) -> dict[str, str]:
     known = break_even(config.device or device, config.table)
     numbers = {c.module: math.prod(c.outputs[0].shape) for c in job.surroundings.trace.calls if c.outputs}
     found: dict[str, str] = {}
+    by_triton: set[str] = set()
     for name in job.names:
         site: Site = job.surroundings.site(name)
         layer: Any = site.layer
@@ -131,11 +150,13 @@ def _slower_in_fp8(job: Any, config: MuSFp8Config) -> dict[str, str]:
         reason = reason or known.reason_to_keep(layer, rows)
         if reason is not None:
             found[name] = reason
+        elif isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and known.pointwise(layer, rows) == "triton":
+            by_triton.add(name)
     job.report.notes.append(
         f"auto: {len(job.names) - len(found)} of {len(job.names)} layers are faster in FP8 on {known.device} at batch "
         f"size {config.batch_size}, by {known.source}"
     )
-    return found
+    return found, by_triton
 
 
 def _check_network(job: Any, config: MuSConfig, kind: str) -> None:

@@ -30,6 +30,7 @@ from .fp8 import (
     resolve_backend,
     without_autocast,
 )
+from .munit.fp8_conv import can_convolve, choose, fp8_conv2d
 
 Ints = int | Sequence[int]
 ROLES = ("input", "hidden", "output")
@@ -148,12 +149,14 @@ def mus_conv2d(
     fp8: bool = False,
     backend: str | None = None,
     grad_scale: float | None = None,
+    pointwise: str = "scaled_mm",
 ) -> Tensor:
     r""":math:`y = \alpha W * x + b`, all three products of training in FP8 on request.
 
-    A 1x1 convolution without padding is a product of matrices of ``N H W`` rows (best in channels-last memory); larger
-    kernels multiply quantised operands in float32, whatever the backend. Grouped convolutions, depthwise ones among
-    them, are scaled but never quantised: they keep autocast's precision. The result keeps the input's memory format.
+    A 1x1 convolution without padding is a product of matrices of ``N H W`` rows; larger kernels are computed by ours in
+    Triton on NVIDIA's GPUs from compute capability 8.9 on, elsewhere in float32 from quantised operands; see
+    ``munit.fp8_conv.choose``. Grouped convolutions, depthwise ones among them, are scaled but never quantised: they
+    keep autocast's precision. The result keeps the input's memory format; channels-last is the fast one.
 
     Args:
         x: ``(N, C_in, H, W)``.
@@ -165,8 +168,9 @@ def mus_conv2d(
         groups: as in ``F.conv2d``.
         scale: :math:`\alpha`, see ``munit_scale``.
         fp8: quantise the operands, unless grouped.
-        backend: as in ``mus_linear``.
+        backend: as in ``mus_linear``; ``"scaled_mm"`` stands for FP8 units by whatever product.
         grad_scale: as in ``mus_linear``.
+        pointwise: what computes 1x1 convolutions on FP8 units: ``"scaled_mm"``, or ``"triton"`` where it can.
 
     Returns:
         ``(N, C_out, H', W')``.
@@ -181,22 +185,26 @@ def mus_conv2d(
         torch.Size([2, 8, 6, 6])
     """
     check_floating(x, "mus_conv2d")
-    if not fp8 or groups != 1:
+    dtype, geometry = _result_dtype(x), (_pair(stride), _pair(padding), _pair(dilation))
+    options: dict[str, Any] = {"groups": groups, "backend": backend, "pointwise": pointwise}
+    how = choose(weight.shape, geometry[1], x.device, dtype, **options).how if fp8 else "plain"
+    if how == "plain":
         return F.conv2d(x, weight * scale, bias, stride, padding, dilation, groups)
     if x.dim() != 4 or x.shape[1] != weight.shape[1]:
         raise ValueError(
             f"mus_conv2d: input of shape {tuple(x.shape)} for a weight of shape {tuple(weight.shape)}: "
             f"expected (N, {weight.shape[1]}, H, W)"
         )
-    dtype, geometry = _result_dtype(x), (_pair(stride), _pair(padding), _pair(dilation))
-    backend, gamma = resolve_backend(backend, x.device, dtype), gradient_scale(grad_scale, dtype)
-    if backend == "scaled_mm" and weight.shape[2:] == (1, 1) and not any(geometry[1]):
+    gamma = gradient_scale(grad_scale, dtype)
+    if how == "scaled_mm":
         (down, right), last = geometry[0], x.stride(1) == 1
         if (down, right) != (1, 1):
             x = x[:, :, ::down, ::right].contiguous(
                 memory_format=torch.channels_last if last else torch.contiguous_format
             )
-        y = _Linear.apply(x, weight.flatten(1), scale, backend, dtype, True, gamma, torch.is_grad_enabled())
+        y = _Linear.apply(x, weight.flatten(1), scale, how, dtype, True, gamma, torch.is_grad_enabled())
+    elif how == "triton" and can_convolve(x, weight, geometry):
+        y = fp8_conv2d(x, weight, scale, dtype, geometry, gamma)
     else:
         y = _Conv2d.apply(x, weight, scale, dtype, geometry, gamma)
     return y if bias is None else y + bias.to(dtype)[:, None, None]

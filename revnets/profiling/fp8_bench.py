@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,15 +15,36 @@ from torch import Tensor, nn
 from ..layers import MuSConv2d, MuSLinear, fp8_products
 from ..layers.fp8 import check_backend, resolve_backend
 from ..layers.fp8_break_even import KINDS, device_kind
+from ..layers.munit.fp8_conv import choose
 from ..training.errors import reason, refused
-from ..training.values import COUNT, find_device, words
+from ..training.values import COUNT, find_device, reason, refused, words
 from .fake import ProfileError
+from .fp8_rows import OURS, PLAIN, TORCHAO, TRITON, Row, break_even, describe, print_rows, write_table
 from .memory import synchronize
-from .report import write
+
+__all__ = [
+    "OURS",
+    "PLAIN",
+    "TORCHAO",
+    "TRITON",
+    "Request",
+    "Row",
+    "break_even",
+    "describe",
+    "measure_fp8",
+    "parse",
+    "print_rows",
+    "run",
+    "write_table",
+]
 
 MODES = ("eager", "compiled")
-PLAIN, OURS, TORCHAO = "plain", "mus_fp8", "torchao dynamic"
-_SIDE = 16  # of the maps, pixels
+Size = tuple[str, int, int]
+"""Kind, rows, width."""
+
+_SIDES = (56, 16)  # of the maps, pixels: the first that divides the rows into whole maps, or the last
+_LARGE = (("1x1 conv", 64 * 56 * 56, 256), ("3x3 conv", 64 * 56 * 56, 256))  # a ResNet's first stage, batch size 64
+_WIDEST_CONV = 2048
 _BLOCK_SECONDS = 0.02  # of one measurement at least, so that the clock and launches do not count
 
 
@@ -93,23 +111,6 @@ def parse(device: str, widths: str, rows: str, kinds: str, modes: str, repeats: 
     )
 
 
-@dataclass(frozen=True)
-class Row:
-    """One layer measured: median seconds of forward and backward pass, and the median over rounds of its speed-up.
-
-    ``speedup`` is that over the plain layer in the same mode and round. ``backend`` is what multiplied.
-    """
-
-    kind: str
-    rows: int
-    width: int
-    mode: str
-    layer: str
-    backend: str
-    seconds: float
-    speedup: float
-
-
 def run(
     request: Request,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
@@ -122,11 +123,75 @@ def run(
         progress: wraps the list of sizes.
         say: gets a sentence for every layer that could not be measured.
     """
-    sizes = [(k, r, w) for k in request.kinds for r in request.rows for w in request.widths]
+    return _run(
+        request, [(k, r, w) for k in request.kinds for r in request.rows for w in request.widths], progress, say
+    )
+
+
+def measure_fp8(sizes: Sequence[int], device: torch.device | str, tiny: bool) -> list[Row]:
+    """What ``revnets gpu-report`` measures: square linear layers, 1x1 and 3x3 convolutions, eager, in bfloat16.
+
+    Linear layers have 8192 rows; so have convolutions, as 32 maps of 16 x 16, up to 2048 channels; besides, both have
+    256 channels at 56 x 56 and batch size 64. ``write_table`` makes of the rows what ``mus_fp8:auto`` reads.
+
+    Args:
+        sizes: widths, such as 512 to 8192.
+        device: where.
+        tiny: one small size of each kind in place of ``sizes``, once: seconds on a CPU.
+
+    Returns:
+        ``Row``s, plain data by ``dataclasses.asdict``. On a device without FP8 units those of ``"mus_fp8"`` are marked
+        ``emulated``, and their times say nothing of FP8. A layer that cannot be measured is left out, with a warning.
+
+    Raises:
+        ProfileError: for a size that does not fit, or a device that is not here.
+
+    Example:
+        >>> rows = measure_fp8([512], "cpu", tiny=True)  # doctest: +SKIP
+        >>> {row.kind for row in rows}  # doctest: +SKIP
+        {'linear', '1x1 conv', '3x3 conv'}
+    """
+    with refused("measure_fp8", ProfileError):
+        found = find_device(str(device), here=True)
+    widths, rows, repeats = ([32], [64], 1) if tiny else (list(sizes), [8192], 5)
+    request = Request(found, widths, rows, modes=("eager",), repeats=repeats)
+    return _run(request, [*_sizes(request), *(() if tiny else _LARGE)], iter, warnings.warn)
+
+
+def _sizes(request: Request) -> list[Size]:
+    return [
+        (kind, rows, width)
+        for kind in request.kinds
+        for rows in request.rows
+        for width in request.widths
+        if kind == "linear" or width <= _WIDEST_CONV
+    ]
+
+
+def _run(
+    request: Request,
+    sizes: Sequence[Size],
+    progress: Callable[[Iterable[Any]], Iterable[Any]],
+    say: Callable[[str], Any],
+) -> list[Row]:
     found: list[Row] = []
     for kind, rows, width in progress(sizes):
         found += _measure(request, kind, rows, width, say)
     return found
+
+
+@dataclass
+class _Timed:
+    """A layer under measurement: what to time, how often, and what was found, both passes and forward alone."""
+
+    backend: str
+    steps: tuple[Callable[[], None], Callable[[], None]]
+    counts: tuple[int, int] = (1, 1)
+    seconds: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
+
+    def measure(self, device: torch.device) -> None:
+        for step, count, found in zip(self.steps, self.counts, self.seconds, strict=True):
+            found.append(_timed(step, count, device))
 
 
 def _measure(request: Request, kind: str, rows: int, width: int, say: Callable[[str], Any]) -> list[Row]:
@@ -134,43 +199,48 @@ def _measure(request: Request, kind: str, rows: int, width: int, say: Callable[[
     torch.manual_seed(0)
     with refused(f"{kind} {rows}x{width} cannot be measured on {request.device}", kind=ProfileError):
         x, grad = _inputs(kind, rows, width, request.device)
-    steps: dict[tuple[str, str], Callable[[], None]] = {}
-    backends: dict[tuple[str, str], str] = {}
+    timed: dict[tuple[str, str], _Timed] = {}
     for mode in request.modes:
         for name, make in _LAYERS.items():
             try:
                 layer = make(kind, width, request)
-                if layer is None:
-                    continue
-                step = _step(layer, x, grad, compiled=mode == "compiled")
-                fp8_products(reset=True)
-                step()
-                backends[mode, name] = _backend(name, layer, mode, request)
-                step()
+                if layer is not None:
+                    timed[mode, name] = _prepared(name, layer, x, grad, mode, request)
             except Exception as error:  # whatever a compiler or another library may raise
                 if name == PLAIN:
                     raise ProfileError(f"{kind} {width}, {mode}: {reason(error)}") from error
                 say(f"{kind} {rows}x{width}, {mode}: {name} was not measured: {reason(error)}")
-                continue
-            steps[mode, name] = step
-    counts = {key: _count(step, request.device) for key, step in steps.items()}
-    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
+    for one in timed.values():
+        one.counts = tuple(_count(step, request.device) for step in one.steps)  # type: ignore[assignment]
     for _ in range(request.repeats):
-        for key, step in steps.items():
-            seconds[key].append(_timed(step, counts[key], request.device))
-    return [
-        Row(
-            *(kind, rows, width, mode, name, backends[mode, name]),
-            seconds=statistics.median(taken),
-            speedup=statistics.median(p / t for p, t in zip(seconds[mode, PLAIN], taken, strict=True)),
+        for one in timed.values():
+            one.measure(request.device)
+    found = []
+    for (mode, name), one in timed.items():
+        (both, speedup), (forward, forward_speedup) = (
+            (statistics.median(taken), statistics.median(p / t for p, t in zip(plain, taken, strict=True)))
+            for plain, taken in zip(timed[mode, PLAIN].seconds, one.seconds, strict=True)
         )
-        for (mode, name), taken in seconds.items()
-    ]
+        emulated = "emulate" in one.backend
+        sizes = (kind, rows, width, mode, name, one.backend)
+        found.append(Row(*sizes, both, speedup, emulated, forward, forward_speedup))
+    return found
+
+
+def _prepared(name: str, layer: nn.Module, x: Tensor, grad: Tensor, mode: str, request: Request) -> _Timed:
+    """Warmed up: compiled, tiles chosen, and asked what multiplies."""
+    steps = _steps(layer, x, grad, compiled=mode == "compiled")
+    fp8_products(reset=True)
+    steps[0]()
+    found = _Timed(_backend(name, layer, mode, request), steps)
+    steps[0]()
+    return found
 
 
 def _inputs(kind: str, rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Input and gradient of the output, in bfloat16, of unit variance."""
-    shape = (rows, width) if kind == "linear" else (-(-rows // _SIDE**2), width, _SIDE, _SIDE)
+    side = next((n for n in _SIDES if rows % n**2 == 0), _SIDES[-1])
+    shape = (rows, width) if kind == "linear" else (-(-rows // side**2), width, side, side)
     x, grad = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(2))
     if kind != "linear":
         x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
@@ -178,12 +248,34 @@ def _inputs(kind: str, rows: int, width: int, device: torch.device) -> tuple[Ten
 
 
 def _plain(kind: str, width: int, request: Request) -> nn.Module:
-    return nn.Linear(width, width, bias=False) if kind == "linear" else nn.Conv2d(width, width, 1, bias=False)
+    return nn.Linear(width, width, bias=False) if kind == "linear" else nn.Conv2d(width, width, **_kernel(kind))
 
 
 def _ours(kind: str, width: int, request: Request) -> nn.Module:
-    options: dict[str, Any] = {"bias": False, "fp8": True, "backend": request.backend}
-    return MuSLinear(width, width, **options) if kind == "linear" else MuSConv2d(width, width, 1, **options)
+    options: dict[str, Any] = {"fp8": True, "backend": request.backend}
+    if kind == "linear":
+        return MuSLinear(width, width, bias=False, **options)
+    return MuSConv2d(width, width, **_kernel(kind), **options)
+
+
+def _by_triton(kind: str, width: int, request: Request) -> nn.Module | None:
+    """A 1x1 convolution by our kernel, where it serves the device: larger ones are computed by it in any case."""
+    if kind != "1x1 conv" or _choice(kind, width, request, "triton") != "triton":
+        return None
+    layer: Any = _ours(kind, width, request)
+    layer.pointwise = "triton"
+    return layer
+
+
+def _kernel(kind: str) -> dict[str, Any]:
+    size = int(kind[0])
+    return {"kernel_size": size, "padding": size // 2, "bias": False}
+
+
+def _choice(kind: str, width: int, request: Request, pointwise: str = "scaled_mm") -> str:
+    size = int(kind[0])
+    options: dict[str, Any] = {"backend": request.backend, "pointwise": pointwise}
+    return choose((width, width, size, size), (size // 2,) * 2, request.device, torch.bfloat16, **options).how
 
 
 def _torchao(kind: str, width: int, request: Request) -> nn.Module | None:
@@ -197,10 +289,16 @@ def _torchao(kind: str, width: int, request: Request) -> nn.Module | None:
     return convert_to_float8_training(nn.Sequential(_plain(kind, width, request)).to(torch.bfloat16))
 
 
-_LAYERS: dict[str, Callable[[str, int, Request], nn.Module | None]] = {PLAIN: _plain, OURS: _ours, TORCHAO: _torchao}
+_LAYERS: dict[str, Callable[[str, int, Request], nn.Module | None]] = {
+    PLAIN: _plain,
+    OURS: _ours,
+    TRITON: _by_triton,
+    TORCHAO: _torchao,
+}
 
 
-def _step(layer: nn.Module, x: Tensor, grad: Tensor, compiled: bool) -> Callable[[], None]:
+def _steps(layer: nn.Module, x: Tensor, grad: Tensor, compiled: bool) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Forward and backward pass, and the forward pass alone, which keeps what a backward pass would need."""
     layer = layer.to(device=x.device, dtype=torch.bfloat16)
     if x.dim() == 4:
         layer = layer.to(memory_format=torch.channels_last)
@@ -211,16 +309,21 @@ def _step(layer: nn.Module, x: Tensor, grad: Tensor, compiled: bool) -> Callable
         layer.zero_grad(set_to_none=True)
         call(x).backward(grad)
 
-    return step
+    def forward() -> None:
+        call(x)
+
+    return step, forward
 
 
 def _backend(name: str, layer: Any, mode: str, request: Request) -> str:
     """What really multiplied: counted where code is eager; compiled code keeps no count and takes what eager takes."""
-    if name != OURS:
+    if name in (PLAIN, TORCHAO):
         return {PLAIN: "bfloat16", TORCHAO: "its own"}[name]
-    if mode == "compiled":
-        return resolve_backend(request.backend, request.device, torch.bfloat16)
-    return ", ".join(sorted(fp8_products(reset=True)))
+    if mode != "compiled":
+        return ", ".join(sorted(fp8_products(reset=True)))
+    if isinstance(layer, MuSConv2d):
+        return _choice(f"{layer.kernel_size[0]}x", layer.weight.shape[0], request, layer.pointwise)
+    return resolve_backend(request.backend, request.device, torch.bfloat16)
 
 
 def _timed(step: Callable[[], None], count: int, device: torch.device) -> float:
@@ -235,68 +338,3 @@ def _timed(step: Callable[[], None], count: int, device: torch.device) -> float:
 def _count(step: Callable[[], None], device: torch.device) -> int:
     """Steps of one measurement."""
     return max(1, min(200, round(_BLOCK_SECONDS / max(_timed(step, 1, device), 1e-6))))
-
-
-def break_even(rows: Sequence[Row]) -> dict[str, list[tuple[int, int | None]]]:
-    """The least width from which on FP8 is faster at all larger ones, in every mode measured, by rows; None for never.
-
-    Example:
-        >>> def row(width, layer, speedup):
-        ...     return Row("linear", 64, width, "eager", layer, "", 1.0, speedup)
-        >>> break_even([row(256, OURS, 1.1), row(512, OURS, 0.9), row(1024, OURS, 1.2), row(2048, OURS, 1.4)])
-        {'linear': [(64, 1024)], '1x1 conv': []}
-    """
-    found: dict[str, list[tuple[int, int | None]]] = {kind: [] for kind in KINDS}
-    for kind, count in sorted({(r.kind, r.rows) for r in rows}):
-        least: int | None = None
-        same = [r for r in rows if (r.kind, r.rows, r.layer) == (kind, count, OURS)]
-        for width in sorted({r.width for r in same}, reverse=True):
-            if any(r.speedup <= 1 for r in same if r.width == width):
-                break
-            least = width
-        found[kind].append((count, least))
-    return found
-
-
-def describe(request: Request) -> str:
-    """The machine and versions, in words."""
-    where = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-    if request.device.type != "cpu":
-        where = torch.get_device_module(request.device).get_device_name(request.device)
-    return f"{where}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
-
-
-def print_rows(rows: Sequence[Row], request: Request) -> None:
-    """The measurements, and the break-even table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"Forward and backward in bfloat16, medians of {request.repeats} ({describe(request)})")
-    words = ("kind", "mode", "layer", "multiplied by")
-    for column in ("kind", "rows", "width", "mode", "layer", "multiplied by", "ms", "speed-up over plain"):
-        table.add_column(column, justify="left" if column in words else "right")
-    for r in rows:
-        sizes = (r.kind, str(r.rows), str(r.width))
-        table.add_row(*sizes, r.mode, r.layer, r.backend, f"{1e3 * r.seconds:.3f}", f"{r.speedup:.2f}")
-    console = Console(width=140)
-    console.print(table)
-    if any(r.layer == OURS and "emulate" in r.backend for r in rows):
-        console.print("FP8 is EMULATED here: the speed of mus_fp8 says nothing of FP8 units", style="bold")
-    limits = Table(title=f"Break-even on {device_kind(request.device)}: mus_fp8 is faster from this width on")
-    for column in ("kind", "rows", "width"):
-        limits.add_column(column)
-    for kind, points in break_even(rows).items():
-        for count, width in points:
-            limits.add_row(kind, str(count), "at no width measured" if width is None else str(width))
-    console.print(limits)
-
-
-def save(rows: Sequence[Row], request: Request, path: Path) -> None:
-    """Write what ``mus_fp8:auto`` reads as a table, complete or not at all."""
-    data = {
-        "device": device_kind(request.device),
-        "machine": describe(request),
-        "break_even": break_even(rows),
-        "rows": [asdict(row) for row in rows],
-    }
-    write(path, lambda temporary: temporary.write_text(json.dumps(data, indent=2) + "\n"))

@@ -4,19 +4,22 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 from typer.testing import CliRunner, Result
 
 from revnets.cli import app
-from revnets.layers.fp8_break_even import break_even
+from revnets.layers.fp8_break_even import KINDS, POINTWISE, break_even
 from revnets.profiling import fp8_bench
-from revnets.profiling.fp8_bench import OURS, PLAIN, Row
+from revnets.profiling.fake import ProfileError
+from revnets.profiling.fp8_rows import OURS, PLAIN, TRITON, Row
 
 pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated")
 
 
 def bench(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["bench-fp8", "--device", "cpu", *arguments])
+    device = [] if "--device" in arguments else ["--device", "cpu"]
+    return CliRunner().invoke(app, ["bench-fp8", *device, *arguments])
 
 
 def rows(kind: str, count: int, **speedups: float) -> list[Row]:
@@ -34,7 +37,20 @@ def test_break_even_needs_every_mode_and_every_larger_width() -> None:
             Row("linear", 64, 4096, "eager", PLAIN, "", 1.0, 1.0),
         ]
     )
-    assert found == {"linear": [(64, 1024), (256, 512)], "1x1 conv": [(64, None)]}
+    assert found == {"linear": [(64, 1024), (256, 512)], "1x1 conv": [(64, None)], "3x3 conv": []}
+
+
+def test_triton_against_matrices() -> None:
+    def row(kind: str, width: int, layer: str, seconds: float) -> Row:
+        return Row(kind, 64, width, "eager", layer, "", seconds, 1.1)
+
+    matrices = [row("1x1 conv", width, OURS, 2.0) for width in (256, 512, 1024)]
+    triton = [row("1x1 conv", width, TRITON, seconds) for width, seconds in ((256, 1.5), (512, 2.5), (1024, 1.5))]
+    found = fp8_bench.break_even([*matrices, *triton, row("3x3 conv", 256, OURS, 1.0)])
+    assert found["1x1 conv"] == [(64, 256)]
+    assert found["3x3 conv"] == [(64, 256)]
+    assert found[POINTWISE] == [(64, 1024)]
+    assert POINTWISE not in fp8_bench.break_even(matrices)
 
 
 def test_command(tmp_path: Path) -> None:
@@ -46,12 +62,37 @@ def test_command(tmp_path: Path) -> None:
     assert "Break-even on cpu" in result.output
     data = json.loads(path.read_text())
     assert {(r["kind"], r["width"], r["layer"]) for r in data["rows"]} >= {
-        (kind, width, layer) for kind in ("linear", "1x1 conv") for width in (16, 32) for layer in (PLAIN, OURS)
+        (kind, width, layer)
+        for kind in ("linear", "1x1 conv", "3x3 conv")
+        for width in (16, 32)
+        for layer in (PLAIN, OURS)
     }
     assert {r["backend"] for r in data["rows"] if r["layer"] == OURS} == {"emulate", "emulate, convolution"}
     known = break_even("cpu", path)
     assert known.least["linear"] == ((64, data["break_even"]["linear"][0][1]),)
     known.reason_to_keep(nn.Linear(16, 16), 64)
+
+
+def test_what_the_report_of_a_gpu_calls(tmp_path: Path) -> None:
+    found = fp8_bench.measure_fp8([512, 8192], "cpu", tiny=True)
+    assert {(r.kind, r.layer, r.mode) for r in found} >= {(k, name, "eager") for k in KINDS for name in (PLAIN, OURS)}
+    assert all(r.width == 32 for r in found)
+    assert all(r.emulated == (r.layer == OURS) for r in found)
+    assert all(r.forward_seconds and r.forward_speedup for r in found)
+    fp8_bench.write_table(found, "cpu", tmp_path / "table.json")
+    assert set(break_even("cpu", tmp_path / "table.json").least) == set(KINDS)
+    with pytest.raises(ProfileError, match="abacus"):
+        fp8_bench.measure_fp8([512], "abacus", tiny=True)
+
+
+def test_sizes_of_the_report() -> None:
+    request = fp8_bench.Request(torch.device("cpu"), [512, 8192], [8192])
+    found = [*fp8_bench._sizes(request), *fp8_bench._LARGE]
+    assert ("linear", 8192, 8192) in found
+    assert ("3x3 conv", 8192, 8192) not in found
+    assert ("3x3 conv", 64 * 56 * 56, 256) in found
+    x, grad = fp8_bench._inputs("3x3 conv", 56 * 56, 8, torch.device("cpu"))
+    assert x.shape == grad.shape == (1, 8, 56, 56)
 
 
 def test_real_products_are_named() -> None:
@@ -73,10 +114,10 @@ def test_compiled() -> None:
 
 WRONG = {
     "a device that nobody knows": (["--device", "abacus"], "abacus"),
-    "a kind that nobody knows": (["--kinds", "rnn"], "unknown kind 'rnn': expected some of linear, 1x1 conv"),
+    "a kind that nobody knows": (["--kinds", "rnn"], "unknown kind 'rnn': expected some of linear, 1x1 conv, 3x3 conv"),
     "a mode that nobody knows": (["--modes", "fast"], "unknown mode 'fast'"),
-    "a width that is none": (["--widths", "0"], "expected numbers of at least 1"),
-    "a width in words": (["--widths", "big"], "invalid literal"),
+    "a width that is none": (["--widths", "0"], "expected a whole number from 1"),
+    "a width in words": (["--widths", "big"], "'big': expected a whole number"),
     "a backend that nobody knows": (["--backend", "cublas"], "backend='cublas': expected one of"),
     "a folder that is not there": (["--output", "/no/where.json"], "create it first"),
 }
