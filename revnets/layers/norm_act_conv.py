@@ -67,7 +67,7 @@ class _Settings:
 
     def __init__(self, eps: float, act: str, se: SEModule | None, conv: nn.Conv2d, structure: Structure | None) -> None:
         self.eps, self.act, self.conv, self.structure = eps, act, conv, structure
-        self.gate_acts = () if se is None else (name_of(se.act), name_of(se.gate))
+        self.gate_acts: tuple[Any, ...] = () if se is None else (name_of(se.act), name_of(se.gate))
 
 
 class _NormActConv(torch.autograd.Function):
@@ -104,7 +104,7 @@ class _NormActConv(torch.autograd.Function):
         conv = (settings.conv, settings.structure)
         wanted = (True, needed[6], needed[7])
         if grad.device.type == "cpu":  # one gradient after the other needs less memory
-            of_conv = conv_grads(grad, p, conv_weight, conv[0], (False, *wanted[1:]), conv[1])[1:]
+            of_conv = [*conv_grads(grad, p, conv_weight, conv[0], (False, *wanted[1:]), conv[1])[1:]]
             del p
             # of the input, its own gradient needs the shape only, and x has that
             grad_h: Any = conv_grads(grad, x, conv_weight, conv[0], (True, False, False), conv[1])[0]
@@ -159,8 +159,9 @@ def _differentiable_grads(
         for act, w, b in zip(settings.gate_acts, (w1, w2), (b1, b2), strict=True):
             z = ACTIVATIONS[act].value(F.linear(z, w.flatten(1), b))  # type: ignore[union-attr]
         h = h * z[:, :, None, None]
-    used = conv_weight if settings.structure is None else conv_weight * settings.conv.mask
-    y = convolved(h, used, conv_bias, settings.conv)
+    conv: Any = settings.conv
+    used = conv_weight if settings.structure is None else conv_weight * conv.mask
+    y = convolved(h, used, conv_bias, conv)
     inputs = [x, weight, bias, conv_weight, conv_bias, *gate_parameters]
     wanted = [t for t in inputs if t is not None and t.requires_grad]
     found = iter(torch.autograd.grad(y, wanted, grad.to(y.dtype), create_graph=True))

@@ -17,7 +17,7 @@ from ..layers.fp8 import check_backend, resolve_backend
 from ..layers.fp8_break_even import KINDS, device_kind
 from ..layers.munit.fp8_conv import choose
 from ..training.errors import reason, refused
-from ..training.values import COUNT, find_device, reason, refused, words
+from ..training.values import COUNT, find_device, words
 from .fake import ProfileError
 from .fp8_rows import OURS, PLAIN, TORCHAO, TRITON, Row, break_even, describe, print_rows, write_table
 from .memory import synchronize
@@ -151,7 +151,7 @@ def measure_fp8(sizes: Sequence[int], device: torch.device | str, tiny: bool) ->
         >>> {row.kind for row in rows}  # doctest: +SKIP
         {'linear', '1x1 conv', '3x3 conv'}
     """
-    with refused("measure_fp8", ProfileError):
+    with refused("measure_fp8", kind=ProfileError):
         found = find_device(str(device), here=True)
     widths, rows, repeats = ([32], [64], 1) if tiny else (list(sizes), [8192], 5)
     request = Request(found, widths, rows, modes=("eager",), repeats=repeats)
