@@ -39,6 +39,13 @@ def test_numbers_that_went_wrong_before_are_no_drift() -> None:
             assert DriftMonitor(chain(exact)).check(torch.full((1, 16), value)) == ""
 
 
+def test_batch_norms_of_one_pixel_are_looked_at() -> None:
+    torch.manual_seed(0)
+    branches = [nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)) for _ in range(2)]
+    monitor = DriftMonitor(RevSequential([AdditiveCoupling(*branches)], exact=True))
+    assert monitor.check(torch.randn(3, 8, 1, 1)) == ""
+
+
 def test_when_it_looks() -> None:
     net = chain(exact=False)
     assert [DriftMonitor(net, every=3).due(step) for step in range(4)] == [True, False, False, True]
