@@ -49,6 +49,7 @@ from classification.trial import try_transforms
 from revnets.numerics import NumericsMonitor
 from revnets.pruning.checkpoint import FLOPS
 from revnets.sparsity.report import write_table
+from revnets.training.captions import caption
 from revnets.training.errors import UserError, guarded
 from revnets.training.options import SEED, parse
 from revnets.training.processes import of_first, settle_buckets
@@ -303,9 +304,10 @@ def _finish(run: Training, folder: Path, saver: Saver | None, summary: Summary, 
         return Result(folder, None, None, [])
     if done:
         _logger.info(f"'{folder}' is already trained for its {options.epochs} epochs; raise --epochs to go on")
+    title = caption(f"{options.model} · {folder.name}")
     if run.sparsity is not None:
-        title = f"{options.model} · {folder.name} · {options.sparsity_schedule}"
-        draw_sparsity(run.sparsity, flops.report(run.sparsity.steps), folder, title)
+        flops_of_all = flops.report(run.sparsity.steps)
+        draw_sparsity(run.sparsity, flops_of_all, folder, f"{title} · {options.sparsity_schedule}")
     if summary.rows and "train_flops" in summary.rows[-1]:
         last = summary.rows[-1]
         recomputed = last.get("train_flops_recomputed", 0)
@@ -316,7 +318,7 @@ def _finish(run: Training, folder: Path, saver: Saver | None, summary: Summary, 
                 f"with the trainings before it: {earlier:.4g} + {last['train_flops']:.4g} = "
                 f"{last['train_flops_all_phases']:.4g} FLOPs"
             )
-    picture = draw_curves(folder, summary.rows, f"{options.model} · {folder.name}") if summary.rows else None
+    picture = draw_curves(folder, summary.rows, title) if summary.rows else None
     if saver.best_metric is not None:
         _logger.info(
             f"best {options.eval_metric} {saver.best_metric:.2f} at epoch {saver.best_epoch}; "

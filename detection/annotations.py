@@ -134,6 +134,10 @@ def _require(where: str, kind: str, number: int, entry: Any) -> None:
             name = f"{WORDS[kind]} {f'number {number}' if given.get('id') is None else given['id']}"
             problem = f"has no '{key}'" if value is None else f"has {key} {value!r}, expected {expected}"
             raise UserError(f"{where}: {name} {problem}; COCO's format asks for it, correct the file.")
+    if kind == "annotations" and given.get("iscrowd") not in (None, 0, 1):  # text would be true, "0" too
+        raise UserError(
+            f"{where}: annotation {given['id']} has iscrowd {given['iscrowd']!r}, expected 0 or 1; correct the file."
+        )
 
 
 def _check_ids(where: str, kind: str, entries: Sequence[Mapping[str, Any]]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..profiling.report import write
+from ..training.captions import caption
 
 Record = dict[str, Any]
 FILES = TABLE, PICTURE = "numerics.csv", "numerics.png"
@@ -130,7 +131,7 @@ def draw_picture(records: Sequence[Record], folder: Path, title: str) -> Path:
             for panel, loss in ((axes[1], "flushed"), (axes[2], "clipped")):
                 if f"{what}_{loss}" in chosen[0]:
                     panel.plot([100 * v for v in _column(chosen, f"{what}_{loss}")], label=label, **look)
-    axes[0].set_title(textwrap.fill(title, 120), fontsize="medium")
+    axes[0].set_title(caption(textwrap.fill(title, 120)), fontsize="medium")
     axes[0].set(ylabel="RMS", yscale="log")
     axes[0].axhspan(0.5, 2, color="gray", alpha=0.15, linewidth=0)
     axes[1].set(ylabel="flushed to zero, %")

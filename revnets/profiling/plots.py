@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..training.captions import caption
 from .predict import CATEGORIES
 from .profile import Row
 from .report import activations_per_image, write
@@ -22,7 +23,7 @@ def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Any, Any]:
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.set(title=caption(title), xlabel=xlabel, ylabel=ylabel)
     return figure, axes
 
 

@@ -31,8 +31,10 @@ _RANGES: dict[str, Kind] = {
     "dampening": Number(0),
     "alpha": Number(0),
 }
+_SWITCH = Either((FLAG, NOTHING))
 _UNKNOWN = Either((NOTHING, FLAG, Number(finite=False)))  # where the run's own is None, as of `foreach`
 _STEP = Number(0)
+_KERNELS = ("foreach", "fused")  # how the same is computed; a GPU's state may be gone on from on a CPU
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], path: Path = ("optimizer",)) -> None:
@@ -61,9 +63,9 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], 
     if [len(group["params"]) for group in groups] != [len(group["params"]) for group in own]:
         raise Mismatch((*path, "param_groups"), "are not of the sizes of this optimizer's")
     for index, (group, like) in enumerate(zip(groups, own, strict=True)):
-        check_alike(
-            group, {name: value for name, value in like.items() if name != "params"}, (*path, "param_groups", index)
-        )
+        options = {name: value for name, value in like.items() if name != "params"}
+        check_alike(group, options, (*path, "param_groups", index))
+        _check_switches(group, options, (*path, "param_groups", index))
     ids = [number for group in groups for number in group["params"]]
     if len(set(ids)) != len(ids):
         raise Mismatch((*path, "param_groups"), "name a parameter twice, each of them once was expected")
@@ -176,11 +178,21 @@ def check_alike(state: Mapping[str, Any], own: Mapping[str, Any], path: Path) ->
             _option(name, value).check(state[name], (*path, name))
 
 
+def _check_switches(group: Mapping[str, Any], own: Mapping[str, Any], path: Path) -> None:
+    """Refuse switches that are not as in this run: torch takes those of the state, such as ``maximize``, unasked."""
+    for name, value in own.items():
+        given = group.get(name, value)
+        if name in _KERNELS:
+            _SWITCH.check(given, (*path, name))
+        elif isinstance(value, bool) and bool(given) is not value:
+            raise expected((*path, name), given, f"{value}, as in this run,")
+
+
 def _option(name: str, own: Any) -> Kind:
     """What an option of a group may be, as the run's own is."""
     number = _RANGES.get(name, Number(finite=False))
     if isinstance(own, bool):
-        return Either((FLAG, NOTHING))
+        return _SWITCH
     if isinstance(own, (int, float)):
         return number if name in _RANGES else Either((number, NOTHING, FLAG))
     if isinstance(own, Tensor) and own.numel() == 1:

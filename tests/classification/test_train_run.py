@@ -50,6 +50,13 @@ def test_files_of_a_run(trained: Path) -> None:
     assert args["model_kwargs"] == {"act_layer": "relu"}
 
 
+def test_a_folder_may_have_any_name(run_train: Trainer, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need it")
+    name = "$\\frac$ \udcff"
+    assert run_train("--epochs", "1", "--experiment", name) == 0
+    assert (tmp_path / name / "curves.png").stat().st_size > 0
+
+
 def test_checkpoint_holds_plain_values_and_what_timm_expects(trained: Path) -> None:
     checkpoint = load(trained / "last.pth.tar")
     assert checkpoint["epoch"] == 1

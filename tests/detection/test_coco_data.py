@@ -160,6 +160,7 @@ STOPS: dict[str, tuple[Change, str]] = {
     "category as text": (every("annotations", category_id="1"), "annotation 1 has category_id '1', expected a whole"),
     "category as fraction": (first("annotations", category_id=1.5), "category_id 1.5, expected a whole number"),
     "category that is true": (first("annotations", category_id=True), "category_id True, expected a whole number"),
+    "crowds as text": (every("annotations", iscrowd="0"), "annotation 1 has iscrowd '0', expected 0 or 1"),
     "categories' ids as text": (first("categories", id="1"), "has id '1', expected a whole number"),
     "names as numbers": (first("categories", name=0), "has name 0, expected text"),
     "unknown categories": (every("annotations", category_id=99), "no image with an object.*category that the file"),

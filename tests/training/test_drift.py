@@ -69,6 +69,13 @@ def test_the_worst_op_is_named_again_only_when_it_is_much_worse(monkeypatch: pyt
     assert said == [2e-2, 0.3, 5.0]
 
 
+def test_batch_norms_of_one_pixel_are_looked_at() -> None:
+    torch.manual_seed(0)
+    branches = [nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)) for _ in range(2)]
+    monitor = DriftMonitor(RevSequential([AdditiveCoupling(*branches)], exact=True))
+    assert monitor.check(torch.randn(3, 8, 1, 1)) == ""
+
+
 def test_when_it_looks() -> None:
     net = chain(exact=False)
     assert [DriftMonitor(net, every=3).due(step) for step in range(4)] == [True, False, False, True]

@@ -70,3 +70,28 @@ def test_states_of_other_shapes_do_not(name: str) -> None:
                 odd = {**entry, key: torch.ones(*value.shape, 2)}
                 with pytest.raises(Mismatch, match=rf"^optimizer.state\[{number}\].{key} is a tensor of shape"):
                     check_optimizer(fresh, {**state, "state": {**state["state"], number: odd}})
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "lookahead_adam"])
+def test_switches_of_a_state_do_not_replace_those_of_the_run(name: str) -> None:
+    fresh = stepped(name, 0)
+    own = fresh.param_groups[0]
+    switches = [key for key, value in own.items() if isinstance(value, bool)]
+    assert "maximize" in switches
+    for key in switches:
+        state = stepped(name, 1).state_dict()
+        state["param_groups"][0][key] = not own[key]
+        with pytest.raises(Mismatch, match=rf"param_groups\[0\]\.{key} is {not own[key]}, {own[key]}, as in this run"):
+            check_optimizer(fresh, state)
+
+
+@pytest.mark.parametrize(("value", "fits"), [(None, True), (True, True), (False, True), (1.5, False), ("yes", False)])
+def test_states_of_other_kernels_fit(value: object, fits: bool) -> None:
+    fresh, state = stepped("adamw", 0), stepped("adamw", 1).state_dict()
+    for group in state["param_groups"]:
+        group["foreach"] = group["fused"] = value
+    if fits:
+        check_optimizer(fresh, state)
+    else:
+        with pytest.raises(Mismatch, match=r"param_groups\[0\]\.f"):
+            check_optimizer(fresh, state)
