@@ -24,12 +24,13 @@ def draw(report: Report, folder: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     found = []
-    for name, (letter, paint) in zip(PICTURES, _PICTURES, strict=True):
-        rows = report.outcomes[letter].rows if letter in report.outcomes else []
+    for name, (letter, key, paint) in zip(PICTURES, _PICTURES, strict=True):
+        rows = [row for row in report.outcomes[letter].rows if row.get(key)] if letter in report.outcomes else []
+        if not rows:
+            continue
         figure = Figure(figsize=(12, 6), layout="constrained")
         FigureCanvasAgg(figure)
-        if not paint(figure, rows):
-            continue
+        paint(figure, rows)
         figure.suptitle(f"{report.machine or report.device}, {report.date}", fontsize=7)
         with whole_file(folder / name) as path:
             figure.savefig(path, format="png", dpi=130)
@@ -37,10 +38,10 @@ def draw(report: Report, folder: Path) -> list[Path]:
     return found
 
 
-def _networks(figure: Any, rows: Sequence[Row]) -> bool:
+def _networks(figure: Any, rows: Sequence[Row]) -> None:
     """Time of a step and memory, per network and mode."""
-    precision = next((row["precision"] for row in rows if row.get("step_ms")), None)
-    shown = [row for row in rows if row.get("step_ms") and row["precision"] == precision]
+    precision = rows[0]["precision"]
+    shown = [row for row in rows if row["precision"] == precision]
     names = list(dict.fromkeys(f"{row['network']}:{row['batch']}" for row in shown))
     modes = list(dict.fromkeys(row["mode"] for row in shown))
     for axes, key, label in zip(
@@ -53,39 +54,35 @@ def _networks(figure: Any, rows: Sequence[Row]) -> bool:
             axes.barh(places, heights, height=0.8 / len(modes), label=mode)
         axes.set(title=f"{precision}, {label}", xlabel=label, yticks=range(len(names)), yticklabels=names)
         axes.legend(fontsize="small")
-    return bool(shown)
 
 
-def _prediction(figure: Any, rows: Sequence[Row]) -> bool:
+def _prediction(figure: Any, rows: Sequence[Row]) -> None:
     """Predicted memory over measured."""
-    shown = [row for row in rows if row.get("error") is not None]
     axes = figure.subplots()
     for key, what in (("allocated_mb", "allocated"), ("reserved_mb", "reserved")):
-        points = [(row[key], row["predicted_mb"]) for row in shown if row.get(key)]
+        points = [(row[key], row["predicted_mb"]) for row in rows if row.get(key)]
         if points:
             axes.plot(*zip(*points, strict=True), "o", label=what)
-    highest = max((row["predicted_mb"] for row in shown), default=1.0)
+    highest = max(row["predicted_mb"] for row in rows)
     axes.plot([0, highest], [0, highest], color="black", linewidth=0.8)
     axes.set(title="Memory of a training step", xlabel="measured, MB", ylabel="predicted, MB")
     axes.legend()
-    return bool(shown)
 
 
-def _fp8(figure: Any, rows: Sequence[Row]) -> bool:
+def _fp8(figure: Any, rows: Sequence[Row]) -> None:
     """Speed-up over bfloat16 by width."""
-    shown = [row for row in rows if row.get("speedup")]
     axes = figure.subplots()
-    for kind, mode in dict.fromkeys((row["kind"], row["mode"]) for row in shown):
-        points = sorted((row["width"], row["speedup"]) for row in shown if (row["kind"], row["mode"]) == (kind, mode))
+    for kind, mode in dict.fromkeys((row["kind"], row["mode"]) for row in rows):
+        points = sorted((row["width"], row["speedup"]) for row in rows if (row["kind"], row["mode"]) == (kind, mode))
         axes.plot(*zip(*points, strict=True), "o-", label=f"{kind}, {mode}")
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set(title="FP8 over bfloat16, forward and backward", xlabel="width", ylabel="times faster", xscale="log")
     axes.legend()
-    return bool(shown)
 
 
-_PICTURES: tuple[tuple[str, Callable[[Any, Sequence[Row]], bool]], ...] = (
-    ("c", _networks),
-    ("d", _prediction),
-    ("e", _fp8),
+_PICTURES: tuple[tuple[str, str, Callable[[Any, Sequence[Row]], None]], ...] = (
+    ("c", "step_ms", _networks),
+    ("d", "predicted_mb", _prediction),
+    ("e", "speedup", _fp8),
 )
+"""Of which section, a figure that its rows need, and how it is drawn; names are in ``PICTURES``."""

@@ -132,8 +132,8 @@ class Section:
         found: dict[tuple[str, ...], Row] = {}
         for row in rows:
             former = found.setdefault(self.identity(row), {})
-            for key in ("failed", "note"):
-                former.pop(key, None)
+            if former.pop("failed", False):
+                former.pop("note", None)
             former.update(row)
         return list(found.values())
 
@@ -154,7 +154,7 @@ class Section:
 
 
 class Registry:
-    """Sections by letter, in order of value."""
+    """Sections by letter. Letters are in order of value."""
 
     def __init__(self) -> None:
         self.sections: dict[str, Section] = {}
@@ -182,9 +182,9 @@ CATALOG = "revnets.gpu_report.sections"
 
 
 def load(catalog: str = CATALOG) -> Mapping[str, Section]:
-    """The sections of a module that has a ``REPORT``, by letter."""
+    """The sections of a module that has a ``REPORT``, by letter, in order of value."""
     sections: Mapping[str, Section] = importlib.import_module(catalog).REPORT.sections
-    return sections
+    return dict(sorted(sections.items()))
 
 
 def choose(text: str, sections: Mapping[str, Section]) -> list[Section]:

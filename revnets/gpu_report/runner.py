@@ -50,8 +50,8 @@ class Request:
 def run_sections(request: Request, report: Report, say: Callable[[str], Any] = print) -> Report:
     """Run what is not done yet, and take it up into the report, which is written as each section ends.
 
-    A section that crashes, hangs or runs out of memory ends by itself; what it had measured is kept. Time that a section
-    does not use is shared among those that follow.
+    A section that crashes, hangs or runs out of memory takes no other with it, and what it had measured is kept. Time
+    that a section does not use is shared among those that follow.
 
     Args:
         request: what to run.
@@ -113,7 +113,7 @@ def _run(section: Section, request: Request, before: list[dict[str, Any]], limit
             stderr=log,
             start_new_session=True,
             pass_fds=(started,),
-            env=_environment(),
+            env=_environment(request.tiny and request.device == "cpu"),
         )
     os.close(started)
     try:
@@ -138,9 +138,10 @@ def _died_of(code: int) -> str:
     return f"{name} (the machine may have run out of memory)" if name == "SIGKILL" else name
 
 
-def _environment() -> dict[str, str]:
+def _environment(one_thread: bool) -> dict[str, str]:
     """Processes import the library from where this one has it, and print at once."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"} if one_thread else {}
+    environment = {**threads, **os.environ, "PYTHONUNBUFFERED": "1"}
     root = Path(revnets.__file__).resolve().parents[1]
     if root.name not in ("site-packages", "dist-packages"):
         former = environment.get("PYTHONPATH")

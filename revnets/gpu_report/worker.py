@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training.values import reason
-from .registry import CATALOG, Context, load
+from .registry import CATALOG, Context, Skipped, load
 from .results import DONE, FAILED, ROWS, SKIPPED, RowWriter
 
 _ORPHANED = 30  # seconds after its limit; by then whoever started this process is gone
@@ -68,21 +68,18 @@ def main(argv: list[str]) -> int:
         for row in section.measure(context):
             writer.row({"command": commands.get(section.identity(row)), **row})
         writer.end(DONE)
+    except Skipped as missing:
+        writer.end(SKIPPED, str(missing))
     except BaseException as error:
         traceback.print_exc()
-        writer.end(*_verdict(error))
+        writer.end(FAILED, _verdict(error))
     faulthandler.cancel_dump_traceback_later()
     return 0
 
 
-def _verdict(error: BaseException) -> tuple[str, str]:
-    from .registry import Skipped
-
-    if isinstance(error, Skipped):
-        return SKIPPED, str(error)
-    if out_of_memory(error):
-        return FAILED, f"ran out of memory: {reason(error)}"
-    return FAILED, f"{type(error).__name__}: {reason(error)}"
+def _verdict(error: BaseException) -> str:
+    what = "ran out of memory" if out_of_memory(error) else type(error).__name__
+    return f"{what}: {reason(error)}"
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""Section e: FP8 layers against bfloat16 and torchao's, and the table of break-even sizes that ``mus_fp8:auto`` reads."""
+"""Section e: FP8 layers against bfloat16 and torchao's, and the table of break-even sizes for ``mus_fp8:auto``."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -97,7 +96,7 @@ def _versions() -> str:
         except importlib.metadata.PackageNotFoundError:
             if name == "timm":
                 parts.append(f"timm {timm.__version__}")
-    return ", ".join([*parts, time.strftime("%Y-%m-%d")])
+    return ", ".join(parts)
 
 
 def _settings(device: torch.device) -> str:

@@ -14,7 +14,8 @@ from ...profiling.profile import free_bytes, resident_bytes
 from ...profiling.target import Job, Setting, Target, is_reversible
 from ...training.values import reason
 from ..predictions import Predictions, predicting
-from ..registry import REPORT, Column, Context, Row, Target as Promise, first  # noqa: I001
+from ..registry import REPORT, Column, Context, Row, first
+from ..registry import Target as Promise
 from ..timing import Energy, kernels, milliseconds, release
 from ..worker import out_of_memory
 
@@ -37,15 +38,19 @@ def _modes(network: str) -> tuple[str, ...]:
     return _MODES if is_reversible(network) else _MODES[1:]
 
 
+def _command(network: str, size: int, precision: str, mode: str, batch: int = _BATCH) -> str:
+    base, comma, extra = mode.partition(",")
+    what, amp = f"{network}@{size}:{batch}", " --amp-dtype bfloat16" if precision == "bfloat16" else ""
+    if comma + extra == _CAPTURED:
+        return "revnets gpu-report --sections c --output DIR"
+    if comma + extra == _COMPILED:
+        return f"revnets bench {what} --device cuda --modes {base}{amp} --compiled"
+    return f"revnets profile {what} --device cuda --mode {base}{amp} --measure --optimizer adamw"
+
+
 def _row(network: str, size: int, precision: str, mode: str) -> Row:
-    base, _, extra = mode.partition(",")
-    amp = " --amp-dtype bfloat16" if precision == "bfloat16" else ""
-    command = f"revnets bench {network}@{size}:64 --device cuda --modes {base}{amp}"
-    if extra:
-        command = (
-            f"{command} --compiled" if _COMPILED.endswith(extra) else "revnets gpu-report --sections c --output DIR"
-        )
-    return {"network": f"{network} @{size}", "precision": precision, "mode": mode, "command": command}
+    names = {"network": f"{network} @{size}", "precision": precision, "mode": mode}
+    return {**names, "command": _command(network, size, precision, mode)}
 
 
 def _plan(tiny: bool) -> list[Row]:
@@ -202,6 +207,7 @@ class _Group:
             reserved = memory[mode].reserved_bytes
             yield self.row(
                 mode,
+                command=_command(self.name, self.size, self.precision, mode, batch),
                 batch=batch,
                 step_ms=taken[mode],
                 images_per_s=1e3 * batch / taken[mode],

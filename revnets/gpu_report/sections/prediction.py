@@ -11,7 +11,8 @@ from ...profiling.profile import measured_step
 from ...profiling.target import Setting, Target
 from ...training.values import reason
 from ..predictions import predicting
-from ..registry import REPORT, Column, Context, Row, Target as Promise  # noqa: I001
+from ..registry import REPORT, Column, Context, Row
+from ..registry import Target as Promise
 from ..timing import release
 
 _NETWORKS = (

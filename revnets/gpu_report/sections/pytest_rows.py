@@ -1,7 +1,7 @@
 """A plugin of pytest that writes how each test began and ended into a file, line by line.
 
-The file is named by ``REVNETS_TEST_ROWS``. A run ends after a test that leaves CUDA unusable, since all later ones would
-fail, too; whoever started it goes on with a process of its own.
+The file is named by ``REVNETS_TEST_ROWS``. A run ends after a test that leaves CUDA unusable, since all later ones
+would fail, too; whoever started it goes on with a new process.
 """
 
 from __future__ import annotations

@@ -16,13 +16,13 @@ from pathlib import Path
 import revnets
 
 from ..registry import REPORT, Column, Context, Row, Skipped, Target
-from .pytest_rows import VARIABLE
+from . import pytest_rows
 
 ALL = "all of them"
 ROOT = Path(revnets.__file__).resolve().parents[1]
 COMMAND = "python -m pytest -m gpu tests"
 _STARTS = 6  # a test that takes its process down is left out of the next
-_TINY = "tests/reversible/test_gpu.py"
+_TINY = "tests/reversible/test_devices.py"
 
 
 def _plan(tiny: bool) -> list[Row]:
@@ -109,10 +109,10 @@ def _pytest(files: Sequence[str], done: Sequence[str], context: Context, began: 
             "-q",
             "-rA",
             "-p",
-            "revnets.gpu_report.sections.pytest_rows",
+            pytest_rows.__name__,
         ]
         line += ["-p", "no:cacheprovider", *files, *(f"--deselect={test}" for test in done)]
-        environment = {**os.environ, VARIABLE: str(path), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+        environment = {**os.environ, pytest_rows.VARIABLE: str(path), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
         process = subprocess.Popen(line, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL)
         try:
             with path.open() as file:
