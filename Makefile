@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install quickstart quickstart-detection test test-slow test-compat test-kill test-asan lint format clean
+.PHONY: help install quickstart quickstart-detection test test-slow test-compat test-kill test-asan gpu lint format clean
 
 help:
 	@echo "make quickstart   install, train RevBiFPN on real digits, print accuracy and memory (CPU, minutes)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-compat  the quick tests on other versions: make test-compat PYTHON=python3.13 TORCH=2.9"
 	@echo "make test-kill    50 runs killed at random moments, and compared with one that was let be"
 	@echo "make test-asan    the C++ kernel under AddressSanitizer (g++), at three widths of vectors"
+	@echo "make gpu          everything that only a GPU shows, in 8 minutes: docs/gpu.md"
 	@echo "make format       rewrite the sources as ruff wants them"
 
 install: $(INSTALLED)
@@ -65,6 +66,12 @@ test-asan: $(INSTALLED)
 		$(BIN)/python -c "from revnets.kernels.build import kernel_target; print('the kernel for', kernel_target())" && \
 		$(BIN)/python -m pytest -m "not slow" tests/kernels tests/deploy || exit; \
 	done
+
+# On a machine that is lent for minutes nothing can be installed: its own python3 does, where there is no .venv.
+GPU_OUTPUT ?= output/gpu
+MINUTES ?= 8
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) -m revnets.cli gpu-report --output $(GPU_OUTPUT) --minutes $(MINUTES)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -9,8 +9,7 @@ from revnets.profiling.profile import profile
 from revnets.profiling.target import Setting, Target
 
 
-@pytest.mark.parametrize("amp", [None, "bfloat16"])
-@pytest.mark.parametrize("mode", ["reversible", "store"])
+@pytest.mark.parametrize(("mode", "amp"), [("reversible", "bfloat16"), ("store", None)])
 def test_predicted_is_measured(device: torch.device, mode: str, amp: str | None) -> None:
     target = Target("test_revbifpn", 64, 4, mode)
     if device.type == "cuda":  # whose blocks of 512 bytes and workspaces count in small networks

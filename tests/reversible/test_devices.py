@@ -41,6 +41,15 @@ def mean_square(y: Tensor) -> Tensor:
     return y.float().square().mean()
 
 
+def distance(found: StepResult, expected: StepResult) -> float:
+    """Of all gradients and statistics together, relative."""
+    ours, theirs = (
+        torch.cat([t.double().flatten() for t in (*r.grads.values(), *r.buffers.values()) if t is not None])
+        for r in (found, expected)
+    )
+    return float((ours - theirs).norm() / theirs.norm())
+
+
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_exact_mode_is_equal_to_the_bit(
@@ -62,18 +71,12 @@ def test_exact_mode_is_equal_to_the_bit(
 
 @pytest.mark.parametrize("kind", ["dropout", "drop_path"])
 def test_generators_are_replayed(device: torch.device, kind: str) -> None:
-    chain = build([1, 2, 2], [kind], exact=True).to(device).train()
-    for norm in chain.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.momentum = 0.0
     x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)).to(device)
-    found = {mode: training_step(chain, (x,), cubic, mode) for mode in MODES}
+    found = {mode: training_step(build([1, 2, 2], [kind], exact=True).to(device), (x,), cubic, mode) for mode in MODES}
     torch.manual_seed(0)
     assert not torch.equal(generator_state(device), found["store"].rng), "nothing was drawn"
-    for mode in MODES:
-        for name, _ in chain.named_buffers():  # each step counts one batch more
-            found[mode].buffers.pop(name) if name.endswith("num_batches_tracked") else None
-        assert_same_step(found[mode], found["store"], 0)
+    for result in found.values():
+        assert_same_step(result, found["store"], 0)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -99,8 +102,7 @@ def test_layouts_give_the_same(device: torch.device) -> None:
     model = network(device).to(memory_format=torch.channels_last)
     x = images(device, channels_last=True)
     found = training_step(model, (x,), mean_square, "reversible")
-    found.rng = expected.rng
-    assert_same_step(found, expected, 1e-3)
+    assert distance(found, expected) < 1e-2
     assert all(y.is_contiguous(memory_format=torch.channels_last) for y in model.forward_pyramid(x))
 
 
@@ -185,4 +187,7 @@ def test_one_process_of_ddp(device: torch.device, norm: str) -> None:
         found = training_step(DistributedDataParallel(model), (images(device),), mean_square)
         found.grads = {name.removeprefix("module."): grad for name, grad in found.grads.items()}
         found.buffers = {name.removeprefix("module."): buffer for name, buffer in found.buffers.items()}
-        assert_same_step(found, alone[mode], 1e-3 if norm == "synchronised" else 0)
+        if norm == "own":
+            assert_same_step(found, alone[mode], 0)
+        else:
+            assert distance(found, alone[mode]) < 1e-2

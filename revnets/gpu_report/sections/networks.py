@@ -173,7 +173,7 @@ class _Group:
             return
         yield from self.compared(batch)
         if not self.kind:
-            for mode in self.modes:
+            for mode in self.modes[: 2 if self.context.tiny else None]:
                 if self.context.left > _LEAST_SECONDS:
                     yield self.row(mode, **self.largest(mode))
 

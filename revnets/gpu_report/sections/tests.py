@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from . import pytest_rows
 ALL = "all of them"
 ROOT = Path(revnets.__file__).resolve().parents[1]
 COMMAND = "python -m pytest -m gpu tests"
+_FOR_GPUS = re.compile(r"mark\.gpu\b|def test_\w+\([^)]*\bdevice\b")
 _STARTS = 6  # a test that takes its process down is left out of the next
 _TINY = "tests/reversible/test_devices.py"
 
@@ -86,8 +88,8 @@ def _total(outcomes: dict[str, str], code: int) -> Row:
 
 
 def gpu_files(tests: Path) -> list[str]:
-    """The files with tests for GPUs: collecting only these saves most of a minute."""
-    found = [path for path in sorted(tests.rglob("test_*.py")) if "mark.gpu" in path.read_text(encoding="utf-8")]
+    """The files with tests for GPUs, by mark or by the fixture ``device``: collecting no others saves most of a minute."""
+    found = [path for path in sorted(tests.rglob("test_*.py")) if _FOR_GPUS.search(path.read_text(encoding="utf-8"))]
     return [str(path.relative_to(tests.parent)) for path in found]
 
 
