@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from ...profiling.profile import measured_step
 from ...profiling.target import Setting, parse_targets
-from ...training.values import reason
 from ..registry import REPORT, Column, Context, Row, Skipped
-from ..timing import release
+from ..rows import row_by_row
 
 _MODES = ("reversible", "store", "checkpoint")
 _PRECISIONS = ("bfloat16", "float32")
@@ -66,32 +62,20 @@ def measure(context: Context) -> Iterator[Row]:
     missing = [name for name in ("mmdet", "mmengine", "mmcv", "pycocotools") if importlib.util.find_spec(name) is None]
     if missing:
         raise Skipped(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed")
-    device = torch.device(context.device)
-    done = {(row["mode"], row["precision"]) for row in context.before}
     size = "64x96:1" if context.tiny else "800x1333:2"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "retinanet.py"
         path.write_text(_CONFIG.format(**(_TINY if context.tiny else _FULL)))
-        for row in _plan(context.tiny):
-            if (row["mode"], row["precision"]) in done:
-                continue
-            if context.left < 2:
-                return
-            names = {"mode": row["mode"], "precision": row["precision"]}
-            amp = "bfloat16" if row["precision"] == "bfloat16" else None
-            setting = Setting(context.device, True, amp, True, "sgd")
-            try:
-                targets = parse_targets(f"{path}@{size}", setting)
-                (target,) = (t for t in targets if t.part == "detector" and t.mode == row["mode"])
-                step, resident = measured_step(target, setting)
-            except Exception as error:
-                traceback.print_exc()
-                yield {**names, "note": reason(error), "failed": True}
-                continue
-            yield {
-                **names,
-                "step_ms": 1e3 * step.seconds,
-                "allocated_mb": (step.peak_bytes + resident) / 1e6,
-                "reserved_mb": None if step.reserved_bytes is None else step.reserved_bytes / 1e6,
-            }
-            release(device)
+        yield from row_by_row(context, _plan(context.tiny), lambda row: _figures(f"{path}@{size}", row, context.device))
+
+
+def _figures(name: str, row: Row, device: str) -> Row:
+    setting = Setting(device, True, "bfloat16" if row["precision"] == "bfloat16" else None, True, "sgd")
+    targets = parse_targets(name, setting)
+    (target,) = (t for t in targets if t.part == "detector" and t.mode == row["mode"])
+    step, resident = measured_step(target, setting)
+    return {
+        "step_ms": 1e3 * step.seconds,
+        "allocated_mb": (step.peak_bytes + resident) / 1e6,
+        "reserved_mb": None if step.reserved_bytes is None else step.reserved_bytes / 1e6,
+    }

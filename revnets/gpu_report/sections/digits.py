@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import math
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +16,8 @@ from torch import Tensor, nn
 
 from ...layers import fp8_products, mus_param_groups
 from ...profiling.memory import synchronize
-from ...training.values import reason
 from ..registry import REPORT, Column, Context, Row, Skipped, Target
-from ..timing import release
+from ..rows import row_by_row, todo
 
 COMMAND = "revnets gpu-report --sections g --output DIR"
 _HELD_OUT, _BATCH, _SIDE = 360, 128, 32
@@ -75,17 +73,10 @@ def measure(context: Context) -> Iterator[Row]:
     """One after the other, each in its half of the time."""
     if importlib.util.find_spec("sklearn") is None:
         raise Skipped("scikit-learn, which brings the digits, is not installed")
-    done = {row["training"] for row in context.before}
-    todo = [name for name in RECIPES if name not in done]
+    planned = _plan(context.tiny)
+    half = context.left / max(1, len(todo(context, planned))) - 2
     device = torch.device(context.device)
-    for index, name in enumerate(todo):
-        seconds = context.left / (len(todo) - index) - 2
-        try:
-            yield {"training": name, **_train(RECIPES[name], device, context.tiny, seconds)}
-        except Exception as error:
-            traceback.print_exc()
-            yield {"training": name, "note": reason(error), "failed": True}
-        release(device)
+    yield from row_by_row(context, planned, lambda row: _train(RECIPES[row["training"]], device, context.tiny, half))
 
 
 def _digits(device: torch.device) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...layers.fp8_break_even import KINDS
 from ...profiling import fp8_bench
-from ...training.values import reason
 from ..registry import REPORT, Column, Context, Row, Target, first
 from ..results import TABLE
-from ..timing import release
+from ..rows import row_by_row
 
+_KINDS = ("linear", "1x1 conv", "3x3 conv")
 _WIDTHS = (512, 1024, 2048, 4096, 8192)
+_WIDEST_CONV = 2048
 _ROWS = 8192
+_MAPS = 64 * 56 * 56  # rows of a ResNet's first stage at batch size 64
 _MODES = ("eager", "compiled")
 
 
 def _plan(tiny: bool) -> list[Row]:
     """Eager first: compiling takes seconds per size."""
-    rows = []
-    for mode in _MODES[: 1 if tiny else 2]:
-        for kind in KINDS:
-            for width in (32,) if tiny else _WIDTHS:
-                count = 64 if tiny else _ROWS
-                command = (
-                    f'revnets bench-fp8 --device cuda --kinds "{kind}" --widths {width} --rows {count} --modes {mode}'
-                )
-                rows.append({"kind": kind, "rows": count, "width": width, "mode": mode, "command": command})
-    return rows
+    if tiny:
+        return [_row(kind, 64, 32, "eager") for kind in KINDS]
+    sizes = [(kind, _ROWS, w) for w in _WIDTHS for kind in _KINDS if kind == "linear" or w <= _WIDEST_CONV]
+    sizes += [(kind, _MAPS, 256) for kind in _KINDS[1:]]
+    return [_row(*size, mode) for mode in _MODES for size in sizes]
+
+
+def _row(kind: str, rows: int, width: int, mode: str) -> Row:
+    what = f'--kinds "{kind}" --widths {width} --rows {rows} --modes {mode}'
+    names = {"kind": kind, "rows": rows, "width": width, "mode": mode}
+    return {**names, "command": f"revnets bench-fp8 --device cuda {what}"}
 
 
 def _speedup(**names: Any) -> Callable[[Sequence[Row]], float | None]:
@@ -56,6 +59,7 @@ def _words(rows: Sequence[Row]) -> str:
     figures=(
         Column("plain_ms", "bfloat16, ms", "{:.3f}"),
         Column("fp8_ms", "mus_fp8, ms", "{:.3f}"),
+        Column("triton_ms", "1x1 by Triton, ms", "{:.3f}"),
         Column("torchao_ms", "torchao, ms", "{:.3f}"),
         Column("speedup", "speed-up", "{:.2f}"),
         Column("backend", "multiplied by"),
@@ -64,44 +68,47 @@ def _words(rows: Sequence[Row]) -> str:
     plan=_plan,
     targets=(
         Target("FP8 linear, 8192, eager, over bfloat16", _speedup(kind="linear", width=8192, mode="eager"), least=1.33),
+        Target(
+            "FP8 3x3 convolution, 256 to 256 at 56x56, batch 64, eager, over bfloat16",
+            _speedup(kind="3x3 conv", rows=_MAPS, width=256, mode="eager"),
+            least=1.25,
+        ),
     ),
     words=_words,
 )
 def measure(context: Context) -> Iterator[Row]:
     """Size by size; the table is written anew after each."""
-    device = torch.device(context.device)
     raw = [fp8_bench.Row(**one) for row in context.before for one in row.get("raw", ())]
-    done = {_key(row) for row in context.before}
-    for row in _plan(context.tiny):
-        if _key(row) in done:
-            continue
-        if context.left < 2:
-            return
-        names = {key: row[key] for key in ("kind", "rows", "width", "mode")}
+
+    def figures(row: Row) -> Row:
         notes: list[str] = []
-        request = fp8_bench.Request(
-            device, [row["width"]], [row["rows"]], [row["kind"]], [row["mode"]], 1 if context.tiny else 7
-        )
-        try:
-            found = fp8_bench.run(request, say=notes.append)
-        except Exception as error:
-            traceback.print_exc()
-            yield {**names, "note": reason(error), "failed": True}
-            continue
-        raw += found
-        fp8_bench.save(raw, request, context.output / TABLE)
-        yield {**names, **_figures(found), "raw": [asdict(one) for one in found], "note": "; ".join(notes) or None}
-        release(device)
+        sizes = ([row["width"]], [row["rows"]], [row["kind"]], [row["mode"]])
+        request = fp8_bench.Request(torch.device(context.device), *sizes, repeats=1 if context.tiny else 7)
+        found = fp8_bench.run(request, say=notes.append)
+        raw.extend(found)
+        _write_table(raw, request, context.output / TABLE)
+        return {**_figures(found), "raw": [asdict(one) for one in found], "note": "; ".join(notes) or None}
+
+    yield from row_by_row(context, _plan(context.tiny), figures)
 
 
-def _key(row: Row) -> tuple[Any, ...]:
-    return row["kind"], row["rows"], row["width"], row["mode"]
+def _write_table(raw: Sequence[fp8_bench.Row], request: fp8_bench.Request, path: Path) -> None:
+    write: Any = getattr(fp8_bench, "write_table", None)
+    if write is not None:
+        write(raw, request.device, path)
+    else:
+        fp8_bench.save(raw, request, path)
 
 
 def _figures(found: Sequence[fp8_bench.Row]) -> Row:
     seconds = {row.layer: row.seconds for row in found}
     ours = next((row for row in found if row.layer == fp8_bench.OURS), None)
-    keys = {"plain_ms": fp8_bench.PLAIN, "fp8_ms": fp8_bench.OURS, "torchao_ms": fp8_bench.TORCHAO}
+    keys = {
+        "plain_ms": fp8_bench.PLAIN,
+        "fp8_ms": fp8_bench.OURS,
+        "triton_ms": "mus_fp8, triton",
+        "torchao_ms": fp8_bench.TORCHAO,
+    }
     figures: Row = {key: 1e3 * seconds[layer] for key, layer in keys.items() if layer in seconds}
     if ours is not None:
         figures |= {"speedup": ours.speedup, "backend": ours.backend}

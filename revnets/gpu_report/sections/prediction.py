@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-
-import torch
 
 from ...profiling.profile import measured_step
 from ...profiling.target import Setting, Target
-from ...training.values import reason
-from ..predictions import predicting
+from ..predictions import Predictions, predicting
 from ..registry import REPORT, Column, Context, Row
 from ..registry import Target as Promise
-from ..timing import release
+from ..rows import row_by_row, todo
 
 _NETWORKS = (
     ("revbifpn_s1", 256, "reversible", 64),
@@ -80,34 +76,23 @@ def _words(rows: Sequence[Row]) -> str:
 )
 def measure(context: Context) -> Iterator[Row]:
     """Predicted in the background, measured in the meantime."""
-    device = torch.device(context.device)
-    done = {(row["network"], row["mode"], row["precision"]) for row in context.before}
-    todo = [row for row in _plan(context.tiny) if (row["network"], row["mode"], row["precision"]) not in done]
+    planned = _plan(context.tiny)
     with predicting(context.device, context.tiny) as predictions:
-        for row in todo:
+        for row in todo(context, planned):
             predictions.want(*_what(row, context.device))
-        for row in todo:
-            if context.left < 3:
-                return
-            names = {key: row[key] for key in ("network", "mode", "precision")}
-            target, setting = _what(row, context.device)
-            try:
-                step, resident = measured_step(target, setting)
-                predicted = predictions.peak(target, setting)
-            except Exception as error:
-                traceback.print_exc()
-                yield {**names, "note": reason(error), "failed": True}
-                continue
-            allocated, reserved = step.peak_bytes + resident, step.reserved_bytes
-            yield {
-                **names,
-                "predicted_mb": predicted / 1e6,
-                "allocated_mb": allocated / 1e6,
-                "reserved_mb": None if reserved is None else reserved / 1e6,
-                "error": predicted / allocated - 1,
-                "reserved_error": None if reserved is None else predicted / reserved - 1,
-            }
-            release(device)
+        yield from row_by_row(context, planned, lambda row: _figures(predictions, *_what(row, context.device)), 3.0)
+
+
+def _figures(predictions: Predictions, target: Target, setting: Setting) -> Row:
+    step, resident = measured_step(target, setting)
+    predicted, allocated, reserved = predictions.peak(target, setting), step.peak_bytes + resident, step.reserved_bytes
+    return {
+        "predicted_mb": predicted / 1e6,
+        "allocated_mb": allocated / 1e6,
+        "reserved_mb": None if reserved is None else reserved / 1e6,
+        "error": predicted / allocated - 1,
+        "reserved_error": None if reserved is None else predicted / reserved - 1,
+    }
 
 
 def _what(row: Row, device: str) -> tuple[Target, Setting]:

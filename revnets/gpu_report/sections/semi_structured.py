@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from ...deploy.semi_structured import compare_semi_structured
-from ...training.values import reason
 from ..registry import REPORT, Column, Context, Row, Skipped, Target, first
+from ..rows import row_by_row
 
 _WIDTHS = (1024, 2048, 4096, 8192)
 _ROWS = 4096
@@ -60,22 +59,17 @@ def measure(context: Context) -> Iterator[Row]:
     """Width by width."""
     if context.device == "cpu":
         raise Skipped("2:4 products need the tensor cores of a GPU")
-    for row in _plan(context.tiny):
-        names = {"width": row["width"], "type": row["type"]}
-        try:
-            found = compare_semi_structured((row["width"],), 64 if context.tiny else _ROWS, getattr(torch, row["type"]))
-        except Exception as error:
-            traceback.print_exc()
-            yield {**names, "note": reason(error), "failed": True}
-            continue
-        if not found:
-            yield {**names, "note": "torch has no 2:4 product for this size here"}
-            continue
-        dense, sparse = found
-        yield {
-            **names,
-            "dense_ms": 1e3 * dense.seconds,
-            "sparse_ms": 1e3 * sparse.seconds,
-            "speedup": dense.seconds / sparse.seconds,
-            "error": sparse.error,
-        }
+    yield from row_by_row(context, _plan(context.tiny), _figures)
+
+
+def _figures(row: Row) -> Row:
+    found = compare_semi_structured((row["width"],), _ROWS, getattr(torch, row["type"]))
+    if not found:
+        return {"note": "torch has no 2:4 product for this size here"}
+    dense, sparse = found
+    return {
+        "dense_ms": 1e3 * dense.seconds,
+        "sparse_ms": 1e3 * sparse.seconds,
+        "speedup": dense.seconds / sparse.seconds,
+        "error": sparse.error,
+    }

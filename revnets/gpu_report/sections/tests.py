@@ -88,7 +88,7 @@ def _total(outcomes: dict[str, str], code: int) -> Row:
 
 
 def gpu_files(tests: Path) -> list[str]:
-    """The files with tests for GPUs, by mark or by the fixture ``device``: collecting no others saves most of a minute."""
+    """The files with tests for GPUs, by mark or by the fixture ``device``; collecting all takes most of a minute."""
     found = [path for path in sorted(tests.rglob("test_*.py")) if _FOR_GPUS.search(path.read_text(encoding="utf-8"))]
     return [str(path.relative_to(tests.parent)) for path in found]
 
