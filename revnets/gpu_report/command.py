@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from ..training.files import whole_file
 from ..training.places import check_folder
 from ..training.values import POSITIVE, check_choice, reason
 from . import runner, summary
-from .registry import CATALOG, choose, load
-from .results import FILES, SUMMARY, Report, Store
+from .pictures import draw
+from .registry import CATALOG, Section, choose, load
+from .results import FILES, LOG, REPORT, SUMMARY, Report, Store
 
 DEVICES = ("cpu", "cuda")
 
@@ -88,24 +90,29 @@ def _begun(store: Store, resume: bool, device: str, tiny: bool) -> Report | None
     return report
 
 
-def _finish(store: Store, report: Report, sections: list[Any], say: Callable[[str], Any]) -> None:
-    """Tables, Markdown and pictures of whatever there is."""
+def _finish(store: Store, report: Report, sections: list[Section], say: Callable[[str], Any]) -> None:
+    """Pictures, Markdown and tables of whatever there is; none of them is a reason to lose the others."""
     report.machine = _machine(report)
     store.save(report)
+    wrote = [REPORT]
+    for what, make in (
+        ("pictures", lambda: [path.name for path in draw(report, store.folder)]),
+        (SUMMARY, lambda: _write_summary(store, report, sections)),
+        ("tables", lambda: summary.print_report(report, sections)),
+    ):
+        try:
+            wrote += make() or []
+        except Exception as error:
+            with (store.folder / LOG).open("a") as log:
+                traceback.print_exc(file=log)
+            say(f"no {what}: {reason(error)}")
+    say(f"wrote {', '.join(wrote)} in {store.folder}")
+
+
+def _write_summary(store: Store, report: Report, sections: list[Section]) -> list[str]:
     with whole_file(store.folder / SUMMARY) as path:
         path.write_text(summary.markdown(report, sections, report.tiny), encoding="utf-8")
-    summary.print_report(report, sections)
-    try:
-        from .pictures import draw
-
-        pictures = [path.name for path in draw(report, store.folder)]
-    except ImportError:
-        pictures = []
-        say("no pictures: matplotlib is not installed")
-    except Exception as error:  # a picture less is no reason to lose the rest
-        pictures = []
-        say(f"no pictures: {reason(error)}")
-    say(f"wrote {', '.join(['report.json', SUMMARY, *pictures])} in {store.folder}")
+    return [SUMMARY]
 
 
 def _machine(report: Report) -> str:

@@ -207,7 +207,7 @@ def choose(text: str, sections: Mapping[str, Section]) -> list[Section]:
     return [section for letter, section in sections.items() if letter in letters]
 
 
-def first(rows: Sequence[Row], key: str, **names: Any) -> float | None:
+def first(rows: Sequence[Row], key: str, /, **names: Any) -> float | None:
     """The value of the first row of these names that has one.
 
     Example:

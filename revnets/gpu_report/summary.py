@@ -67,7 +67,7 @@ def _cell(text: str) -> str:
 
 
 def promises(report: Report, sections: Sequence[Section]) -> Iterator[tuple[str, str, str, str]]:
-    """Every promise: words, limit, what was measured and whether it is kept; blank where it was not measured."""
+    """Every promise: words, limit, what was measured and whether it is kept; blank where that is not known."""
     for section in sections:
         outcome = report.outcomes.get(section.letter)
         for target in section.targets:
@@ -75,7 +75,8 @@ def promises(report: Report, sections: Sequence[Section]) -> Iterator[tuple[str,
             if value is None:
                 yield target.words, target.limit, "", ""
             else:
-                yield target.words, target.limit, f"{value:.3g}", "kept" if target.met(value) else "NOT KEPT"
+                verdict = "" if report.tiny else "kept" if target.met(value) else "NOT KEPT"
+                yield target.words, target.limit, f"{value:.3g}", verdict
 
 
 # --- Markdown --------------------------------------------------------------------------------------------------------

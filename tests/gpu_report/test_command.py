@@ -23,22 +23,24 @@ SECTIONS = load()
 PNG = b"\x89PNG\r\n"
 
 
-def test_a_rehearsal_runs_everything(tmp_path: Path) -> None:
+@pytest.mark.parametrize("letters", ["acef", pytest.param("abcdefgh", marks=pytest.mark.slow)])
+def test_a_rehearsal(letters: str, tmp_path: Path) -> None:
     output = tmp_path / "report"
-    line = ["gpu-report", "--output", str(output), "--tiny", "--device", "cpu", "--minutes", "30"]
-    result = CliRunner().invoke(app, line)
+    line = ["gpu-report", "--output", str(output), "--tiny", "--device", "cpu", "--minutes", "60"]
+    result = CliRunner().invoke(app, [*line, "--sections", ",".join(letters)])
     assert result.exit_code == 0, result.output
     outcomes = json.loads((output / "report.json").read_text())["outcomes"]
-    assert list(outcomes) == list("abcdefgh")
+    assert list(outcomes) == list(letters)
     log = (output / "report.log").read_text(errors="replace")
     for letter, outcome in outcomes.items():
         skipped = outcome["state"] == SKIPPED and outcome["reason"]
         assert outcome["state"] == DONE or skipped, (letter, outcome, log[-5000:])
         assert f"{letter}  {SECTIONS[letter].name}: {outcome['state']} in " in result.output
     check_figures({letter: outcome["rows"] for letter, outcome in outcomes.items()})
-    assert {path.name for path in output.iterdir()} <= set(FILES)
+    files = {path.name for path in output.iterdir()}
+    assert {"report.json", "summary.md", "report.log", TABLE} <= files <= set(FILES)
     assert all(path.read_bytes().startswith(PNG) for path in output.glob("*.png"))
-    assert set(break_even("cpu", output / TABLE).least) == set(KINDS)
+    assert set(break_even("cpu", output / TABLE).least) >= set(KINDS)
 
 
 def check_figures(rows: dict[str, list[dict[str, Any]]]) -> None:
@@ -50,8 +52,8 @@ def check_figures(rows: dict[str, list[dict[str, Any]]]) -> None:
     assert by_mode["reversible"]["allocated_mb"] < by_mode["store"]["allocated_mb"]
     assert all(row["step_ms"] > 0 and row["images_per_s"] > 0 for row in rows["c"])
     assert by_mode["reversible"]["largest_predicted"] > by_mode["store"]["largest_predicted"] > 0
-    assert all(abs(row["error"]) < 0.02 for row in rows["d"])
-    assert all(row["non_finite"] == 0 for row in rows["g"])
+    assert all(abs(row["error"]) < 0.05 for row in rows.get("d", []))
+    assert all(row["non_finite"] == 0 for row in rows.get("g", []))
 
 
 @pytest.mark.parametrize(

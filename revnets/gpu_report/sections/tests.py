@@ -84,7 +84,8 @@ def _total(outcomes: dict[str, str], code: int) -> Row:
     words = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) or "none was found"
     bad = counts["failed"] + counts["crashed"]
     note = None if code in (0, 1, 5) else f"pytest ended with code {code}, see report.log"
-    return {"test": ALL, "outcome": words, "not_passed": bad, "note": note, "failed": bool(bad or note)}
+    row = {"test": ALL, "outcome": words, "note": note, "failed": bool(bad or note)}
+    return {**row, "not_passed": bad} if bad or counts["passed"] else row
 
 
 def gpu_files(tests: Path) -> list[str]:
