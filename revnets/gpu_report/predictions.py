@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
@@ -35,7 +35,8 @@ class Predictions:
     def want(self, target: Target, setting: Setting) -> None:
         """Begin, unless it was begun before."""
         if self._pool is not None and _key(target, setting) not in self._found:
-            self._found[_key(target, setting)] = self._pool.submit(peak_bytes, target, setting)
+            with suppress(BrokenExecutor):
+                self._found[_key(target, setting)] = self._pool.submit(peak_bytes, target, setting)
 
     def peak(self, target: Target, setting: Setting) -> int:
         """The peak in bytes.
@@ -43,10 +44,13 @@ class Predictions:
         Raises:
             ProfileError: it cannot be predicted.
         """
-        if self._pool is None:
-            return peak_bytes(target, setting)
-        self.want(target, setting)
-        return self._found[_key(target, setting)].result()
+        if self._pool is not None:
+            self.want(target, setting)
+            try:
+                return self._found[_key(target, setting)].result()
+            except (BrokenExecutor, KeyError):  # one of them was killed, and it does not come back
+                self._pool = None
+        return peak_bytes(target, setting)
 
     def want_line(self, target: Target, setting: Setting) -> None:
         """Begin what ``largest`` needs."""

@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -104,11 +105,13 @@ def _run(section: Section, request: Request, before: list[dict[str, Any]], limit
         section.letter, request.device, request.tiny, limit, str(request.output.resolve()), before, started,
         request.catalog,
     )  # fmt: skip
-    with (request.output / LOG).open("ab", buffering=0) as log:
+    with (request.output / LOG).open("ab", buffering=0) as log, tempfile.TemporaryFile() as told:
+        told.write(work.line().encode())
+        told.seek(0)
         log.write(f"\n--- {section.letter}  {section.title}, {limit:.0f} s, {time.strftime('%H:%M:%S')}\n".encode())
         process = subprocess.Popen(
-            [sys.executable, "-m", "revnets.gpu_report.worker", work.line()],
-            stdin=subprocess.DEVNULL,
+            [sys.executable, "-m", "revnets.gpu_report.worker"],
+            stdin=told,
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -120,7 +123,7 @@ def _run(section: Section, request: Request, before: list[dict[str, Any]], limit
         until = min(_START, deadline - time.monotonic())
         if not select.select([ready], [], [], max(until, _LEAST))[0]:
             return f"it did not start within {until:.0f} s"
-        code = process.wait(timeout=limit)
+        code = process.wait(timeout=max(_LEAST, min(limit, deadline - time.monotonic())))
         return "" if code == 0 else f"its process died: {_died_of(code)}"
     except subprocess.TimeoutExpired:
         return f"it was stopped at its limit of {limit:.0f} s"

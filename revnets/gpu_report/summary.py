@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from .registry import Row, Section
+from .registry import Column, Row, Section
 from .results import DONE, Report
 
 COMMAND = "revnets gpu-report --output DIR --minutes 8"
@@ -56,7 +56,7 @@ def print_report(report: Report, sections: Sequence[Section]) -> None:
     console.print(ended)
 
 
-def _columns(section: Section, rows: Sequence[Row]) -> list:  # type: ignore[type-arg]
+def _columns(section: Section, rows: Sequence[Row]) -> list[Column]:
     """Those that have a value somewhere."""
     return [*section.names, *(c for c in section.figures if any(c.show(row) for row in rows))]
 

@@ -1,6 +1,6 @@
 """Measures one section in this process: what it has measured is in a file before anything can go wrong.
 
-python -m revnets.gpu_report.worker '{"letter": "a", ...}', see ``Work``
+python -m revnets.gpu_report.worker, with a ``Work`` as JSON on its standard input
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class Work:
     catalog: str = CATALOG
 
     def line(self) -> str:
-        """For the command line."""
+        """As the process reads it."""
         return json.dumps(asdict(self), default=str)
 
 
-def main(argv: list[str]) -> int:
+def main() -> int:
     """Measures; the exit code says nothing, the last line of the rows does."""
-    work = Work(**json.loads(argv[0]))
+    work = Work(**json.load(sys.stdin))
     faulthandler.enable()
     section = load(work.catalog)[work.letter]
     signal.alarm(round(work.seconds) + _ORPHANED)
@@ -97,4 +97,4 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

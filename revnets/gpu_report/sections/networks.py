@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+import revnets
+
 from ...profiling.memory import StepMemory, measure_training_step
 from ...profiling.profile import free_bytes, resident_bytes
 from ...profiling.target import Job, Setting, Target, is_reversible
+from ...reversible import compile_branches
 from ...training.values import reason
 from ..predictions import Predictions, predicting
 from ..registry import REPORT, Column, Context, Row, first
 from ..registry import Target as Promise
+from ..rows import failure
 from ..timing import Energy, kernels, milliseconds, release
-from ..worker import out_of_memory
 
 _SIZES = {"revbifpn_s0": 224, "revbifpn_s1": 256, "revbifpn_s2": 256, "revbifpn_s3": 288, "revbifpn_s4": 320,
           "revbifpn_s6": 352, "efficientnet_b0": 224, "hrnet_w18": 224, "resnet50": 224}  # fmt: skip
@@ -31,6 +34,9 @@ _COMPILED_NETWORKS = ("revbifpn_s1", "revbifpn_s2", "revbifpn_s3")
 _CAPTURED_NETWORKS = ("revbifpn_s0", "revbifpn_s1", "revbifpn_s2", "revbifpn_s3", "efficientnet_b0")
 _FILL = 0.92  # of the free memory: what predictions leave to the allocator's gaps and libraries
 _ROUNDS = 5
+_ROUNDS_SECONDS = 6.0
+_LONGEST_STEP = 8.0  # seconds: larger batches are predicted only
+Before = Mapping[tuple[str, str, str], Row]
 _LEAST_SECONDS = 6.0  # with fewer left nothing new is begun
 
 
@@ -54,7 +60,6 @@ def _row(network: str, size: int, precision: str, mode: str) -> Row:
 
 
 def _plan(tiny: bool) -> list[Row]:
-    """In order of value: bfloat16, captured, float32, compiled, which takes minutes."""
     if tiny:
         return [_row(n, s, "float32", mode) for n, s in _TINY.items() for mode in _modes(n)]
     rows = [_row(n, _SIZES[n], "bfloat16", mode) for n in _ORDER for mode in _modes(n)]
@@ -109,25 +114,40 @@ def _words(rows: Sequence[Row]) -> str:
 )
 def measure(context: Context) -> Iterator[Row]:
     """Group by group: the modes of a network in one precision take turns on the same weights."""
-    done = {(row["network"], row["precision"], row["mode"]) for row in context.before}
-    groups: dict[tuple[str, str, str], list[str]] = {}
-    for row in _plan(context.tiny):
-        if (row["network"], row["precision"], row["mode"]) not in done:
-            _, comma, extra = row["mode"].partition(",")
-            groups.setdefault((row["network"], row["precision"], comma + extra), []).append(row["mode"])
+    before = {(row["network"], row["precision"], row["mode"]): row for row in context.before}
     with predicting(context.device, context.tiny) as predictions:
-        bench = [_Group(context, predictions, *name, modes) for name, modes in groups.items()]
-        for group in bench:
+        groups = _groups(context, predictions)
+        for group in groups:
             group.want()
-        for group in bench:
-            if context.left < _LEAST_SECONDS:
-                return
-            try:
-                yield from group.measure()
-            except Exception as error:  # one network does not take the others with it
-                traceback.print_exc()
-                yield from group.failed(error)
-            release(torch.device(context.device))
+        for stage, share in _STAGES:
+            for group in (g for g in groups if stage in ("largest", g.stage)):
+                if context.left < max(_LEAST_SECONDS, (1 - share) * context.seconds):
+                    break
+                try:
+                    yield from group.largest(before) if stage == "largest" else group.measure(before)
+                except Exception as error:  # one network does not take the others with it
+                    traceback.print_exc()
+                    yield from group.failed(error, before)
+                release(torch.device(context.device))
+
+
+_STAGES = (
+    ("bfloat16", 1.0),
+    (_CAPTURED, 1.0),
+    ("largest", 0.6),
+    (_COMPILED, 1.0),
+    ("float32", 1.0),
+    ("largest", 1.0),
+)
+"""In order of value, and up to which share of the time each may begin something."""
+
+
+def _groups(context: Context, predictions: Predictions) -> list[_Group]:
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for row in _plan(context.tiny):
+        _, comma, extra = row["mode"].partition(",")
+        found.setdefault((row["network"], row["precision"], comma + extra), []).append(row["mode"])
+    return [_Group(context, predictions, *names, modes) for names, modes in found.items()]
 
 
 @dataclass
@@ -140,6 +160,8 @@ class _Group:
     precision: str
     kind: str
     modes: list[str]
+    ms_per_image: dict[str, float] = field(default_factory=dict)
+    tried: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.device = torch.device(self.context.device)
@@ -147,6 +169,7 @@ class _Group:
         self.setting = Setting(self.context.device, True, amp, True, "adamw")
         self.name, size = self.network.split(" @")
         self.size = int(size)
+        self.stage = self.kind or self.precision
 
     def target(self, mode: str, batch: int = 1) -> Target:
         return Target(self.name, self.size, batch, mode.split(",")[0])
@@ -156,26 +179,26 @@ class _Group:
         for mode in {*self.modes, "store"}:
             self.predictions.want_line(self.target(mode), self.setting)
 
-    def failed(self, error: Exception) -> Iterator[Row]:
+    def todo(self, before: Before) -> list[str]:
+        """Modes that were not measured before."""
+        return [mode for mode in self.modes if (self.network, self.precision, mode) not in before]
+
+    def failed(self, error: Exception, before: Before) -> Iterator[Row]:
         """Rows that say why they are blank."""
-        words = f"out of memory: {reason(error)}" if out_of_memory(error) else reason(error)
-        for mode in self.modes:
-            yield self.row(mode, note=words, failed=True)
+        for mode in self.todo(before):
+            if mode not in self.ms_per_image:
+                yield self.row(mode, **failure(error))
 
     def row(self, mode: str, **figures: Any) -> Row:
         return {"network": self.network, "precision": self.precision, "mode": mode, **figures}
 
-    def measure(self) -> Iterator[Row]:
-        """Time and memory at one batch for all modes, then each mode's largest batch."""
-        batch = self.batch()
-        if self.kind == _CAPTURED:
-            yield self.captured(batch)
-            return
-        yield from self.compared(batch)
-        if not self.kind:
-            for mode in self.modes[: 2 if self.context.tiny else None]:
-                if self.context.left > _LEAST_SECONDS:
-                    yield self.row(mode, **self.largest(mode))
+    def measure(self, before: Before) -> Iterator[Row]:
+        """Time and memory at one batch for all modes."""
+        modes = self.todo(before)
+        if modes and self.kind == _CAPTURED:
+            yield self.captured(modes[0], self.batch())
+        elif modes:
+            yield from self.compared(modes, self.batch())
 
     def batch(self) -> int:
         """One that all modes can train with."""
@@ -184,26 +207,25 @@ class _Group:
         fits = self.predictions.largest(self.target("store"), self.setting, _FILL * free_bytes(self.device))
         return max(1, min(_BATCH, 8 * (fits // 8) or fits))
 
-    def compared(self, batch: int) -> Iterator[Row]:
+    def compared(self, modes: list[str], batch: int) -> Iterator[Row]:
         job = self.target("store", batch).build(self.setting, self.device)
         optimizer = self.setting.make_optimizer(job.model)
         if self.kind == _COMPILED:
-            from ...reversible import compile_branches
-
             compile_branches(job.network)
         memory: dict[str, StepMemory] = {}
-        resident = 0
-        for mode in self.modes:
+        for mode in modes:
             switch(job.network, mode)
             memory[mode] = measure_training_step(job.model, job.x, job.loss_fn, optimizer)
-            resident = resident_bytes(job, optimizer)
-        steps = {mode: _step(job, optimizer, mode) for mode in self.modes}
-        rounds, energy = 1 if self.context.tiny else _ROUNDS, Energy(self.device)
+        resident = resident_bytes(job, optimizer)
+        steps = {mode: _step(job, optimizer, mode) for mode in modes}
+        round_seconds = sum(step.seconds for step in memory.values())
+        rounds = 1 if self.context.tiny else max(1, min(_ROUNDS, int(_ROUNDS_SECONDS / round_seconds)))
         taken = milliseconds(steps, self.device, rounds, warmup=1)
         store = next((taken[mode] for mode in taken if mode.startswith("store")), None)
+        energy = Energy(self.device)
         for mode, step in steps.items():
-            count = max(1, round(400 / taken[mode]))
-            joules = energy.joules(step, self.device, count)
+            self.ms_per_image[mode] = taken[mode] / batch
+            joules = energy.joules(step, self.device, max(1, round(400 / taken[mode])))
             reserved = memory[mode].reserved_bytes
             yield self.row(
                 mode,
@@ -216,54 +238,57 @@ class _Group:
                 allocated_mb=(memory[mode].peak_bytes + resident) / 1e6,
                 reserved_mb=None if reserved is None else reserved / 1e6,
                 joules=None if joules is None else joules / batch,
-                note=energy.reason or None if mode == self.modes[0] else None,
+                note=energy.reason or None if mode == modes[0] else None,
             )
 
-    def captured(self, batch: int) -> Row:
+    def captured(self, mode: str, batch: int) -> Row:
         """A whole step as one CUDA graph."""
-        import revnets
-
         capture = getattr(revnets, "capture_step", None)
-        (mode,) = self.modes
         if capture is None:
             return self.row(mode, note="there is no revnets.capture_step in this version", failed=True)
-        if self.device.type != "cuda":
-            return self.row(mode, note="CUDA graphs need a GPU", failed=True)
         job = self.target(mode, batch).build(self.setting, self.device)
         optimizer = self.setting.make_optimizer(job.model)
         captured = capture(job.model, optimizer, job.loss_fn, job.x)
         taken = milliseconds({mode: lambda: captured(job.x)}, self.device, _ROUNDS)[mode]
+        self.ms_per_image[mode] = taken / batch
         return self.row(mode, batch=batch, step_ms=taken, images_per_s=1e3 * batch / taken)
 
-    def largest(self, mode: str) -> Row:
-        """The largest batch: as predicted, then less by and by until it trains."""
-        release(self.device)
-        budget = 2**26 if self.context.tiny else _FILL * free_bytes(self.device)
-        predicted = self.predictions.largest(self.target(mode), self.setting, budget)
-        batch = min(predicted, 2) if self.context.tiny else predicted
+    def largest(self, before: Before) -> Iterator[Row]:
+        """Each mode's largest batch, where a step of it takes seconds: as predicted, then less until it trains."""
+        for mode in self.modes[: 2 if self.context.tiny else None]:
+            if mode not in self.ms_per_image or mode in self.tried or self.kind:
+                continue
+            self.tried.add(mode)
+            release(self.device)
+            budget = 2**26 if self.context.tiny else _FILL * free_bytes(self.device)
+            predicted = self.predictions.largest(self.target(mode), self.setting, budget)
+            yield self.row(mode, largest_predicted=predicted)
+            seconds = self.ms_per_image[mode] * predicted / 1e3
+            if seconds > min(_LONGEST_STEP, self.context.left / 2) and not self.context.tiny:
+                yield self.row(mode, note=f"the largest batch was not tried: {seconds:.0f} s a step")
+            else:
+                yield self.row(mode, **self.trained(mode, min(predicted, 2) if self.context.tiny else predicted))
+
+    def trained(self, mode: str, batch: int) -> Row:
+        """The largest batch of which a step ran."""
         problem: str | None = None
         for _ in range(4):
             if batch < 1:
                 break
-            taken, trouble = self.tried(mode, batch)
+            taken, trouble = self.once(mode, batch)
             if taken is not None:
-                speed = 1e3 * batch / taken
-                return {
-                    "largest_predicted": predicted,
-                    "largest": batch,
-                    "largest_images_per_s": speed,
-                    "note": problem,
-                }
+                found = {"largest": batch, "largest_images_per_s": 1e3 * batch / taken}
+                return {**found, "note": problem} if problem else found
             problem, batch = trouble, int(0.9 * batch)
             release(self.device)
-        return {"largest_predicted": predicted, "note": problem or "not even one image fits"}
+        return {"note": problem or "not even one image fits"}
 
-    def tried(self, mode: str, batch: int) -> tuple[float | None, str]:
-        """Milliseconds of a step of this batch, after one of warm-up; or why there is none."""
+    def once(self, mode: str, batch: int) -> tuple[float | None, str]:
+        """Milliseconds of a step of this batch; or why there is none."""
         try:
             job = self.target(mode, batch).build(self.setting, self.device)
             step = _step(job, self.setting.make_optimizer(job.model), mode)
-            return milliseconds({"": step}, self.device, 1, warmup=1)[""], ""
+            return milliseconds({"": step}, self.device, 1, warmup=0)[""], ""
         except Exception as error:  # out of memory, or a kernel that cannot count that far
             return None, f"batch {batch}: {reason(error)}"
 

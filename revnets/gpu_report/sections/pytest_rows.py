@@ -12,7 +12,6 @@ from typing import Any
 
 VARIABLE = "REVNETS_TEST_ROWS"
 _BROKEN = ("CUDA error", "device-side assert", "illegal memory access", "CUBLAS_STATUS_EXECUTION_FAILED")
-_stop: list[str] = []
 
 
 def _write(**data: Any) -> None:
@@ -30,14 +29,12 @@ def pytest_runtest_logreport(report: Any) -> None:
     if report.when == "call" or report.outcome != "passed":
         text = "" if report.outcome == "passed" else _reason(report)
         _write(test=report.nodeid, outcome=report.outcome, seconds=round(report.duration, 3), reason=text)
-        if report.outcome == "failed" and any(words in str(report.longrepr) for words in _BROKEN):
-            _stop.append(report.nodeid)
 
 
-def pytest_runtest_protocol(item: Any, nextitem: Any) -> None:
-    """Before a test: not after one that broke CUDA."""
-    if _stop:
-        item.session.shouldstop = f"{_stop[0]} left CUDA unusable"
+def pytest_runtest_makereport(item: Any, call: Any) -> None:
+    """Ends the run after a test that broke CUDA; the report itself is pytest's."""
+    if call.excinfo is not None and any(words in str(call.excinfo.value) for words in _BROKEN):
+        item.session.shouldstop = f"{item.nodeid} left CUDA unusable"
 
 
 def _reason(report: Any) -> str:

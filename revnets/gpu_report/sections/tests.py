@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 import revnets
@@ -98,7 +98,7 @@ def _one(test: str) -> str:
     return f"python -m pytest '{test}'"
 
 
-def _pytest(files: Sequence[str], done: Sequence[str], context: Context, began: list[str]) -> Iterator[Row]:
+def _pytest(files: Sequence[str], done: Sequence[str], context: Context, began: list[str]) -> Generator[Row, None, int]:
     """Rows of the tests as they end; returns the exit code."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows"
