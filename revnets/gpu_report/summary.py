@@ -44,7 +44,7 @@ def print_report(report: Report, sections: Sequence[Section]) -> None:
     for words, wanted, value, verdict in promises(report, sections):
         targets.add_row(words, wanted, value, verdict)
     if targets.row_count:
-        console.print(targets)
+        console.print(targets, markup=False)
     ended = Table(title=machine_line(report))
     for title in ("section", "ended", "s", "found", "because"):
         ended.add_column(title)
@@ -53,7 +53,7 @@ def print_report(report: Report, sections: Sequence[Section]) -> None:
         if outcome is not None:
             cells = (outcome.state, f"{outcome.seconds:.0f}", outcome.words, outcome.reason)
             ended.add_row(f"{section.letter}  {section.name}", *map(_cell, cells))
-    console.print(ended)
+    console.print(ended, markup=False)
 
 
 def _columns(section: Section, rows: Sequence[Row]) -> list[Column]:
@@ -62,8 +62,7 @@ def _columns(section: Section, rows: Sequence[Row]) -> list[Column]:
 
 
 def _cell(text: str) -> str:
-    shown = text if len(text) <= _NOTE else f"{text[: _NOTE - 3]}..."
-    return shown.replace("[", r"\[")
+    return text if len(text) <= _NOTE else f"{text[: _NOTE - 3]}..."
 
 
 def promises(report: Report, sections: Sequence[Section]) -> Iterator[tuple[str, str, str, str]]:

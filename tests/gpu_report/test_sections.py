@@ -91,7 +91,7 @@ class FakePredictions:
 @pytest.fixture
 def group(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Of a card that really holds 900 images."""
-    names = ("test_revbifpn @64", "float32", "", ["reversible", "store"])
+    names = ("test_revbifpn @32", "float32", "", ["reversible", "store"])
     made = networks._Group(Context("cpu"), FakePredictions(), *names)  # type: ignore[arg-type]
     made.ms_per_image = {"reversible": 1.0, "store": 100.0}
 
@@ -130,7 +130,7 @@ def test_a_network_that_fails_does_not_take_the_others_with_it(monkeypatch: pyte
     monkeypatch.setattr(networks._Group, "largest", lambda self, before: iter(()))
     rows = list(networks.measure(Context("cpu", tiny=True, seconds=600)))
     failed = [row for row in rows if row.get("failed")]
-    assert {row["network"] for row in failed} == {"test_resnet @64"}
+    assert {row["network"] for row in failed} == {"test_resnet @32"}
     assert all("out of memory" in row["note"] for row in failed)
     assert len(rows) == 5
 

@@ -26,7 +26,7 @@ _SIZES = {"revbifpn_s0": 224, "revbifpn_s1": 256, "revbifpn_s2": 256, "revbifpn_
           "revbifpn_s6": 352, "efficientnet_b0": 224, "hrnet_w18": 224, "resnet50": 224}  # fmt: skip
 _ORDER = ("revbifpn_s1", "efficientnet_b0", "resnet50", "revbifpn_s2", "revbifpn_s3", "hrnet_w18", "revbifpn_s0",
           "revbifpn_s4", "revbifpn_s6")  # fmt: skip
-_TINY = {"test_revbifpn": 64, "test_resnet": 64}
+_TINY = {"test_revbifpn": 32, "test_resnet": 32}
 _MODES = ("reversible", "store", "checkpoint")
 _BATCH = 128  # at which modes are compared, where it fits
 _COMPILED, _CAPTURED = ", compiled branches", ", CUDA graph"
