@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from ..profiling.memory import synchronize
 
@@ -50,18 +52,20 @@ def _once(step: Step, device: torch.device) -> float:
 
 
 def kernels(step: Step, device: torch.device) -> int | None:
-    """Kernels that a step launches on a GPU, copies and fills included; elsewhere None."""
+    """Kernels that a step launches on a GPU, copies and fills included; None elsewhere, and where CUPTI sees none."""
     if device.type != "cuda":
         return None
-    from torch.profiler import ProfilerActivity, profile
-
     synchronize(device)
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        step()
-        synchronize(device)
-    events: Any = found.profiler
-    kinds = torch.autograd.DeviceType.CUDA
-    return sum(1 for event in events.kineto_results.events() if event.device_type() == kinds)
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            step()
+            synchronize(device)
+        events: Any = found.profiler
+        kind = torch.autograd.DeviceType.CUDA
+        return sum(1 for event in events.kineto_results.events() if event.device_type() == kind) or None
+    except (AttributeError, RuntimeError):
+        traceback.print_exc()  # a count less is no reason to lose the times
+        return None
 
 
 class Energy:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 
 from revnets.gpu_report import predictions
@@ -76,6 +77,31 @@ def test_predictions_go_on_where_their_processes_were_killed(monkeypatch: pytest
     found.want_line(target, setting)
     assert found.largest(target, setting, 2000) == 100
     assert found.largest(target, setting, 1000) == 0
+
+
+@pytest.mark.slow
+def test_predictions_in_processes_of_their_own() -> None:
+    target, setting = Target("test_resnet", 64, 1, "store"), Setting("cuda", optimizer="adamw")
+    with predictions.predicting("cuda", tiny=False) as found:
+        found.want_line(target, setting)
+        largest = found.largest(target, setting, 2**28)
+        assert found._found
+    assert largest == predictions.Predictions(None).largest(target, setting, 2**28) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", networks._ORDER)
+def test_networks_have_the_modes_of_the_plan(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    for mode in (*networks._modes(name), "store"):
+        networks.switch(model, mode)
+        if hasattr(model, "mode"):
+            assert model.mode == mode
+        elif mode == "checkpoint":
+            assert model.grad_checkpointing
+        else:
+            assert not getattr(model, "grad_checkpointing", False)
 
 
 class FakePredictions:

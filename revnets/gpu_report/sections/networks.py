@@ -26,6 +26,7 @@ _SIZES = {"revbifpn_s0": 224, "revbifpn_s1": 256, "revbifpn_s2": 256, "revbifpn_
           "revbifpn_s6": 352, "efficientnet_b0": 224, "hrnet_w18": 224, "resnet50": 224}  # fmt: skip
 _ORDER = ("revbifpn_s1", "efficientnet_b0", "resnet50", "revbifpn_s2", "revbifpn_s3", "hrnet_w18", "revbifpn_s0",
           "revbifpn_s4", "revbifpn_s6")  # fmt: skip
+_WITHOUT_CHECKPOINTING = ("hrnet_w18",)  # timm has none for it
 _TINY = {"test_revbifpn": 32, "test_resnet": 32}
 _MODES = ("reversible", "store", "checkpoint")
 _BATCH = 128  # at which modes are compared, where it fits
@@ -41,7 +42,9 @@ _LEAST_SECONDS = 6.0  # with fewer left nothing new is begun
 
 
 def _modes(network: str) -> tuple[str, ...]:
-    return _MODES if is_reversible(network) else _MODES[1:]
+    if is_reversible(network):
+        return _MODES
+    return _MODES[1:2] if network in _WITHOUT_CHECKPOINTING else _MODES[1:]
 
 
 def _command(network: str, size: int, precision: str, mode: str, batch: int = _BATCH) -> str:
@@ -298,7 +301,7 @@ def switch(network: Any, mode: str) -> None:
     base = mode.split(",")[0]
     if hasattr(network, "set_mode"):
         network.set_mode(base)
-    else:
+    elif base == "checkpoint" or getattr(network, "grad_checkpointing", False):
         network.set_grad_checkpointing(base == "checkpoint")
 
 
