@@ -365,5 +365,20 @@ def bench_two_to_four(
     command.print_measurements("2:4 on the GPU, float16", compare_semi_structured(sizes, rows, repeats=repeats))
 
 
+@_command()
+def gpu_report(
+    output: Annotated[Path, path("folder for report.json, summary.md, pictures and the log")],
+    minutes: Annotated[float, number(POSITIVE, "for everything")] = 8.0,
+    sections: Annotated[str | None, text("some of a (machine) to h (detector), separated by commas")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on: only what is missing or failed")] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="small networks, few steps: a rehearsal")] = False,
+    device: Annotated[str | None, text("cpu or cuda (default: cuda)")] = None,
+) -> None:
+    """Everything that only a GPU shows, section by section, each in a process of its own; see docs/gpu.md."""
+    from .gpu_report import command
+
+    command.run(output, minutes, sections or "", resume, tiny, device or "", typer.echo)
+
+
 if __name__ == "__main__":
     app()

@@ -1,9 +1,20 @@
-"""What keeps tests from seeing each other."""
+"""What keeps tests from seeing each other, and the devices that they run on."""
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Any:
+    """Every device there is: a fault in a test for GPUs is then seen where there is none."""
+    import torch
+
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and there is none")
+    return torch.device(request.param)
 
 
 @pytest.fixture(autouse=True)

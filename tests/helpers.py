@@ -33,15 +33,20 @@ def training_step(
     loss_fn: Callable[..., Tensor],
     mode: str | None = None,
     seed: int = 0,
-    autocast: bool = False,
+    autocast: bool | torch.dtype | None = None,
 ) -> StepResult:
-    """One forward and backward pass from the same generator state, gradients of inputs included."""
+    """One forward and backward pass from the same generator state, gradients of inputs included.
+
+    ``autocast`` to a type, or to bfloat16 where it is True.
+    """
+    device = xs[0].device
+    dtype = autocast if isinstance(autocast, torch.dtype) else torch.bfloat16
     if mode is not None:
         revnets.set_mode(model, mode)
     model.zero_grad(set_to_none=True)
     inputs = tuple(x.clone().requires_grad_() for x in xs)
     torch.manual_seed(seed)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+    with torch.autocast(device.type, dtype=dtype, enabled=bool(autocast)):
         outputs = model(*inputs)
     loss = loss_fn(outputs)
     loss.backward()
@@ -50,8 +55,13 @@ def training_step(
         [x.grad for x in inputs],
         {name: p.grad for name, p in model.named_parameters()},
         {name: b.clone() for name, b in model.named_buffers()},
-        torch.get_rng_state(),
+        generator_state(device),
     )
+
+
+def generator_state(device: torch.device) -> Tensor:
+    """Of the device's generator."""
+    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
 
 def assert_same_step(got: StepResult, expected: StepResult, relative: float) -> None:

@@ -27,6 +27,7 @@ RUNS = (
     "revnets.pruning.command.load_model",
     "revnets.deploy.command.load_model",
     "revnets.deploy.command._networks",
+    "revnets.gpu_report.runner.run_sections",
 )
 """What takes long, once everything that can be refused at once was."""
 ODD = [

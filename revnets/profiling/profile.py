@@ -13,7 +13,7 @@ from ..training.errors import reason, refused
 from .fake import ProfileError
 from .memory import StepMemory, measure_training_step
 from .predict import StepPrediction, predict_training_step
-from .target import Setting, Target
+from .target import Job, Setting, Target
 
 SLOW_FLOPS = 1e12
 """Training FLOPs beyond which a step on a CPU is only measured when asked for: it takes minutes."""
@@ -91,15 +91,34 @@ def profile(target: Target, setting: Setting, measure: bool | None = None) -> Ro
     note = "not asked for" if measure is False else reason_not_to_measure(predicted, setting, measure is True)
     if note:
         return Row(target, predicted, seconds, note=note)
+    repeats = 1 if predicted.training_flops > SLOW_FLOPS else 3
+    measured, resident = measured_step(target, setting, repeats)
+    return Row(target, predicted, seconds, measured, resident)
+
+
+def measured_step(target: Target, setting: Setting, repeats: int = 3) -> tuple[StepMemory, int]:
+    """A step of ``target`` on the setting's device, and the bytes of what is there before it.
+
+    Args:
+        target: what.
+        setting: how.
+        repeats: timed steps.
+
+    Raises:
+        ProfileError: one sentence that names the target.
+    """
     job = target.build(setting, setting.device)
     optimizer = setting.make_optimizer(job.model) if setting.optimizer is not None else None
-    repeats = 1 if predicted.training_flops > SLOW_FLOPS else 3
     with refused(f"{target} cannot run", kind=ProfileError):
         measured = measure_training_step(job.model, job.x, job.loss_fn, optimizer, repeats)
+    return measured, resident_bytes(job, optimizer)
+
+
+def resident_bytes(job: Job, optimizer: torch.optim.Optimizer | None) -> int:
+    """Bytes of parameters, buffers, input and optimizer state."""
     state = [v for s in (optimizer.state.values() if optimizer is not None else ()) for v in s.values()]
     tensors = [*job.model.parameters(), *job.model.buffers(), job.x, *(v for v in state if torch.is_tensor(v))]
-    resident = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-    return Row(target, predicted, seconds, measured, resident)
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def reason_not_to_measure(predicted: StepPrediction, setting: Setting, forced: bool) -> str:
