@@ -197,7 +197,7 @@ def use_checked(cfg: Any, report: bool = True) -> None:
 
 def check_all() -> None:
     """Have every runner that is made of a configuration use the two classes, in scripts of MMDetection's."""
-    plain = Runner.from_cfg.__func__  # type: ignore[attr-defined]
+    plain = Runner.from_cfg.__func__
 
     @functools.wraps(plain)
     def from_cfg(cls: type[Runner], cfg: Any) -> Runner:
