@@ -88,7 +88,11 @@ KINDS: list[tuple[tuple[Any, ...], Any, str]] = [
     (("state_dict",), {1: torch.ones(1)}, "state_dict has the key 1, text"),
     (("state_dict", "0.weight"), [1.0], "state_dict['0.weight'] is a list of 1, a tensor"),
     (("state_dict", "0.weight"), torch.full((4, 3), float("nan")), "state_dict['0.weight'] holds NaN"),
-    (("state_dict", "0.weight"), torch.full((4, 3), float("inf")), "state_dict['0.weight'] holds NaN or infinity"),
+    (
+        ("state_dict", "0.weight"),
+        torch.full((4, 3), float("inf")),
+        "'0.weight' holds 12 numbers that are NaN or infinite",
+    ),
     (("state_dict", "0.weight"), ODD["on meta"], "state_dict['0.weight'] is a tensor without memory"),
     (("state_dict", "0.weight"), ODD["expanded"], "numbers in memory for 1"),
     ((*STATE, "step"), DELETE, "optimizer.state[0].step is missing, a number of at least 0"),
