@@ -23,7 +23,7 @@ def find_split(root: str | Path, split: str) -> Path:
         ValueError: There is none, where timm would take all images below ``root``.
 
     Example:
-        >>> find_split(Path(__file__).parent, "trainnig")
+        >>> find_split(Path(__file__).parent, "trainnig")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ValueError: there is no 'trainnig' in ...
     """
