@@ -197,7 +197,7 @@ LATE: list[tuple[tuple[Any, ...], Any, str]] = [  # only against the runner
     (
         ("optimizer", "param_groups", 0, "capturable"),
         True,
-        "are options that AdamW does not work with (If capturable=Tr",
+        "are options that AdamW does not work with (If capt",
     ),
     (("optimizer", "param_groups", 0, "betas"), DELETE, "are options that AdamW does not work with (KeyError 'betas')"),
     (("optimizer", "param_groups", 0, "betas"), 0.9, "param_groups[0].betas is 0.9"),
