@@ -207,6 +207,7 @@ LATE: list[tuple[tuple[Any, ...], Any, str]] = [  # only against the runner
     (("ema_state_dict", "module.net.0.weight"), torch.ones(7), "ema_state_dict['net.0.weight'] is a tensor"),
     (("processes", 0, "model", "net.1.running_mean"), torch.ones(7), "processes[0].model['net.1.running_mean'] is a"),
     (("processes", 0, "ema", "net.1.running_mean"), torch.ones(7), "processes[0].ema['net.1.running_mean'] is a"),
+    (("state_dict", "net.1.num_batches_tracked"), DELETE, "is missing beside its average"),
     (("sparsity", "layers"), {"other": []}, "masks do not match"),
     (("meta", "iter"), 1_000_000, "cannot resume at iteration 1000000"),
     (("meta", "epoch"), 7, "cannot resume at iteration"),
