@@ -102,16 +102,16 @@ def read(path: str | Path, option: str, resumed: bool = False) -> Checkpoint:
     """
     content = _content(path, option)
     state = content.get("state_dict", content)
+    with in_file(path, option):
+        if resumed and "optimizer" in content:
+            RUNNER.check(content)
+        else:
+            WEIGHTS.check(state, ("state_dict",) if "state_dict" in content else ())
     if resumed and "optimizer" not in content:
         raise UserError(
             f"{option}: '{path}' holds weights alone, no optimizer; give a checkpoint of a run, or start from its "
             f"weights with --cfg-options load_from={path}."
         )
-    with in_file(path, option):
-        if resumed:
-            RUNNER.check(content)
-        else:
-            WEIGHTS.check(state, ("state_dict",) if "state_dict" in content else ())
     weights = {key.removeprefix("module."): value for key, value in state.items()}
     return Checkpoint(named(path, option), weights, _trained_as(content))
 

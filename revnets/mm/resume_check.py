@@ -62,6 +62,9 @@ class ResumeCheckHook(Hook):
                 if hasattr(hook, "ema_model"):  # EMAHook exchanges the two, so that both have to fit it
                     for name in ("state_dict", "ema_state_dict"):
                         _check_average(hook.ema_model, checkpoint.get(name, {}), name)
+                    for key in checkpoint.get("ema_state_dict", {}):
+                        if key.startswith("module.") and key.removeprefix("module.") not in checkpoint["state_dict"]:
+                            raise Mismatch(("state_dict", key.removeprefix("module.")), "is missing beside its average")
             _check_histories(checkpoint["message_hub"]["log_scalars"])
         with _of_file(file):
             if isinstance(runner.train_loop, ResumableTrainLoop):

@@ -242,7 +242,8 @@ def _tried(
             zeros = torch.zeros(parameter.shape, dtype=parameter.dtype, requires_grad=True)
             zeros.grad = torch.zeros_like(zeros)
             kinds[signature] = zeros
-        here = {"capturable": False, "fused": None, "foreach": None}  # zeros are on the CPU
+        away = any(p.device.type != "cpu" for p in group["params"])  # and zeros are on the CPU
+        here = {"capturable": False, "fused": None, "foreach": None} if away else {}
         trial.param_groups.append(
             {**group, **{k: v for k, v in here.items() if k in group}, "params": [kinds[s] for s in fresh]}
         )
