@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from ..training.values import reason
+from ..training.errors import reason
 from .registry import Context, Row
 from .timing import release
 

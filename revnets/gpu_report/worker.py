@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..training.values import reason
+from ..training.errors import reason
 from .registry import CATALOG, Context, Skipped, load
 from .results import DONE, FAILED, ROWS, SKIPPED, RowWriter
 

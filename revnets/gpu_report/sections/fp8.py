@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,18 +85,10 @@ def measure(context: Context) -> Iterator[Row]:
         request = fp8_bench.Request(torch.device(context.device), *sizes, repeats=1 if context.tiny else 7)
         found = fp8_bench.run(request, say=notes.append)
         raw.extend(found)
-        _write_table(raw, request, context.output / TABLE)
+        fp8_bench.write_table(raw, request.device, context.output / TABLE)
         return {**_figures(found), "raw": [asdict(one) for one in found], "note": "; ".join(notes) or None}
 
     yield from row_by_row(context, _plan(context.tiny), figures)
-
-
-def _write_table(raw: Sequence[fp8_bench.Row], request: fp8_bench.Request, path: Path) -> None:
-    write: Any = getattr(fp8_bench, "write_table", None)
-    if write is not None:
-        write(raw, request.device, path)
-    else:
-        fp8_bench.save(raw, request, path)
 
 
 def _figures(found: Sequence[fp8_bench.Row]) -> Row:

@@ -13,7 +13,7 @@ import torch
 
 from ...profiling.target import training_loss
 from ...reversible import MODES
-from ...training.values import reason
+from ...training.errors import reason
 from ...version import __version__
 from ..registry import REPORT, Column, Context, Row
 from ..timing import milliseconds

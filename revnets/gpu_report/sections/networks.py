@@ -15,7 +15,7 @@ from ...profiling.memory import StepMemory, measure_training_step
 from ...profiling.profile import free_bytes, resident_bytes
 from ...profiling.target import Job, Setting, Target, is_reversible
 from ...reversible import compile_branches
-from ...training.values import reason
+from ...training.errors import reason
 from ..predictions import Predictions, predicting
 from ..registry import REPORT, Column, Context, Row, first
 from ..registry import Target as Promise
