@@ -7,10 +7,12 @@ from . import models
 from .layers import convert, mus_param_groups, use_sparse_kernel
 from .pruning import densify, prune
 from .reversible import check_reversibility, compile_branches, set_mode
+from .training.capture import capture_step
 from .version import __version__
 
 __all__ = [
     "__version__",
+    "capture_step",
     "check_reversibility",
     "compile_branches",
     "convert",
