@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .compiled import call
-from .draws import Draws, DrawnAgain
+from .draws import DrawnAgain, Draws
 from .errors import ReversibleError
 
 

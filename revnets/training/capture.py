@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..reversible import RangeError, RevSequential
 from ..reversible.mode import MODES
 from ..reversible.node import RangeGuard, captured
-from .device_optimizer import DeviceOptimizer
+from .device_optimizer import DeviceOptimizer, check_capturable
 from .errors import one_line
 from .finite import FiniteGuard, SkippedByScaler
 from .processes import several
@@ -90,7 +90,7 @@ def capture_step(
     step = TrainingStep(model, loss_fn or F.cross_entropy, optimizer, x, target)
     step.amp_dtype, step.scaler, step.clip_grad, step.accumulate = amp_dtype, scaler, clip_grad, accumulate
     step.fallback = fallback
-    if _Graph.exists(x.device):
+    if has_graphs(x.device):
         step.prepare(capture=graph is not False, watched=scaler is not None or bool(guard and guard.limit))
     step.warm_up(warmup)
     step.guard = guard if guard is not None and guard.limit else None
@@ -108,6 +108,16 @@ def _check_model(model: nn.Module, x: Tensor) -> None:
     elsewhere = {str(t.device) for t in (*model.parameters(), *model.buffers()) if t.device != x.device}
     if elsewhere:
         raise ValueError(f"{name} has tensors on {', '.join(sorted(elsewhere))}, the input is on {x.device}: move one")
+
+
+def has_graphs(device: torch.device) -> bool:
+    """Whether steps on this device are captured.
+
+    Example:
+        >>> has_graphs(torch.device("cpu"))
+        False
+    """
+    return _Graph.exists(device)
 
 
 @dataclass
@@ -238,15 +248,10 @@ class TrainingStep:
         Raises:
             ValueError: where the optimizer cannot do that on the device.
         """
-        optimizer = DeviceOptimizer(self.optimizer, self._x.device)
         exact = any(isinstance(m, RevSequential) and m.grid_bits is not None for m in self.model.modules())
-        if capture and (watched or exact) and not optimizer.skips:
-            why = "the loss scaler or the guard" if watched else "exact mode's range check"
-            raise ValueError(
-                f"optimizer {type(self.optimizer).__name__} cannot leave out an update on the device (it has no "
-                f"`fused`), which {why} needs: use SGD, Adam or AdamW of torch.optim, or do without"
-            )
-        self._device_optimizer = optimizer
+        why = "the loss scaler or the guard" if watched else "exact mode's range check" if exact else ""
+        check_capturable(self.optimizer, why)
+        self._device_optimizer = DeviceOptimizer(self.optimizer, self._x.device)
         self._graph = _Graph(self._x.device) if capture else None
 
     def warm_up(self, steps: int) -> None:
@@ -283,6 +288,7 @@ class TrainingStep:
                 f"{type(self.optimizer).__name__} makes its state anew in every step, which a CUDA graph cannot hold: "
                 "train without capture"
             )
+        optimizer.fix()
         self._modes = [str(part.mode) for part in self._parts]
         self.captured = True
 

@@ -10,35 +10,56 @@ from torch import Tensor
 CHANGING = ("params", "lr", "initial_lr")  # of a group; the rest is captured as it is
 
 
-class DeviceOptimizer:
-    """Makes an optimizer ready to be captured, and steps it.
-
-    Its groups become ``capturable``, and ``fused`` where it has that, which rounds otherwise than torch's default. The
-    learning rates that it computes with are numbers on the device; in the groups they stay as schedulers write them.
+def check_capturable(optimizer: torch.optim.Optimizer, watched: str = "") -> None:
+    """Refuses an optimizer whose update no CUDA graph can hold.
 
     Args:
-        optimizer: of torch, or with the same switches.
+        optimizer: to be captured.
+        watched: who may leave out an update, in words; nothing where nobody does.
+
+    Raises:
+        ValueError: naming it, and those that can.
+    """
+    kind = type(optimizer)
+    instead = "use SGD, Adam or AdamW of torch.optim"
+    if kind is not torch.optim.SGD and not all("capturable" in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"optimizer {kind.__name__} computes on the host what a CUDA graph would repeat unchanged (it has no "
+            f"`capturable`): {instead}, or train without capture"
+        )
+    if watched and not _fused(optimizer):
+        raise ValueError(
+            f"optimizer {kind.__name__} cannot leave out an update on the device (it has no `fused`), which {watched} "
+            f"needs: {instead}, or train without capture"
+        )
+
+
+def _fused(optimizer: torch.optim.Optimizer) -> bool:
+    return all("fused" in group for group in optimizer.param_groups)
+
+
+class DeviceOptimizer:
+    """Steps an optimizer in a way that can be captured.
+
+    While it steps, its groups are ``capturable``, and ``fused`` where it has that, which rounds otherwise than torch's
+    default; its learning rates are numbers on the device. Between steps all is as schedulers and checkpoints know it.
+
+    Args:
+        optimizer: see ``check_capturable``.
         device: of its weights.
 
     Raises:
-        ValueError: where it has none.
+        ValueError: for an optimizer that cannot be captured.
 
     Example:
         >>> layer = torch.nn.Linear(1, 1)
-        >>> DeviceOptimizer(torch.optim.AdamW(layer.parameters()), torch.device("cpu")).skips
-        True
+        >>> DeviceOptimizer(torch.optim.AdamW(layer.parameters()), torch.device("cpu")).ready
+        False
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        kind = type(optimizer)
-        if not all("capturable" in group for group in optimizer.param_groups) and kind is not torch.optim.SGD:
-            raise ValueError(
-                f"optimizer {kind.__name__} computes on the host what a CUDA graph would repeat unchanged (it has no "
-                "`capturable`): use SGD, Adam or AdamW of torch.optim, or train without capture"
-            )
+        check_capturable(optimizer)
         self.optimizer = optimizer
-        self.skips = all("fused" in group for group in optimizer.param_groups)
-        """Whether an update can be left out by a number on the device."""
         self.ready = False
         """Whether it has made an update, so that all its state exists."""
         self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
@@ -48,19 +69,15 @@ class DeviceOptimizer:
         optimizer.register_load_state_dict_post_hook(lambda _: self.prepare())
 
     def prepare(self) -> None:
-        """Sets the switches and brings counters to the device, which a state from elsewhere lacks."""
-        optimizer: Any = self.optimizer
-        optimizer._warned_capturable_if_run_uncaptured = True  # a first step is meant to run uncaptured
-        for group in optimizer.param_groups:
-            if "capturable" in group:
-                group["capturable"] = True
-            if self.skips:
-                group["fused"], group["foreach"] = True, False
-        for p, state in optimizer.state.items():
+        """Brings counters to the device, where a state from elsewhere lacks them."""
+        for p, state in self.optimizer.state.items():
             for key, value in state.items():
                 if key == "step" or (isinstance(value, Tensor) and value.dim() == 0):
                     state[key] = torch.as_tensor(value, dtype=torch.float32, device=p.device)
         self.ready = False
+
+    def fix(self) -> None:
+        """Notes the settings that are captured now."""
         self._fixed = self._settings()
 
     def refusal(self) -> str:
@@ -85,21 +102,28 @@ class DeviceOptimizer:
 
     @contextmanager
     def computing(self, on_device: bool) -> Iterator[None]:
-        """Within, a ``step()`` computes with the learning rates on the device.
+        """Within, a ``step()`` computes as it is captured.
 
         Args:
             on_device: a loss scaler may leave it to the optimizer to skip an update; else it asks the device first.
         """
         optimizer: Any = self.optimizer
-        optimizer._step_supports_amp_scaling = on_device and self.skips
-        former = [group["lr"] for group in optimizer.param_groups]
+        own, fused = [dict(group) for group in optimizer.param_groups], _fused(optimizer)
+        scaling = getattr(optimizer, "_step_supports_amp_scaling", False)
+        optimizer._step_supports_amp_scaling = on_device and fused
+        optimizer._warned_capturable_if_run_uncaptured = True  # a first step is meant to run uncaptured
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate
+            if "capturable" in group:
+                group["capturable"] = True
+            if fused:
+                group["fused"], group["foreach"] = True, False
         try:
-            for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
-                group["lr"] = rate
             yield
         finally:
-            for group, lr in zip(optimizer.param_groups, former, strict=True):
-                group["lr"] = lr
+            optimizer._step_supports_amp_scaling = scaling
+            for group, former in zip(optimizer.param_groups, own, strict=True):
+                group.update(former)
 
     def step(self, bad: Tensor | None) -> None:
         """One update, without a look at the device.
