@@ -434,7 +434,8 @@ class _Graph:
         """Records what ``run`` would do; nothing of it is done."""
         self._graph = torch.cuda.CUDAGraph()
         # other threads, such as one that pins batches, may go on meanwhile
-        with torch.cuda.device(self.device), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        where = {"stream": torch.cuda.Stream(self.device), "capture_error_mode": "thread_local"}
+        with torch.cuda.device(self.device), torch.cuda.graph(self._graph, **where):
             run()
 
     def replay(self) -> None:
@@ -448,7 +449,7 @@ class _Graph:
             self._host, self._event = torch.empty(values.shape, dtype=values.dtype, pin_memory=True), torch.cuda.Event()
         host, event = self._host, self._event
         host.copy_(values, non_blocking=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
 
         def arrived() -> list[float]:
             event.synchronize()
