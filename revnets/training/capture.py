@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..reversible import RangeError, RevSequential
 from ..reversible.mode import MODES
 from ..reversible.node import RangeGuard, captured
+from .cuda_graph import CudaGraph
 from .device_optimizer import DeviceOptimizer, check_capturable
 from .errors import one_line
 from .finite import FiniteGuard, SkippedByScaler
@@ -117,7 +118,7 @@ def has_graphs(device: torch.device) -> bool:
         >>> has_graphs(torch.device("cpu"))
         False
     """
-    return _Graph.exists(device)
+    return CudaGraph.exists(device)
 
 
 @dataclass
@@ -158,7 +159,7 @@ class TrainingStep:
         self._parts = [m for m in model.modules() if vars(m).get("mode") in MODES]
         self._modes: list[str] = []
         self._device_optimizer: DeviceOptimizer | None = None
-        self._graph: _Graph | None = None
+        self._graph: CudaGraph | None = None
         self._outcome: _Outcome | None = None
         self._pending: Callable[[], list[float]] | None = None
         self._updated = False
@@ -252,7 +253,7 @@ class TrainingStep:
         why = "the loss scaler or the guard" if watched else "exact mode's range check" if exact else ""
         check_capturable(self.optimizer, why)
         self._device_optimizer = DeviceOptimizer(self.optimizer, self._x.device)
-        self._graph = _Graph(self._x.device) if capture else None
+        self._graph = CudaGraph(self._x.device) if capture else None
 
     def warm_up(self, steps: int) -> None:
         """Tries steps, and leaves everything as it was."""
@@ -402,61 +403,6 @@ class TrainingStep:
     def _forget_gradients(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
-
-
-class _Graph:
-    """What only a device with graphs can do; a test puts another one in its place.
-
-    Args:
-        device: of everything.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._host: Tensor | None = None
-        self._event: Any = None
-
-    @staticmethod
-    def exists(device: torch.device) -> bool:
-        """Whether a device has graphs."""
-        return device.type == "cuda"
-
-    def warm_up(self, run: Callable[[], Any]) -> None:
-        """Runs steps on a stream of their own, as a capture will."""
-        here, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
-        side.wait_stream(here)
-        with torch.cuda.stream(side):
-            run()
-        here.wait_stream(side)
-
-    def capture(self, run: Callable[[], None]) -> None:
-        """Records what ``run`` would do; nothing of it is done."""
-        self._graph = torch.cuda.CUDAGraph()
-        # other threads, such as one that pins batches, may go on meanwhile
-        where = {"stream": torch.cuda.Stream(self.device), "capture_error_mode": "thread_local"}
-        with torch.cuda.device(self.device), torch.cuda.graph(self._graph, **where):
-            run()
-
-    def replay(self) -> None:
-        """Does it."""
-        assert self._graph is not None
-        self._graph.replay()
-
-    def fetch(self, values: Tensor) -> Callable[[], list[float]]:
-        """Copies numbers to the host without waiting; what it returns waits for them."""
-        if self._host is None or self._host.shape != values.shape:
-            self._host, self._event = torch.empty(values.shape, dtype=values.dtype, pin_memory=True), torch.cuda.Event()
-        host, event = self._host, self._event
-        host.copy_(values, non_blocking=True)
-        event.record(torch.cuda.current_stream(self.device))
-
-        def arrived() -> list[float]:
-            event.synchronize()
-            numbers: list[float] = host.tolist()
-            return numbers
-
-        return arrived
 
 
 def _words(x: Tensor) -> str:

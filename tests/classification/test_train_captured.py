@@ -36,7 +36,7 @@ def test_refusals_leave_nothing_behind(
     words: str,
 ) -> None:
     if more:
-        monkeypatch.setattr(capture, "_Graph", FakeGraph)
+        monkeypatch.setattr(capture, "CudaGraph", FakeGraph)
     assert run_train("--cuda-graph", *more) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: --cuda-graph")]
     assert len(lines) == 1
@@ -47,7 +47,7 @@ def test_refusals_leave_nothing_behind(
 def test_a_captured_run_is_resumed_to_the_bit(
     run_train: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(capture, "_Graph", FakeGraph)
+    monkeypatch.setattr(capture, "CudaGraph", FakeGraph)
     monkeypatch.setattr(FakeGraph, "captures", 0)
     line = ["--cuda-graph", "--mixup", "0.2", "--sched-on-updates", "--drop-path", "0.2", "--clip-grad", "1"]
     assert run_train(*line, "--experiment", "whole") == 0

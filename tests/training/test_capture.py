@@ -21,14 +21,14 @@ from tests.training.fake_graph import FakeGraph
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     FakeGraph.captures = 0
     if request.param == "graph":
-        monkeypatch.setattr(capture, "_Graph", FakeGraph)
+        monkeypatch.setattr(capture, "CudaGraph", FakeGraph)
     return str(request.param)
 
 
 @pytest.fixture
 def graph(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeGraph.captures = 0
-    monkeypatch.setattr(capture, "_Graph", FakeGraph)
+    monkeypatch.setattr(capture, "CudaGraph", FakeGraph)
 
 
 class Net(nn.Module):
