@@ -113,7 +113,7 @@ def save(rows: Sequence[LaunchRow], setting: Setting, path: Path) -> None:
             "total": row.total,
             "times_store": ratio,
             "floor": row.launches.floor if row.kernels is None else None,
-            **({"launches": asdict(row.launches)} if row.kernels is None else {"kernels": asdict(row.kernels)}),
+            **{name: dict(count) for name, count in vars(row.kernels or row.launches).items()},
         }
         for row, ratio in ratios(rows)
     ]

@@ -126,7 +126,7 @@ class Kernels:
 
     Attributes:
         fused: kernels that ``torch.compile`` made, by name; on a GPU all kernels, whoever made them.
-        others: torch's operators besides, by name; on a GPU none, they are among the former.
+        others: operator calls besides, one of ours counting once; on a GPU none, they are among the former.
     """
 
     fused: Counter[str] = field(default_factory=Counter)
@@ -166,7 +166,7 @@ def count_kernels(model: nn.Module, x: Tensor, loss_fn: Callable[[Any], Tensor] 
         if of_gpu if on_gpu else "cpp_fused" in event.name:
             kernels.fused[event.name] += 1
     if not on_gpu:
-        kernels.others.update(counter.launches.kernels)
+        kernels.others.update(counter.launches.calls)
     return kernels
 
 

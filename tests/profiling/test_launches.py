@@ -19,9 +19,9 @@ from revnets.profiling.target import Target
 from revnets.reversible.grid import add_rounded
 
 
-def launches(name: str, mode: str) -> Launches:
-    model = timm.create_model(name, num_classes=10)
-    return count_launches(revnets.set_mode(model.train(), mode), torch.randn(4, 3, 64, 64))
+def launches(name: str, mode: str, layout: torch.memory_format = torch.channels_last) -> Launches:
+    model = timm.create_model(name, num_classes=10).train().to(memory_format=layout)
+    return count_launches(revnets.set_mode(model, mode), torch.randn(4, 3, 64, 64).to(memory_format=layout))
 
 
 def test_views_and_empty_tensors_are_no_launches() -> None:
@@ -48,7 +48,7 @@ def test_the_floor_is_products_forward_and_backward(first: bool) -> None:
     assert found.floor < found.calls.total()
 
 
-BOUNDS = {"reversible": 1030, "checkpoint": 1000, "store": 800}
+BOUNDS = {"reversible": 1570, "checkpoint": 1555, "store": 1240}  # a hundredth more than counted
 
 
 @pytest.mark.parametrize("mode", BOUNDS)
@@ -57,8 +57,9 @@ def test_a_small_network_keeps_its_launches(mode: str) -> None:
 
 
 @pytest.mark.slow
-def test_s0_keeps_its_launches() -> None:
-    reversible, store = (launches("revbifpn_s0", mode).calls.total() for mode in ("reversible", "store"))
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_s0_keeps_its_launches(layout: torch.memory_format) -> None:
+    reversible, store = (launches("revbifpn_s0", mode, layout).calls.total() for mode in ("reversible", "store"))
     assert reversible <= 5000
     assert reversible <= 1.3 * store
 
@@ -109,6 +110,6 @@ def test_the_command(tmp_path: Path) -> None:
     rows = json.loads(output.read_text())["rows"]
     assert [row["case"]["target"]["mode"] for row in rows] == ["reversible", "store"]
     assert f"{rows[0]['total']:,}" in result.output
-    assert rows[0]["total"] == sum(rows[0]["launches"]["calls"].values())
+    assert rows[0]["total"] == sum(rows[0]["calls"].values())
     assert rows[0]["times_store"] == rows[0]["total"] / rows[1]["total"]
     assert rows[0]["floor"] > rows[1]["floor"] > 0
