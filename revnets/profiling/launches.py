@@ -26,7 +26,7 @@ _WITHOUT_KERNEL = {  # besides views: memory is taken, numbers are asked for, no
     aten.detach.default,
     torch.ops.prim.device.default,
 }
-_PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.addmv, aten.mv, aten.dot}
+_PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.linear, aten.matmul, aten.mv, aten.addmv, aten.dot}
 
 
 @dataclass(frozen=True)

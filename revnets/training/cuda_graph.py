@@ -37,8 +37,11 @@ class CudaGraph:
         """Records what ``run`` would do; nothing of it is done."""
         self._graph = torch.cuda.CUDAGraph()
         # other threads, such as one that pins batches, may go on meanwhile
-        where = {"stream": torch.cuda.Stream(self.device), "capture_error_mode": "thread_local"}
-        with torch.cuda.device(self.device), torch.cuda.graph(self._graph, **where):
+        stream = torch.cuda.Stream(self.device)
+        with (
+            torch.cuda.device(self.device),
+            torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"),
+        ):
             run()
 
     def replay(self) -> None:
