@@ -68,6 +68,7 @@ class OptimizerOptions:
     )
     grad_accum_steps: int = option(1, "batches per update of the weights", low=1, high=1 << 24)
     grad_checkpointing: bool = option(False, "checkpoint activations, in models that have timm's switch for it")
+    cuda_graph: bool = option(False, "replay training steps as one CUDA graph (one GPU; SGD, Adam or AdamW)")
     sync_bn: bool = option(False, "batch statistics over all processes (GPU)")
     dist_bn: str = option(
         "reduce", "after an epoch, running statistics of all processes", choices=("reduce", "broadcast", "none")

@@ -17,6 +17,7 @@ from timm.utils import AverageMeter, ModelEmaV3, NativeScaler, accuracy, dispatc
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from classification.captured import captured_step
 from classification.data import TrainData
 from classification.options import TrainOptions
 from classification.recovery import Position, Recovery
@@ -25,6 +26,7 @@ from classification.runtime import Runtime, memory_words, peak_memory, reset_pea
 from revnets.numerics import NumericsMonitor
 from revnets.reversible import RangeError
 from revnets.sparsity import SparsityController, apply_masks
+from revnets.training.capture import TrainingStep
 from revnets.training.drift import DriftMonitor
 from revnets.training.errors import UserError, one_line
 from revnets.training.finite import FiniteGuard, SkippedByScaler
@@ -52,6 +54,7 @@ class Training:
     drift: DriftMonitor
     sparsity: SparsityController | None = None  # where there are sparse layers
     numerics: NumericsMonitor | None = None  # where --numerics-interval asks for it
+    step: TrainingStep | None = None  # with --cuda-graph, once there was a batch
     task: Any = None  # timm's training task around the model, where a teacher takes part
 
     @property
@@ -177,15 +180,15 @@ def _step(run: Training, images: Tensor, target: Tensor, step: int, total: int) 
     Raises:
         UserError: Loss or gradients were not finite too often.
     """
-    every, due = run.options.grad_accum_steps, _updates(run, step, total)
+    options, due = run.options, _updates(run, step, total)
+    every = options.grad_accum_steps
     last_group = total % every or every
     group = every if step <= total - last_group else last_group
     try:
-        with _without_exchange(run.model, due):
-            with ranges_agreed(), run.runtime.autocast():
-                loss: Tensor = run.task(images, target)["loss"] if run.task else run.loss(run.model(images), target)
-            run.guard.note(loss)
-            updated = _backward(run, loss / group, due)
+        if options.cuda_graph:
+            loss, updated = captured_step(run, images, target)
+        else:
+            loss, updated = _eager_step(run, images, target, group, due)
     except RangeError as error:  # exact mode's guard
         _logger.warning(f"step {step}: {one_line(error)}")
         run.guard.failed(one_line(error) if isinstance(error, AgreedRangeError) else "")
@@ -199,6 +202,14 @@ def _step(run: Training, images: Tensor, target: Tensor, step: int, total: int) 
     if run.guard.exhausted:
         raise UserError(one_line(run.guard.give_up(functools.partial(_loss_again, run, images, target))) + ".")
     return loss, updated
+
+
+def _eager_step(run: Training, images: Tensor, target: Tensor, group: int, due: bool) -> tuple[Tensor, bool]:
+    with _without_exchange(run.model, due):
+        with ranges_agreed(), run.runtime.autocast():
+            loss: Tensor = run.task(images, target)["loss"] if run.task else run.loss(run.model(images), target)
+        run.guard.note(loss)
+        return loss, _backward(run, loss / group, due)
 
 
 def _loss_again(run: Training, images: Tensor, target: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from timm.utils import random_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from classification.captured import check_capture
 from classification.checkpoints import LAST, Saver
 from classification.data import (
     check_labels,
@@ -92,6 +93,7 @@ def train(options: TrainOptions) -> Result:
 def _train(options: TrainOptions, held: contextlib.ExitStack) -> Result:
     options.check()
     runtime = start_runtime(options)
+    check_capture(options, runtime)
     check_apart(options)
     random_seed(options.seed, 0)  # the same weights in every process
     train_set = open_dataset(

@@ -3,14 +3,20 @@
 Importing this package registers the networks with timm, and nothing heavier: no mmdet, scikit-learn or matplotlib.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from . import models
 from .layers import convert, mus_param_groups, use_sparse_kernel
 from .pruning import densify, prune
 from .reversible import check_reversibility, compile_branches, set_mode
 from .version import __version__
 
+if TYPE_CHECKING:
+    from .training.capture import capture_step
+
 __all__ = [
     "__version__",
+    "capture_step",
     "check_reversibility",
     "compile_branches",
     "convert",
@@ -21,3 +27,11 @@ __all__ = [
     "set_mode",
     "use_sparse_kernel",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "capture_step":  # what it needs would make the import slower
+        from .training.capture import capture_step
+
+        return capture_step
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -41,6 +41,8 @@ def _main() -> None:
 
 
 @_command()
+@excludes("repeats", "launches")
+@excludes("ablate", "launches")
 @without_effect("exact", _PLAIN, lambda v: not _reversible(v["models"] or ["revbifpn"]))
 def bench(
     models: Annotated[list[str] | None, argument("NAME@SIZE:BATCH, any timm model", "MODEL")] = None,
@@ -52,12 +54,16 @@ def bench(
     modes: Annotated[str | None, text("of these modes only, separated by commas")] = None,
     ablate: Annotated[bool, typer.Option(help="also each part of our work left out, in reversible mode")] = False,
     compiled: Annotated[bool, typer.Option(help="also with compiled branches; compiling takes minutes")] = False,
+    launches: Annotated[bool, typer.Option(help="instead: count operator calls, and kernels of what is compiled")] = (
+        False
+    ),
     output: Annotated[Path | None, path("also write the figures as JSON")] = None,
 ) -> None:
     """Step time and activation memory of networks in their memory modes, in one interleaved run."""
     import revnets  # noqa: F401 - registers the models
 
     from .profiling import bench as benchmark
+    from .profiling import launch_bench
     from .profiling.command import Setting, track
 
     setting = Setting(device, channels_last, amp_dtype, exact, optimizer=None)
@@ -65,6 +71,12 @@ def bench(
         check_file(output)
     names = models or ["revbifpn_s0@224:8", "revbifpn_s1@256:8", "efficientnet_b0@224:8"]
     cases = benchmark.make_cases(names, modes or "", setting, ablate, compiled)
+    if launches:
+        counted = launch_bench.run(cases, setting, lambda work: track(list(work), "counting"))
+        launch_bench.print_rows(counted, setting)
+        if output is not None:
+            launch_bench.save(counted, setting, output)
+        return
     rows = benchmark.run(cases, setting, repeats, lambda work: track(list(work), "measuring"))
     benchmark.print_rows(rows, setting)
     if output is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .errors import ReversibleError
-from .grid import check_range, max_abs
+from .grid import check_range, grid_limit, max_abs
 from .op import Grads, ReversibleOp, Step, Tensors
 from .replay import Precision, Recorder, activated, active, is_fake, parameters_of
 
@@ -164,11 +164,16 @@ class RangeGuard:
 
     On CPU all are checked at the end of the forward pass. Elsewhere the maxima go to pinned memory while the device
     works on, and are checked when the backward pass arrives; within ``range_checks_put_off``, when the caller wants it.
+    Within ``captured`` they stay on the device, for the caller to look at.
+
+    Attributes:
+        maxima: of the outputs in the order of the ops, on their device; within ``captured`` only.
     """
 
     def __init__(self, grid_bits: int) -> None:
         self.grid_bits = grid_bits
         self._seen: list[tuple[str, torch.dtype, Tensor]] = []
+        self.maxima: Tensor | None = None
         self._host: Tensor | None = None
         self._event: Any = None
 
@@ -187,6 +192,11 @@ class RangeGuard:
         if not self._seen:
             return
         maxima, device = torch.stack([m for _, _, m in self._seen]), self.device  # float32 and float64 do not mix
+        if active.captured:
+            self.maxima = maxima
+            if active.guards is not None:
+                active.guards.append(self)
+            return
         self._host = maxima.to("cpu", non_blocking=True)
         if device.type == "cpu" and active.guards is None:
             return self.settle()
@@ -214,9 +224,22 @@ class RangeGuard:
             return
         if self._event is not None:
             self._event.synchronize()
-        for (where, dtype, _), value in zip(self._seen, self._host.tolist(), strict=True):
-            check_range(value, self.grid_bits, dtype, where)
+        self.check(self._host.tolist())
         self._host, self._seen = None, []
+
+    def check(self, values: list[float]) -> None:
+        """Raise for the first of these largest magnitudes, in the order of the ops, that is out of range.
+
+        Raises:
+            RangeError: naming the op, the value, and the grid that would hold it.
+        """
+        for (where, dtype, _), value in zip(self._seen, values, strict=True):
+            check_range(value, self.grid_bits, dtype, where)
+
+    def kept(self) -> Tensor:
+        """Whether all ``maxima`` are in range, as a 0-d tensor on their device."""
+        assert self.maxima is not None
+        return (self.maxima <= grid_limit(self.grid_bits, self.maxima.dtype)).all()
 
 
 @contextmanager
@@ -224,4 +247,15 @@ def range_checks_put_off() -> Iterator[list[RangeGuard]]:
     """Within, forward passes of exact mode end whatever their values; gives the guards, to be settled after it."""
     guards: list[RangeGuard] = []
     with activated(guards=guards):
+        yield guards
+
+
+@contextmanager
+def captured() -> Iterator[list[RangeGuard]]:
+    """Within, a training step does nothing that a CUDA graph cannot hold; gives exact mode's guards.
+
+    No guard asks the device for a value, and what branches draw at random is kept instead of a generator's state.
+    """
+    guards: list[RangeGuard] = []
+    with activated(guards=guards, captured=True):
         yield guards

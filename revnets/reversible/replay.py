@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .compiled import call
+from .draws import DrawnAgain, Draws
 from .errors import ReversibleError
 
 
@@ -25,6 +26,7 @@ class _Active(threading.local):
     record: "BranchRecord | None" = None  # where `once` appends (recording) ...
     playback: "Iterator[Any] | None" = None  # ... or reads (replaying)
     guards: "list[Any] | None" = None  # where exact mode's guards wait to be looked at together
+    captured: bool = False  # for a CUDA graph: nothing may ask the device, or a generator, for a value
     in_stack: bool = False  # a RevSequential is training: its ops round, whatever their own train/eval flag
 
     @property
@@ -220,11 +222,17 @@ class BranchRecord:
     kept: list[Any] = field(default_factory=list)
     owners: set[int] = field(default_factory=set)
     rng: _RngState | None = None
+    draws: list[Any] | None = None  # instead of ``rng`` where a CUDA graph is captured
 
 
 @contextmanager
 def recording(record: BranchRecord, *xs: Tensor) -> Iterator[None]:
     """Note in ``record`` what the code inside consumes. Costs microseconds; free of memory where nothing is random."""
+    if active.captured:
+        record.draws = []
+        with Draws(record.draws), activated(runner=None, record=record, playback=None):
+            yield
+        return
     devices = _devices(xs)
     before = {} if any(is_fake(x) for x in xs) else _rng_state(devices)  # fake tensors draw nothing
     with activated(runner=None, record=record, playback=None):
@@ -237,10 +245,11 @@ def recording(record: BranchRecord, *xs: Tensor) -> Iterator[None]:
 @contextmanager
 def replaying(record: BranchRecord, modules: list[nn.Module]) -> Iterator[None]:
     """Run the code inside with the randomness and the ``once`` values of ``record``, statistics untouched."""
+    kept = record.draws
     with (
-        _rng_replayed(record.rng),
+        _rng_replayed(record.rng) if kept is None else DrawnAgain(kept),
         frozen_statistics(modules, record.owners),
-        activated(runner=None, record=None, playback=iter(record.kept)),
+        activated(runner=None, record=None, playback=iter(record.kept), captured=kept is not None),
     ):
         yield
 

@@ -65,12 +65,16 @@ class FiniteGuard:
             numbers += torch._foreach_norm(grads, 2, dtype=torch.float32) if grads else []
         self._losses = []
         finite = not numbers or bool(self._everywhere(torch.stack(numbers).isfinite().all()).item())
-        if finite:
+        self.told(finite)
+        return finite
+
+    def told(self, finite: bool) -> None:
+        """Takes an update into account at which the device has looked already, and which it left out if it was bad."""
+        if not finite:
+            self.failed()
+        elif self.limit:
             self.in_a_row = 0
             self._keep()
-        else:
-            self.failed()
-        return finite
 
     def failed(self, reason: str = "") -> None:
         """Counts an update that could not be made, and puts running statistics back.

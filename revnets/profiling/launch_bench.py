@@ -1,0 +1,120 @@
+"""Launches of a training step, network by network and mode by mode: a small network on a GPU waits for little else."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..training.values import find_device, refused
+from .ablation import COMPILED, VARIANTS
+from .bench import Case
+from .fake import ProfileError
+from .launches import Kernels, Launches, count_kernels, count_launches
+from .profile import describe
+from .report import save_json
+from .target import Setting
+
+LARGEST = 6
+"""Kinds of calls in the table."""
+
+
+@dataclass(frozen=True)
+class LaunchRow:
+    """What was counted for a case: its operators or, where it is compiled, its kernels."""
+
+    case: Case
+    launches: Launches = field(default_factory=Launches)
+    kernels: Kernels | None = None
+
+    @property
+    def total(self) -> int:
+        """Operator calls, or kernels."""
+        return self.launches.calls.total() if self.kernels is None else self.kernels.total
+
+    def kinds(self) -> list[tuple[str, int]]:
+        """What was called, the most frequent first; the compiler's loops as one kind."""
+        if self.kernels is None:
+            return self.launches.calls.most_common()
+        return (self.kernels.others + type(self.kernels.others)(fused=self.kernels.fused.total())).most_common()
+
+
+def run(
+    cases: Sequence[Case], setting: Setting, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
+) -> list[LaunchRow]:
+    """Count all cases.
+
+    Args:
+        cases: rows of the table, see ``bench.make_cases``.
+        setting: what they share.
+        progress: wraps the list of cases, e.g. ``rich.progress.track``.
+
+    Raises:
+        ProfileError: for a network that does not run.
+    """
+    find_device(setting.device, here=True)
+    rows = []
+    for case in progress(cases):
+        with refused(f"{case.target} cannot be built on {setting.device}", ProfileError):
+            job = VARIANTS[case.variant].build(case.target, setting)
+        with refused(f"{case.target} cannot run", ProfileError):
+            if case.variant == COMPILED:
+                rows.append(LaunchRow(case, kernels=count_kernels(job.model, job.x, job.loss_fn)))
+            else:
+                rows.append(LaunchRow(case, count_launches(job.model, job.x, job.loss_fn)))
+    return rows
+
+
+def ratios(rows: Sequence[LaunchRow]) -> Iterator[tuple[LaunchRow, float | None]]:
+    """Each row, with its total relative to that of storing everything; None where that was not counted."""
+    stored = {
+        (row.case.target.name, row.case.target.img_size, row.case.target.batch_size): row.total
+        for row in rows
+        if row.case.target.mode == "store" and row.kernels is None
+    }
+    for row in rows:
+        target = row.case.target
+        base = stored.get((target.name, target.img_size, target.batch_size))
+        yield row, row.total / base if base else None
+
+
+def print_rows(rows: Sequence[LaunchRow], setting: Setting) -> None:
+    """The table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"Launches of one training step, forward and backward ({describe(setting)})",
+        caption="calls: operators that run something, one of ours counting once; torch's own: the same with ours taken "
+        "apart; floor: convolutions and products of matrices among them, which no fusion takes away",
+    )
+    words = ("network", "mode", "variant", "largest kinds")
+    for column in (*words[:3], "calls or kernels", "x store", "torch's own", "floor", words[3]):
+        table.add_column(column, justify="left" if column in words else "right")
+    for row, ratio in ratios(rows):
+        target, eager = row.case.target, row.kernels is None
+        table.add_row(
+            str(target),
+            target.mode_name,
+            row.case.variant,
+            f"{row.total:,}",
+            "-" if ratio is None else f"{ratio:.3f}",
+            f"{row.launches.kernels.total():,}" if eager else "-",
+            f"{row.launches.floor:,}" if eager else "-",
+            ", ".join(f"{name.rpartition('.')[2]} {count:,}" for name, count in row.kinds()[:LARGEST]),
+        )
+    Console(width=180).print(table)
+
+
+def save(rows: Sequence[LaunchRow], setting: Setting, path: Path) -> None:
+    """Write the numbers as JSON, complete or not at all."""
+    records = [
+        {
+            "case": asdict(row.case),
+            "total": row.total,
+            "times_store": ratio,
+            "floor": row.launches.floor if row.kernels is None else None,
+            **{name: dict(count) for name, count in vars(row.kernels or row.launches).items()},
+        }
+        for row, ratio in ratios(rows)
+    ]
+    save_json(records, setting, path)
