@@ -54,9 +54,9 @@ def run(
     find_device(setting.device, here=True)
     rows = []
     for case in progress(cases):
-        with refused(f"{case.target} cannot be built on {setting.device}", ProfileError):
+        with refused(f"{case.target} cannot be built on {setting.device}", kind=ProfileError):
             job = VARIANTS[case.variant].build(case.target, setting)
-        with refused(f"{case.target} cannot run", ProfileError):
+        with refused(f"{case.target} cannot run", kind=ProfileError):
             if case.variant == COMPILED:
                 rows.append(LaunchRow(case, kernels=count_kernels(job.model, job.x, job.loss_fn)))
             else:
