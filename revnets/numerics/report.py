@@ -94,7 +94,7 @@ def read_table(folder: Path) -> list[Record]:
     try:
         with path.open(newline="") as file:
             records = [{key: _value(key, text) for key, text in row.items()} for row in csv.DictReader(file)]
-        if any(not isinstance(record.get("step"), int) or not record.get("layer") for record in records):
+        if any(not isinstance(record.get("step"), int) or record.get("layer") is None for record in records):
             raise ValueError("a row without step or layer")
     except (ValueError, TypeError, csv.Error, OSError) as error:
         raise ValueError(f"{str(path)!r} is no table of numerics ({error}): delete it") from error

@@ -109,9 +109,10 @@ def in_words(whole: bool, low: float, high: float, above: bool = False, below: b
         >>> in_words(True, 1, 8), in_words(False, 0, math.inf, above=True)
         ('a whole number of at least 1 and at most 8', 'a number above 0')
     """
-    bounds = [f"above {low:.12g}" if above else f"of at least {low:.12g}"] if low > -math.inf else []
+    least, most = (str(n) if isinstance(n, int) else f"{n:.12g}" for n in (low, high))
+    bounds = [f"above {least}" if above else f"of at least {least}"] if low > -math.inf else []
     if high < math.inf:
-        bounds.append(f"below {high:.12g}" if below else f"{'' if bounds and not above else 'of '}at most {high:.12g}")
+        bounds.append(f"below {most}" if below else f"{'' if bounds and not above else 'of '}at most {most}")
     return " ".join(["a", *(["whole"] if whole else []), "number", " and ".join(bounds)]).strip()
 
 

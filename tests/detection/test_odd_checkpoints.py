@@ -194,11 +194,7 @@ LATE: list[tuple[tuple[Any, ...], Any, str]] = [  # only against the runner
     ((*STATE, "step"), "a", "optimizer.state[0].step is 'a'"),
     ((*STATE, "exp_avg"), torch.ones(3), "optimizer.state[0].exp_avg is a tensor of shape (3,)"),
     (("optimizer", "param_groups", 0, "lr"), float("nan"), "optimizer.param_groups[0].lr is nan"),
-    (
-        ("optimizer", "param_groups", 0, "capturable"),
-        True,
-        "are options that AdamW does not work with (If capt",
-    ),
+    (("optimizer", "param_groups", 0, "capturable"), True, "capturable is True, False, as in this run, was expected"),
     (("optimizer", "param_groups", 0, "betas"), DELETE, "are options that AdamW does not work with (KeyError 'betas')"),
     (("optimizer", "param_groups", 0, "betas"), 0.9, "param_groups[0].betas is 0.9"),
     (("optimizer", "base_param_settings"), [1], "optimizer.base_param_settings is a list of 1, nothing or a mapping"),

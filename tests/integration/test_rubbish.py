@@ -266,7 +266,7 @@ COMMAND: list[Case] = [
     ("prune: seed of 65 bits", given(*PRUNE, "--seed", str(2**64)), "18446744073709551615"),
     ("prune: damping without end", given(*PRUNE, "--damping", "inf"), "--damping"),
     ("prune: damping of nothing", given(*PRUNE, "--method", "wanda", "--damping", "1"), "--method wanda"),
-    ("deploy: density that is none", given(*DEPLOY, "--max-density", "nan"), "from 0 to 1"),
+    ("deploy: density that is none", given(*DEPLOY, "--max-density", "nan"), "of at least 0 and at most 1"),
     ("deploy: tolerance without end", given(*DEPLOY, "--tolerance", "inf"), "--tolerance"),
     ("deploy: data for nothing", given(*DEPLOY, "--data", "/tmp"), "--int8"),
     ("bench-deploy: threads without end", given("bench-deploy", "test_resnet", "--threads", str(2**40)), "1024"),

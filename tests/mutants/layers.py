@@ -83,7 +83,7 @@ FAULTS = (
     ),
     Fault(
         "norm-act-relu-at-zero",
-        "revnets/layers/norm_act.py",
+        "revnets/layers/lean/activations.py",
         old="threshold_backward(grad, x, 0)",
         new="threshold_backward(grad, x, 1e-3)",
         tests=("tests/layers/test_lean_layers.py",),

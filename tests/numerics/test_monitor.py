@@ -215,7 +215,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
 
 
 def test_mistakes() -> None:
-    with pytest.raises(ValueError, match="every=0: expected a number of steps, 1 at least"):
+    with pytest.raises(ValueError, match="every=0: expected a whole number of at least 1"):
         NumericsMonitor(nn.Linear(2, 2), every=0)
     with pytest.raises(ValueError, match="ReLU has no linear layer and no convolution"):
         NumericsMonitor(nn.ReLU())

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from revnets.reversible import RangeError
-from revnets.reversible.grid import check_range, grid_limit, max_abs, round_to_grid
+from revnets.reversible.grid import add_rounded, check_range, grid_limit, max_abs, round_to_grid, sub_rounded_
 
 LAYOUTS = ("contiguous", "channels last", "strided", "transposed")
 
@@ -58,7 +58,11 @@ def test_sums_within_the_range_lose_nothing(dtype: torch.dtype, bits: int, x: in
     assert (added / step).frac() == 0
     assert abs(float(added) - float(value)) <= step / 2
     assert torch.equal((stream + added) - added, stream)
-    assert torch.equal(round_to_grid(value.clone(), bits, inplace=True), added)
+    assert torch.equal(add_rounded(stream, value, bits), stream + added)
+    for owned in (False, True):
+        rest = stream + added
+        sub_rounded_(rest, value.clone(), bits, owned)
+        assert torch.equal(rest, stream)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
