@@ -12,6 +12,7 @@ from mmengine.config import Config
 from detection import train as training
 from detection.report import write_summary
 from revnets.mm import WholeCheckpointHook
+from revnets.training.errors import UserError
 
 
 def runner(folder: Path, saving: list[Any], **known: str) -> Any:
@@ -42,7 +43,9 @@ def test_minimal_configurations_are_completed(monkeypatch: pytest.MonkeyPatch) -
     assert [each.type for each in cfg.visualizer.vis_backends] == ["LocalVisBackend", "TensorboardVisBackend"]
     remote = {"type": "CheckpointHook", "interval": 1, "backend_args": {"backend": "petrel"}}
     cfg = Config({**minimal, "default_hooks": {"checkpoint": remote}})
-    training._adapt(cfg, args)
+    with pytest.raises(UserError, match="--save-every: it has no effect"):
+        training._adapt(cfg, args)
+    training._adapt(cfg, training.options().parse_args(["CONFIG"]))
     assert cfg.default_hooks.checkpoint == remote
 
 

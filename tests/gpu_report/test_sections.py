@@ -158,7 +158,7 @@ def test_a_network_that_fails_does_not_take_the_others_with_it(monkeypatch: pyte
     failed = [row for row in rows if row.get("failed")]
     assert {row["network"] for row in failed} == {"test_resnet @32"}
     assert all("out of memory" in row["note"] for row in failed)
-    assert len(rows) == 5
+    assert len(rows) == 6
 
 
 def test_rows_one_after_the_other() -> None:
@@ -170,7 +170,7 @@ def test_rows_one_after_the_other() -> None:
     planned = [{"n": n, "command": f"measure {n}"} for n in range(4)]
     context = Context("cpu", before=[{"n": 0, "command": "another", "square": 0}])
     assert list(row_by_row(context, planned, figures)) == [
-        {"n": 1, "note": "no", "failed": True},
+        {"n": 1, "note": "no luck", "failed": True},
         {"n": 2, "square": 4},
         {"n": 3, "square": 9},
     ]

@@ -116,7 +116,7 @@ WRONG = {
     "a device that nobody knows": (["--device", "abacus"], "abacus"),
     "a kind that nobody knows": (["--kinds", "rnn"], "unknown kind 'rnn': expected some of linear, 1x1 conv, 3x3 conv"),
     "a mode that nobody knows": (["--modes", "fast"], "unknown mode 'fast'"),
-    "a width that is none": (["--widths", "0"], "expected a whole number from 1"),
+    "a width that is none": (["--widths", "0"], "expected a whole number of at least 1"),
     "a width in words": (["--widths", "big"], "'big': expected a whole number"),
     "a backend that nobody knows": (["--backend", "cublas"], "backend='cublas': expected one of"),
     "a folder that is not there": (["--output", "/no/where.json"], "create it first"),

@@ -102,7 +102,7 @@ WRONG = {
     "a mode that this one has not": (["resnet18@32:2", "--mode", "reversible"], "has no mode 'reversible'"),
     "a budget without unit": ([TINY, "--fit", "24"], "budget '24': expected a size such as 24GB"),
     "a budget too small": ([TINY, "--fit", "1kB"], "not even batch 1 fits"),
-    "a fit of nothing": ([TINY, "--fit", "1GB", "--fit-what", "depth"], "expected batch or image"),
+    "a fit of nothing": ([TINY, "--fit", "1GB", "--fit-what", "depth"], "expected one of batch, image"),
     "an optimizer that nobody knows": ([TINY, "--optimizer", "magic"], "unknown optimizer 'magic'"),
     "a device that nobody knows": ([TINY, "--device", "magic"], "magic"),
     "a dtype that nobody knows": ([TINY, "--amp-dtype", "int3"], "int3"),

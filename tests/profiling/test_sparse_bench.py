@@ -40,8 +40,8 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "words"),
     [
         (["--sparsity", "1"], "sparsity"),
-        (["--sparsity", "much"], "--sparsity 'much': expected numbers"),
-        (["--threads", "0"], "threads [0]: expected numbers from 1 on"),
+        (["--sparsity", "much"], "--sparsity 'much': 'much': expected a number"),
+        (["--threads", "0"], "--threads '0': '0': expected a whole number of at least 1"),
         (["nonsense"], "unknown model 'nonsense'"),
         (["resnet18", "--img-size", "64", "--no-layers"], "resnet18 has neither 1x1 convolutions"),
     ],
