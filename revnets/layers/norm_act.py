@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..reversible.operators import calls
 from ..reversible.replay import once
 from .lean import cuda  # noqa: F401 - registers the operators and their kernels
 from .lean.activations import ACTIVATIONS, name_of
@@ -97,7 +98,7 @@ def update_statistics(x: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
             "use a larger batch or image, or norm.eval()"
         )
     running = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-    return torch.ops.revnets.batch_stats_(x.detach(), *running, norm.momentum)
+    return calls.batch_stats_(x.detach(), *running, norm.momentum)
 
 
 class _NormAct(torch.autograd.Function):
@@ -109,7 +110,7 @@ class _NormAct(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, mean, var)
         ctx.eps, ctx.act = eps, act
-        return torch.ops.revnets.norm_act(x, weight, bias, mean, var, eps, act)
+        return calls.norm_act(x, weight, bias, mean, var, eps, act)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -122,7 +123,7 @@ class _NormAct(torch.autograd.Function):
             return *(next(found) if t.requires_grad else None for t in inputs), None, None, None, None
         needed = ctx.needs_input_grad[:3]
         norm = (x, weight, bias, mean, var, ctx.eps, ctx.act)
-        found = iter(torch.ops.revnets.norm_act_backward(dense(grad), *norm, needed))
+        found = iter(calls.norm_act_backward(dense(grad), *norm, needed))
         return *(next(found) if wanted else None for wanted in needed), None, None, None, None
 
 

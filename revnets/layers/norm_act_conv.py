@@ -9,12 +9,11 @@ from timm.layers import SEModule
 from torch import Tensor, nn
 
 from ..kernels.training import Structure
+from ..reversible.operators import calls as lean
 from ..reversible.replay import once, tree
 from .conv import conv_grads, convolved, is_plain_conv, structure_of, weight_of
 from .lean.activations import ACTIVATIONS, name_of
 from .norm_act import dense, has_hooks, is_lean, norm_act, update_statistics
-
-lean = torch.ops.revnets
 
 
 def norm_act_conv(x: Tensor, norm: nn.Module, act: nn.Module, se: SEModule | None, conv: nn.Module) -> Tensor:

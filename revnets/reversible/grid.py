@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import RangeError, ReversibleError
-from .operators import operator
+from .operators import calls, operator
 
 DEFAULT_GRID_BITS = 12
 """k of the default grid: steps of ``2^-12`` (finer than TF32 or bfloat16 at 1), range ±512 in float32."""
@@ -84,7 +84,7 @@ class _RoundToGrid(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, constant: float) -> Tensor:
         if torch.compiler.is_compiling():  # to be fused with what is around it
             return (x + constant) - constant
-        return torch.ops.revnets.round_to_grid(x, constant)
+        return calls.round_to_grid(x, constant)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -97,7 +97,7 @@ class _AddRounded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, constant: float) -> Tensor:
         ctx.dtype = value.dtype
-        return torch.ops.revnets.add_rounded(x, value, constant)
+        return calls.add_rounded(x, value, constant)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -135,7 +135,7 @@ def round_to_grid(x: Tensor, grid_bits: int) -> Tensor:
     constant = rounding_constant(grid_bits, x.dtype)
     if torch.is_grad_enabled() and x.requires_grad:
         return _RoundToGrid.apply(x, constant)
-    return torch.ops.revnets.round_to_grid(x, constant)
+    return calls.round_to_grid(x, constant)
 
 
 def add_rounded(x: Tensor, value: Tensor, grid_bits: int) -> Tensor:
@@ -150,13 +150,13 @@ def add_rounded(x: Tensor, value: Tensor, grid_bits: int) -> Tensor:
 
 def sub_rounded_(x: Tensor, value: Tensor, grid_bits: int, owned: bool = False) -> None:
     """Subtract ``value``, rounded to the grid of ``x``, from ``x`` in place; what is ``owned`` may be overwritten."""
-    subtract = torch.ops.revnets.sub_rounded_owned_ if owned else torch.ops.revnets.sub_rounded_
+    subtract = calls.sub_rounded_owned_ if owned else calls.sub_rounded_
     subtract(x, value, rounding_constant(grid_bits, x.dtype))
 
 
 def max_abs(x: Tensor) -> Tensor:
     """Largest magnitude in ``x`` as a 0-d tensor on its device; NaN when ``x`` holds one."""
-    return torch.ops.revnets.max_abs(x.detach())
+    return calls.max_abs(x.detach())
 
 
 def check_range(value: float, grid_bits: int, dtype: torch.dtype, where: str) -> None:

@@ -4,6 +4,7 @@ An operator is torch's own kernels in a row, to be read where it is defined; on 
 A step of a network is so many launches, and small networks wait for launches rather than for arithmetic.
 """
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 _LIBRARY = torch.library.Library("revnets", "FRAGMENT")
 DECOMPOSED: dict[Any, Callable[..., Any]] = {}
 """Each operator, and torch's own kernels that it stands for: memory and FLOPs are counted in these."""
+calls: Any = types.SimpleNamespace()
+"""The operators by name, to be called: ``calls.NAME(...)``."""
 ON_CUDA: dict[Any, Callable[..., Any]] = {}
 """Operators that have kernels of their own on CUDA: what allocates and launches (for fake tensors, only allocates)."""
 
@@ -30,10 +33,23 @@ def operator(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any
         _LIBRARY.define(signature)
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"revnets::{name}", function, lib=_LIBRARY)
-        DECOMPOSED[getattr(torch.ops.revnets, name).default] = function
+        registered = getattr(torch.ops.revnets, name).default
+        DECOMPOSED[registered] = function
+        setattr(calls, name, _called(function, registered))
         return function
 
     return register
+
+
+def _called(function: Callable[..., Any], registered: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator; on a CPU that nobody watches, its function: torch's way to it costs tens of microseconds."""
+
+    def call(x: Any, *rest: Any) -> Any:
+        if torch.compiler.is_compiling() or x.device.type != "cpu" or torch._C._len_torch_dispatch_stack():
+            return registered(x, *rest)
+        return function(x, *rest)
+
+    return call
 
 
 def implement(name: str, function: Callable[..., Any]) -> None:
