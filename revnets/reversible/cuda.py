@@ -26,6 +26,7 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def add_rounded(x: Tensor, value: Tensor, constant: float) -> Tensor:
+    """``grid.add_rounded_in_a_row`` in one launch where it suits."""
     if not (usable(x, value) and x.dtype == torch.float32):
         return grid.add_rounded_in_a_row(x, value, constant)
     out = like(x)
@@ -34,12 +35,14 @@ def add_rounded(x: Tensor, value: Tensor, constant: float) -> Tensor:
 
 
 def sub_rounded_(x: Tensor, value: Tensor, constant: float) -> None:
+    """``grid.sub_rounded_in_a_row`` in one launch where it suits."""
     if not (usable(x, value) and x.dtype == torch.float32):
         return grid.sub_rounded_in_a_row(x, value, constant)
     _launch(x, value, x, constant, subtract=True)
 
 
 def max_abs(x: Tensor) -> Tensor:
+    """Largest magnitude as a 0-d tensor, in one launch; NaN when there is one."""
     return torch.linalg.vector_norm(x, torch.inf) if x.numel() else x.new_zeros(())
 
 

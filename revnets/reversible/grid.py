@@ -52,11 +52,13 @@ def _rounded(x: Tensor, constant: float) -> Tensor:
 
 @operator("add_rounded(Tensor x, Tensor value, float constant) -> Tensor")
 def add_rounded_in_a_row(x: Tensor, value: Tensor, constant: float) -> Tensor:
+    """``x`` plus the rounded value, by torch's own kernels."""
     return (value.to(x.dtype) + constant).sub_(constant).add_(x)
 
 
 @operator("sub_rounded_(Tensor(a!) x, Tensor value, float constant) -> ()")
 def sub_rounded_in_a_row(x: Tensor, value: Tensor, constant: float) -> None:
+    """Subtract the rounded value in place, by torch's own kernels."""
     x.sub_((value.to(x.dtype) + constant).sub_(constant))
 
 

@@ -44,10 +44,12 @@ class Norm(NamedTuple):
 
 
 def norm_act(x: Tensor, *rest: Any) -> Tensor:
+    """``ops.norm_act`` by a kernel of ours where it suits."""
     return _norm_act(Norm(x, *rest)) if usable(x) else ops.norm_act(x, *rest)
 
 
 def norm_act_mean(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """``ops.norm_act_mean`` by a kernel of ours where it suits."""
     if not usable(x):
         return ops.norm_act_mean(x, *rest)
     pooled = x.new_empty(x.shape[:2])
@@ -55,6 +57,7 @@ def norm_act_mean(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def se_scale_(h: Tensor, pooled: Tensor, *parameters: Any) -> Tensor:
+    """``ops.se_scale_`` by a kernel of ours where it suits."""
     if not usable(h):
         return ops.se_scale_(h, pooled, *parameters)
     gate, block = ops.gate_of(pooled, *parameters).contiguous(), blocks(h)
@@ -64,6 +67,7 @@ def se_scale_(h: Tensor, pooled: Tensor, *parameters: Any) -> Tensor:
 
 
 def norm_act_se(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """``ops.norm_act_se`` by a kernel of ours where it suits."""
     if not usable(x):
         return ops.norm_act_se(x, *rest)
     gate = ops.gate_of(*rest[6:]).contiguous()
@@ -71,12 +75,14 @@ def norm_act_se(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def norm_act_again(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """``ops.norm_act_again`` by a kernel of ours where it suits."""
     if not usable(x):
         return ops.norm_act_again(x, *rest)
     return x.new_empty(0), _norm_act(Norm(x, *rest[:6]), rest[6])
 
 
 def norm_act_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
+    """``ops.norm_act_backward`` by a kernel of ours where it suits."""
     if not usable(grad, x):
         return ops.norm_act_backward(grad, x, *rest)
     norm, needed = Norm(x, *rest[:6]), rest[6]
@@ -86,6 +92,7 @@ def norm_act_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
 
 
 def norm_act_backward_(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
+    """``ops.norm_act_backward_`` by a kernel of ours where it suits."""
     if not usable(grad, x):
         return ops.norm_act_backward_(grad, x, *rest)
     norm, (_, gate, grad_mean, needed) = Norm(x, *rest[:6]), rest[6:]
@@ -94,6 +101,7 @@ def norm_act_backward_(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
 
 
 def se_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """``ops.se_backward`` by a kernel of ours where it suits."""
     if not usable(grad, x):
         return ops.se_backward(grad, x, *rest)
     norm, block = Norm(x, *rest[:6]), blocks(x)
