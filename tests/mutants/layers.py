@@ -124,27 +124,20 @@ FAULTS = (
         "revnets/layers/fold.py",
         old='groups = getattr(u, "groups", 1)',
         new="groups = 1",
-        tests=(
-            "tests/layers/test_sparse.py",
-            "tests/layers/test_convert.py",
-            "tests/deploy/test_lower.py",
-        ),
+        tests=("tests/layers/test_members.py",),
     ),
     Fault(
         "parallel-shares",
         "revnets/layers/parallel.py",
         old="kept = numel // count + (index < numel % count)",
         new="kept = numel // count",
-        tests=(
-            "tests/layers/test_sparse.py",
-            "tests/layers/test_accounting.py",
-        ),
+        tests=("tests/layers/test_members.py",),
     ),
     Fault(
         "compact-dtype",
         "revnets/layers/compact.py",
         old="torch.zeros(tensor.shape, dtype=values.dtype)",
         new="torch.zeros(tensor.shape)",
-        tests=("tests/layers/test_sparse.py",),
+        tests=("tests/layers/test_convert.py",),
     ),
 )
