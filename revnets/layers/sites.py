@@ -15,6 +15,7 @@ from .registry import SparseConfig
 from .sparse_ift.sparse import SparseConv2d, SparseConv2dSame, SparseLinear
 from .trace import Call, Trace
 
+LEFT_OUT = "left out by the filter"
 Filter = Callable[[nn.Module, str], bool]
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -203,7 +204,7 @@ class Surroundings:
         if not masked and type(layer) not in (nn.Conv2d, nn.Linear, *also):
             return f"{type(layer).__name__} is neither nn.Conv2d nor nn.Linear itself"
         if filter is not None and not filter(layer, name):
-            return "left out by the filter"
+            return LEFT_OUT
         calls = len(self._calls.get(name, []))
         if calls == 0:
             return "it is not called in the forward pass"

@@ -142,6 +142,11 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
+def meta_twin(model: nn.Module) -> nn.Module:
+    """A copy of the model without memory, in eval mode."""
+    return _meta_twin(model)[0]
+
+
 def _meta_twin(model: nn.Module) -> tuple[nn.Module, dict[int, tuple[str, Tensor]]]:
     """A copy without memory, and the names of its parameters and buffers by identity."""
     memo: dict[int, Any] = {}

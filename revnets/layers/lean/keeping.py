@@ -1,0 +1,505 @@
+"""What a training step keeps for its backward pass: of what is cheap to compute again, only how to.
+
+While a network runs, a dispatch mode (``Recorder``) notes of every cheap operator (norm, activation, sum, copy, see
+``recipes``) how its result came about, and autograd's hooks for saved tensors ask it what to keep. A tensor whose recipe
+needs only what is kept anyway is not kept: the backward pass computes it again when it is asked for, once, and lets it
+go with the last node that holds it. So the saved values are the same, and every gradient is computed by torch's own
+kernels.
+
+A recipe is found by where a tensor lies in memory: its storage, shape and strides, and its version. Whatever is written
+in place ends what was known of that memory; a tensor of which nothing is known is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from . import recipes
+
+SMALL = 1024
+"""Bytes of a tensor that is not worth a recipe."""
+DEEPEST = 150
+"""Operators in a row that may be run again for one tensor (as Python's recursion, too)."""
+LONGEST = 6
+"""Tensors of its own size that may come back with one: sums of a stage of a network need all sums before them."""
+
+
+class ChangedInPlace(RuntimeError):
+    """A tensor that the backward pass needs was changed after the forward pass."""
+
+    def __init__(self, shape: torch.Size, found: int, expected: int) -> None:
+        super().__init__(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor "
+            f"of shape {tuple(shape)} is at version {found}; expected version {expected} instead. Change it out of "
+            "place, or after backward()"
+        )
+
+
+class Node:
+    """A tensor at a moment: held, or to be computed from others.
+
+    Attributes:
+        tensor: held, or None.
+        version: of its memory at that moment.
+        alive: the tensor, as long as somebody else holds it.
+        again: computes it; None where only holding helps.
+        inputs: arguments of ``again``, with nodes in place of tensors.
+        inplace: does the same in the memory of the first argument, or is None.
+        base: the node whose memory this one is a view of, if that one has a recipe.
+        saved: whether autograd asked for it: it is then computed once.
+        readers: recipes that use it.
+        memo: the tensor, computed again.
+        back: bytes that come back to life with it.
+        level: operators in a row behind it.
+    """
+
+    __slots__ = (
+        "again",
+        "alive",
+        "back",
+        "base",
+        "inplace",
+        "inputs",
+        "level",
+        "memo",
+        "nbytes",
+        "persistent",
+        "readers",
+        "saved",
+        "spec",
+        "storage",
+        "tensor",
+        "version",
+    )
+
+    def __init__(self, spec: tuple[Any, ...], nbytes: int, version: int) -> None:
+        self.spec, self.nbytes, self.version = spec, nbytes, version
+        self.tensor: Tensor | None = None
+        self.alive: Callable[[], Tensor | None] | None = None
+        self.again: Callable[..., Tensor] | None = None
+        self.inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self.inplace: Any = None
+        self.base: Node | None = None
+        self.saved = False
+        self.persistent = False
+        self.readers = 0
+        self.memo: Tensor | None = None
+        self.back = 0
+        self.level = 0
+        self.storage: _Memory | None = None
+
+    def hold(self, tensor: Tensor) -> None:
+        """Hold the tensor itself; how it came about does not matter any more."""
+        self.tensor, self.alive, self.again, self.base = tensor, None, None, None
+        self.inputs, self.inplace, self.level, self.back = ((), {}), None, 0, 0
+
+    def value(self) -> Tensor:
+        """The tensor.
+
+        Raises:
+            ChangedInPlace: where it, or one that it is computed from, was changed since.
+        """
+        if self.tensor is not None:
+            return self._held(self.tensor)
+        if self.memo is not None:
+            return self.memo
+        with torch.no_grad(), torch._C._DisableAutocast():
+            return self._computed({})[0]
+
+    def _held(self, tensor: Tensor) -> Tensor:
+        if tensor._version != self.version:
+            raise ChangedInPlace(tensor.shape, tensor._version, self.version)
+        return tensor
+
+    def _computed(self, shared: dict[int, Tensor]) -> tuple[Tensor, bool]:
+        """The tensor, and whether nobody else reads its memory."""
+        if self.tensor is not None:
+            return self._held(self.tensor), False
+        if self.memo is not None:
+            return self.memo, False
+        if id(self) in shared:
+            return shared[id(self)], False
+        args, kwargs = self.inputs
+        owned = False
+
+        def get(argument: Any) -> Any:
+            return argument._computed(shared)[0] if isinstance(argument, Node) else argument
+
+        if args and isinstance(args[0], Node):
+            first, owned = args[0]._computed(shared)
+        else:
+            first = _mapped(get, args[0]) if args else None
+        rest = [_mapped(get, argument) for argument in args[1:]]
+        more = {name: _mapped(get, argument) for name, argument in kwargs.items()}
+        if owned and self.inplace is not None and _spec(first) == self.spec:
+            out: Tensor = self.inplace(first, *rest, **more)
+        else:
+            out = self.again(first, *rest, **more)  # type: ignore[misc]
+        if self.base is None and out.stride() != self.spec[2]:
+            out = torch.empty_strided(self.spec[1], self.spec[2], dtype=out.dtype, device=out.device).copy_(out)
+        if self.saved:
+            self.memo = out
+        elif self.readers > 1:
+            shared[id(self)] = out
+        return out, self.base is None and not self.saved and self.readers <= 1
+
+
+class _Memory:
+    """A storage that the recorder knows: its address is taken as long as this lives."""
+
+    __slots__ = ("asked", "kept", "nbytes", "nodes", "weak")
+
+    def __init__(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.weak = StorageWeakRef(storage)
+        self.nbytes = storage.nbytes()
+        self.nodes: dict[tuple[Any, ...], Node] = {}
+        self.asked = self.kept = False
+
+
+def _spec(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _mapped(function: Callable[[Any], Any], argument: Any) -> Any:
+    return [function(one) for one in argument] if isinstance(argument, (list, tuple)) else function(argument)
+
+
+_PLAIN: tuple[type, ...] = (Tensor, nn.Parameter, torch._subclasses.fake_tensor.FakeTensor)
+
+
+class Recorder(TorchDispatchMode):
+    """Within this context, autograd keeps of what is cheap to compute again only how to.
+
+    Args:
+        persistent: tensors that stay anyway: parameters and buffers.
+
+    Attributes:
+        kept: bytes held for the backward pass, each storage once; persistent ones are not counted.
+        asked: bytes that autograd asked to hold.
+
+    Example:
+        >>> x, weight = torch.randn(64, 64), torch.randn(64, 64, requires_grad=True)
+        >>> with Recorder().active() as recorder:
+        ...     y = torch.nn.functional.gelu(x @ weight) @ weight
+        >>> recorder.kept == 2 * x.nbytes + weight.nbytes  # the input and the first product, not what gelu made of it
+        True
+    """
+
+    def __init__(self, persistent: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.kept = self.asked = 0
+        self._persistent = {tensor.untyped_storage()._cdata for tensor in persistent if type(tensor) in _PLAIN}
+        self._memory: dict[int, _Memory] = {}
+        self._busy = False
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled parts stay compiled inside; what they give is kept."""
+        return True
+
+    @contextmanager
+    def active(self) -> Iterator[Recorder]:
+        """Record, and answer autograd."""
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack), self:
+            try:
+                yield self
+            finally:  # recipes that are needed live with autograd's nodes
+                for memory in self._memory.values():
+                    memory.nodes.clear()
+                self._memory.clear()
+
+    # --- what operators do -----------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._busy:
+            return func(*args, **kwargs)
+        kind = _kind(func)
+        if kind.nothing:
+            return func(*args, **kwargs)
+        former = None
+        if kind.again is not None and _is_large(args):
+            former = [_mapped(self._node, a) for a in args], {name: _mapped(self._node, a) for name, a in kwargs.items()}
+        source = self._known(args[0]) if kind.view and isinstance(args[0], Tensor) else None
+        out = func(*args, **kwargs)
+        for place in kind.writes:
+            for written in tree_leaves(kwargs.get(place) if isinstance(place, str) else args[place : place + 1]):
+                if isinstance(written, Tensor):
+                    self._forget(written)
+        if former is not None:
+            self._note(func, kind, former, out)
+        elif source is not None:
+            self._note_view(func, source, args, kwargs, out)
+        elif kind.code is not None and torch.is_grad_enabled():
+            self._note_code(kind.code, bool(kind.writes), args, kwargs, out)
+        return out
+
+    def _note(self, func: Any, kind: _Kind, inputs: Any, out: Any) -> None:
+        """Remember how an operator's (first) result came about."""
+        result = out if isinstance(out, Tensor) else out[0]
+        if type(result) not in _PLAIN or result.nbytes < SMALL or _is_cast_of_parameter(func, inputs):
+            return
+        memory = self._memory.get(result.untyped_storage()._cdata)
+        if memory is not None and memory.nodes:  # a view of an argument, by an operator that does not say so
+            return
+        node = self._new(result, result._version + bool(kind.writes))
+        node.again, node.inplace, node.inputs = kind.again, kind.inplace, inputs
+        first = inputs[0][0]
+        if recipes.name_of(func) == "clone" and first.again is not None and first.spec == node.spec:
+            node.again, node.base = _itself, first.base or first
+        elif recipes.is_batch_norm(func):
+            node.again, node.inputs = self._batch_norm(func, inputs[0], out)
+        self._link(node)
+
+    def _batch_norm(self, func: Any, args: Any, out: Any) -> tuple[Callable[..., Tensor], Any]:
+        """How to run a batch norm again: with the statistics that it had, which move without a new version."""
+        if recipes.normalises_by_batch(func, args):
+            return recipes.batch_norm, ([*args[:3], self._node(out[1]), self._node(out[2])], {})
+        statistics = [node if node is None else self._node(node.value().clone()) for node in args[3:5]]
+        return func, ([*args[:3], *statistics, *args[5:]], {})
+
+    def _note_view(self, func: Any, source: Node, args: Any, kwargs: Any, out: Any) -> None:
+        several = isinstance(out, (list, tuple))
+        for place, view in enumerate(out if several else [out]):
+            if type(view) not in _PLAIN or view.untyped_storage()._cdata != args[0].untyped_storage()._cdata:
+                continue
+            node = self._new(view, args[0]._version)  # which it will share
+            node.again = _view_of(func, place if several else None)
+            node.inputs, node.base = ([source, *args[1:]], kwargs), source.base or source
+            self._link(node)
+
+    def _note_code(self, code: recipes.Code, written: bool, args: Any, kwargs: Any, out: Any) -> None:
+        """Remember a result by a few bits per element."""
+        result = out if isinstance(out, Tensor) else out[code.result]
+        if type(result) not in _PLAIN or result.nbytes < SMALL or not code.fits(*args, **kwargs):
+            return
+        node = self._new(result, result._version + written)
+        short = code.encode(result, *args)
+        packed = Node(_spec(short), short.nbytes, short._version)
+        packed.hold(short)
+        spec = node.spec
+        node.again, node.inputs = (lambda bits: code.decode(bits, *spec)), ([packed], {})
+        self._link(node)
+
+    @staticmethod
+    def _link(node: Node) -> None:
+        level = 0
+        for source in _sources(node):
+            source.readers += 1
+            level = max(level, source.level)
+        node.level = level + 1
+
+    # --- what is known of memory -----------------------------------------------------------------------------------
+
+    def _new(self, tensor: Tensor, version: int) -> Node:
+        spec = _spec(tensor)
+        key = tensor.untyped_storage()._cdata
+        memory = self._memory.get(key)
+        if memory is None:
+            memory = self._memory[key] = _Memory(tensor)
+        node = Node(spec, tensor.nbytes, version)
+        node.storage = memory
+        node.persistent = key in self._persistent
+        memory.nodes[(*spec, tensor.storage_offset())] = node
+        return node
+
+    def _find(self, tensor: Tensor) -> Node | None:
+        memory = self._memory.get(tensor.untyped_storage()._cdata)
+        if memory is None:
+            return None
+        node = memory.nodes.get((*_spec(tensor), tensor.storage_offset()))
+        return node if node is not None and node.version == tensor._version else None
+
+    def _known(self, tensor: Tensor) -> Node | None:
+        """The node of a tensor that can be computed again."""
+        if type(tensor) not in _PLAIN:
+            return None
+        node = self._find(tensor)
+        return node if node is not None and node.again is not None else None
+
+    def _node(self, value: Any) -> Any:
+        """The node of a tensor; anything else as it is."""
+        if not isinstance(value, Tensor):
+            return value
+        plain = type(value) in _PLAIN
+        node = self._find(value) if plain else None
+        if node is None:
+            node = self._new(value, value._version) if plain else Node(_spec(value), value.nbytes, value._version)
+            if plain and (value.nbytes < SMALL or node.persistent):
+                node.hold(self._alias(value))
+            else:
+                node.alive = ref(value)
+        return node
+
+    def _alias(self, tensor: Tensor) -> Tensor:
+        """The same memory and version, without the graph behind it."""
+        former, self._busy = self._busy, True
+        try:
+            return tensor.detach()
+        finally:
+            self._busy = former
+
+    def _forget(self, tensor: Tensor) -> None:
+        if type(tensor) in _PLAIN:
+            memory = self._memory.get(tensor.untyped_storage()._cdata)
+            if memory is not None:
+                memory.nodes.clear()
+
+    # --- what autograd keeps ---------------------------------------------------------------------------------------
+
+    def _pack(self, tensor: Tensor) -> Any:
+        self._busy = True
+        try:
+            return self._packed(tensor)
+        finally:
+            self._busy = False
+
+    def _packed(self, tensor: Tensor) -> Any:
+        if type(tensor) not in _PLAIN:
+            return _Kept(tensor)
+        node = self._find(tensor)
+        if node is None:
+            node = self._new(tensor, tensor._version)
+        if node.storage is not None and not node.persistent and not node.storage.asked:
+            node.storage.asked = True
+            self.asked += node.storage.nbytes
+        if node.tensor is None and not self._dropped(node):
+            node.hold(tensor.detach())
+            self._count(node)
+        return node
+
+    def _count(self, node: Node) -> None:
+        memory = node.storage
+        if memory is not None and not memory.kept and not node.persistent:
+            memory.kept = True
+            self.kept += memory.nbytes
+
+    def _dropped(self, node: Node) -> bool:
+        """Whether the tensor need not be kept; what its recipe needs is held from now on."""
+        if node.again is None or node.persistent or (node.storage is not None and node.storage.kept):
+            return False
+        home = node.base or node
+        if home.saved:
+            return True
+        if home.tensor is not None or home.level > DEEPEST:
+            return False
+        leaves: dict[int, Node] = {}
+        chain: dict[int, Node] = {}
+        if not _closure(home, leaves, chain, set()):
+            return False
+        price = sum(leaf.storage.nbytes if leaf.storage else leaf.nbytes for leaf in leaves.values() if _costs(leaf))
+        back = home.nbytes + sum(node.back for node in chain.values())
+        if 2 * price > home.nbytes or back > LONGEST * home.nbytes:
+            return False
+        held = [(leaf, None if leaf.alive is None else leaf.alive()) for leaf in leaves.values()]
+        for leaf, alive in held:
+            if leaf.tensor is None and alive is not None:
+                leaf.hold(alive.detach())
+                self._count(leaf)
+        home.saved, home.back = True, back
+        return True
+
+
+def _costs(leaf: Node) -> bool:
+    return leaf.tensor is None and not leaf.persistent and not (leaf.storage is not None and leaf.storage.kept)
+
+
+def _closure(node: Node, leaves: dict[int, Node], chain: dict[int, Node], seen: set[int]) -> bool:
+    """Collect what a recipe needs: tensors to be held, and others that come back with it; False where one is gone."""
+    for source in _sources(node):
+        if id(source) in seen:
+            continue
+        seen.add(id(source))
+        if source.tensor is not None:
+            continue
+        if source.saved:
+            chain[id(source)] = source
+        elif source.again is not None:
+            if len(seen) > DEEPEST or not _closure(source, leaves, chain, seen):
+                return False
+        else:
+            alive = None if source.alive is None else source.alive()
+            if alive is None or alive._version != source.version:
+                return False
+            leaves[id(source)] = source
+    return True
+
+
+def _sources(node: Node) -> Iterator[Node]:
+    args, kwargs = node.inputs
+    for argument in (*args, *kwargs.values()):
+        for one in argument if isinstance(argument, (list, tuple)) else (argument,):
+            if isinstance(one, Node):
+                yield one
+
+
+def _is_cast_of_parameter(func: Any, inputs: Any) -> bool:
+    """Autocast's copies of weights are kept: the weights may change before the backward pass, their copies not."""
+    first = inputs[0][0] if inputs[0] else None
+    return recipes.name_of(func) in recipes.MOVES and isinstance(first, Node) and first.persistent
+
+
+def _is_large(args: Any) -> bool:
+    first = args[0] if args else None
+    return not isinstance(first, Tensor) or first.nbytes >= SMALL
+
+
+def _itself(x: Tensor, **_: Any) -> Tensor:
+    return x
+
+
+def _view_of(func: Any, place: int | None) -> Callable[..., Tensor]:
+    return func if place is None else lambda *args, **kwargs: func(*args, **kwargs)[place]
+
+
+class _Kept:
+    """A small or strange tensor, as it is."""
+
+    __slots__ = ("tensor", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.version = tensor if tensor.grad_fn is None else tensor.detach(), tensor._version
+
+    def value(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise ChangedInPlace(self.tensor.shape, self.tensor._version, self.version)
+        return self.tensor
+
+
+def _unpack(kept: Any) -> Tensor:
+    found: Tensor = kept.value()
+    return found
+
+
+class _Kind:
+    """What an operator does, as far as it matters here."""
+
+    __slots__ = ("again", "code", "inplace", "nothing", "view", "writes")
+
+    def __init__(self, func: Any) -> None:
+        self.view = recipes.is_view(func)
+        self.writes = recipes.writes(func)
+        self.again = None if self.view else recipes.cheap(func)
+        self.inplace = None if self.again is None else recipes.in_place(func)
+        self.code = recipes.CODES.get(recipes.name_of(func))
+        self.nothing = not (self.view or self.writes or self.again or self.code)
+
+
+_KINDS: dict[Any, _Kind] = {}
+
+
+def _kind(func: Any) -> _Kind:
+    kind = _KINDS.get(func)
+    if kind is None:
+        kind = _KINDS[func] = _Kind(func)
+    return kind
