@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers.lean.network import make_lean
 from ..models.named import build_model, check_model
 from ..reversible import MODES
 from ..training.errors import reason, refused
@@ -22,7 +23,9 @@ from .memory import mean_square
 first_line = reason
 """Under this name the side of MMDetection knows it."""
 
-MODE_NAMES = {"store": "plain", "checkpoint": "own checkpointing"}  # for networks without our modes
+MODE_NAMES = {"store": "plain", "checkpoint": "own checkpointing", "lean": "lean"}  # for networks without our modes
+LEAN = "lean"
+"""Everything is stored that is not cheap to compute again: a mode of every network, which is shown when asked for."""
 
 EXTRA_SILOS = (0, 2, 4, 8)
 """Depths of the sweep."""
@@ -92,7 +95,8 @@ class Target:
         name: known to timm.
         img_size: side of the images, pixels.
         batch_size: images per step.
-        mode: see ``revnets.reversible.MODES``; others know ``"store"`` (plain) and ``"checkpoint"`` (their own).
+        mode: see ``revnets.reversible.MODES``; others know ``"store"`` (plain) and ``"checkpoint"`` (their own); and
+            all know ``LEAN``.
         options: for the network's constructor.
         part: of detectors, see ``revnets.mm.detectors``.
     """
@@ -177,6 +181,8 @@ def create(name: str, img_size: int, setting: Setting, options: tuple[tuple[str,
 
 def set_mode(model: Any, mode: str) -> bool:
     """Switch the memory mode; False where the network has no such mode."""
+    if mode == LEAN:
+        return set_mode(model, "store") and make_lean(model) is model
     if hasattr(model, "set_mode"):
         model.set_mode(mode)
         return True

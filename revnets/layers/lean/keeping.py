@@ -237,14 +237,14 @@ class Recorder(TorchDispatchMode):
                 if isinstance(written, Tensor):
                     self._forget(written)
         if former is not None:
-            self._note(func, kind, former, out)
+            self._note(func, kind, former, args, out)
         elif source is not None:
             self._note_view(func, source, args, kwargs, out)
         elif kind.code is not None and torch.is_grad_enabled():
             self._note_code(kind.code, bool(kind.writes), args, kwargs, out)
         return out
 
-    def _note(self, func: Any, kind: _Kind, inputs: Any, out: Any) -> None:
+    def _note(self, func: Any, kind: _Kind, inputs: Any, given: Any, out: Any) -> None:
         """Remember how an operator's (first) result came about."""
         result = out if isinstance(out, Tensor) else out[0]
         if type(result) not in _PLAIN or result.nbytes < SMALL or _is_cast_of_parameter(func, inputs):
@@ -258,15 +258,15 @@ class Recorder(TorchDispatchMode):
         if recipes.name_of(func) == "clone" and first.again is not None and first.spec == node.spec:
             node.again, node.base = _itself, first.base or first
         elif recipes.is_batch_norm(func):
-            node.again, node.inputs = self._batch_norm(func, inputs[0], out)
+            node.again, node.inputs = self._batch_norm(func, inputs[0], given, out)
         self._link(node)
 
-    def _batch_norm(self, func: Any, args: Any, out: Any) -> tuple[Callable[..., Tensor], Any]:
+    def _batch_norm(self, func: Any, args: Any, given: Any, out: Any) -> tuple[Callable[..., Tensor], Any]:
         """How to run a batch norm again: with the statistics that it had, which move without a new version."""
-        if recipes.normalises_by_batch(func, args):
+        if recipes.normalises_by_batch(func, given):
             return recipes.batch_norm, ([*args[:3], self._node(out[1]), self._node(out[2])], {})
-        statistics = [node if node is None else self._node(node.value().clone()) for node in args[3:5]]
-        return func, ([*args[:3], *statistics, *args[5:]], {})
+        statistics = [one if one is None else one.clone() for one in given[3:5]]
+        return _first_of(func), ([*args[:3], *statistics, *args[5:]], {})
 
     def _note_view(self, func: Any, source: Node, args: Any, kwargs: Any, out: Any) -> None:
         several = isinstance(out, (list, tuple))
@@ -335,19 +335,14 @@ class Recorder(TorchDispatchMode):
         node = self._find(value) if plain else None
         if node is None:
             node = self._new(value, value._version) if plain else Node(_spec(value), value.nbytes, value._version)
-            if plain and (value.nbytes < SMALL or node.persistent):
-                node.hold(self._alias(value))
+            if type(value) is nn.Parameter:
+                node.hold(value)
+            elif plain and value.nbytes < SMALL:
+                node.version = 0
+                node.hold(value.clone())  # whoever else has it may let it go, or change it
             else:
                 node.alive = ref(value)
         return node
-
-    def _alias(self, tensor: Tensor) -> Tensor:
-        """The same memory and version, without the graph behind it."""
-        former, self._busy = self._busy, True
-        try:
-            return tensor.detach()
-        finally:
-            self._busy = former
 
     def _forget(self, tensor: Tensor) -> None:
         if type(tensor) in _PLAIN:
@@ -456,6 +451,10 @@ def _is_large(args: Any) -> bool:
 
 def _itself(x: Tensor, **_: Any) -> Tensor:
     return x
+
+
+def _first_of(func: Any) -> Callable[..., Tensor]:
+    return lambda *args, **kwargs: func(*args, **kwargs)[0]
 
 
 def _view_of(func: Any, place: int | None) -> Callable[..., Tensor]:
