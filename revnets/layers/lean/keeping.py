@@ -29,7 +29,7 @@ SMALL = 1024
 """Bytes of a tensor that is not worth a recipe."""
 DEEPEST = 150
 """Operators in a row that may be run again for one tensor (as Python's recursion, too)."""
-LONGEST = 6
+LONGEST = 4
 """Tensors of its own size that may come back with one: sums of a stage of a network need all sums before them."""
 
 
@@ -58,7 +58,8 @@ class Node:
         saved: whether autograd asked for it: it is then computed once.
         readers: recipes that use it.
         memo: the tensor, computed again.
-        back: bytes that come back to life with it.
+        rank: saved nodes in a row behind it that are computed with it, itself included.
+        back: bytes that stay when it is computed for another.
         level: operators in a row behind it.
     """
 
@@ -73,6 +74,7 @@ class Node:
         "memo",
         "nbytes",
         "persistent",
+        "rank",
         "readers",
         "saved",
         "spec",
@@ -93,8 +95,7 @@ class Node:
         self.persistent = False
         self.readers = 0
         self.memo: Tensor | None = None
-        self.back = 0
-        self.level = 0
+        self.back = self.rank = self.level = 0
         self.storage: _Memory | None = None
 
     def hold(self, tensor: Tensor) -> None:
@@ -113,7 +114,10 @@ class Node:
         if self.memo is not None:
             return self.memo
         with torch.no_grad(), torch._C._DisableAutocast():
-            return self._computed({})[0]
+            found, _ = self._computed({})
+        if self.saved:
+            self.memo = found
+        return found
 
     def _held(self, tensor: Tensor) -> Tensor:
         if tensor._version != self.version:
@@ -121,7 +125,10 @@ class Node:
         return tensor
 
     def _computed(self, shared: dict[int, Tensor]) -> tuple[Tensor, bool]:
-        """The tensor, and whether nobody else reads its memory."""
+        """The tensor, and whether nobody else reads its memory.
+
+        Of saved ones in a row only every second stays: each of the others is one step from it when its turn comes.
+        """
         if self.tensor is not None:
             return self._held(self.tensor), False
         if self.memo is not None:
@@ -146,11 +153,16 @@ class Node:
             out = self.again(first, *rest, **more)  # type: ignore[misc]
         if self.base is None and out.stride() != self.spec[2]:
             out = torch.empty_strided(self.spec[1], self.spec[2], dtype=out.dtype, device=out.device).copy_(out)
-        if self.saved:
+        if self.stays:
             self.memo = out
         elif self.readers > 1:
             shared[id(self)] = out
-        return out, self.base is None and not self.saved and self.readers <= 1
+        return out, self.base is None and not self.stays and self.readers <= 1
+
+    @property
+    def stays(self) -> bool:
+        """Whether it stays when it is computed for another."""
+        return self.saved and self.rank % 2 == 0
 
 
 class _Memory:
@@ -290,6 +302,15 @@ class Recorder(TorchDispatchMode):
         spec = node.spec
         node.again, node.inputs = (lambda bits: code.decode(bits, *spec)), ([packed], {})
         self._link(node)
+        if code.other is not None:
+            self._note_other(code.other, args[0], node, out[1 - code.result])
+
+    def _note_other(self, again: Callable[..., Tensor], source: Any, coded: Node, other: Any) -> None:
+        """Remember the second result of an operator, which follows from its argument and the coded one."""
+        inputs = [self._node(source), coded]
+        node = self._new(other, other._version)
+        node.again, node.inputs = again, (inputs, {})
+        self._link(node)
 
     @staticmethod
     def _link(node: Node) -> None:
@@ -393,7 +414,7 @@ class Recorder(TorchDispatchMode):
         if not _closure(home, leaves, chain, set()):
             return False
         price = sum(leaf.storage.nbytes if leaf.storage else leaf.nbytes for leaf in leaves.values() if _costs(leaf))
-        back = home.nbytes + sum(node.back for node in chain.values())
+        back = sum(node.back for node in chain.values())
         if 2 * price > home.nbytes or back > LONGEST * home.nbytes:
             return False
         held = [(leaf, None if leaf.alive is None else leaf.alive()) for leaf in leaves.values()]
@@ -401,7 +422,8 @@ class Recorder(TorchDispatchMode):
             if leaf.tensor is None and alive is not None:
                 leaf.hold(alive.detach())
                 self._count(leaf)
-        home.saved, home.back = True, back
+        home.saved, home.rank = True, 1 + max((node.rank for node in chain.values()), default=0)
+        home.back = back + (home.nbytes if home.stays else 0)
         return True
 
 

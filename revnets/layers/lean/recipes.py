@@ -172,12 +172,14 @@ class Code(NamedTuple):
         fits: whether the arguments (of the operator) allow for it.
         encode: the result, and the operator's arguments, to the short form.
         decode: the short form, and dtype, shape and strides of the result, to that.
+        other: another result, from the operator's argument and this result; or None.
     """
 
     result: int
     fits: Callable[..., bool]
     encode: Callable[..., Tensor]
     decode: Callable[..., Tensor]
+    other: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 def _pack(mask: Tensor, *_: Any) -> Tensor:
@@ -213,9 +215,13 @@ def _long_index(short: Tensor, dtype: torch.dtype, *_: Any) -> Tensor:
     return short.to(dtype)
 
 
+def _picked(x: Tensor, index: Tensor) -> Tensor:
+    return x.flatten(-2).gather(-1, index.flatten(-2)).view(index.shape)
+
+
 CODES = {
     "bernoulli_": Code(0, _is_dense, _pack, _unpack),
-    "max_pool2d_with_indices": Code(1, _few_pixels, _short_index, _long_index),
+    "max_pool2d_with_indices": Code(1, _few_pixels, _short_index, _long_index, _picked),
 }
 """Dropout's noise as bits, and the places of maxima, numbers of pixels, in as few bytes as those take."""
 
