@@ -128,13 +128,12 @@ def trace(model: nn.Module, input_size: Sequence[int], batch_size: int = 1) -> T
     twin, names = _meta_twin(model)
     x = torch.empty(batch_size, *input_size, device="meta", dtype=_dtype(model))
     recorder = _Recorder(names)
-    with _watched(twin, recorder):
-        try:
-            with torch.no_grad(), recorder:
-                outputs = twin(x)
-        except Exception as error:  # whatever a model may raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0] + recorder.place()
-            raise TraceError(type(model).__name__, tuple(x.shape), reason) from error
+    try:
+        with _watched(twin, recorder), torch.no_grad(), recorder:
+            outputs = twin(x)
+    except Exception as error:  # whatever a model may raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0] + recorder.place()
+        raise TraceError(type(model).__name__, tuple(x.shape), reason) from error
     return Trace(recorder.ops, recorder.calls, [recorder.value(x)], recorder.values(outputs))
 
 

@@ -186,7 +186,16 @@ def _mapped(function: Callable[[Any], Any], argument: Any) -> Any:
     return [function(one) for one in argument] if isinstance(argument, (list, tuple)) else function(argument)
 
 
-_PLAIN: tuple[type, ...] = (Tensor, nn.Parameter, torch._subclasses.fake_tensor.FakeTensor)
+_TYPES = frozenset((Tensor, nn.Parameter, torch._subclasses.fake_tensor.FakeTensor))
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether its place in memory and its version say all about its values."""
+    return (
+        type(tensor) in _TYPES
+        and tensor.layout is torch.strided
+        and not (tensor.dtype.is_complex or tensor.is_neg() or tensor.is_inference())
+    )
 
 
 class Recorder(TorchDispatchMode):
@@ -210,7 +219,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, persistent: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.kept = self.asked = 0
-        self._persistent = {tensor.untyped_storage()._cdata for tensor in persistent if type(tensor) in _PLAIN}
+        self._persistent = {tensor.untyped_storage()._cdata for tensor in persistent if _is_plain(tensor)}
         self._memory: dict[int, _Memory] = {}
         self._busy = False
 
@@ -259,7 +268,7 @@ class Recorder(TorchDispatchMode):
     def _note(self, func: Any, kind: _Kind, inputs: Any, given: Any, out: Any) -> None:
         """Remember how an operator's (first) result came about."""
         result = out if isinstance(out, Tensor) else out[0]
-        if type(result) not in _PLAIN or result.nbytes < SMALL or _is_cast_of_parameter(func, inputs):
+        if not _is_plain(result) or result.nbytes < SMALL or _is_cast_of_parameter(func, inputs):
             return
         memory = self._memory.get(result.untyped_storage()._cdata)
         if memory is not None and memory.nodes:  # a view of an argument, by an operator that does not say so
@@ -283,7 +292,7 @@ class Recorder(TorchDispatchMode):
     def _note_view(self, func: Any, source: Node, args: Any, kwargs: Any, out: Any) -> None:
         several = isinstance(out, (list, tuple))
         for place, view in enumerate(out if several else [out]):
-            if type(view) not in _PLAIN or view.untyped_storage()._cdata != args[0].untyped_storage()._cdata:
+            if not _is_plain(view) or view.untyped_storage()._cdata != args[0].untyped_storage()._cdata:
                 continue
             node = self._new(view, args[0]._version)  # which it will share
             node.again = _view_of(func, place if several else None)
@@ -293,7 +302,7 @@ class Recorder(TorchDispatchMode):
     def _note_code(self, code: recipes.Code, written: bool, args: Any, kwargs: Any, out: Any) -> None:
         """Remember a result by a few bits per element."""
         result = out if isinstance(out, Tensor) else out[code.result]
-        if type(result) not in _PLAIN or result.nbytes < SMALL or not code.fits(*args, **kwargs):
+        if not _is_plain(result) or result.nbytes < SMALL or not code.fits(*args, **kwargs):
             return
         node = self._new(result, result._version + written)
         short = code.encode(result, *args)
@@ -343,7 +352,7 @@ class Recorder(TorchDispatchMode):
 
     def _known(self, tensor: Tensor) -> Node | None:
         """The node of a tensor that can be computed again."""
-        if type(tensor) not in _PLAIN:
+        if not _is_plain(tensor):
             return None
         node = self._find(tensor)
         return node if node is not None and node.again is not None else None
@@ -352,13 +361,14 @@ class Recorder(TorchDispatchMode):
         """The node of a tensor; anything else as it is."""
         if not isinstance(value, Tensor):
             return value
-        plain = type(value) in _PLAIN
-        node = self._find(value) if plain else None
+        if not _is_plain(value):
+            return Node((), 0, 0)  # of which nothing can be known
+        node = self._find(value)
         if node is None:
-            node = self._new(value, value._version) if plain else Node(_spec(value), value.nbytes, value._version)
+            node = self._new(value, value._version)
             if type(value) is nn.Parameter:
                 node.hold(value)
-            elif plain and value.nbytes < SMALL:
+            elif value.nbytes < SMALL:
                 node.version = 0
                 node.hold(value.clone())  # whoever else has it may let it go, or change it
             else:
@@ -366,7 +376,7 @@ class Recorder(TorchDispatchMode):
         return node
 
     def _forget(self, tensor: Tensor) -> None:
-        if type(tensor) in _PLAIN:
+        if _is_plain(tensor):
             memory = self._memory.get(tensor.untyped_storage()._cdata)
             if memory is not None:
                 memory.nodes.clear()
@@ -381,7 +391,7 @@ class Recorder(TorchDispatchMode):
             self._busy = False
 
     def _packed(self, tensor: Tensor) -> Any:
-        if type(tensor) not in _PLAIN:
+        if not _is_plain(tensor):
             return _Kept(tensor)
         node = self._find(tensor)
         if node is None:
@@ -409,30 +419,24 @@ class Recorder(TorchDispatchMode):
             return True
         if home.tensor is not None or home.level > DEEPEST:
             return False
-        leaves: dict[int, Node] = {}
+        leaves: dict[int, tuple[Node, Tensor]] = {}
         chain: dict[int, Node] = {}
         if not _closure(home, leaves, chain, set()):
             return False
-        price = sum(leaf.storage.nbytes if leaf.storage else leaf.nbytes for leaf in leaves.values() if _costs(leaf))
         back = sum(node.back for node in chain.values())
-        if 2 * price > home.nbytes or back > LONGEST * home.nbytes:
+        if back > LONGEST * home.nbytes:
             return False
-        held = [(leaf, None if leaf.alive is None else leaf.alive()) for leaf in leaves.values()]
-        for leaf, alive in held:
-            if leaf.tensor is None and alive is not None:
-                leaf.hold(alive.detach())
-                self._count(leaf)
+        for leaf, tensor in leaves.values():
+            leaf.hold(tensor.detach())
         home.saved, home.rank = True, 1 + max((node.rank for node in chain.values()), default=0)
         home.back = back + (home.nbytes if home.stays else 0)
         return True
 
 
-def _costs(leaf: Node) -> bool:
-    return leaf.tensor is None and not leaf.persistent and not (leaf.storage is not None and leaf.storage.kept)
-
-
-def _closure(node: Node, leaves: dict[int, Node], chain: dict[int, Node], seen: set[int]) -> bool:
-    """Collect what a recipe needs: tensors to be held, and others that come back with it; False where one is gone."""
+def _closure(
+    node: Node, leaves: dict[int, tuple[Node, Tensor]], chain: dict[int, Node], seen: set[int]
+) -> bool:
+    """Collect what a recipe needs, tensors and others that come back with it; False where one is not kept anyway."""
     for source in _sources(node):
         if id(source) in seen:
             continue
@@ -446,9 +450,10 @@ def _closure(node: Node, leaves: dict[int, Node], chain: dict[int, Node], seen: 
                 return False
         else:
             alive = None if source.alive is None else source.alive()
-            if alive is None or alive._version != source.version:
+            kept = source.storage is not None and source.storage.kept
+            if alive is None or not kept or alive._version != source.version:
                 return False
-            leaves[id(source)] = source
+            leaves[id(source)] = source, alive
     return True
 
 

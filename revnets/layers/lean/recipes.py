@@ -37,6 +37,9 @@ MOVES = {
 ELEMENTWISE = {"gelu_", "hardswish", "hardswish_", "log_sigmoid_forward", "where"}
 """Elementwise operators that torch does not tag so; it tags all others."""
 
+CONSTANT = {"fill", "fill_", "zero", "zero_", "ones_like", "zeros_like", "full_like", "empty_like"}
+"""What depends on no tensor's values is memory to be written to, perhaps by kernels that torch does not know of."""
+
 NORMS = {"native_layer_norm", "native_group_norm", "_fused_rms_norm", "batch_norm_elemt", "_softmax", "_log_softmax"}
 """Run again as they are; their statistics are part of it."""
 
@@ -100,7 +103,7 @@ def cheap(func: Any) -> Again | None:
         return None
     if name in NORMS or name in BATCH_NORMS:  # in training, a batch norm is run again by ``batch_norm``
         return lambda *args, **kwargs: _first(func(*args, **kwargs))
-    if not (torch.Tag.pointwise in func.tags or name in ELEMENTWISE or name in MOVES):
+    if name in CONSTANT or not (torch.Tag.pointwise in func.tags or name in ELEMENTWISE or name in MOVES):
         return None
     if not writes(func):
         return lambda *args, **kwargs: _first(func(*args, **kwargs))
