@@ -1,10 +1,10 @@
 """What a training step keeps for its backward pass: of what is cheap to compute again, only how to.
 
 While a network runs, a dispatch mode (``Recorder``) notes of every cheap operator (norm, activation, sum, copy, see
-``recipes``) how its result came about, and autograd's hooks for saved tensors ask it what to keep. A tensor whose recipe
-needs only what is kept anyway is not kept: the backward pass computes it again when it is asked for, once, and lets it
-go with the last node that holds it. So the saved values are the same, and every gradient is computed by torch's own
-kernels.
+``recipes``) how its result came about, and autograd's hooks for saved tensors ask it what to keep. A tensor whose
+recipe needs only what is kept anyway is not kept: the backward pass computes it again when it is asked for, once, and
+lets it go with the last node that holds it. So the saved values are the same, and every gradient is computed by torch's
+own kernels.
 
 A recipe is found by where a tensor lies in memory: its storage, shape and strides, and its version. Whatever is written
 in place ends what was known of that memory; a tensor of which nothing is known is kept.
@@ -19,171 +19,16 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import recipes
+from .nodes import DEEPEST, Kept, Memory, Node, closure, mapped, sources, spec_of
 
 SMALL = 1024
 """Bytes of a tensor that is not worth a recipe."""
-DEEPEST = 150
-"""Operators in a row that may be run again for one tensor (as Python's recursion, too)."""
 LONGEST = 4
 """Tensors of its own size that may come back with one: sums of a stage of a network need all sums before them."""
-
-
-class ChangedInPlace(RuntimeError):
-    """A tensor that the backward pass needs was changed after the forward pass."""
-
-    def __init__(self, shape: torch.Size, found: int, expected: int) -> None:
-        super().__init__(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor "
-            f"of shape {tuple(shape)} is at version {found}; expected version {expected} instead. Change it out of "
-            "place, or after backward()"
-        )
-
-
-class Node:
-    """A tensor at a moment: held, or to be computed from others.
-
-    Attributes:
-        tensor: held, or None.
-        version: of its memory at that moment.
-        alive: the tensor, as long as somebody else holds it.
-        again: computes it; None where only holding helps.
-        inputs: arguments of ``again``, with nodes in place of tensors.
-        inplace: does the same in the memory of the first argument, or is None.
-        base: the node whose memory this one is a view of, if that one has a recipe.
-        saved: whether autograd asked for it: it is then computed once.
-        readers: recipes that use it.
-        memo: the tensor, computed again.
-        rank: saved nodes in a row behind it that are computed with it, itself included.
-        back: bytes that stay when it is computed for another.
-        level: operators in a row behind it.
-    """
-
-    __slots__ = (
-        "again",
-        "alive",
-        "back",
-        "base",
-        "inplace",
-        "inputs",
-        "level",
-        "memo",
-        "nbytes",
-        "persistent",
-        "rank",
-        "readers",
-        "saved",
-        "spec",
-        "storage",
-        "tensor",
-        "version",
-    )
-
-    def __init__(self, spec: tuple[Any, ...], nbytes: int, version: int) -> None:
-        self.spec, self.nbytes, self.version = spec, nbytes, version
-        self.tensor: Tensor | None = None
-        self.alive: Callable[[], Tensor | None] | None = None
-        self.again: Callable[..., Tensor] | None = None
-        self.inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        self.inplace: Any = None
-        self.base: Node | None = None
-        self.saved = False
-        self.persistent = False
-        self.readers = 0
-        self.memo: Tensor | None = None
-        self.back = self.rank = self.level = 0
-        self.storage: _Memory | None = None
-
-    def hold(self, tensor: Tensor) -> None:
-        """Hold the tensor itself; how it came about does not matter any more."""
-        self.tensor, self.alive, self.again, self.base = tensor, None, None, None
-        self.inputs, self.inplace, self.level, self.back = ((), {}), None, 0, 0
-
-    def value(self) -> Tensor:
-        """The tensor.
-
-        Raises:
-            ChangedInPlace: where it, or one that it is computed from, was changed since.
-        """
-        if self.tensor is not None:
-            return self._held(self.tensor)
-        if self.memo is not None:
-            return self.memo
-        with torch.no_grad(), torch._C._DisableAutocast():
-            found, _ = self._computed({})
-        if self.saved:
-            self.memo = found
-        return found
-
-    def _held(self, tensor: Tensor) -> Tensor:
-        if tensor._version != self.version:
-            raise ChangedInPlace(tensor.shape, tensor._version, self.version)
-        return tensor
-
-    def _computed(self, shared: dict[int, Tensor]) -> tuple[Tensor, bool]:
-        """The tensor, and whether nobody else reads its memory.
-
-        Of saved ones in a row only every second stays: each of the others is one step from it when its turn comes.
-        """
-        if self.tensor is not None:
-            return self._held(self.tensor), False
-        if self.memo is not None:
-            return self.memo, False
-        if id(self) in shared:
-            return shared[id(self)], False
-        args, kwargs = self.inputs
-        owned = False
-
-        def get(argument: Any) -> Any:
-            return argument._computed(shared)[0] if isinstance(argument, Node) else argument
-
-        if args and isinstance(args[0], Node):
-            first, owned = args[0]._computed(shared)
-        else:
-            first = _mapped(get, args[0]) if args else None
-        rest = [_mapped(get, argument) for argument in args[1:]]
-        more = {name: _mapped(get, argument) for name, argument in kwargs.items()}
-        if owned and self.inplace is not None and _spec(first) == self.spec:
-            out: Tensor = self.inplace(first, *rest, **more)
-        else:
-            out = self.again(first, *rest, **more)  # type: ignore[misc]
-        if self.base is None and out.stride() != self.spec[2]:
-            out = torch.empty_strided(self.spec[1], self.spec[2], dtype=out.dtype, device=out.device).copy_(out)
-        if self.stays:
-            self.memo = out
-        elif self.readers > 1:
-            shared[id(self)] = out
-        return out, self.base is None and not self.stays and self.readers <= 1
-
-    @property
-    def stays(self) -> bool:
-        """Whether it stays when it is computed for another."""
-        return self.saved and self.rank % 2 == 0
-
-
-class _Memory:
-    """A storage that the recorder knows: its address is taken as long as this lives."""
-
-    __slots__ = ("asked", "kept", "nbytes", "nodes", "weak")
-
-    def __init__(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        self.weak = StorageWeakRef(storage)
-        self.nbytes = storage.nbytes()
-        self.nodes: dict[tuple[Any, ...], Node] = {}
-        self.asked = self.kept = False
-
-
-def _spec(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.dtype, tuple(tensor.shape), tensor.stride()
-
-
-def _mapped(function: Callable[[Any], Any], argument: Any) -> Any:
-    return [function(one) for one in argument] if isinstance(argument, (list, tuple)) else function(argument)
 
 
 _TYPES = frozenset((Tensor, nn.Parameter, torch._subclasses.fake_tensor.FakeTensor))
@@ -220,7 +65,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.kept = self.asked = 0
         self._persistent = {tensor.untyped_storage()._cdata for tensor in persistent if _is_plain(tensor)}
-        self._memory: dict[int, _Memory] = {}
+        self._memory: dict[int, Memory] = {}
         self._busy = False
 
     @classmethod
@@ -250,7 +95,7 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         former = None
         if kind.again is not None and _is_large(args):
-            former = [_mapped(self._node, a) for a in args], {name: _mapped(self._node, a) for name, a in kwargs.items()}
+            former = [mapped(self._node, a) for a in args], {name: mapped(self._node, a) for name, a in kwargs.items()}
         source = self._known(args[0]) if kind.view and isinstance(args[0], Tensor) else None
         out = func(*args, **kwargs)
         for place in kind.writes:
@@ -306,7 +151,7 @@ class Recorder(TorchDispatchMode):
             return
         node = self._new(result, result._version + written)
         short = code.encode(result, *args)
-        packed = Node(_spec(short), short.nbytes, short._version)
+        packed = Node(spec_of(short), short.nbytes, short._version)
         packed.hold(short)
         spec = node.spec
         node.again, node.inputs = (lambda bits: code.decode(bits, *spec)), ([packed], {})
@@ -324,7 +169,7 @@ class Recorder(TorchDispatchMode):
     @staticmethod
     def _link(node: Node) -> None:
         level = 0
-        for source in _sources(node):
+        for source in sources(node):
             source.readers += 1
             level = max(level, source.level)
         node.level = level + 1
@@ -332,11 +177,11 @@ class Recorder(TorchDispatchMode):
     # --- what is known of memory -----------------------------------------------------------------------------------
 
     def _new(self, tensor: Tensor, version: int) -> Node:
-        spec = _spec(tensor)
+        spec = spec_of(tensor)
         key = tensor.untyped_storage()._cdata
         memory = self._memory.get(key)
         if memory is None:
-            memory = self._memory[key] = _Memory(tensor)
+            memory = self._memory[key] = Memory(tensor)
         node = Node(spec, tensor.nbytes, version)
         node.storage = memory
         node.persistent = key in self._persistent
@@ -347,7 +192,7 @@ class Recorder(TorchDispatchMode):
         memory = self._memory.get(tensor.untyped_storage()._cdata)
         if memory is None:
             return None
-        node = memory.nodes.get((*_spec(tensor), tensor.storage_offset()))
+        node = memory.nodes.get((*spec_of(tensor), tensor.storage_offset()))
         return node if node is not None and node.version == tensor._version else None
 
     def _known(self, tensor: Tensor) -> Node | None:
@@ -392,7 +237,7 @@ class Recorder(TorchDispatchMode):
 
     def _packed(self, tensor: Tensor) -> Any:
         if not _is_plain(tensor):
-            return _Kept(tensor)
+            return Kept(tensor)
         node = self._find(tensor)
         if node is None:
             node = self._new(tensor, tensor._version)
@@ -421,7 +266,7 @@ class Recorder(TorchDispatchMode):
             return False
         leaves: dict[int, tuple[Node, Tensor]] = {}
         chain: dict[int, Node] = {}
-        if not _closure(home, leaves, chain, set()):
+        if not closure(home, leaves, chain, set()):
             return False
         back = sum(node.back for node in chain.values())
         if back > LONGEST * home.nbytes:
@@ -431,38 +276,6 @@ class Recorder(TorchDispatchMode):
         home.saved, home.rank = True, 1 + max((node.rank for node in chain.values()), default=0)
         home.back = back + (home.nbytes if home.stays else 0)
         return True
-
-
-def _closure(
-    node: Node, leaves: dict[int, tuple[Node, Tensor]], chain: dict[int, Node], seen: set[int]
-) -> bool:
-    """Collect what a recipe needs, tensors and others that come back with it; False where one is not kept anyway."""
-    for source in _sources(node):
-        if id(source) in seen:
-            continue
-        seen.add(id(source))
-        if source.tensor is not None:
-            continue
-        if source.saved:
-            chain[id(source)] = source
-        elif source.again is not None:
-            if len(seen) > DEEPEST or not _closure(source, leaves, chain, seen):
-                return False
-        else:
-            alive = None if source.alive is None else source.alive()
-            kept = source.storage is not None and source.storage.kept
-            if alive is None or not kept or alive._version != source.version:
-                return False
-            leaves[id(source)] = source, alive
-    return True
-
-
-def _sources(node: Node) -> Iterator[Node]:
-    args, kwargs = node.inputs
-    for argument in (*args, *kwargs.values()):
-        for one in argument if isinstance(argument, (list, tuple)) else (argument,):
-            if isinstance(one, Node):
-                yield one
 
 
 def _is_cast_of_parameter(func: Any, inputs: Any) -> bool:
@@ -486,20 +299,6 @@ def _first_of(func: Any) -> Callable[..., Tensor]:
 
 def _view_of(func: Any, place: int | None) -> Callable[..., Tensor]:
     return func if place is None else lambda *args, **kwargs: func(*args, **kwargs)[place]
-
-
-class _Kept:
-    """A small or strange tensor, as it is."""
-
-    __slots__ = ("tensor", "version")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.version = tensor if tensor.grad_fn is None else tensor.detach(), tensor._version
-
-    def value(self) -> Tensor:
-        if self.tensor._version != self.version:
-            raise ChangedInPlace(self.tensor.shape, self.tensor._version, self.version)
-        return self.tensor
 
 
 def _unpack(kept: Any) -> Tensor:

@@ -80,7 +80,8 @@ class Kept:
 
     def __str__(self) -> str:
         share = self.lean / self.plain if self.plain else 1.0
-        return f"keeps {self.lean / 1e6:.2f} MB per image for the backward pass, plain {self.plain / 1e6:.2f} ({share:.2f})"
+        lean, plain = f"{self.lean / 1e6:.2f}", f"{self.plain / 1e6:.2f}"
+        return f"keeps {lean} MB per image for the backward pass, plain {plain} ({share:.2f})"
 
 
 def kept_per_image(model: nn.Module, input_size: tuple[int, ...], batch_size: int = 2) -> Kept | None:

@@ -99,7 +99,11 @@ def cheap(func: Any) -> Again | None:
         True
     """
     name = name_of(func)
-    if not func._schema.name.startswith("aten::") or torch.Tag.nondeterministic_seeded in func.tags:
+    if (
+        not func._schema.name.startswith("aten::")
+        or name.startswith("_foreach")
+        or torch.Tag.nondeterministic_seeded in func.tags
+    ):
         return None
     if name in NORMS or name in BATCH_NORMS:  # in training, a batch norm is run again by ``batch_norm``
         return lambda *args, **kwargs: _first(func(*args, **kwargs))

@@ -129,7 +129,9 @@ class Random(nn.Module):
         return torch.stack(results[-3:]).mean(0)
 
 
-STEPS = st.lists(st.tuples(st.sampled_from(sorted(OPS)), st.integers(0, 5), st.integers(0, 20)), min_size=2, max_size=20)
+STEPS = st.lists(
+    st.tuples(st.sampled_from(sorted(OPS)), st.integers(0, 5), st.integers(0, 20)), min_size=2, max_size=20
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -150,6 +152,25 @@ def test_networks_of_timm(name: str) -> None:
     assert list(lean.state_dict()) == list(plain.state_dict())
     x = torch.randn(2, 3, 160, 160)
     assert_same_step(training_step(lean, (x,), loss), training_step(plain, (x,), loss), 0)
+
+
+def test_networks_of_torchvision() -> None:
+    from torchvision.models import mobilenet_v3_small
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    torch.manual_seed(0)
+    plain = mobilenet_v3_small(num_classes=10).train()
+    x = torch.randn(2, 3, 64, 64)
+    lean = convert(copy.deepcopy(plain), "lean", input_size=(3, 64, 64)).model.train()
+    assert_same_step(training_step(lean, (x,), loss), training_step(plain, (x,), loss), 0)
+    features = create_feature_extractor(plain, ["features.3", "avgpool"]).train()
+    lean = make_lean(copy.deepcopy(features))
+    assert is_lean(lean)
+
+    def of_features(ys: dict[str, Tensor]) -> Tensor:
+        return torch.stack([y.square().mean() for y in ys.values()]).sum()
+
+    assert_same_step(training_step(lean, (x,), of_features), training_step(features, (x,), of_features), 0)
 
 
 # --- tensors changed in place ----------------------------------------------------------------------------------------
@@ -174,7 +195,7 @@ class Changed(nn.Module):
 def test_a_kept_tensor_that_was_changed_is_an_error() -> None:
     net = make_lean(Changed("z")).train()
     y = net(images(dtype=torch.float32))
-    with pytest.raises(RuntimeError, match="modified by an inplace operation: a tensor of shape .3, 8, 16, 16"):
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation: a tensor of shape .3, 8, 16, 16"):
         y.sum().backward()
 
 
@@ -353,7 +374,7 @@ def test_what_cannot_keep_less_says_so() -> None:
     assert report.skipped
     assert not report.converted
     for wrapped in (torch.jit.script(network("mlp").float()), nn.DataParallel(network("mlp").float())):
-        with pytest.raises(ValueError, match="lean: .* convert it before|does not run"):
+        with pytest.raises(ValueError, match=r"lean: .* convert it before|does not run"):
             convert(wrapped, "lean", input_size=(C, 16, 16))
 
 
