@@ -157,7 +157,9 @@ def _meta_twin(model: nn.Module) -> tuple[nn.Module, dict[int, tuple[str, Tensor
             twin = nn.Parameter(twin, tensor.requires_grad)
         memo[id(tensor)] = twin
         names[id(twin)] = (name, twin)
-    return copy.deepcopy(model, memo).eval(), names
+    twin_model = copy.deepcopy(model, memo)
+    twin_model.eval()  # whose result is None for MMDetection's networks
+    return twin_model, names
 
 
 class _watched:

@@ -97,7 +97,8 @@ def kept_per_image(model: nn.Module, input_size: tuple[int, ...], batch_size: in
         Kept(plain=6144.0, lean=4096.0)
     """
     try:
-        twin = meta_twin(model).train()
+        twin = meta_twin(model)
+        twin.train()
         dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
         x = torch.empty(batch_size, *input_size, device="meta", dtype=dtype)
         with torch.enable_grad(), Recorder(_tensors_of(twin)).active() as recorder:
