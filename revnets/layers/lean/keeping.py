@@ -94,7 +94,9 @@ class Recorder(TorchDispatchMode):
         if kind.nothing:
             return func(*args, **kwargs)
         former = None
-        if kind.again is not None and _is_large(args):
+        if kind.batch_norm:
+            former = [self._node(a) for a in args[:3]], {}
+        elif kind.again is not None and _is_large(args):
             former = [mapped(self._node, a) for a in args], {name: mapped(self._node, a) for name, a in kwargs.items()}
         source = self._known(args[0]) if kind.view and isinstance(args[0], Tensor) else None
         out = func(*args, **kwargs)
@@ -121,18 +123,11 @@ class Recorder(TorchDispatchMode):
         node = self._new(result, result._version + bool(kind.writes))
         node.again, node.inplace, node.inputs = kind.again, kind.inplace, inputs
         first = inputs[0][0]
-        if recipes.name_of(func) == "clone" and first.again is not None and first.spec == node.spec:
+        if kind.batch_norm:
+            node.again, node.inputs = _batch_norm(func, inputs[0], given, out)
+        elif kind.copies and first.again is not None and first.spec == node.spec:
             node.again, node.base = _itself, first.base or first
-        elif recipes.is_batch_norm(func):
-            node.again, node.inputs = self._batch_norm(func, inputs[0], given, out)
         self._link(node)
-
-    def _batch_norm(self, func: Any, args: Any, given: Any, out: Any) -> tuple[Callable[..., Tensor], Any]:
-        """How to run a batch norm again: with the statistics that it had, which move without a new version."""
-        if recipes.normalises_by_batch(func, given):
-            return recipes.batch_norm, ([*args[:3], self._node(out[1]), self._node(out[2])], {})
-        statistics = [one if one is None else one.clone() for one in given[3:5]]
-        return _first_of(func), ([*args[:3], *statistics, *args[5:]], {})
 
     def _note_view(self, func: Any, source: Node, args: Any, kwargs: Any, out: Any) -> None:
         several = isinstance(out, (list, tuple))
@@ -229,31 +224,36 @@ class Recorder(TorchDispatchMode):
     # --- what autograd keeps ---------------------------------------------------------------------------------------
 
     def _pack(self, tensor: Tensor) -> Any:
-        self._busy = True
-        try:
-            return self._packed(tensor)
-        finally:
-            self._busy = False
-
-    def _packed(self, tensor: Tensor) -> Any:
         if not _is_plain(tensor):
-            return Kept(tensor)
+            return Kept(tensor, tensor._version)
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._persistent or storage.nbytes() < SMALL:
+            return Kept(self._alias(tensor), tensor._version)
         node = self._find(tensor)
         if node is None:
             node = self._new(tensor, tensor._version)
-        if node.storage is not None and not node.persistent and not node.storage.asked:
+        if node.storage is not None and not node.storage.asked:
             node.storage.asked = True
             self.asked += node.storage.nbytes
         if node.tensor is None and not self._dropped(node):
-            node.hold(tensor.detach())
-            self._count(node)
+            node.hold(self._alias(tensor))
+            if node.storage is not None and not node.storage.kept:
+                node.storage.kept = True
+                self.kept += node.storage.nbytes
         return node
 
-    def _count(self, node: Node) -> None:
-        memory = node.storage
-        if memory is not None and not memory.kept and not node.persistent:
-            memory.kept = True
-            self.kept += memory.nbytes
+    def _alias(self, tensor: Tensor) -> Tensor:
+        """The same memory and version, without the graph behind it, which would hold itself."""
+        if tensor.grad_fn is None:
+            return tensor
+        if type(tensor) is Tensor:
+            with torch._C._DisableTorchDispatch():
+                return tensor.detach()
+        self._busy = True
+        try:
+            return tensor.detach()
+        finally:
+            self._busy = False
 
     def _dropped(self, node: Node) -> bool:
         """Whether the tensor need not be kept; what its recipe needs is held from now on."""
@@ -272,7 +272,7 @@ class Recorder(TorchDispatchMode):
         if back > LONGEST * home.nbytes:
             return False
         for leaf, tensor in leaves.values():
-            leaf.hold(tensor.detach())
+            leaf.hold(self._alias(tensor))
         home.saved, home.rank = True, 1 + max((node.rank for node in chain.values()), default=0)
         home.back = back + (home.nbytes if home.stays else 0)
         return True
@@ -293,6 +293,18 @@ def _itself(x: Tensor, **_: Any) -> Tensor:
     return x
 
 
+def _batch_norm(func: Any, args: Any, given: Any, out: Any) -> tuple[Callable[..., Tensor], Any]:
+    """How to run a batch norm again: with the statistics that it had, which move without a new version."""
+    if not recipes.normalises_by_batch(func, given):
+        return _first_of(func), ([*args, *(t if t is None else t.clone() for t in given[3:5]), *given[5:]], {})
+    statistics = []
+    for tensor in out[1:3]:
+        node = Node((), tensor.nbytes, tensor._version)
+        node.hold(tensor)
+        statistics.append(node)
+    return recipes.batch_norm, ([*args, *statistics], {})
+
+
 def _first_of(func: Any) -> Callable[..., Tensor]:
     return lambda *args, **kwargs: func(*args, **kwargs)[0]
 
@@ -309,13 +321,15 @@ def _unpack(kept: Any) -> Tensor:
 class _Kind:
     """What an operator does, as far as it matters here."""
 
-    __slots__ = ("again", "code", "inplace", "nothing", "view", "writes")
+    __slots__ = ("again", "batch_norm", "code", "copies", "inplace", "nothing", "view", "writes")
 
     def __init__(self, func: Any) -> None:
         self.view = recipes.is_view(func)
         self.writes = recipes.writes(func)
         self.again = None if self.view else recipes.cheap(func)
         self.inplace = None if self.again is None else recipes.in_place(func)
+        self.batch_norm = self.again is not None and recipes.is_batch_norm(func)
+        self.copies = recipes.name_of(func) == "clone"
         self.code = recipes.CODES.get(recipes.name_of(func))
         self.nothing = not (self.view or self.writes or self.again or self.code)
 

@@ -207,8 +207,8 @@ class Kept:
 
     __slots__ = ("tensor", "version")
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.version = tensor if tensor.grad_fn is None else tensor.detach(), tensor._version
+    def __init__(self, tensor: Tensor, version: int) -> None:
+        self.tensor, self.version = tensor, version
 
     def value(self) -> Tensor:
         """The tensor."""

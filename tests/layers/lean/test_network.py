@@ -433,7 +433,7 @@ def test_bytes_kept(name: str) -> None:
     plain = saved_bytes(model, x)
     found = kept_per_image(model, (3, 224, 224))
     assert found is not None
-    assert found.plain * 2 == pytest.approx(plain, rel=1e-6)
+    assert found.plain * 2 == pytest.approx(plain, rel=1e-3)
     assert found.lean <= SHARES[name] * found.plain
 
 
