@@ -206,7 +206,7 @@ class Recorder(TorchDispatchMode):
         node = self._find(value)
         if node is None:
             node = self._new(value, value._version)
-            if type(value) is nn.Parameter:
+            if isinstance(value, nn.Parameter):
                 node.hold(value)
             elif value.nbytes < SMALL:
                 node.version = 0

@@ -12,6 +12,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 DEEPEST = 150
 """Operators in a row that may be run again for one tensor (as Python's recursion, too)."""
 
+STRIDE = 3
+"""Of tensors that are computed from each other, such as the sums of a stage, so many's last one stays on the way."""
+
 
 class ChangedInPlace(RuntimeError):
     """A tensor that the backward pass needs was changed after the forward pass."""
@@ -104,7 +107,7 @@ class Node:
     @property
     def stays(self) -> bool:
         """Whether it stays when it is computed for another."""
-        return self.saved and self.rank % 2 == 0
+        return self.saved and self.rank % STRIDE == 0
 
     def held(self, tensor: Tensor) -> Tensor:
         """The tensor that is held, if it is still what it was."""
@@ -115,7 +118,8 @@ class Node:
     def computed(self, shared: dict[int, Tensor]) -> tuple[Tensor, bool]:
         """The tensor, and whether nobody else reads its memory.
 
-        Of saved ones in a row only every second stays: each of the others is one step from it when its turn comes.
+        Of saved ones in a row only some stay (``STRIDE``): each of the others is a few steps from one of these when its
+        turn comes.
         """
         if self.tensor is not None:
             return self.held(self.tensor), False
@@ -124,16 +128,16 @@ class Node:
         if id(self) in shared:
             return shared[id(self)], False
         args, kwargs = self.inputs
-        owned = False
+        found: dict[int, tuple[Tensor, bool]] = {}
+        for source in sorted(sources(self), key=lambda node: -node.level):  # the others would wait for the deepest
+            if id(source) not in found:
+                found[id(source)] = source.computed(shared)
 
         def get(argument: Any) -> Any:
-            return argument.computed(shared)[0] if isinstance(argument, Node) else argument
+            return found[id(argument)][0] if isinstance(argument, Node) else argument
 
-        if args and isinstance(args[0], Node):
-            first, owned = args[0].computed(shared)
-        else:
-            first = mapped(get, args[0]) if args else None
-        rest = [mapped(get, argument) for argument in args[1:]]
+        owned = bool(args) and isinstance(args[0], Node) and found[id(args[0])][1]
+        first, *rest = (mapped(get, argument) for argument in args)
         more = {name: mapped(get, argument) for name, argument in kwargs.items()}
         if owned and self.inplace is not None and spec_of(first) == self.spec:
             out: Tensor = self.inplace(first, *rest, **more)
