@@ -45,7 +45,8 @@ def _called(function: Callable[..., Any], registered: Callable[..., Any]) -> Cal
     """The operator; on a CPU that nobody watches, its function: torch's way to it costs tens of microseconds."""
 
     def call(x: Any, *rest: Any) -> Any:
-        if torch.compiler.is_compiling() or x.device.type != "cpu" or torch._C._len_torch_dispatch_stack():
+        first = x[0] if isinstance(x, list) else x
+        if torch.compiler.is_compiling() or first.device.type != "cpu" or torch._C._len_torch_dispatch_stack():
             return registered(x, *rest)
         return function(x, *rest)
 

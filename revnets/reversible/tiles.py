@@ -34,6 +34,11 @@ def layout(t: Tensor) -> tuple[int, int, int]:
     return t.stride(0), t.stride(1), t.stride(3) if t.shape[3] > 1 else t.stride(2) if t.shape[2] > 1 else 1
 
 
+def sizes(t: Tensor) -> tuple[int, int]:
+    """Channels and pixels."""
+    return t.shape[1], t.shape[2] * t.shape[3]
+
+
 def like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An empty map without gaps, channels-last where ``x`` is."""
     channels_last = x.stride(1) == 1
