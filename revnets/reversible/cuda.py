@@ -20,7 +20,7 @@ from .tiles import grid as programs_of
 WATCHERS: list[Callable[[str], None]] = []
 """Who wants to know of every launch, by the kernel's name: of fake tensors as well, whose kernels are not run."""
 AT_ONCE = 4  # maps whose largest magnitudes one launch finds
-PARTS = 64  # programs for each of them
+PARTS = 32  # programs for each of them
 
 
 @functools.cache

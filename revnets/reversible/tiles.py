@@ -52,6 +52,29 @@ def blocks(t: Tensor) -> dict[str, int]:
     return {"BLOCK_C": 32, "BLOCK_P": 32} if layout(t)[1] == 1 else {"BLOCK_C": 2, "BLOCK_P": 512}
 
 
+def row_blocks(t: Tensor, pixels: str = "BLOCK_R", large: bool = False) -> dict[str, int]:
+    """A tile of channels and rows, which are the pixels of all samples.
+
+    Args:
+        t: the map.
+        pixels: what the side of the rows is called.
+        large: whether several programs share the rows of a channel; else few channels make for many programs.
+    """
+    most = (32, 64) if large else (8, 256)
+    block_c, rows = most if layout(t)[1] == 1 else (2, 512)
+    return {"BLOCK_C": block_c, pixels: min(rows, max(16, power_of_2(t.shape[0] * t.shape[2] * t.shape[3])))}
+
+
+def power_of_2(number: int) -> int:
+    """The next one that is no less.
+
+    Example:
+        >>> [power_of_2(n) for n in (1, 2, 3, 17)]
+        [1, 2, 4, 32]
+    """
+    return 1 << (number - 1).bit_length()
+
+
 def loops(t: Tensor, block_p: int, at_most: int | None = None) -> int:
     """Tiles of pixels that one program goes through: all, or ``at_most`` so many."""
     tiles = -(-t.shape[2] * t.shape[3] // block_p)
