@@ -13,6 +13,7 @@ from ..reversible.operators import calls as lean
 from ..reversible.replay import once, is_recomputed, tree
 from .conv import conv_grads, convolved, is_plain_conv, structure_of, weight_of
 from .lean.activations import ACTIVATIONS, name_of
+from .lean.cuda import is_small
 from .norm_act import dense, has_hooks, in_forward, is_lean, norm_act
 
 
@@ -79,9 +80,11 @@ class _Settings:
         """Whether what the convolution reads is kept for the backward pass, in place of a launch that repeats it.
 
         In a branch that is computed again the backward pass follows at once; a pointwise convolution is its last, which
-        then holds its input, output and both gradients: no less than what is held until then with its input.
+        then holds its input, output and both gradients: no less than what is held until then with its input. What is
+        small may be held a little longer.
         """
-        return x.device.type != "cpu" and is_recomputed() and self.conv.kernel_size == (1, 1)
+        pays = self.conv.kernel_size == (1, 1) or is_small(x)
+        return x.device.type != "cpu" and is_recomputed() and pays
 
 
 class _NormActConv(torch.autograd.Function):

@@ -61,7 +61,7 @@ def batch_norm_act_(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     if not usable(x):
         return ops.batch_norm_act_(x, *rest)
     norm, running = _measured(x, *rest)
-    if not _is_small(x):
+    if not is_small(x):
         return _norm_act(norm, fresh=_moments(x, running)), norm.mean, norm.var
     out, block, numbers = like(x), row_blocks(x), (norm.eps, running.momentum, _rows(x))
     tensors = (x, out, norm.weight, norm.bias, norm.mean, norm.var, *running[:3])
@@ -212,7 +212,7 @@ def _norm_grads(
         out: None where it is not wanted.
         excited: with a gate; the gradients of its layers' weights are written as well.
     """
-    x, small = norm.x, _is_small(norm.x)
+    x, small = norm.x, is_small(norm.x)
     block, (n, (c, pixels)) = row_blocks(x, "BLOCK_P") if small else blocks(x), (len(x), sizes(x))
     channel_tiles, target = -(-c // block["BLOCK_C"]), grad if out is None else out
     affine, strides = (norm.weight, norm.bias, norm.mean, norm.var, norm.eps), (*layout(grad), *layout(x))
@@ -246,7 +246,8 @@ def _rows(x: Tensor) -> int:
     return x.shape[0] * x.shape[2] * x.shape[3]
 
 
-def _is_small(x: Tensor) -> bool:
+def is_small(x: Tensor) -> bool:
+    """Whether a channel of the batch is one program's work, so that launches are what takes the time."""
     return _rows(x) <= SMALL_ROWS
 
 

@@ -291,16 +291,16 @@ def norm_grad_kernel(  # type: ignore[no-untyped-def]
             grad = loaded(grad_ptr, at_rows(r, c, pixels, g_n, g_c, g_p), inside)
             gate, of_mean = grad, grad
             if GATED:
-                place = (r // pixels)[None, :] * channels + c[:, None]
-                gate, of_mean = loaded(gate_ptr, place, inside), loaded(grad_mean_ptr, place, inside)
+                at_gate = (r // pixels)[None, :] * channels + c[:, None]
+                gate, of_mean = loaded(gate_ptr, at_gate, inside), loaded(grad_mean_ptr, at_gate, inside)
             g = inner_grad(grad, gate, of_mean, normed(centred, scale, bias), pixels, ACT, GATED)
             g = tl.where(inside, g, 0.0)
             sum_g += tl.sum(g, axis=1)
             sum_gx += tl.sum(g * centred * invstd[:, None], axis=1)
     else:
-        place = sums_ptr + tl.arange(0, PARTS)[:, None] * channels + c[None, :]
-        sum_g = tl.sum(tl.load(place, mask=own[None, :], other=0.0), axis=0)
-        sum_gx = tl.sum(tl.load(place + PARTS * channels, mask=own[None, :], other=0.0), axis=0)
+        at_sums = tl.arange(0, PARTS)[:, None] * channels + c[None, :]
+        sum_g = tl.sum(loaded(sums_ptr, at_sums, own[None, :]), axis=0)
+        sum_gx = tl.sum(loaded(sums_ptr, at_sums + PARTS * channels, own[None, :]), axis=0)
     if (n == 0) & (tl.program_id(0) == 0):
         tl.store(grad_weight_ptr + c, sum_gx.to(grad_weight_ptr.dtype.element_ty), mask=own)
         tl.store(grad_bias_ptr + c, sum_g.to(grad_bias_ptr.dtype.element_ty), mask=own)
@@ -316,17 +316,17 @@ def norm_grad_kernel(  # type: ignore[no-untyped-def]
                 inside = own[:, None] & (t < rows)[None, :]
                 at_x, at_g = at_rows(t, c, pixels, x_n, x_c, x_p), at_rows(t, c, pixels, g_n, g_c, g_p)
                 at_out = at_rows(t, c, pixels, o_n, o_c, o_p)
-                place = (t // pixels)[None, :] * channels + c[:, None]
+                at_gate = (t // pixels)[None, :] * channels + c[:, None]
             else:
                 inside = own[:, None] & (t < pixels)[None, :]
                 at_x, at_g = at_pixels(n, c, t, x_n, x_c, x_p), at_pixels(n, c, t, g_n, g_c, g_p)
                 at_out = at_pixels(n, c, t, o_n, o_c, o_p)
-                place = n * channels + c[:, None] + tl.zeros_like(t)[None, :]
+                at_gate = n * channels + c[:, None] + tl.zeros_like(t)[None, :]
             centred = loaded(x_ptr, at_x, inside) - mean[:, None]
             grad = loaded(grad_ptr, at_g, inside)
             gate, of_mean = grad, grad
             if GATED:
-                gate, of_mean = loaded(gate_ptr, place, inside), loaded(grad_mean_ptr, place, inside)
+                gate, of_mean = loaded(gate_ptr, at_gate, inside), loaded(grad_mean_ptr, at_gate, inside)
             g = inner_grad(grad, gate, of_mean, normed(centred, scale, bias), pixels, ACT, GATED)
             g = (g - mean_g[:, None] - centred * slope[:, None]) * scale[:, None]
             tl.store(out_ptr + at_out, g.to(out_ptr.dtype.element_ty), mask=inside)
