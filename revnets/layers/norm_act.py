@@ -124,6 +124,8 @@ def in_forward(
 class _NormAct(torch.autograd.Function):
     """act(batch_norm(x)) with given batch statistics, which are functions of x; ``fresh`` has it in the forward pass."""
 
+    takes_gaps = True  # of its gradient: the operator sees to them
+
     @staticmethod
     def forward(
         ctx: Any,

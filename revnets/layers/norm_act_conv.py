@@ -79,12 +79,12 @@ class _Settings:
     def keeps_read(self, x: Tensor) -> bool:
         """Whether what the convolution reads is kept for the backward pass, in place of a launch that repeats it.
 
-        In a branch that is computed again the backward pass follows at once; a pointwise convolution is its last, which
-        then holds its input, output and both gradients: no less than what is held until then with its input. What is
-        small may be held a little longer.
+        In a branch that is computed again the backward pass follows at once, and what is small may be held until then.
+        A pointwise convolution is the branch's last: its backward pass holds its input, output and both gradients, no
+        less than what is held until then with its input. A CPU, where nothing is launched, holds less.
         """
-        pays = self.conv.kernel_size == (1, 1) or is_small(x)
-        return x.device.type != "cpu" and is_recomputed() and pays
+        last = self.conv.kernel_size == (1, 1) and x.device.type != "cpu"
+        return is_recomputed() and (last or is_small(x))
 
 
 class _NormActConv(torch.autograd.Function):

@@ -159,12 +159,12 @@ def gate_of(pooled: Tensor, *layers: Any) -> Tensor:
 def norm_act_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
     """Gradients of input, weight and bias of ``norm_act``: those of the three that are needed."""
     norm, needed = Norm(*arguments[:NORM]), arguments[NORM]
-    grad = dense(grad)
+    given, grad = grad, dense(grad)
     if norm.act:
         y = _normed(norm)
         by_parts(lambda y, g: y.copy_(ACTIVATIONS[norm.act].grad(g, y)), y, grad)
         grad = y
-    found = batch_norm_grad(grad, norm, needed, owned=bool(norm.act))
+    found = batch_norm_grad(grad, norm, needed, owned=grad is not given)
     return [g for g in found if g is not None]
 
 
