@@ -95,7 +95,12 @@ def has_hooks(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def in_forward(
-    operator: Callable[..., Sequence[Tensor]], x: Tensor, norm: Any, act: nn.Module | None, fresh: list[Tensor], *rest: Any
+    operator: Callable[..., Sequence[Tensor]],
+    x: Tensor,
+    norm: Any,
+    act: nn.Module | None,
+    fresh: list[Tensor],
+    *rest: Any,
 ) -> Sequence[Tensor]:
     """What an operator makes of ``x`` in the forward pass, with the batch's statistics; the running ones move once.
 
@@ -122,7 +127,7 @@ def in_forward(
 
 
 class _NormAct(torch.autograd.Function):
-    """act(batch_norm(x)) with given batch statistics, which are functions of x; ``fresh`` has it in the forward pass."""
+    """act(batch_norm(x)) with given statistics of the batch, which are functions of x; ``fresh`` may have it already."""
 
     takes_gaps = True  # of its gradient: the operator sees to them
 

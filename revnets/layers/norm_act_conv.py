@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels.training import Structure
 from ..reversible.operators import calls as lean
-from ..reversible.replay import once, is_recomputed, tree
+from ..reversible.replay import is_recomputed, once, tree
 from .conv import conv_grads, convolved, is_plain_conv, structure_of, weight_of
 from .lean.activations import ACTIVATIONS, name_of
 from .lean.cuda import is_small

@@ -2,7 +2,7 @@
 
 What it assumes, as nothing is run:
 
-- An operator of ours starts what its implementation for CUDA starts: its own Triton kernels and torch's operators in it.
+- An operator of ours starts what its implementation for CUDA starts: Triton kernels, and torch's operators in it.
 - Any other operator is one kernel (views and empty tensors none), but for the backward pass of a convolution, which is
   one for each gradient that is asked for. cuDNN may need more: it may change layouts, or split a sum.
 - A list of tensors (``torch._foreach_...``) is one kernel; torch splits long lists.

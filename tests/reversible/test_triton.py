@@ -39,7 +39,12 @@ def check() -> None:
 def check_largest() -> None:
     from revnets.reversible import cuda, grid
 
-    maps = [torch.randn(2, 3, 20, 30) - 5, torch.randn(1, 3, 2, 2), torch.randn(2, 8, 70, 9) * 7, torch.ones(1, 1, 1, 1)]
+    maps = [
+        torch.randn(2, 3, 20, 30) - 5,
+        torch.randn(1, 3, 2, 2),
+        torch.randn(2, 8, 70, 9) * 7,
+        torch.ones(1, 1, 1, 1),
+    ]
     maps = [*maps, maps[0].contiguous(memory_format=torch.channels_last) * 2, torch.zeros(2, 3, 1, 4)]
     for xs in (maps, maps[:1], [maps[0][:, 1:], maps[1]]):
         found = cuda.max_abs(xs)
@@ -67,4 +72,6 @@ def test_the_largest_magnitude() -> None:
     from revnets.reversible import cuda, grid
 
     for x in (torch.randn(2, 3, 4) - 5, torch.zeros(0, 3), torch.tensor([1.0, torch.nan])):
-        assert torch.equal(cuda.max_abs([x]), grid.max_abs(x)) or (grid.max_abs(x).isnan() and cuda.max_abs([x]).isnan())
+        assert torch.equal(cuda.max_abs([x]), grid.max_abs(x)) or (
+            grid.max_abs(x).isnan() and cuda.max_abs([x]).isnan()
+        )

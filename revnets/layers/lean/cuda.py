@@ -201,9 +201,7 @@ def _excited(grad: Tensor, norm: Norm, gate: Tensor, pooled: Tensor, se: Gate) -
     return _Excited(gate, of_mean, (pooled, squeezed, grad_1, grad_2), of_weights, hidden)
 
 
-def _norm_grads(
-    grad: Tensor, norm: Norm, out: Tensor | None, excited: _Excited | None = None
-) -> tuple[Tensor, Tensor]:
+def _norm_grads(grad: Tensor, norm: Norm, out: Tensor | None, excited: _Excited | None = None) -> tuple[Tensor, Tensor]:
     """Gradients of weight and bias; that of the input goes to ``out``, which may be ``grad`` itself.
 
     Args:
@@ -226,7 +224,9 @@ def _norm_grads(
         parts = min(MOST_PARTS, power_of_2(n * loops(x, block["BLOCK_P"])))
         sums = torch.empty(2, parts, c, dtype=torch.float32, device=x.device)
         numbers = (sums, n, c, pixels, *strides)
-        launch(_TRITON, "sums_kernel", (parts, channel_tiles), grad, x, *gating, *affine, *numbers, PARTS=parts, **flags)
+        launch(
+            _TRITON, "sums_kernel", (parts, channel_tiles), grad, x, *gating, *affine, *numbers, PARTS=parts, **flags
+        )
         steps = loops(x, block["BLOCK_P"], 8)
         programs = (1, channel_tiles, 1) if out is None else grid(x, block, steps)
     found = (torch.empty_like(norm.weight), torch.empty_like(norm.bias))

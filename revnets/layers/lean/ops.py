@@ -137,7 +137,7 @@ def norm_act_again(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 @operator(f"batch_norm_act_se_({_BATCH}, {_GATE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 def batch_norm_act_se_(*arguments: Any) -> tuple[Tensor, ...]:
-    """``batch_norm_act_`` times its gate, mean and variance; h's means over the pixels and the gate, both ``(N, C)``."""
+    """``h * gate``, mean and variance, h being ``batch_norm_act_``'s; h's means over the pixels, and the gate."""
     batch, layers = arguments[: -len(Gate._fields)], arguments[-len(Gate._fields) :]
     h, mean, var = batch_norm_act_(*batch)
     pooled = h.mean((2, 3))
@@ -219,9 +219,7 @@ def gate_grads(grad: Tensor, gate: Tensor, pooled: Tensor, *layers: Any) -> tupl
     return (grad_1 @ v1).to(pooled.dtype), *(g.to(w1.dtype) for g in weights)
 
 
-def batch_norm_grad(
-    grad: Tensor, norm: Norm, needed: Sequence[bool], owned: bool = False
-) -> tuple[Tensor | None, ...]:
+def batch_norm_grad(grad: Tensor, norm: Norm, needed: Sequence[bool], owned: bool = False) -> tuple[Tensor | None, ...]:
     r"""Gradients of input, weight and bias of a batch norm in training.
 
     With g the gradient, :math:`\hat x = (x - \mu) / \sigma` and means over all but the channels,
@@ -241,9 +239,7 @@ def batch_norm_grad(
     kernel = torch.ops.aten.native_batch_norm_backward
     if x.device.type != "cpu" or not needed[0] or not grad.dtype == x.dtype == weight.dtype:
         return kernel(grad, x, weight, None, None, mean, invstd, True, norm.eps, list(needed[:3]))
-    _, grad_weight, grad_bias = kernel(
-        grad, x, weight, None, None, mean, invstd, True, norm.eps, [False, True, True]
-    )
+    _, grad_weight, grad_bias = kernel(grad, x, weight, None, None, mean, invstd, True, norm.eps, [False, True, True])
     scale, count = weight * invstd, x.numel() // x.shape[1]
     slope = -scale * invstd * grad_weight / count
     shift = -scale * grad_bias / count - slope * mean

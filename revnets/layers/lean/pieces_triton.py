@@ -51,7 +51,7 @@ def act_slope(y, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
     return slope
 
 
-# --- tiles: channels x pixels of one sample, or channels x rows, which are the pixels of all samples -------------------
+# --- tiles: channels x pixels of one sample, or channels x rows, which are the pixels of all samples ------------------
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """The kernels of norm and activation that ``cuda.py`` launches, in Triton: for CUDA, and for Triton's interpreter.
 
-Imported on first use only. Large maps take two passes, one for sums over shares of their rows and one that applies them;
-small ones, whose channels are read by a program each, take one. See ``pieces_triton`` for why bits are the same again.
+Imported on first use only. Large maps take two passes, one for sums over shares of their rows and one that applies
+them; small ones, whose channels are read by a program each, take one. See ``pieces_triton`` for why bits are the same
+again.
 """
 
 from __future__ import annotations
