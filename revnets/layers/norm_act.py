@@ -127,7 +127,7 @@ def in_forward(
 
 
 class _NormAct(torch.autograd.Function):
-    """act(batch_norm(x)) with given statistics of the batch, which are functions of x; ``fresh`` may have it already."""
+    """act(batch_norm(x)) with given statistics of the batch, which are functions of x; ``fresh`` may have it."""
 
     takes_gaps = True  # of its gradient: the operator sees to them
 
