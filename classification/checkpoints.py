@@ -19,6 +19,7 @@ from revnets.sparsity import SparsityController
 from revnets.training.errors import UserError, one_line
 from revnets.training.files import TEMPORARY, duplicate, whole_file, writing
 from revnets.training.finite import FiniteGuard
+from revnets.training.fitting import complete
 from revnets.training.integrity import damage
 from revnets.training.reading import read_file
 
@@ -157,7 +158,7 @@ class Saver(CheckpointSaver):
             "metric": metric,
             **self.extra,
             "state_dict": get_state_dict(self.model, unwrap_model),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": complete(self.optimizer.state_dict()),
             "history": {
                 "files": [[os.path.basename(file), value] for file, value in self.checkpoint_files],
                 "best_epoch": self.best_epoch,
