@@ -21,7 +21,7 @@ from detection import checkpoints, checks
 from detection.config import PATH, load, parse, parser, primary
 from detection.noise import noise_kept_out
 from detection.report import draw, show, write_summary
-from revnets.training.errors import guarded
+from revnets.training.errors import UserError, guarded
 
 _logger = logging.getLogger("detection")
 DESCRIPTION = "Test a detector on MMEngine's runner. Options are those of MMDetection's tools/test.py, and some more."
@@ -62,6 +62,8 @@ def run_test(argv: Sequence[str] | None = None) -> dict[str, float]:
             each.classwise = True
     if not args.no_check and primary():
         checks.check_data(cfg, ["test"])
+    if "load_from" in args.cfg_options:
+        raise UserError("--cfg-options: load_from has no effect, CHECKPOINT is what is tested; leave it out.")
     checkpoint = checkpoints.read(args.checkpoint, "CHECKPOINT")
     cfg.load_from, cfg.resume = args.checkpoint, False
     with Leftovers(Path(cfg.work_dir)).removed():
