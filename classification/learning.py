@@ -6,7 +6,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from classification.needs import (
+from revnets.training.options.parsing import option
+
+from .needs import (
     AUGMENTED,
     BOTH,
     CHANGING,
@@ -32,7 +34,6 @@ from classification.needs import (
     optimizer,
     schedule,
 )
-from revnets.training.options import option
 
 
 @dataclasses.dataclass
@@ -253,7 +254,9 @@ class AugmentationOptions:
         None, "cutmix: lowest and highest side, instead of alpha", low=0, high=1, length=(2, 2), ascending=True
     )
     mixup_prob: float = option(1.0, "probability of mixup or cutmix", low=0, high=1, needs=MIXING)
-    mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on", low=0, high=1, zero=True, needs=BOTH)
+    mixup_switch_prob: float = option(
+        0.5, "probability of cutmix where both are on", low=0, high=1, zero=True, needs=BOTH
+    )
     mixup_mode: str = option("batch", "draw per", choices=("batch", "pair", "elem"), needs=MIXING)
     mixup_off_epoch: int = option(0, "stop mixup at this epoch; 0 never does", low=0, needs=MIXING)
     smoothing: float = option(0.1, "label smoothing", low=0, high=0.999)

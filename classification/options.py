@@ -9,18 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from classification.learning import (
-    AugmentationOptions,
-    DistillationOptions,
-    OptimizerOptions,
-    ScheduleOptions,
-    SparsityOptions,
-)
-from classification.needs import AMP, FILES_WEIGHTS, OWN_WEIGHTS, PIXELS, STREAM, interpolations, is_set
-from classification.policy import check_policy
+from revnets.training.checkpoints.tree import described
 from revnets.training.errors import UserError
-from revnets.training.options import SEED, Need, check_values, convert, option, options_of
-from revnets.training.tree import described
+from revnets.training.options.parsing import SEED, Need, check_values, convert, option, options_of
+
+from .learning import AugmentationOptions, DistillationOptions, OptimizerOptions, ScheduleOptions, SparsityOptions
+from .needs import AMP, FILES_WEIGHTS, OWN_WEIGHTS, PIXELS, STREAM, interpolations, is_set
+from .policy import check_policy
 
 PROCESSES = 1024
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from revnets.training.errors import UserError, did_you_mean, shown
-from revnets.training.values import Number
+from revnets.training.options.values import Number
 
 WHOLE, NUMBER, SHARE, FLAG = Number(int, 0), Number(float, 0), Number(float, 0, 1), Number(int, 0, 1)
 NOISE = {"mstd": NUMBER}

@@ -12,15 +12,23 @@ import torch
 from timm.utils import ModelEmaV3, NativeScaler
 from torch import nn
 
-from classification.checkpoints import PATIENCE
-from classification.models import fitting_weights
-from classification.options import TrainOptions
 from revnets.sparsity import SparsityController
+from revnets.training.checkpoints.fitting import (
+    apart,
+    check_buffers,
+    check_finite,
+    check_optimizer,
+    check_sparsity,
+    differences,
+)
+from revnets.training.checkpoints.held import RUN
+from revnets.training.checkpoints.reading import CheckpointError, check, in_file, named, read_checkpoint
 from revnets.training.errors import UserError, one_line
-from revnets.training.finite import FiniteGuard
-from revnets.training.fitting import apart, check_buffers, check_finite, check_optimizer, check_sparsity, differences
-from revnets.training.held import RUN
-from revnets.training.reading import CheckpointError, check, in_file, named, read_checkpoint
+from revnets.training.guards.finite import FiniteGuard
+
+from .checkpoints import PATIENCE
+from .models import fitting_weights
+from .options import TrainOptions
 
 _logger = logging.getLogger("classification")
 SETTINGS = {  # of groups of parameters, and the options that set them; of others it is --opt-kwargs

@@ -70,9 +70,7 @@ class Plan:
         names: of the inputs, for messages; those that have none are called input.
     """
 
-    def __init__(
-        self, steps: Sequence[Step], inputs: int, outputs: Sequence[int], names: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, steps: Sequence[Step], inputs: int, outputs: Sequence[int], names: Sequence[str] = ()) -> None:
         self._steps, self._inputs, self._outputs = list(steps), inputs, list(outputs)
         self._names = (*names[:inputs], *["input"] * (inputs - len(names)))
         for number, step in enumerate(self._steps):

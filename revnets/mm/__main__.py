@@ -29,7 +29,9 @@ def main() -> int:
     tools = Path(mmdet.__file__).parent / ".mim" / "tools"
     here, own = Path(sys.argv[1]), tools / sys.argv[1]
     named = os.path.isabs(sys.argv[1]) or sys.argv[1].startswith((f".{os.sep}", f"..{os.sep}"))
-    script = next((path for path in ((here,) if named else (own, here)) if path.is_file()), None)  # none that lies about
+    script = next(
+        (path for path in ((here,) if named else (own, here)) if path.is_file()), None
+    )  # none that lies about
     if script is None:
         known = ", ".join(sorted(str(path.relative_to(tools)) for path in tools.rglob("*.py")))
         sys.stderr.write(f"error: there is no script '{sys.argv[1]}', here or among MMDetection's: {known}\n")

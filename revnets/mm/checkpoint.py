@@ -17,7 +17,7 @@ from mmengine.runner import BaseLoop
 from torch import nn
 
 from ..profiling.report import write
-from ..training.fitting import complete
+from ..training.checkpoints.fitting import complete
 from ..training.files import leftovers, named_file, writing
 from ..training.lock import FolderLock, held_here
 from ..training.processes import at_first, of_first, own_buffers, put_buffers

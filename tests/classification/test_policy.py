@@ -60,7 +60,7 @@ def test_every_number_of_the_table_means_something_to_timm(words: str, part: dic
     ],
 )
 def test_the_part_that_timm_does_not_read_is_named(words: str, part: str) -> None:
-    with pytest.raises(UserError, match="^--aa: ") as caught:
+    with pytest.raises(UserError, match=r"^--aa: ") as caught:
         TrainOptions(data_dir="x", aa=words).check()
     assert part in str(caught.value)
     assert str(caught.value).endswith(".")

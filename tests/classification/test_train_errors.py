@@ -182,7 +182,9 @@ def test_rates_that_no_schedule_would_bring_back(
         assert run_train(*line, "--resume", "auto", "--lr", "0.5") == 2
         assert "lr 0.003, and --lr would make it 0.5" in sentence(capsys)
     assert run_train("--epochs", "1", "--experiment", "cosine") == 0
-    assert run_train("--experiment", "cosine", "--resume", "auto", "--lr", "0.001") == 0  # by the epoch: it takes effect
+    assert (
+        run_train("--experiment", "cosine", "--resume", "auto", "--lr", "0.001") == 0
+    )  # by the epoch: it takes effect
 
 
 @pytest.mark.parametrize("odd", ["lost", "one too many"])

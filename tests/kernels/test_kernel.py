@@ -197,7 +197,7 @@ def test_residuals_are_not_broadcast(shape: tuple[int, ...], kernel: bool, monke
         monkeypatch.setattr(compressed, "warn_of_dense_path", lambda: None)
     x, weight, bias, _ = operands(Geometry(4, 4), 2, 8, 8, 0.5, 0)
     weights, numbers = compress(weight), ([1, 1], [1, 1], [0, 0], [1, 1], 1, "none")
-    with pytest.raises(ValueError, match="^residual of shape"):
+    with pytest.raises(ValueError, match=r"^residual of shape"):
         torch.ops.revnets.sparse_conv2d(x, *weights, bias, torch.ones(shape), *numbers)
 
 
