@@ -277,9 +277,7 @@ def test_the_proof_would_be_there(deployed: Callable[[str], Path], tmp_path: Pat
     assert proof.path.exists()
 
 
-@pytest.mark.parametrize("where", ["a size", "an input's name"])
-def test_numbers_that_do_not_fit_are_no_traceback(
-    where: str,
+def test_a_program_that_does_not_fit_is_no_traceback(
     deployed: Callable[[str], Path],
     tmp_path: Path,
     proof: Proof,
@@ -289,12 +287,7 @@ def test_numbers_that_do_not_fit_are_no_traceback(
     """Sealed by somebody, plain, and wrong: torch logs a traceback of its own, which nobody is to see."""
 
     def change(found: Any, proof: Proof) -> None:
-        graph = found["graph_module"]["graph"]
-        if where == "a size":
-            tensor = next(each for name, each in graph["tensor_values"].items() if name.endswith("weight"))
-            tensor["sizes"][0] = {"as_int": 10**6}
-        else:
-            graph["nodes"][0]["inputs"][0]["name"] = 7
+        found["graph_module"]["graph"]["nodes"][0]["inputs"][0]["name"] = 7
 
     evil = edited(deployed("torch"), tmp_path, in_program(change), proof)
     with pytest.raises(ExportError, match=r"torch.export cannot open"):
