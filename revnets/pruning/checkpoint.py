@@ -54,8 +54,7 @@ def save_weights(model: nn.Module, path: Path, metadata: Mapping[str, str]) -> P
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from ..profiling.report import write
-    from ..training.files import writing
+    from ..training.files import write, writing
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     with writing(path, (SafetensorError,)):

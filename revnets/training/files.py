@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import errno
+import json
 import os
 import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 TEMPORARY = ".tmp-"
 _LEFTOVER = re.compile(re.escape(TEMPORARY) + r"\w+-(?P<name>.+)", re.DOTALL)
@@ -84,6 +87,45 @@ def whole_file(path: Path) -> Iterator[Path]:
         finally:
             with suppress(FileNotFoundError):
                 temporary.unlink()
+
+
+def write(path: Path, save: Callable[[Path], Any]) -> Path:
+    """Lets `save` write a file that appears at `path` complete or not at all.
+
+    Args:
+        path: The file to write; its folder must exist.
+        save: Is given the path to write to.
+
+    Raises:
+        NotWritten: There is no space, say.
+    """
+    with whole_file(path) as temporary:
+        save(temporary)
+    return path
+
+
+def write_json(path: Path, data: Any) -> Path:
+    """Writes plain values as indented JSON, whole or not at all; see `write`."""
+    return write(path, lambda temporary: temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8"))
+
+
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = ()) -> Path:
+    """Writes rows as CSV, whole or not at all; see `write`.
+
+    Args:
+        path: The file to write; its folder must exist.
+        rows: Values by the names of their columns; where one has no value, its cell is empty.
+        columns: Their names; by default all that the rows have, in the order in which they come up.
+    """
+    found = list(rows)
+
+    def save(temporary: Path) -> None:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns or list(dict.fromkeys(name for row in found for name in row)))
+            writer.writeheader()
+            writer.writerows(found)
+
+    return write(path, save)
 
 
 def duplicate(source: Path, path: Path) -> None:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from revnets.layers import SparseConv2d, SparseLinear, convert, count_costs
-from revnets.layers.sparse_ift.widen import Coupling, WidenError, widen
+from revnets.layers.sparse_ift.widen import WidenError, widen
+from revnets.layers.sparse_ift.widen_rules import couple
 from revnets.layers.trace import TraceError, trace
 
 
@@ -86,7 +87,7 @@ def test_families_widen(name: str, factor: float) -> None:
         model = timm.create_model(name)
     size = (3, *timm.get_pretrained_cfg(name).input_size[1:])
     recorded = trace(model, size)
-    wide, again = widen(model, Coupling(model, recorded), factor, size)
+    wide, again = widen(model, couple(model, recorded), factor, size)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     inner = [n for n, m in layers.items() if m.weight.shape[0] > 8 and n not in (_ends(model))]
     grown = [n for n in inner if wide.get_submodule(n).weight.shape[0] > layers[n].weight.shape[0]]
@@ -112,7 +113,7 @@ def _ends(model: nn.Module) -> tuple[str, ...]:
 def test_doubled_resnet_is_timms_own() -> None:
     with torch.device("meta"):
         model, own = timm.create_model("resnet18"), timm.create_model("resnet18", base_width=64, stem_width=64)
-    wide, _ = widen(model, Coupling(model, trace(model, (3, 64, 64))), 2.0, (3, 64, 64))
+    wide, _ = widen(model, couple(model, trace(model, (3, 64, 64))), 2.0, (3, 64, 64))
     for (name, p), q in zip(wide.named_parameters(), own.parameters(), strict=True):
         doubled = [2 * n if n not in (3, 1, 7, 1000) else n for n in q.shape]
         assert list(p.shape) == doubled, name
@@ -122,7 +123,7 @@ def test_doubled_resnet_is_timms_own() -> None:
 
 def test_widened_twice_as_a_transformer() -> None:
     model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32)
-    wide, _ = widen(model, Coupling(model, trace(model, (3, 32, 32))), 2.0, (3, 32, 32))
+    wide, _ = widen(model, couple(model, trace(model, (3, 32, 32))), 2.0, (3, 32, 32))
     attention = wide.blocks[0].attn
     assert (attention.num_heads, attention.qkv.out_features, wide.pos_embed.shape[-1]) == (6, 3 * 384, 384)
     assert wide(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)
@@ -145,7 +146,7 @@ class Odd(nn.Module):
 def test_what_cannot_be_followed_is_refused_with_the_reason() -> None:
     net = Odd()
     with pytest.raises(WidenError, match=r"widths depend on each other.*shape '\[1, 2, 8\]' is invalid"):
-        widen(net, Coupling(net, trace(net, (4,))), 2.0, (4,))
+        widen(net, couple(net, trace(net, (4,))), 2.0, (4,))
     with pytest.raises(ValueError, match="sparse_wide cannot widen Odd: its widths depend"):
         convert(net, "sparse_wide:0.75", input_size=(4,), filter=lambda m, n: n == "first")
 
@@ -160,6 +161,6 @@ def test_widths_fixed_by_unknown_ops_stay() -> None:
             return self.c(self.b(self.a(x).sort(-1)[0]))
 
     net = Sorted()
-    wide, _ = widen(net, Coupling(net, trace(net, (4,))), 2.0, (4,))
+    wide, _ = widen(net, couple(net, trace(net, (4,))), 2.0, (4,))
     assert [tuple(m.weight.shape) for m in (wide.a, wide.b, wide.c)] == [(16, 4), (64, 16), (4, 64)]
-    assert "op sort has no rule (op sort of the model)" in Coupling(net, trace(net, (4,))).widths.reasons.values()
+    assert "op sort has no rule (op sort of the model)" in couple(net, trace(net, (4,))).widths.reasons.values()

@@ -38,8 +38,7 @@ def save_sparse(model: nn.Module, path: str | Path) -> Path:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from ...profiling.report import write
-    from ...training.files import writing
+    from ...training.files import write, writing
 
     path = Path(path)
     if not path.parent.is_dir():
