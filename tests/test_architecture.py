@@ -43,10 +43,11 @@ def test_imports_point_down_and_in_no_circle(tmp_path: Path) -> None:
     [
         ("revnets/profiling/memory.py", "import revnets.mm.amp", "revnets.profiling is not allowed to import"),
         ("revnets/layers/sites.py", "def late():\n    from ..models import named", "revnets.layers is not allowed"),
+        ("detection/sizes.py", "import classification.data", "detection is not allowed to import classification"),
         ("revnets/layers/registry.py", "from .munit import fp8", "munit"),
         ("revnets/attic/__init__.py", "", "attic"),
     ],
-    ids=["upwards", "upwards and late", "a circle of folders", "a room without a place"],
+    ids=["upwards", "upwards and late", "one script of the other", "a circle of folders", "a room without a place"],
 )
 def test_what_breaks_a_contract_is_named(file: str, line: str, said: str, copy: Path, tmp_path: Path) -> None:
     path = copy / file
