@@ -21,11 +21,11 @@ from ..deploy.runners import torch_threads
 from ..kernels.build import load_kernel
 from ..layers import SparseConv2d, convert, use_sparse_kernel
 from ..models.named import build_model, check_model
-from ..profiling.report import open_folder
 from ..sparsity.masks import check_sparsity
 from ..training.errors import refused
 from ..training.files import write_csv, write_json
 from ..training.options.values import COUNT, THREADS, check_once
+from ..training.places import make_folder
 
 DENSE, MASKED, KERNEL = "dense", "masked", "kernel"
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
@@ -234,7 +234,7 @@ def print_rows(title: str, rows: Sequence[Row]) -> None:
 
 def save(layers: Sequence[Row], networks: Sequence[Row], folder: Path) -> list[Path]:
     """All rows as CSV and JSON, complete or not at all, in a folder that is made if it is missing."""
-    open_folder(folder)
+    make_folder(folder)
     data = {"machine": machine(), "layers": [asdict(r) for r in layers], "networks": [asdict(r) for r in networks]}
     columns = [field.name for field in fields(Row)]
     table, records = FILES

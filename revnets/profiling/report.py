@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from ..training.files import write_csv, write_json
-from ..training.places import make_folder
-from .fake import ProfileError
 from .fit import Fit
 from .predict import CATEGORIES
 from .profile import Row, describe, recomputation
@@ -140,18 +138,6 @@ def print_fits(fits: Sequence[Fit], budget: int, what: str) -> None:
 
 def _mb(nbytes: int | None) -> str:
     return "-" if nbytes is None else f"{nbytes / 1e6:.1f}"
-
-
-def open_folder(path: Path) -> Path:
-    """The folder for the output, made if it is missing; before long work, ``check_folder`` does without making it.
-
-    Raises:
-        ProfileError: when it cannot be made or written to.
-    """
-    try:
-        return make_folder(path)
-    except ValueError as error:
-        raise ProfileError(str(error)) from error
 
 
 def save_json(found: Sequence[dict[str, Any]], setting: Setting, path: Path) -> Path:

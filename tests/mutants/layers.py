@@ -61,7 +61,7 @@ FAULTS = (
         new="",
         tests=(
             "tests/layers/test_convert.py",
-            "tests/layers/test_members.py",
+            "tests/layers/sparse_ift/test_members.py",
         ),
     ),
     Fault(
@@ -71,7 +71,7 @@ FAULTS = (
         new="",
         tests=(
             "tests/layers/test_convert.py",
-            "tests/layers/test_members.py",
+            "tests/layers/sparse_ift/test_members.py",
         ),
     ),
     Fault(
@@ -124,14 +124,14 @@ FAULTS = (
         "revnets/layers/fold.py",
         old='groups = getattr(u, "groups", 1)',
         new="groups = 1",
-        tests=("tests/layers/test_members.py",),
+        tests=("tests/layers/sparse_ift/test_members.py",),
     ),
     Fault(
         "parallel-shares",
         "revnets/layers/sparse_ift/parallel.py",
         old="kept = numel // count + (index < numel % count)",
         new="kept = numel // count",
-        tests=("tests/layers/test_members.py",),
+        tests=("tests/layers/sparse_ift/test_members.py",),
     ),
     Fault(
         "compact-dtype",
