@@ -121,7 +121,7 @@ FAULTS = (
     ),
     Fault(
         "fold-groups",
-        "revnets/layers/fold.py",
+        "revnets/layers/sparse_ift/doped.py",
         old='groups = getattr(u, "groups", 1)',
         new="groups = 1",
         tests=("tests/layers/sparse_ift/test_members.py",),
