@@ -16,9 +16,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop
 from torch import nn
 
-from ..profiling.report import write
 from ..training.checkpoints.fitting import complete
-from ..training.files import leftovers, named_file, writing
+from ..training.files import leftovers, named_file, write, writing
 from ..training.lock import FolderLock, held_here
 from ..training.processes import at_first, of_first, own_buffers, put_buffers
 
