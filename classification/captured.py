@@ -9,8 +9,8 @@ from torch import Tensor
 
 from classification.options import TrainOptions
 from classification.runtime import Runtime
-from revnets.training.capture import CaptureError, TrainingStep, capture_step, has_graphs
-from revnets.training.device_optimizer import check_capturable
+from revnets.training.capture.device_optimizer import check_capturable
+from revnets.training.capture.step import CaptureError, TrainingStep, capture_step, has_graphs
 from revnets.training.errors import UserError, one_line
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler, get_state_dict
 from torch import nn
 
 from revnets.sparsity import SparsityController
+from revnets.training.checkpoints.integrity import damage
+from revnets.training.checkpoints.reading import read_file
 from revnets.training.errors import UserError, one_line
 from revnets.training.files import TEMPORARY, duplicate, whole_file, writing
-from revnets.training.finite import FiniteGuard
-from revnets.training.integrity import damage
-from revnets.training.reading import read_file
+from revnets.training.guards.finite import FiniteGuard
 
 _logger = logging.getLogger("classification")
 PATTERN, LAST, BEST, RECOVERY = "*.pth.tar", "last.pth.tar", "model_best.pth.tar", "recovery.pth.tar"

@@ -19,8 +19,8 @@ from classification.images import Images
 from classification.options import DataOptions, TrainOptions, ValidateOptions
 from classification.runtime import Runtime
 from classification.sources import class_map, find_source
+from revnets.training.data.resumable import BATCH, Batches, Items, apart, resumable, seed_all
 from revnets.training.errors import UserError, one_line, refused
-from revnets.training.resumable import BATCH, Batches, Items, apart, resumable, seed_all
 
 _logger = logging.getLogger("classification")
 

@@ -15,8 +15,8 @@ from classification.options import ModelOptions, TrainOptions, from_checkpoint_a
 from classification.runtime import Runtime
 from revnets.pruning import densify
 from revnets.pruning.checkpoint import best_weights
+from revnets.training.checkpoints.foreign import reaching_argument, reaching_name
 from revnets.training.errors import UserError, one_line
-from revnets.training.foreign import reaching_argument, reaching_name
 
 _logger = logging.getLogger("classification")
 

@@ -29,7 +29,7 @@ from classification.needs import (
     optimizer,
     schedule,
 )
-from revnets.training.options import option
+from revnets.training.options.option import option
 
 
 @dataclasses.dataclass

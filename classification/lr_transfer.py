@@ -35,10 +35,10 @@ from torch.nn.functional import cross_entropy
 import revnets
 from classification.report import clock
 from classification.series import new_figure, positive, read_stored, save_figure, writable
+from revnets.training.data.splits import check_split
 from revnets.training.errors import UserError, guarded, one_line
 from revnets.training.files import whole_file
-from revnets.training.options import SEED, Parser, argument
-from revnets.training.splits import check_split
+from revnets.training.options.parsing import SEED, Parser, argument
 
 _logger = logging.getLogger("classification")
 RULES = ("with", "without")

@@ -40,7 +40,7 @@ from classification.series import (
 )
 from revnets.training.errors import guarded
 from revnets.training.files import whole_file
-from revnets.training.options import parse
+from revnets.training.options.parsing import parse
 
 _logger = logging.getLogger("classification")
 RECIPES = Path(__file__).resolve().parents[1] / "configs" / "classification" / "mus"

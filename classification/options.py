@@ -17,9 +17,10 @@ from classification.learning import (
     SparsityOptions,
 )
 from classification.needs import AMP, PIXELS, interpolations, is_set
+from revnets.training.checkpoints.tree import described
 from revnets.training.errors import UserError
-from revnets.training.options import SEED, Need, check_values, convert, option, options_of
-from revnets.training.tree import described
+from revnets.training.options.option import option
+from revnets.training.options.parsing import SEED, Need, check_values, convert, options_of
 
 PROCESSES = 1024
 

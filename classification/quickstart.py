@@ -30,7 +30,8 @@ from classification.train import train
 from classification.validate import validate
 from revnets.training.errors import UserError, guarded
 from revnets.training.files import whole_file
-from revnets.training.options import option, parse
+from revnets.training.options.option import option
+from revnets.training.options.parsing import parse
 
 _logger = logging.getLogger("classification")
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "classification" / "quickstart.yaml"

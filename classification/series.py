@@ -20,7 +20,7 @@ from classification.options import TrainOptions, as_dict
 from classification.report import Row, read_summary
 from revnets.training.errors import UserError, one_line
 from revnets.training.files import whole_file
-from revnets.training.options import SEED, Parser, argument
+from revnets.training.options.parsing import SEED, Parser, argument
 from revnets.training.places import make_folder
 
 _logger = logging.getLogger("classification")

@@ -21,9 +21,9 @@ from classification.recovery import Recovery
 from classification.runtime import Runtime
 from classification.sparse import start_sparse_kernel, start_sparsity
 from classification.trial import try_optimizer, try_schedule, try_step
-from revnets.training.drift import DriftMonitor
 from revnets.training.errors import UserError, did_you_mean, one_line, refused
-from revnets.training.finite import FiniteGuard
+from revnets.training.guards.drift import DriftMonitor
+from revnets.training.guards.finite import FiniteGuard
 
 
 def start_training(options: TrainOptions, runtime: Runtime, model: nn.Module, data: Any) -> tuple[Training, int]:

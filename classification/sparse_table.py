@@ -35,7 +35,7 @@ from classification.series import (
     write_rows,
 )
 from revnets.training.errors import UserError, guarded
-from revnets.training.options import parse
+from revnets.training.options.parsing import parse
 
 _logger = logging.getLogger("classification")
 ROOT = Path(__file__).resolve().parents[1]

@@ -34,7 +34,7 @@ from classification.series import (
     write_table,
 )
 from revnets.training.errors import guarded
-from revnets.training.options import SEED, Parser, argument, parse
+from revnets.training.options.parsing import SEED, Parser, argument, parse
 
 _logger = logging.getLogger("classification")
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "classification" / "prune" / "cifar10_small_resnet18.yaml"

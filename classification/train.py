@@ -49,10 +49,10 @@ from classification.start import load_start
 from classification.trial import try_transforms
 from revnets.numerics import NumericsMonitor
 from revnets.pruning.checkpoint import FLOPS
-from revnets.sparsity.report import write_table
 from revnets.training.captions import caption
 from revnets.training.errors import UserError, guarded
-from revnets.training.options import SEED, parse
+from revnets.training.mask_report import write_table
+from revnets.training.options.parsing import SEED, parse
 from revnets.training.processes import of_first, settle_buckets
 
 _logger = logging.getLogger("classification")

@@ -18,8 +18,8 @@ from torch import nn
 from classification.options import TrainOptions
 from classification.runtime import Runtime
 from revnets.reversible import RangeError
+from revnets.training.data.resumable import apart
 from revnets.training.errors import UserError, refused
-from revnets.training.resumable import apart
 
 LOOKS = 10_000  # at the schedule's rates
 DRAWS = 16  # of the augmentation

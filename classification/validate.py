@@ -34,10 +34,10 @@ from classification.models import (
 from classification.options import TrainOptions, ValidateOptions, from_checkpoint_args
 from classification.report import table
 from classification.runtime import memory_words, peak_memory, start_runtime
+from revnets.training.checkpoints.foreign import reaching_argument, reaching_name
 from revnets.training.errors import UserError, guarded
 from revnets.training.files import NotWritten, whole_file, writing
-from revnets.training.foreign import reaching_argument, reaching_name
-from revnets.training.options import Layer, joined, options_of, read_layers, settled
+from revnets.training.options.parsing import Layer, joined, options_of, read_layers, settled
 
 _logger = logging.getLogger("classification")
 DESCRIPTION = "Validate a timm model. With --checkpoint, the model is that of the training unless given."

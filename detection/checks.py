@@ -15,8 +15,8 @@ from detection.annotations import Split, check_categories, read, some, splits
 from detection.checkpoints import Checkpoint
 from detection.objects import check_objects
 from detection.sizes import check_sizes
+from revnets.training.checkpoints.weights import unfit
 from revnets.training.errors import UserError, did_you_mean
-from revnets.training.weights import unfit
 
 _logger = logging.getLogger("detection")
 COCO_PARTS = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l", "mAP_copypaste")

@@ -14,7 +14,7 @@ import torch
 from detection.keys import check_keys
 from detection.noise import noise_kept_out
 from revnets.training.errors import UserError, did_you_mean, one_line, refused, shown
-from revnets.training.options import Parser, argument
+from revnets.training.options.parsing import Parser, argument
 from revnets.training.places import check_folder
 
 try:

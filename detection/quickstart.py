@@ -28,7 +28,7 @@ from detection.noise import noise_kept_out
 from detection.test import run_test
 from detection.train import train
 from revnets.training.errors import UserError, guarded
-from revnets.training.options import Parser, argument
+from revnets.training.options.parsing import Parser, argument
 
 CONFIG = CONFIGS / "digits" / "faster-rcnn_revbifpn-s0_digits.py"
 DATA = Path("data/digits-scenes")

@@ -33,7 +33,7 @@ from detection.report import draw, show, write_summary
 from revnets.training.errors import UserError, guarded, one_line
 from revnets.training.files import obstacle
 from revnets.training.lock import FolderLock
-from revnets.training.options import SEED, argument
+from revnets.training.options.parsing import SEED, argument
 from revnets.training.processes import of_first
 
 _logger = logging.getLogger("detection")
@@ -107,7 +107,7 @@ def _train(cfg: Any, args: argparse.Namespace, held: contextlib.ExitStack) -> Re
     from revnets.mm import DriftHook, FiniteHook, MemoryReportHook, ResumeCheckHook, TrainingFlopsHook
     from revnets.mm.checkpoint import UnknownMetric
     from revnets.reversible import RangeError
-    from revnets.training.finite import NonFinite
+    from revnets.training.guards.finite import NonFinite
 
     folder = Path(cfg.work_dir)
     resumed = _resume(cfg, args, folder, held)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .layers import convert, mus_param_groups, use_sparse_kernel
     from .pruning import densify, prune
     from .reversible import check_reversibility, compile_branches, set_mode
-    from .training.capture import capture_step
+    from .training.capture.step import capture_step
 
 __all__ = [
     "__version__",
@@ -31,7 +31,7 @@ __all__ = [
     "use_sparse_kernel",
 ]
 _HOMES = {
-    "capture_step": ".training.capture",
+    "capture_step": ".training.capture.step",
     "check_reversibility": ".reversible",
     "compile_branches": ".reversible",
     "convert": ".layers",

@@ -28,7 +28,7 @@ COMMANDS = {
         "Measure COCO's AP of a trained detector, and draw what it finds: detection/test.py.",
     ),
     "layers": (
-        "layers.command:layers_command",
+        "profiling.layers_command:layers_command",
         "The layers that specs can name, or what one of them makes of a network: layer by layer, with FLOPs.",
     ),
     "prune": (
@@ -52,11 +52,11 @@ COMMANDS = {
         "Inference time of dense and pruned networks on every engine, and of single layers: interleaved, medians.",
     ),
     "bench-sparse-training": (
-        "profiling.sparse_bench:bench_sparse_training_command",
+        "benchmarks.sparse_training:bench_sparse_training_command",
         "Training steps on the CPU, dense, masked and on the kernel that skips zeros: interleaved, medians.",
     ),
     "bench-fp8": (
-        "profiling.fp8_bench:bench_fp8_command",
+        "benchmarks.fp8:bench_fp8_command",
         "From which sizes on FP8 layers are faster than bfloat16 here: linear layers and convolutions, interleaved.",
     ),
     "bench-2to4": (

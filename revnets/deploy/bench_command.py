@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..arguments import argument, number, path, text
-from ..training.values import COUNT, SPARSITY, THREADS, words
+from ..training.options.values import COUNT, SPARSITY, THREADS, words
 from .command import BenchRequest, bench
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..arguments import number, text
 from ..training.errors import refused
-from ..training.values import COUNT
+from ..training.options.values import COUNT
 from .compare import Measurement
 from .graph import ExportError
 

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from ..arguments import PLAIN, argument, excludes, number, path, reversible, text, without_effect
+from ..training.options.values import COUNT
 from ..training.places import check_file
-from ..training.values import COUNT
 from . import bench, launch_bench
 from .command import Setting, track
 

@@ -9,8 +9,8 @@ import typer
 
 from ..arguments import PLAIN, SIZED, argument, excludes, needs, number, path, reversible, sized, text, without_effect
 from ..reversible import MODES
+from ..training.options.values import COUNT, check_choice, check_once, find_device, words
 from ..training.places import check_folder
-from ..training.values import COUNT, check_choice, check_once, find_device, words
 from . import plots, report, sweep
 from .fake import ProfileError
 from .fit import WHAT, DoesNotFitError, Fit, fit, parse_budget

@@ -15,7 +15,7 @@ from classification.lr_transfer import Best, Proxy
 from classification.mus_table import Outcome
 from classification.options import TrainOptions, ValidateOptions
 from revnets.layers import MuSConv2d, MuSLinear
-from revnets.training.options import options_of, read_yaml
+from revnets.training.options.parsing import options_of, read_yaml
 
 from .short_runs import Trainer
 
