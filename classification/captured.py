@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from revnets.training.capture import CaptureError, TrainingStep, capture_step, has_graphs
-from revnets.training.device_optimizer import check_capturable
+from revnets.training.capture.device_optimizer import check_capturable
+from revnets.training.capture.step import CaptureError, TrainingStep, capture_step, has_graphs
 from revnets.training.errors import UserError, one_line
 
 from .options import TrainOptions

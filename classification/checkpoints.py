@@ -16,10 +16,10 @@ from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler, get_state_dict
 from torch import nn
 
 from revnets.sparsity import SparsityController
+from revnets.training.checkpoints.integrity import first_whole
+from revnets.training.checkpoints.reading import read_file
 from revnets.training.files import TEMPORARY, duplicate, whole_file, writing
-from revnets.training.finite import FiniteGuard
-from revnets.training.integrity import first_whole
-from revnets.training.reading import read_file
+from revnets.training.guards.finite import FiniteGuard
 
 _logger = logging.getLogger("classification")
 PATTERN, LAST, BEST, RECOVERY = "*.pth.tar", "last.pth.tar", "model_best.pth.tar", "recovery.pth.tar"

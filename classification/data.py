@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, RandomSampler
 from torchvision.transforms import RandomCrop
 
+from revnets.training.data.resumable import BATCH, Batches, Items, apart, resumable, seed_all
 from revnets.training.errors import UserError, one_line, refused
-from revnets.training.resumable import BATCH, Batches, Items, apart, resumable, seed_all
 
 from .images import Images
 from .options import DataOptions, TrainOptions, ValidateOptions

@@ -20,7 +20,8 @@ from PIL import Image
 from revnets.training.digits import digit_scans
 from revnets.training.errors import UserError, guarded
 from revnets.training.files import whole_folder
-from revnets.training.options import SEED, option, parse
+from revnets.training.options.option import option
+from revnets.training.options.parsing import SEED, parse
 
 MARKER = "digits.json"
 

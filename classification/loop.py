@@ -20,14 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 from revnets.numerics import NumericsMonitor
 from revnets.reversible import RangeError
 from revnets.sparsity import SparsityController, apply_masks
-from revnets.training.capture import TrainingStep
-from revnets.training.drift import DriftMonitor
+from revnets.training.capture.step import TrainingStep
+from revnets.training.data.resumable import MODEL, seed_all
 from revnets.training.errors import UserError, one_line
-from revnets.training.finite import FiniteGuard, SkippedByScaler
+from revnets.training.guards.drift import DriftMonitor
+from revnets.training.guards.finite import FiniteGuard, SkippedByScaler
+from revnets.training.guards.ranges import AgreedRangeError, ranges_agreed
 from revnets.training.memory import memory_words, peak_memory, reset_peak_memory
 from revnets.training.progress import Steps
-from revnets.training.ranges import AgreedRangeError, ranges_agreed
-from revnets.training.resumable import MODEL, seed_all
 
 from .captured import captured_step
 from .data import TrainData

@@ -12,9 +12,9 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import revnets
-from revnets.training.drift import DriftMonitor
 from revnets.training.errors import UserError, did_you_mean, one_line, refused
-from revnets.training.finite import FiniteGuard
+from revnets.training.guards.drift import DriftMonitor
+from revnets.training.guards.finite import FiniteGuard
 
 from .captured import check_optimizer
 from .distill import distillation

@@ -6,8 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from revnets.training.data.splits import TRAIN, VALIDATION, check_split, find_split, overlap, read_class_map
 from revnets.training.errors import UserError, did_you_mean
-from revnets.training.splits import TRAIN, VALIDATION, check_split, find_split, overlap, read_class_map
 
 from .options import DataOptions, TrainOptions
 

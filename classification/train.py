@@ -26,11 +26,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from revnets.numerics import NumericsMonitor
 from revnets.pruning.checkpoint import FLOPS
-from revnets.sparsity.report import write_table
 from revnets.training.captions import caption
 from revnets.training.errors import UserError, guarded
+from revnets.training.mask_report import write_table
 from revnets.training.memory import memory_words
-from revnets.training.options import SEED, parse
+from revnets.training.options.parsing import SEED, parse
 from revnets.training.processes import of_first, settle_buckets
 from revnets.training.progress import clock
 

@@ -16,8 +16,8 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 from revnets.reversible import RangeError
+from revnets.training.data.resumable import apart
 from revnets.training.errors import UserError, refused
-from revnets.training.resumable import apart
 
 from .options import TrainOptions
 from .runtime import Runtime

@@ -21,11 +21,11 @@ if not __package__:  # run by its path, see train.py
 from rich.console import Console
 
 import revnets  # noqa: F401  (registers its models with timm)
+from revnets.training.checkpoints.foreign import reaching_argument, reaching_name
 from revnets.training.errors import UserError, guarded
 from revnets.training.files import NotWritten, whole_file, writing
-from revnets.training.foreign import reaching_argument, reaching_name
 from revnets.training.memory import memory_words, peak_memory
-from revnets.training.options import Layer, joined, options_of, read_layers, settled
+from revnets.training.options.parsing import Layer, joined, options_of, read_layers, settled
 
 from .data import check_labels, open_dataset, validation_loader
 from .loop import validate as measure

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from revnets.training.checkpoints.weights import unfit
 from revnets.training.errors import UserError, did_you_mean
-from revnets.training.weights import unfit
 
 from .annotations import Split, check_categories, read, some, splits
 from .checkpoints import Checkpoint

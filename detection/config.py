@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from revnets.training.errors import UserError, did_you_mean, one_line, refused, shown
-from revnets.training.options import Parser, argument
+from revnets.training.options.parsing import Parser, argument
 from revnets.training.places import check_folder
 
 from .keys import check_keys

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from revnets.training.digits import digit_scans
 from revnets.training.errors import UserError, guarded
 from revnets.training.files import whole_folder
-from revnets.training.options import SEED, Parser, argument
+from revnets.training.options.parsing import SEED, Parser, argument
 
 MARKER = "scenes.json"
 CLASSES = tuple(str(digit) for digit in range(10))

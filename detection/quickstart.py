@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from revnets.training.errors import UserError, guarded
 from revnets.training.memory import MB
-from revnets.training.options import Parser, argument
+from revnets.training.options.parsing import Parser, argument
 from revnets.training.progress import clock
 
 from .config import CONFIGS, PATH

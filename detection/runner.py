@@ -21,7 +21,7 @@ from revnets.mm.checkpoint import UnknownMetric
 from revnets.mm.coco import use_checked
 from revnets.reversible import RangeError
 from revnets.training.errors import UserError, did_you_mean, one_line, refused
-from revnets.training.finite import NonFinite
+from revnets.training.guards.finite import NonFinite
 from revnets.training.logs import start_logging
 
 from .config import primary

@@ -28,7 +28,7 @@ from revnets.training.errors import UserError, guarded, one_line
 from revnets.training.files import obstacle
 from revnets.training.lock import FolderLock
 from revnets.training.memory import MB
-from revnets.training.options import SEED, argument
+from revnets.training.options.parsing import SEED, argument
 from revnets.training.processes import of_first
 from revnets.training.progress import clock
 
@@ -107,7 +107,7 @@ def _train(cfg: Any, args: argparse.Namespace, held: contextlib.ExitStack) -> Re
     from revnets.mm import DriftHook, FiniteHook, MemoryReportHook, ResumeCheckHook, TrainingFlopsHook
     from revnets.mm.checkpoint import UnknownMetric
     from revnets.reversible import RangeError
-    from revnets.training.finite import NonFinite
+    from revnets.training.guards.finite import NonFinite
 
     from .runner import Leftovers, build, first_step, progress, started
 

@@ -33,12 +33,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import revnets
+from revnets.training.data.splits import check_split
 from revnets.training.errors import UserError, guarded, one_line
 from revnets.training.files import whole_file
-from revnets.training.options import SEED, Parser, argument
+from revnets.training.options.parsing import SEED, Parser, argument
 from revnets.training.pictures import new_figure, save_figure
 from revnets.training.progress import clock
-from revnets.training.splits import check_split
 
 from .series import positive, read_stored, writable
 

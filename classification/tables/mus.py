@@ -24,7 +24,7 @@ from rich.table import Table
 
 from revnets.training.errors import guarded
 from revnets.training.files import whole_file
-from revnets.training.options import parse
+from revnets.training.options.parsing import parse
 from revnets.training.pictures import new_figure, save_figure
 
 from ..options import TrainOptions

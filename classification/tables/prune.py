@@ -29,7 +29,7 @@ from revnets.pruning.checkpoint import read_weights, save_weights
 from revnets.pruning.command import draw_batches
 from revnets.training.errors import UserError, guarded, one_line
 from revnets.training.files import whole_file
-from revnets.training.options import SEED, Parser, argument, parse
+from revnets.training.options.parsing import SEED, Parser, argument, parse
 from revnets.training.pictures import new_figure, save_figure
 
 from ..data import class_names, open_dataset, validation_loader

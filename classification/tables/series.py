@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from revnets.training.errors import UserError, one_line
 from revnets.training.files import whole_file
-from revnets.training.options import SEED, Parser, argument
+from revnets.training.options.parsing import SEED, Parser, argument
 from revnets.training.places import make_folder
 
 from ..options import TrainOptions, as_dict

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from revnets.training.errors import UserError, guarded
-from revnets.training.options import parse
+from revnets.training.options.parsing import parse
 from revnets.training.pictures import new_figure, save_figure
 
 from ..options import TrainOptions

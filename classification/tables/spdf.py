@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from revnets.training.errors import guarded
-from revnets.training.options import SEED, Parser, argument, parse
+from revnets.training.options.parsing import SEED, Parser, argument, parse
 from revnets.training.pictures import new_figure, save_figure
 
 from ..options import TrainOptions, as_dict

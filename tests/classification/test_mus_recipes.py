@@ -17,7 +17,7 @@ from classification.tables import mus as mus_table
 from classification.tables.lr_transfer import Best, Proxy
 from classification.tables.mus import Outcome
 from revnets.layers import MuSConv2d, MuSLinear
-from revnets.training.options import options_of, read_yaml
+from revnets.training.options.parsing import options_of, read_yaml
 
 from .short_runs import Trainer
 

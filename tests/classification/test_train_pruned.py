@@ -20,7 +20,7 @@ from classification.tables.series import part_of
 from revnets.layers import count_costs
 from revnets.pruning import densify, prune
 from revnets.training.errors import UserError
-from revnets.training.options import options_of, read_yaml
+from revnets.training.options.parsing import options_of, read_yaml
 
 from .short_runs import ROOT, Trainer
 from .test_sparse_recipes import tars  # noqa: F401 - a fixture
