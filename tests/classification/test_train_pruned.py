@@ -11,10 +11,12 @@ import pytest
 import timm
 import torch
 
-from classification import prune_table, spdf_table, train, validate
+from classification import train, validate
 from classification.options import TrainOptions, ValidateOptions
 from classification.report import read_summary
-from classification.series import part_of
+from classification.tables import prune as prune_table
+from classification.tables import spdf as spdf_table
+from classification.tables.series import part_of
 from revnets.layers import count_costs
 from revnets.pruning import densify, prune
 from revnets.training.errors import UserError

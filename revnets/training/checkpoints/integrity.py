@@ -1,10 +1,19 @@
 """Whether a checkpoint is still what was written."""
 
+from __future__ import annotations
+
 import hashlib
+import logging
 import re
 import zipfile
 import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, one_line
+
+_logger = logging.getLogger("revnets")
 
 
 def damage(path: str | Path) -> str:
@@ -82,3 +91,30 @@ def sha256_of(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def first_whole(files: Sequence[Path], folder: Path, read: Callable[[Path, str], Any]) -> Path:
+    """The first of some checkpoints that is whole and can be read; those before it are warned of.
+
+    Args:
+        files: The newest first.
+        folder: Theirs.
+        read: Reads one for an option, or raises UserError: checksums do not cover the directory of the archive.
+
+    Raises:
+        UserError: All are damaged.
+    """
+
+    def unreadable(path: Path) -> str:
+        try:
+            read(path, "--resume")
+        except UserError as error:
+            return one_line(error.__cause__ or error).split(". ")[0][:160]
+        return ""
+
+    for file in files:
+        problem = damage(file) or unreadable(file)
+        if not problem:
+            return file
+        _logger.warning(f"--resume: '{file}' is damaged ({problem}); trying the one before it")
+    raise UserError(f"--resume: all checkpoints in '{folder}' are damaged or gone; start anew with --overwrite.")

@@ -1,7 +1,7 @@
 """Standard layers against munit-scaled ones, in the usual precision and in FP8, over seeds: curves in one picture.
 
-python -m classification.mus_table
-python -m classification.mus_table --networks mus-vit-tiny --seeds 0 --images 1000 --epochs 1
+python -m classification.tables.mus
+python -m classification.tables.mus --networks mus-vit-tiny --seeds 0 --images 1000 --epochs 1
 
 Every run is a process of train.py with one thread; finished runs are skipped and broken ones go on where they stopped.
 A line such as `mus_fp8-lr2x` is the same run with twice the learning rate, for the first seed.
@@ -22,28 +22,28 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from classification.options import TrainOptions
-from classification.report import Row, read_summary
-from classification.series import (
+from revnets.training.errors import guarded
+from revnets.training.files import whole_file
+from revnets.training.options.parsing import parse
+from revnets.training.pictures import new_figure, save_figure
+
+from ..options import TrainOptions
+from ..report import Row, read_summary
+from .series import (
     at_once,
     digest_of,
     failed,
     finished,
-    new_figure,
     positive,
     run_training,
-    save_figure,
     series_parser,
     subset,
     writable,
     write_rows,
 )
-from revnets.training.errors import guarded
-from revnets.training.files import whole_file
-from revnets.training.options.parsing import parse
 
 _logger = logging.getLogger("classification")
-RECIPES = Path(__file__).resolve().parents[1] / "configs" / "classification" / "mus"
+RECIPES = Path(__file__).resolve().parents[2] / "configs" / "classification" / "mus"
 NETWORKS = ("revbifpn-s0", "mus-vit-tiny")
 VARIANTS = {"standard": "", "mus": "mus:init", "mus_fp8": "mus_fp8:init"}  # to the layers
 DOUBLED = "lr2x"

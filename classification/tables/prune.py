@@ -1,7 +1,7 @@
 """The life of pruned networks in one table: dense, one-shot, retrained in steps, distilled from dense, INT8.
 
-python -m classification.prune_table --output output/prune_table
-python -m classification.prune_table --configs configs/classification/prune/cifar10_small_resnet18.yaml --targets 0.7
+python -m classification.tables.prune --output output/prune_table
+python -m classification.tables.prune --configs configs/classification/prune/cifar10_small_resnet18.yaml --targets 0.7
 
 Trainings are processes of train.py with one thread; what is finished is skipped, broken runs go on where they stopped.
 """
@@ -23,23 +23,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from classification.data import class_names, open_dataset, validation_loader
-from classification.loop import validate
-from classification.models import build_model, data_config, load_weights
-from classification.options import TrainOptions, as_dict
-from classification.runtime import start_runtime
-from classification.series import (
-    Stage,
-    digest,
-    new_figure,
-    part_of,
-    positive,
-    read_stored,
-    save_figure,
-    share_of_zeros,
-    writable,
-    write_table,
-)
 from revnets.deploy import ENGINES, ExportError, accuracy, load, quantize
 from revnets.pruning import METHODS, Pattern, prune
 from revnets.pruning.checkpoint import read_weights, save_weights
@@ -47,9 +30,17 @@ from revnets.pruning.command import draw_batches
 from revnets.training.errors import UserError, guarded, one_line
 from revnets.training.files import whole_file
 from revnets.training.options.parsing import SEED, Parser, argument, parse
+from revnets.training.pictures import new_figure, save_figure
+
+from ..data import class_names, open_dataset, validation_loader
+from ..loop import validate
+from ..models import build_model, data_config, load_weights
+from ..options import TrainOptions, as_dict
+from ..runtime import start_runtime
+from .series import Stage, digest, part_of, positive, read_stored, share_of_zeros, writable, write_table
 
 _logger = logging.getLogger("classification")
-RECIPES = Path(__file__).resolve().parents[1] / "configs" / "classification" / "prune"
+RECIPES = Path(__file__).resolve().parents[2] / "configs" / "classification" / "prune"
 CONFIGS = [str(RECIPES / f"cifar10_small_{name}.yaml") for name in ("resnet18", "revbifpn")]
 DENSE, TRAINED_ON, ONE_SHOT, AGAIN = "dense", "dense, trained on", "one-shot", "pruned again"
 RETRAINED, DISTILLED, INT8 = "retrained", "distilled", "INT8"

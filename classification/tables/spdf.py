@@ -1,6 +1,6 @@
 """Sparse pre-training, dense fine-tuning: how much accuracy a cheaper pre-training costs on a new task, over seeds.
 
-python -m classification.spdf_table --output output/spdf_table
+python -m classification.tables.spdf --output output/spdf_table
 
 The first half of a data set's classes is the task of the pre-training, with fixed random masks at each sparsity; the
 other half is the new task, on which everything is fine-tuned dense. Trainings are processes of train.py with one
@@ -21,23 +21,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from classification.options import TrainOptions, as_dict
-from classification.series import (
-    Stage,
-    digest,
-    new_figure,
-    part_of,
-    positive,
-    save_figure,
-    share_of_zeros,
-    writable,
-    write_table,
-)
 from revnets.training.errors import guarded
 from revnets.training.options.parsing import SEED, Parser, argument, parse
+from revnets.training.pictures import new_figure, save_figure
+
+from ..options import TrainOptions, as_dict
+from .series import Stage, digest, part_of, positive, share_of_zeros, writable, write_table
 
 _logger = logging.getLogger("classification")
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "classification" / "prune" / "cifar10_small_resnet18.yaml"
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "classification" / "prune" / "cifar10_small_resnet18.yaml"
 SCRATCH = "none"
 
 

@@ -1,7 +1,7 @@
 r"""Does the best learning rate stay where it is when the network gets wider? Short trainings of mus_vit on a grid.
 
-python -m classification.lr_transfer
-python -m classification.lr_transfer --widths 64 128 --steps 50 --layers mus_fp8
+python -m classification.tables.lr_transfer
+python -m classification.tables.lr_transfer --widths 64 128 --steps 50 --layers mus_fp8
 
 With the transfer rules of munit scaling, hidden layers of width d get lr * sqrt(base / d); without them all layers get
 lr. Every proxy trains for the same number of steps on the same images in the same order, each seen once, so the mean
@@ -33,12 +33,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import revnets
-from classification.report import clock
-from classification.series import new_figure, positive, read_stored, save_figure, writable
 from revnets.training.data.splits import check_split
 from revnets.training.errors import UserError, guarded, one_line
 from revnets.training.files import whole_file
 from revnets.training.options.parsing import SEED, Parser, argument
+from revnets.training.pictures import new_figure, save_figure
+from revnets.training.progress import clock
+
+from .series import positive, read_stored, writable
 
 _logger = logging.getLogger("classification")
 RULES = ("with", "without")

@@ -16,12 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from classification.options import TrainOptions, as_dict
-from classification.report import Row, read_summary
 from revnets.training.errors import UserError, one_line
 from revnets.training.files import whole_file
 from revnets.training.options.parsing import SEED, Parser, argument
 from revnets.training.places import make_folder
+
+from ..options import TrainOptions, as_dict
+from ..report import Row, read_summary
 
 _logger = logging.getLogger("classification")
 In = TypeVar("In")
@@ -230,19 +231,3 @@ def write_table(rows: Sequence[Any], folder: Path) -> None:
     with whole_file(folder / "table.json") as path:
         path.write_text(json.dumps([dataclasses.asdict(each) for each in rows], indent=2) + "\n", encoding="utf-8")
     write_rows(rows, folder / "table.csv")
-
-
-def new_figure(path: Path, size: tuple[float, float]) -> Any:
-    """A figure of matplotlib for a picture; None, and a line that says so, where it is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        _logger.info(f"no {path.name}: matplotlib is not installed (pip install matplotlib)")
-        return None
-    return Figure(figsize=size, layout="constrained")
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Writes the picture, whole or not at all."""
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")

@@ -1,7 +1,7 @@
 """Dense against the sparse members, and schedule against schedule, over seeds: same FLOPs, same recipe, one table.
 
-python -m classification.sparse_table --images 10000 --jobs 2
-python -m classification.sparse_table --seeds 0 --runs dense sparse_wide-rigl --images 500 --epochs 1
+python -m classification.tables.sparse --images 10000 --jobs 2
+python -m classification.tables.sparse --seeds 0 --runs dense sparse_wide-rigl --images 500 --epochs 1
 
 Every run is a process of train.py with one thread; finished runs are skipped and broken ones go on where they stopped.
 """
@@ -21,24 +21,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from classification.options import TrainOptions
-from classification.series import (
-    Stage,
-    at_once,
-    digest_of,
-    new_figure,
-    save_figure,
-    series_parser,
-    share_of_zeros,
-    subset,
-    writable,
-    write_rows,
-)
 from revnets.training.errors import UserError, guarded
 from revnets.training.options.parsing import parse
+from revnets.training.pictures import new_figure, save_figure
+
+from ..options import TrainOptions
+from .series import Stage, at_once, digest_of, series_parser, share_of_zeros, subset, writable, write_rows
 
 _logger = logging.getLogger("classification")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "classification" / "sparse_ift" / "cifar10_small.yaml"
 MEMBERS = ("sparse_wide", "sparse_parallel", "sparse_factorized", "sparse_doped")
 SCHEDULES = ("static", "set", "rigl")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from classification import lr_transfer, prune_table, series
+from classification.tables import lr_transfer, series
+from classification.tables import prune as prune_table
 from revnets.training.errors import UserError
 
 
