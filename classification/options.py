@@ -17,6 +17,7 @@ from revnets.training.options.parsing import SEED, Need, check_values, convert, 
 from .learning import AugmentationOptions, DistillationOptions, OptimizerOptions, ScheduleOptions, SparsityOptions
 from .needs import AMP, PIXELS, interpolations, is_set
 
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "classification"
 PROCESSES = 1024
 
 
