@@ -1,4 +1,4 @@
-"""Configurations that come with the package, by name: `train --config quickstart`, `detect retinanet_revbifpn-s0_digits`."""
+"""Configurations that come with the package, found by name: `revnets train --config quickstart`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def find(text: str, ours: Path, suffix: str, origin: str) -> Path:
     Raises:
         UserError: There is neither, or several have the name.
     """
-    path = Path(os.path.expanduser(text))
+    path = os.path.expanduser(text)
     if os.path.lexists(path):
-        return path
+        return Path(path)
     files = sorted(file for file in ours.rglob(f"*{suffix}") if not file.relative_to(ours).parts[0].startswith("_"))
     names = {file.relative_to(ours).with_suffix("").as_posix(): file for file in files}
     wanted = text.removesuffix(suffix)
@@ -35,5 +35,5 @@ def find(text: str, ours: Path, suffix: str, origin: str) -> Path:
     if found:
         raise UserError(f"{origin}: {shown(text)} is the name of several files: {', '.join(found)}; give one of these.")
     short = {name.rpartition("/")[2] for name in names}
-    hint = did_you_mean(path.name.removesuffix(suffix), sorted({*names, *short}))
+    hint = did_you_mean(os.path.basename(wanted), sorted({*names, *short}))
     raise UserError(f"{origin}: there is no file '{text}'{hint}; '{ours}' has ours.")
