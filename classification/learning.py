@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from revnets.training.options.option import option
+from revnets.training.options.parsing import option
 
 from .needs import (
     AUGMENTED,

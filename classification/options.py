@@ -11,8 +11,7 @@ from typing import Any
 
 from revnets.training.checkpoints.tree import described
 from revnets.training.errors import UserError
-from revnets.training.options.option import option
-from revnets.training.options.parsing import SEED, Need, check_values, convert, options_of
+from revnets.training.options.parsing import SEED, Need, check_values, convert, option, options_of
 
 from .learning import AugmentationOptions, DistillationOptions, OptimizerOptions, ScheduleOptions, SparsityOptions
 from .needs import AMP, PIXELS, interpolations, is_set

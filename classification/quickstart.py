@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from revnets.training.errors import UserError, guarded
 from revnets.training.files import whole_file
 from revnets.training.memory import MB
-from revnets.training.options.option import option
-from revnets.training.options.parsing import parse
+from revnets.training.options.parsing import option, parse
 from revnets.training.progress import clock
 
 from .data import open_dataset, validation_loader

@@ -11,8 +11,8 @@ from .errors import UserError, did_you_mean, shown
 def find(text: str, ours: Path, suffix: str, origin: str) -> Path:
     """The file of this path or, where nothing is there, ours of this name.
 
-    A name is the path within our folder, or its last part where only one file has it; the suffix may be left out.
-    Folders with an underscore hold parts of others, which are no names.
+    A name is the path within our folder (or, as in a checkout, within `configs/`), or its last part where only one file
+    has it; the suffix may be left out. Folders with an underscore hold parts of others, which are no names.
 
     Args:
         text: Path or name.
@@ -28,7 +28,7 @@ def find(text: str, ours: Path, suffix: str, origin: str) -> Path:
         return Path(path)
     files = sorted(file for file in ours.rglob(f"*{suffix}") if not file.relative_to(ours).parts[0].startswith("_"))
     names = {file.relative_to(ours).with_suffix("").as_posix(): file for file in files}
-    wanted = text.removesuffix(suffix)
+    wanted = text.removesuffix(suffix).removeprefix(f"configs/{ours.name}/")
     found = [name for name in names if wanted in (name, name.rpartition("/")[2])]
     if len(found) == 1 or wanted in found:
         return names[wanted if wanted in found else found[0]]

@@ -29,6 +29,7 @@ def ours(tmp_path: Path) -> Path:
         ("a/one", "a/one.yaml"),
         ("b/two.yaml", "b/two.yaml"),
         ("v1.5", "a/v1.5.yaml"),
+        ("configs/ours/a/one.yaml", "a/one.yaml"),
     ],
 )
 def test_names(text: str, file: str, ours: Path) -> None:
