@@ -41,11 +41,11 @@ for split in ("train", "validation"):
             Image.fromarray(pixels.astype("uint8")).save(folder / f"{number}.png")
 """
 DETECTOR = "retinanet_revbifpn-s0_digits"
-SHORT = (
-    "train_cfg.max_epochs=1 train_cfg.val_interval=1 train_dataloader.num_workers=0 val_dataloader.num_workers=0 "
-    "test_dataloader.num_workers=0 train_dataloader.persistent_workers=False val_dataloader.persistent_workers=False "
-    "test_dataloader.persistent_workers=False train_dataloader.batch_size=2 data_root=scenes"
-).split()
+LOADERS = [f"{split}_dataloader" for split in ("train", "val", "test")]
+SHORT = [
+    *("train_cfg.max_epochs=1", "train_cfg.val_interval=1", "train_dataloader.batch_size=2", "data_root=scenes"),
+    *(f"{loader}.{option}" for loader in LOADERS for option in ("num_workers=0", "persistent_workers=False")),
+]
 
 
 def build(folder: Path) -> tuple[Path, Path]:
@@ -133,12 +133,12 @@ def use(environment: Environment, detect: bool = True) -> None:
     environment.run("python", "-c", IMPORT)
     environment.run("revnets", "profile", "test_revbifpn@32:2")
     environment.run("python", "-c", IMAGES)
-    line = "--data-dir images --epochs 1 --warmup-epochs 0 --batch-size 8 --experiment run".split()
+    line = ["--data-dir", "images", "--epochs", "1", "--warmup-epochs", "0", "--batch-size", "8", "--experiment", "run"]
     environment.run("revnets", "train", "--config", "quickstart", *line)
     checkpoint = "output/train/run/last.pth.tar"
     environment.run("revnets", "validate", "--checkpoint", checkpoint, "--data-dir", "images")
     if detect:
-        sizes = "--train 4 --val 2 --test 2".split()
+        sizes = ["--train", "4", "--val", "2", "--test", "2"]
         environment.run("python", "-m", "revnets.scripts.detection.digits", "--data-dir", "scenes", *sizes)
         environment.run("revnets", "detect", DETECTOR, "--work-dir", "run", "--cfg-options", *SHORT)
         environment.run("revnets", "detect-test", DETECTOR, "run/epoch_1.pth", "--cfg-options", *SHORT)
