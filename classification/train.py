@@ -40,7 +40,7 @@ from .data import check_labels, check_same_classes, class_names, open_dataset, t
 from .folder import RunFolder
 from .loop import Training, train_epoch, validate
 from .models import build_model, check_batch_fits, check_model_fits, data_config
-from .options import TrainOptions, as_dict
+from .options import CONFIGS, TrainOptions, as_dict
 from .recovery import OwnState, Position
 from .report import Row, Summary, draw_curves, write_args
 from .resuming import Asked, resume
@@ -65,14 +65,19 @@ class Result:
     rows: list[Row]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script; returns its exit code: 2 after a user mistake."""
+def main(argv: Sequence[str] | None = None, program: str = "") -> int:
+    """Runs the script; returns its exit code: 2 after a user mistake.
+
+    Args:
+        argv: The arguments, `sys.argv[1:]` where None.
+        program: What was typed before them, where it was not the script.
+    """
 
     def run() -> Result:
-        layers = read_layers(TrainOptions, argv, DESCRIPTION, prog="train.py")
+        layers = read_layers(TrainOptions, argv, DESCRIPTION, prog=program or "train.py", ours=CONFIGS)
         return train(settled(TrainOptions, layers), joined(layers))
 
-    return guarded(run)
+    return guarded(run, program)
 
 
 def train(options: TrainOptions, given: Collection[str] | None = None) -> Result:
