@@ -16,43 +16,44 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:  # run by its path, see train.py
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "classification"
 
 from rich.console import Console
 
 import revnets  # noqa: F401  (registers its models with timm)
-from classification.data import check_labels, open_dataset, validation_loader
-from classification.loop import validate as measure
-from classification.models import (
-    build_model,
-    check_batch_fits,
-    check_model_fits,
-    data_config,
-    load_weights,
-    read_checkpoint,
-)
-from classification.options import TrainOptions, ValidateOptions, from_checkpoint_args
-from classification.report import table
-from classification.runtime import memory_words, peak_memory, start_runtime
+from revnets.training.checkpoints.foreign import reaching_argument, reaching_name
 from revnets.training.errors import UserError, guarded
 from revnets.training.files import NotWritten, whole_file, writing
-from revnets.training.foreign import reaching_argument, reaching_name
-from revnets.training.options import Layer, joined, options_of, read_layers, settled
+from revnets.training.memory import memory_words, peak_memory
+from revnets.training.options.parsing import Layer, joined, options_of, read_layers, settled
+
+from .data import check_labels, open_dataset, validation_loader
+from .loop import validate as measure
+from .models import build_model, check_batch_fits, check_model_fits, data_config, load_weights, read_checkpoint
+from .options import CONFIGS, TrainOptions, ValidateOptions, from_checkpoint_args
+from .report import table
+from .runtime import start_runtime
 
 _logger = logging.getLogger("classification")
 DESCRIPTION = "Validate a timm model. With --checkpoint, the model is that of the training unless given."
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script; returns its exit code: 2 after a user mistake."""
-    return guarded(lambda: validate(argv))
+def main(argv: Sequence[str] | None = None, program: str = "") -> int:
+    """Runs the script; returns its exit code: 2 after a user mistake.
+
+    Args:
+        argv: The arguments, `sys.argv[1:]` where None.
+        program: What was typed before them, where it was not the script.
+    """
+    return guarded(lambda: validate(argv, program), program)
 
 
-def validate(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def validate(argv: Sequence[str] | None = None, program: str = "") -> dict[str, Any]:
     """Validates as the command line says, prints a table and writes the results file.
 
     Args:
         argv: The arguments, `sys.argv[1:]` where None.
+        program: What was typed before them, where it was not the script.
 
     Returns:
         The figures.
@@ -61,7 +62,8 @@ def validate(argv: Sequence[str] | None = None) -> dict[str, Any]:
         UserError: A mistake in the options, the data or the checkpoint.
     """
     training_only = frozenset(set(options_of(TrainOptions)) - set(options_of(ValidateOptions)))
-    layers = read_layers(ValidateOptions, argv, DESCRIPTION, prog="validate.py", ignored=training_only)
+    prog = program or "validate.py"
+    layers = read_layers(ValidateOptions, argv, DESCRIPTION, prog=prog, ignored=training_only, ours=CONFIGS)
     path = joined(layers).get("checkpoint")
     checkpoint = read_checkpoint(path, "--checkpoint") if path else None
     options = settled(ValidateOptions, [_trained_with(joined(layers), checkpoint), *layers])

@@ -20,21 +20,22 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:  # run by its path: Python then looks for modules in detection/ instead of the project's root
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "detection"
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from reporting that there is no GPU
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from classification.report import clock
-from classification.runtime import MB
-from detection import checkpoints, checks
-from detection.config import PATH, connect, load, parse, parser, primary
-from detection.noise import noise_kept_out
-from detection.report import draw, show, write_summary
 from revnets.training.errors import UserError, guarded, one_line
 from revnets.training.files import obstacle
 from revnets.training.lock import FolderLock
-from revnets.training.options import SEED, argument
+from revnets.training.memory import MB
+from revnets.training.options.parsing import SEED, argument
 from revnets.training.processes import of_first
+from revnets.training.progress import clock
+
+from . import checkpoints, checks
+from .config import PATH, connect, load, parse, parser, primary
+from .noise import noise_kept_out
+from .report import draw, show, write_summary
 
 _logger = logging.getLogger("detection")
 SAVE_EVERY = 1000  # iterations
@@ -51,14 +52,19 @@ class Result:
     memory: dict[str, Any]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script; returns its exit code: 2 after a user mistake."""
-    return guarded(lambda: train(argv))
+def main(argv: Sequence[str] | None = None, program: str = "") -> int:
+    """Runs the script; returns its exit code: 2 after a user mistake.
+
+    Args:
+        argv: The arguments, `sys.argv[1:]` where None.
+        program: What was typed before them, where it was not the script.
+    """
+    return guarded(lambda: train(argv, program), program)
 
 
-def options() -> Any:
+def options(program: str = "") -> Any:
     """The command line."""
-    line = parser("train.py", DESCRIPTION)
+    line = parser(program or "train.py", DESCRIPTION)
     line.add_argument(
         "--resume",
         type=PATH,
@@ -85,11 +91,12 @@ def options() -> Any:
     return line
 
 
-def train(argv: Sequence[str] | None = None) -> Result:
+def train(argv: Sequence[str] | None = None, program: str = "") -> Result:
     """Trains as the command line says.
 
     Args:
         argv: The arguments, `sys.argv[1:]` where None.
+        program: What was typed before them, where it was not the script.
 
     Returns:
         The run's folder and its figures.
@@ -97,17 +104,18 @@ def train(argv: Sequence[str] | None = None) -> Result:
     Raises:
         UserError: A mistake in the options, the configuration, the data or a checkpoint.
     """
-    args = parse(options(), argv)
+    args = parse(options(program), argv)
     with contextlib.ExitStack() as held:
         return _train(load(args), args, held)
 
 
 def _train(cfg: Any, args: argparse.Namespace, held: contextlib.ExitStack) -> Result:
-    from detection.runner import Leftovers, build, first_step, progress, started
     from revnets.mm import DriftHook, FiniteHook, MemoryReportHook, ResumeCheckHook, TrainingFlopsHook
     from revnets.mm.checkpoint import UnknownMetric
     from revnets.reversible import RangeError
-    from revnets.training.finite import NonFinite
+    from revnets.training.guards.finite import NonFinite
+
+    from .runner import Leftovers, build, first_step, progress, started
 
     folder = Path(cfg.work_dir)
     resumed = _resume(cfg, args, folder, held)
@@ -144,6 +152,12 @@ def _resume(cfg: Any, args: argparse.Namespace, folder: Path, held: contextlib.E
     """Takes the folder, for the first process, and sets what is to be loaded; says whether the run goes on from it."""
     again = cfg.get("resume") and not cfg.get("load_from") and not args.resume and not args.overwrite
     auto, saved = args.resume == "auto" or again, _saved_in(cfg, folder)
+    if args.resume == "auto" and args.overwrite:
+        raise UserError("--resume auto and --overwrite contradict each other; leave one of them out.")
+    if args.resume and not auto and "load_from" in args.cfg_options:
+        raise UserError(
+            "--resume: it wins over load_from of --cfg-options, which has no effect; leave one of them out."
+        )
 
     def take() -> Path | None:
         held.enter_context(FolderLock(folder, "give another --work-dir"))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..training.values import find_device, refused
+from ..training.options.values import find_device, refused
 from .ablation import COMPILED, VARIANTS
 from .bench import Case
 from .cuda_launches import count_cuda_kernels

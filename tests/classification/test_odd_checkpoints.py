@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from classification import train, validate
 from classification.options import from_checkpoint_args
 from revnets.pruning.checkpoint import read_weights
+from revnets.training.checkpoints.reading import read_checkpoint
 from revnets.training.errors import UserError
-from revnets.training.reading import read_checkpoint
 from tests.odd_trees import DELETE, ODD, WITHOUT_CLOCK, changed, nested, odd_tree, write
 
 from .odd_checkpoints import Run
@@ -104,6 +104,9 @@ KINDS: list[tuple[tuple[Any, ...], Any, str]] = [
     ((*STATE, "exp_avg"), torch.ones(4, 3, dtype=torch.int32), "of floating point of shape (4, 3) was expected"),
     ((*STATE, "exp_avg"), torch.full((4, 3), float("nan")), "optimizer.state[0].exp_avg holds NaN"),
     ((*STATE, "exp_avg_sq"), -torch.ones(4, 3), "optimizer.state[0].exp_avg_sq holds negative numbers"),
+    (STATE, DELETE, "optimizer.state[0] is missing, what a step has left for this parameter was expected"),
+    (("optimizer", "without_state"), [0], "optimizer.state[0] is there, and without_state says that it is not"),
+    (("optimizer", "without_state"), "a", "optimizer.without_state is 'a', a list was expected"),
     (("optimizer", "state"), {99: {}}, "optimizer.state[99] is of a parameter that is in no group"),
     (("optimizer", "state"), {"a": {}}, "optimizer.state has the key 'a'"),
     ((*GROUP, "betas"), 0.9, "optimizer.param_groups[0].betas is 0.9, a list of 2"),

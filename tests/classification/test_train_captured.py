@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from revnets.training import capture
-from tests.training.fake_graph import FakeGraph
+from revnets.training.capture import step as capture
+from tests.training.capture.fake_graph import FakeGraph
 
 from .short_runs import Trainer
 from .test_train_interrupted import terminate_at
@@ -25,6 +25,10 @@ from .test_train_run import differing, load
         (["--teacher", "test_vit"], "leave --teacher and --teacher-checkpoint out"),
         (["--opt", "lamb"], "--opt lamb: optimizer Lamb computes on the host"),
         (["--opt", "nadam"], "cannot leave out an update on the device"),
+        (
+            ["--opt", "nadam", "--nonfinite-limit", "0", "--model", "test_revbifpn", "--model-kwargs", "exact=true"],
+            "(it has no `fused`), which exact mode's range check needs",
+        ),
     ],
 )
 def test_refusals_leave_nothing_behind(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from detection import checkpoints, checks
 from detection import train as training
-from revnets.layers.sparse import SparseLinear
+from revnets.layers.sparse_ift.sparse import SparseLinear
 from revnets.mm import ResumeCheckHook, SparsityHook
 from revnets.mm.loading import safe_globals
 from revnets.training.errors import UserError
@@ -193,6 +193,16 @@ LATE: list[tuple[tuple[Any, ...], Any, str]] = [  # only against the runner
     ((*STATE, "step"), DELETE, "optimizer.state[0].step is missing"),
     ((*STATE, "step"), "a", "optimizer.state[0].step is 'a'"),
     ((*STATE, "exp_avg"), torch.ones(3), "optimizer.state[0].exp_avg is a tensor of shape (3,)"),
+    (STATE, DELETE, "optimizer.state[0] is missing, what a step has left for this parameter was expected"),
+    (("optimizer", "without_state"), [0], "optimizer.state[0] is there, and without_state says that it is not"),
+    (("optimizer", "param_groups", 0, "weight_decay"), 0.5, "it was trained with weight_decay 0.5, and optim_wrapper"),
+    (("optimizer", "param_groups", 0, "betas"), (0.5, 0.9), "betas [0.5, 0.9], and optim_wrapper of the configuration"),
+    (("optimizer", "param_groups", 0, "eps"), 0.5, "makes it 1e-08; set what it was trained with, or give it as load"),
+    (
+        ("optimizer", "param_groups", 0, "initial_lr"),
+        0.5,
+        "trained with lr 0.5, and optim_wrapper of the configuration",
+    ),
     (("optimizer", "param_groups", 0, "lr"), float("nan"), "optimizer.param_groups[0].lr is nan"),
     (("optimizer", "param_groups", 0, "capturable"), True, "capturable is True, False, as in this run, was expected"),
     (("optimizer", "param_groups", 0, "betas"), DELETE, "are options that AdamW does not work with (KeyError 'betas')"),
