@@ -102,8 +102,23 @@ def se_kernel(  # type: ignore[no-untyped-def]
     kind: tl.constexpr = pooled_ptr.dtype.element_ty
     if WHOLE:
         dtype: tl.constexpr = out_ptr.dtype.element_ty
-        kept = (mean_ptr, var_ptr, parts_ptr, running_mean_ptr, running_var_ptr, batches_ptr)
-        mean, var = statistics(*kept, momentum, rows, share, channels, c, own, n == 0, PARTS, BLOCK_C)
+        mean, var = statistics(
+            mean_ptr,
+            var_ptr,
+            parts_ptr,
+            running_mean_ptr,
+            running_var_ptr,
+            batches_ptr,
+            momentum,
+            rows,
+            share,
+            channels,
+            c,
+            own,
+            n == 0,
+            PARTS,
+            BLOCK_C,
+        )
         _, scale, bias = affine(weight_ptr, bias_ptr, var, eps, c, own)
         total = tl.zeros((BLOCK_C,), tl.float32)
         for start in range(0, pixels, BLOCK_P):
@@ -117,8 +132,7 @@ def se_kernel(  # type: ignore[no-untyped-def]
         pooled = pooled.to(tl.float32)
     else:
         pooled = loaded(pooled_ptr, n * channels + c, own)
-    layers = (w1_ptr, b1_ptr, w2_ptr, b2_ptr)
-    z = _gate_input(pooled, *layers, c, own, channels, hidden, SE_ACT, HAS_B1, HAS_B2, BLOCK_C)
+    z = _gate_input(pooled, w1_ptr, b1_ptr, w2_ptr, b2_ptr, c, own, channels, hidden, SE_ACT, HAS_B1, HAS_B2, BLOCK_C)
     gate = act_value(z, GATE_ACT).to(kind)
     tl.store(gate_ptr + n * channels + c, gate, mask=own)
     if WHOLE:
@@ -160,9 +174,28 @@ def gate_sums_kernel(  # type: ignore[no-untyped-def]
     n = tl.program_id(2)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     own = c < channels
-    norm = (weight_ptr, bias_ptr, mean_ptr, var_ptr, eps)
-    strides = (g_n, g_c, g_p, x_n, x_c, x_p)
-    total = _gate_sum(grad_ptr, x_ptr, *norm, n, c, own, pixels, *strides, ACT, BLOCK_C, BLOCK_P)
+    total = _gate_sum(
+        grad_ptr,
+        x_ptr,
+        weight_ptr,
+        bias_ptr,
+        mean_ptr,
+        var_ptr,
+        eps,
+        n,
+        c,
+        own,
+        pixels,
+        g_n,
+        g_c,
+        g_p,
+        x_n,
+        x_c,
+        x_p,
+        ACT,
+        BLOCK_C,
+        BLOCK_P,
+    )
     tl.store(out_ptr + n * channels + c, total, mask=own)
 
 
@@ -247,14 +280,32 @@ def se_grad_kernel(  # type: ignore[no-untyped-def]
     c = tl.arange(0, BLOCK_C)
     own = c < channels
     if WHOLE:
-        norm = (weight_ptr, bias_ptr, mean_ptr, var_ptr, eps)
-        strides = (g_n, g_c, g_p, x_n, x_c, x_p)
-        of_gate = _gate_sum(grad_ptr, x_ptr, *norm, n, c, own, pixels, *strides, ACT, BLOCK_C, BLOCK_P)
+        of_gate = _gate_sum(
+            grad_ptr,
+            x_ptr,
+            weight_ptr,
+            bias_ptr,
+            mean_ptr,
+            var_ptr,
+            eps,
+            n,
+            c,
+            own,
+            pixels,
+            g_n,
+            g_c,
+            g_p,
+            x_n,
+            x_c,
+            x_p,
+            ACT,
+            BLOCK_C,
+            BLOCK_P,
+        )
     else:
         of_gate = loaded(of_gate_ptr, n * channels + c, own)
     pooled = loaded(pooled_ptr, n * channels + c, own)
-    layers = (w1_ptr, b1_ptr, w2_ptr, b2_ptr)
-    z = _gate_input(pooled, *layers, c, own, channels, hidden, SE_ACT, HAS_B1, HAS_B2, BLOCK_C)
+    z = _gate_input(pooled, w1_ptr, b1_ptr, w2_ptr, b2_ptr, c, own, channels, hidden, SE_ACT, HAS_B1, HAS_B2, BLOCK_C)
     grad_2 = tl.where(own, of_gate * act_slope(z, GATE_ACT), 0.0)
     tl.store(grad_2_ptr + n * channels + c, grad_2, mask=own)
     of_mean = tl.zeros((BLOCK_C,), tl.float32)

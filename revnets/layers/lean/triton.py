@@ -92,8 +92,23 @@ def norm_act_kernel(  # type: ignore[no-untyped-def]
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     own = c < channels
     writes = (n == 0) & (tl.program_id(0) == 0)
-    kept = (mean_ptr, var_ptr, parts_ptr, running_mean_ptr, running_var_ptr, batches_ptr)
-    mean, var = statistics(*kept, momentum, rows, share, channels, c, own, writes, PARTS, BLOCK_C)
+    mean, var = statistics(
+        mean_ptr,
+        var_ptr,
+        parts_ptr,
+        running_mean_ptr,
+        running_var_ptr,
+        batches_ptr,
+        momentum,
+        rows,
+        share,
+        channels,
+        c,
+        own,
+        writes,
+        PARTS,
+        BLOCK_C,
+    )
     _, scale, bias = affine(weight_ptr, bias_ptr, var, eps, c, own)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     total = tl.zeros((BLOCK_C,), tl.float32)
@@ -142,8 +157,9 @@ def small_norm_act_kernel(  # type: ignore[no-untyped-def]
     own = c < channels
     mean, squares = moments(x_ptr, c, own, tl.zeros((), tl.int32), rows, pixels, x_n, x_c, x_p, BLOCK_C, BLOCK_R)
     var = squares / rows
-    kept = (mean_ptr, var_ptr, running_mean_ptr, running_var_ptr, batches_ptr)
-    keep_statistics(mean, var, *kept, momentum, rows, c, own)
+    keep_statistics(
+        mean, var, mean_ptr, var_ptr, running_mean_ptr, running_var_ptr, batches_ptr, momentum, rows, c, own
+    )
     _, scale, bias = affine(weight_ptr, bias_ptr, var, eps, c, own)
     for start in range(0, rows, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
@@ -306,9 +322,22 @@ def norm_grad_kernel(  # type: ignore[no-untyped-def]
         tl.store(grad_weight_ptr + c, sum_gx.to(grad_weight_ptr.dtype.element_ty), mask=own)
         tl.store(grad_bias_ptr + c, sum_g.to(grad_bias_ptr.dtype.element_ty), mask=own)
         if WEIGHTS:
-            given = (pooled_ptr, hidden_ptr, grad_1_ptr, grad_2_ptr)
-            found = (grad_w1_ptr, grad_b1_ptr, grad_w2_ptr, grad_b2_ptr)
-            gate_weights_grad(*given, *found, c, own, samples, channels, hidden, BLOCK_C)
+            gate_weights_grad(
+                pooled_ptr,
+                hidden_ptr,
+                grad_1_ptr,
+                grad_2_ptr,
+                grad_w1_ptr,
+                grad_b1_ptr,
+                grad_w2_ptr,
+                grad_b2_ptr,
+                c,
+                own,
+                samples,
+                channels,
+                hidden,
+                BLOCK_C,
+            )
     if INPUT:
         mean_g, slope = sum_g / rows, invstd * sum_gx / rows
         for step in range(LOOPS):
