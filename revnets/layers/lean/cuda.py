@@ -195,8 +195,7 @@ def _excited(grad: Tensor, norm: Norm, gate: Tensor, pooled: Tensor, se: Gate) -
     tensors = (grad, x, sums, pooled, *_layers(se, x), of_mean, squeezed, grad_1, grad_2, *affine)
     flags = {**_act(norm), **_of_gate(se), "WHOLE": whole, **_sample_blocks(x)}
     launch(_SE, "se_grad_kernel", (n,), *tensors, hidden, *sizes(x), *strides, **flags)
-    biases = (t if t is not None else w.new_empty(len(w)) for w, t in ((se.w1, se.b1), (se.w2, se.b2)))
-    of_b1, of_b2 = (torch.empty_like(t, dtype=se.w1.dtype) for t in biases)
+    of_b1, of_b2 = (w.new_empty(len(w)) for w in (se.w1, se.w2))  # written where there is no bias, too
     of_weights = (torch.empty_like(se.w1), of_b1, torch.empty_like(se.w2), of_b2)
     return _Excited(gate, of_mean, (pooled, squeezed, grad_1, grad_2), of_weights, hidden)
 

@@ -55,8 +55,13 @@ class Sizes(NamedTuple):
 ALL_SMALL, ALL_LARGE = Sizes(2**20, 2**20), Sizes(0, 0)
 
 
-def check(shape: tuple[int, ...], dtype: torch.dtype, layout: str, act: str, sizes: Sizes, bias: bool = True) -> None:
-    """Every operator of ``cuda`` on CPU tensors, interpreted, against the one of ``ops`` in float32."""
+def check(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, act: str, sizes: Sizes, autocast: bool = False
+) -> None:
+    """Every operator of ``cuda`` on CPU tensors, interpreted, against the one of ``ops`` in float32.
+
+    As under autocast the weights of squeeze-and-excite may be in float32; then they are without biases, too.
+    """
     from revnets.layers.lean import cuda, ops
 
     def in_float32(name: str, *arguments: Any) -> Any:
@@ -68,7 +73,8 @@ def check(shape: tuple[int, ...], dtype: torch.dtype, layout: str, act: str, siz
     c = shape[1]
     x, grad = maps(shape, dtype, layout, 2)
     weight, bias_ = torch.randn(c, generator=generator), torch.randn(c, generator=generator)
-    layers = layers_of(c, dtype, bias)
+    weights = torch.float32 if autocast else dtype
+    layers = layers_of(c, weights, bias=not autocast)
 
     def running() -> tuple[object, ...]:
         return torch.full((c,), 0.5), torch.full((c,), 2.0), torch.tensor(3), 0.1
@@ -112,7 +118,7 @@ def check(shape: tuple[int, ...], dtype: torch.dtype, layout: str, act: str, siz
             if len(want) == few + sum(needed) and needed[0]:
                 other = want.pop(few)
             for i, pair in enumerate(zip(got, want, strict=True)):
-                close(*pair, dtype if i < few else torch.float32)
+                close(*pair, weights if i < few else torch.float32)
             if needed[0]:
                 close(one, other, dtype)
     again = cuda.norm_act_se_backward_(grad.clone(), *norm, *more, needed)
@@ -187,7 +193,7 @@ def check_some() -> None:
     layouts, kinds = ("contiguous", "channels_last", "half"), list(TOLERANCE)
     for i, shape in enumerate([*SHAPES, SHAPES[0]]):
         sizes = ALL_LARGE if i % 2 else ALL_SMALL
-        check(shape, kinds[i // 2], layouts[(i + 1) % 3], ACTS[i % len(ACTS)], sizes, bias=i != 3)
+        check(shape, kinds[i // 2], layouts[(i + 1) % 3], ACTS[i % len(ACTS)], sizes, autocast=i == 3)
 
 
 def check_all() -> None:
