@@ -65,7 +65,7 @@ def max_abs(xs: Sequence[Tensor]) -> Tensor:
 
 
 def _is_dense(x: Tensor) -> bool:
-    return torch.ops.aten.is_non_overlapping_and_dense(x)  # type: ignore[no-any-return]
+    return torch.ops.aten.is_non_overlapping_and_dense(x)
 
 
 def launch(module: str, kernel: str, programs: Sequence[int], *arguments: Any, **flags: Any) -> None:

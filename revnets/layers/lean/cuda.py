@@ -275,7 +275,9 @@ def _of_gate(se: Gate) -> dict[str, Any]:
 
 
 def _contiguous(se: Gate) -> Gate:
-    return Gate(*(t.contiguous() if isinstance(t, Tensor) else t for t in se))
+    w1, b1, w2, b2, *acts = se
+    b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))
+    return Gate(w1.contiguous(), b1, w2.contiguous(), b2, *acts)
 
 
 def _layers(se: Gate, filling: Tensor) -> tuple[Tensor, ...]:
