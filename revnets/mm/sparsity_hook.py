@@ -11,6 +11,7 @@ from torch import nn
 
 from ..sparsity import SparsityController, apply_masks
 from ..sparsity.report import draw_picture, write_table
+from ..training.graphed import GraphedPart
 from ..training.reading import CheckpointError
 from .training_flops import RunFlops
 
@@ -53,6 +54,12 @@ class SparsityHook(Hook):
         optimizer = getattr(wrapper, "optimizer", None)
         if optimizer is None:
             raise ValueError("SparsityHook: one optimizer was expected, not several (OptimWrapperDict)")
+        graphed = [name for name, m in runner.model.named_modules() if isinstance(getattr(m, "graphs", None), GraphedPart)]
+        if graphed and self.schedule != "static":
+            raise ValueError(
+                f"SparsityHook: schedule {self.schedule!r} changes masks between the steps that a CUDA graph repeats: "
+                f"leave cuda_graph of {graphed[0]} out, or use 'static'"
+            )
         steps = -(-runner.max_iters // getattr(wrapper, "_accumulative_counts", 1))
         self.controller = SparsityController(runner.model, optimizer, self.schedule, total_steps=steps, **self.options)
 

@@ -1,4 +1,4 @@
-"""Whole training steps in one CUDA graph: one launch for forward pass, backward pass and update."""
+"""A training step that may be replayed as a CUDA graph; ``capture_step`` makes it."""
 
 from __future__ import annotations
 
@@ -8,117 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..reversible import RangeError, RevSequential
 from ..reversible.mode import MODES
 from ..reversible.node import RangeGuard, captured
-from .cuda_graph import CudaGraph
+from .cuda_graph import CaptureError, CudaGraph, record
 from .device_optimizer import DeviceOptimizer, check_capturable
-from .errors import one_line
 from .finite import FiniteGuard, SkippedByScaler
-from .processes import several
 from .untouched import untouched
-from .values import COUNT
 
 Loss = Callable[[Any, Tensor], Tensor]
-
-
-class CaptureError(RuntimeError):
-    """A training step that no CUDA graph can hold."""
-
-
-def capture_step(
-    model: nn.Module,
-    loss_fn: Loss | None,
-    optimizer: torch.optim.Optimizer,
-    x: Tensor,
-    target: Tensor,
-    *,
-    amp_dtype: torch.dtype | None = None,
-    scaler: Any = None,
-    clip_grad: float | None = None,
-    accumulate: int = 1,
-    warmup: int = 3,
-    guard: FiniteGuard | None = None,
-    fallback: bool = False,
-    graph: bool | None = None,
-) -> TrainingStep:
-    """A training step that a GPU repeats as one CUDA graph: a launch instead of thousands.
-
-    Steps are tried first, on ``x`` and ``target``; afterwards weights, statistics, optimizer and generators are as
-    before. The first call is an ordinary step, in which the optimizer makes its state; the second one is captured.
-    Random numbers follow the device's generator as in ordinary steps, and learning rates the optimizer's groups. Where
-    a device has no graphs, the same step runs eagerly.
-
-    A model that is changed later (moved, frozen, with other layers) must be captured again, and what it or the loss
-    does on the host (Python's ``random``, printing) is not repeated.
-
-    Args:
-        model: in training mode, on its device; not wrapped for several processes.
-        loss_fn: of the model's output and the target; None: cross entropy.
-        optimizer: of its weights: SGD, Adam or AdamW of torch, or another one that is ``capturable``.
-        x: an input, whose shape, type and memory layout are captured.
-        target: of it.
-        amp_dtype: of autocast, or None.
-        scaler: ``torch.amp.GradScaler``, or None.
-        clip_grad: largest norm of all gradients, or None.
-        accumulate: parts of equal size that the batch is taken in; their gradients add up.
-        warmup: steps that are tried.
-        guard: leaves out updates with a loss or gradients that are not finite; the caller starts it, and looks whether
-            it is exhausted. None: nobody looks.
-        fallback: run batches of another shape, such as an incomplete last one, eagerly instead of refusing them.
-        graph: False: never capture, though compute in the same way; None: where the device can.
-
-    Raises:
-        ValueError: for what cannot be captured; says what to do.
-
-    Example:
-        >>> net = nn.Linear(2, 2)
-        >>> x, target = torch.ones(4, 2), torch.zeros(4, dtype=torch.long)
-        >>> step = capture_step(net, None, torch.optim.SGD(net.parameters(), lr=0.1), x, target)
-        >>> losses = [step(x, target).item() for _ in range(3)]
-        >>> losses[2] < losses[0], step.settle()
-        (True, True)
-    """
-    COUNT.check("accumulate", accumulate)
-    COUNT.check("warmup", warmup)
-    _check_model(model, x)
-    if len(x) % accumulate:
-        raise ValueError(f"accumulate={accumulate}: a batch of {len(x)} has no {accumulate} equal parts")
-    step = TrainingStep(model, loss_fn or F.cross_entropy, optimizer, x, target)
-    step.amp_dtype, step.scaler, step.clip_grad, step.accumulate = amp_dtype, scaler, clip_grad, accumulate
-    step.fallback = fallback
-    if has_graphs(x.device):
-        step.prepare(capture=graph is not False, watched=scaler is not None or bool(guard and guard.limit))
-    step.warm_up(warmup)
-    step.guard = guard if guard is not None and guard.limit else None
-    return step
-
-
-def _check_model(model: nn.Module, x: Tensor) -> None:
-    name = type(model).__name__
-    if several() or isinstance(model, DistributedDataParallel):
-        raise ValueError(
-            "several processes exchange gradients within a step, which is not captured: train without capture"
-        )
-    if not model.training:
-        raise ValueError(f"{name} is in eval mode, and training steps are captured: call model.train() first")
-    elsewhere = {str(t.device) for t in (*model.parameters(), *model.buffers()) if t.device != x.device}
-    if elsewhere:
-        raise ValueError(f"{name} has tensors on {', '.join(sorted(elsewhere))}, the input is on {x.device}: move one")
-
-
-def has_graphs(device: torch.device) -> bool:
-    """Whether steps on this device are captured.
-
-    Example:
-        >>> has_graphs(torch.device("cpu"))
-        False
-    """
-    return CudaGraph.exists(device)
 
 
 @dataclass
@@ -186,7 +86,7 @@ class TrainingStep:
             self.captured = self.captured and optimizer.ready
             return self._eagerly(x, target)
         if not self.captured:
-            self._capture()
+            self._capture(self._graph, optimizer)
         self._x.copy_(x)
         self._target.copy_(target)
         self._graph.replay()
@@ -239,11 +139,11 @@ class TrainingStep:
 
     # --- getting ready ----------------------------------------------------------------------------------------------
 
-    def prepare(self, capture: bool, watched: bool) -> None:
+    def prepare(self, graph: CudaGraph | None, watched: bool) -> None:
         """Makes the optimizer ready for a device with graphs.
 
         Args:
-            capture: into a graph.
+            graph: to be captured into, or None.
             watched: updates may have to be left out.
 
         Raises:
@@ -253,37 +153,29 @@ class TrainingStep:
         why = "the loss scaler or the guard" if watched else "exact mode's range check" if exact else ""
         check_capturable(self.optimizer, why)
         self._device_optimizer = DeviceOptimizer(self.optimizer, self._x.device)
-        self._graph = CudaGraph(self._x.device) if capture else None
+        self._graph = graph
 
     def warm_up(self, steps: int) -> None:
         """Tries steps, and leaves everything as it was."""
         with untouched(self.model, self.optimizer, self._x, self.scaler):
-            if self._graph is None or self._device_optimizer is None:
+            optimizer = self._device_optimizer
+            if self._graph is None or optimizer is None:
                 for _ in range(steps):
                     self._eagerly(self._x, self._target)
             else:
-                self._device_optimizer.show_rates()
-                self._graph.warm_up(lambda: [self._on_device() for _ in range(steps)])
+                optimizer.show_rates()
+                self._graph.warm_up(lambda: [self._on_device(optimizer) for _ in range(steps)])
         if self._device_optimizer is not None:
             self._device_optimizer.ready = False
         self._updated, self.skipped = False, 0
 
-    def _capture(self) -> None:
-        graph, optimizer = self._graph, self._device_optimizer
-        assert graph is not None
-        assert optimizer is not None
+    def _capture(self, graph: CudaGraph, optimizer: DeviceOptimizer) -> None:
         before = optimizer.inventory()
 
         def run() -> None:
-            self._outcome = self._on_device()
+            self._outcome = self._on_device(optimizer)
 
-        try:
-            graph.capture(run)
-        except RuntimeError as error:
-            raise CaptureError(
-                f"a step of {type(self.model).__name__} cannot be captured in a CUDA graph ({one_line(error)}): "
-                "something in model, loss or optimizer waits for the device or asks a generator; train without capture"
-            ) from error
+        record(graph, run, f"a step of {type(self.model).__name__}", "model, loss or optimizer")
         if optimizer.inventory() != before:
             raise CaptureError(
                 f"{type(self.optimizer).__name__} makes its state anew in every step, which a CUDA graph cannot hold: "
@@ -299,11 +191,11 @@ class TrainingStep:
         """An ordinary step, with the optimizer as it is captured."""
         self._forget_gradients()
         self._updated = False
-        total: Tensor | None = None
+        losses = []
         try:
             for part in self._parts_of(x, target):
                 loss = self._loss(*part)
-                total = loss.detach() if total is None else total + loss.detach()
+                losses.append(loss.detach())
                 if self.guard is not None:
                     self.guard.note(loss)
                 self._backward(loss)
@@ -317,8 +209,7 @@ class TrainingStep:
         self.skipped += not self._updated
         if optimizer is not None:
             optimizer.ready = optimizer.ready or self._updated
-        assert total is not None
-        return total if self.accumulate == 1 else total / self.accumulate
+        return losses[0] if self.accumulate == 1 else sum(losses[1:], losses[0]) / self.accumulate
 
     def _update(self) -> bool:
         """Clips and steps, unless loss or gradients are not finite."""
@@ -337,10 +228,8 @@ class TrainingStep:
         self.optimizer.step()
         return True
 
-    def _on_device(self) -> _Outcome:
+    def _on_device(self, optimizer: DeviceOptimizer) -> _Outcome:
         """The same, without a look at the device: this is captured."""
-        optimizer = self._device_optimizer
-        assert optimizer is not None
         self._forget_gradients()
         losses = []
         with captured() as guards:
@@ -362,7 +251,7 @@ class TrainingStep:
                 optimizer.step(None if good is None else 1 - good.float())
         if good is None:
             return _Outcome(loss, guards, None)
-        maxima = [guard.maxima.double() for guard in guards if guard.maxima is not None]
+        maxima = [guard.maxima.double() for guard in guards]
         return _Outcome(loss, guards, torch.cat([good.double().reshape(1), *maxima]))
 
     def _good(self, loss: Tensor, guards: list[RangeGuard]) -> Tensor | None:
