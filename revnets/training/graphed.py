@@ -9,6 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .processes import several
 from .untouched import untouched
 from .values import COUNT
 
+_Levels = dict[int, tuple[int, ...]]  # outputs that get a gradient, and its strides
 WARM_UP = 2  # passes before a capture, in which kernels are chosen and compiled
 _ALIGNED = 64  # numbers at whose multiples gradients begin
 
@@ -68,7 +70,7 @@ class GraphedPart:
         self.module, self.limit, self.say = module, limit, say
         self.counts: Counter[str] = Counter()
         self._pairs: dict[Any, _Pair] = {}
-        self._levels: dict[Any, set[int]] = {}  # by state: outputs that got a gradient in an ordinary pass
+        self._levels: dict[Any, _Levels] = {}  # by state, as seen in an ordinary pass
         self._addresses: list[int] = []
         self._open: Callable[[], _Call | None] = lambda: None
 
@@ -102,7 +104,7 @@ class GraphedPart:
                 return self._instead(x, MORE)
             if not self._levels.get(state):  # or nothing in it is trained
                 return self._first(x, state)
-            pair = self._pairs[state] = self._capture(x, modules, sorted(self._levels[state]))
+            pair = self._pairs[state] = self._capture(x, modules, self._levels[state])
         self.counts[REPLAYED] += 1
         call = _Call(pair)
         self._open = weakref.ref(call)
@@ -123,10 +125,15 @@ class GraphedPart:
 
     def _first(self, x: Tensor, state: Any) -> tuple[Tensor, ...]:
         self.counts[FIRST] += 1
-        outputs, used = self._eagerly(x), self._levels.setdefault(state, set())
+        outputs, used = self._eagerly(x), self._levels.setdefault(state, {})
+
+        def note(index: int, grad: Tensor | None) -> None:
+            if grad is not None:
+                used[index] = _dense_strides(grad)
+
         for index, y in enumerate(outputs):
             if y.requires_grad:
-                y.register_hook(lambda _, index=index: used.add(index))
+                y.register_hook(partial(note, index))
         return outputs
 
     def _instead(self, x: Tensor, why: str) -> tuple[Tensor, ...]:
@@ -163,7 +170,7 @@ class GraphedPart:
             self.forget()
             self._addresses = addresses
 
-    def _capture(self, x: Tensor, modules: Sequence[nn.Module], levels: Sequence[int]) -> _Pair:
+    def _capture(self, x: Tensor, modules: Sequence[nn.Module], levels: _Levels) -> _Pair:
         other = next(iter(self._pairs.values()), None)
         pair = _Pair(self.module, modules, x, levels, None if other is None else other.forward)
         with untouched(self.module, None, x):
@@ -172,6 +179,11 @@ class GraphedPart:
         pair.gradients = next((g for g in former if g.fits(pair.gradients)), pair.gradients)
         pair.capture()
         return pair
+
+
+def _dense_strides(x: Tensor) -> tuple[int, ...]:
+    """Those of a tensor without gaps that is laid out like ``x``."""
+    return torch.empty_like(x, device="meta").stride()
 
 
 def _several(outputs: Any) -> tuple[Tensor, ...]:
@@ -210,7 +222,7 @@ class _Pair:
         module: nn.Module,
         modules: Sequence[nn.Module],
         x: Tensor,
-        levels: Sequence[int],
+        levels: _Levels,
         beside: CudaGraph | None,
     ) -> None:
         self.module, self.modules, self.levels = module, modules, levels
@@ -230,7 +242,10 @@ class _Pair:
         """Both passes, to have kernels chosen and to see which gradients there are."""
         for _ in range(WARM_UP):
             self._forward()
-            self.output_grads = [torch.zeros_like(self.outputs[level]) for level in self.levels]
+            outputs = [(self.outputs[level], strides) for level, strides in self.levels.items()]
+            self.output_grads = [
+                torch.empty_strided(y.shape, strides, dtype=y.dtype, device=y.device).zero_() for y, strides in outputs
+            ]
             grads = self._backward()
         self.gradients = _Gradients(self.parameters, [g is not None for g in grads])
         self.outputs = ()
@@ -286,8 +301,7 @@ class _Gradients:
         self._places: list[tuple[torch.dtype, Any]] = []
         lengths: Counter[torch.dtype] = Counter()
         for p in (p for p, used in zip(parameters, there, strict=True) if used):
-            strides = torch.empty_like(p, device="meta").stride()
-            self._places.append((p.dtype, (p.shape, strides, lengths[p.dtype])))
+            self._places.append((p.dtype, (p.shape, _dense_strides(p), lengths[p.dtype])))
             lengths[p.dtype] += -(-p.numel() // _ALIGNED) * _ALIGNED
         device = parameters[0].device
         self._blocks = {dtype: torch.zeros(length, dtype=dtype, device=device) for dtype, length in lengths.items()}

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from revnets.reversible import operators
+
 
 class FakeGraph:
     """Records a step without doing it, and does it at every replay: as a graph, but slowly."""
@@ -54,7 +56,7 @@ class RecordedGraph(FakeGraph):
 
     def __init__(self, device: torch.device, beside: Any = None) -> None:
         super().__init__(device)
-        self.operators: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self.operators: list[tuple[Any, Any, Any, list[Tensor], Any]] = []
 
     def capture(self, run: Callable[[], None]) -> None:
         """Nothing of it is done: what it writes to outside tensors, and draws, is undone."""
@@ -69,16 +71,17 @@ class RecordedGraph(FakeGraph):
 
     def replay(self) -> None:
         with torch.no_grad():
-            for func, args, kwargs, results in self.operators:
+            for func, args, kwargs, results, operators._outside.precision in self.operators:
                 for old, new in zip(results, _tensors(func(*args, **kwargs)), strict=True):
                     if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
                         old.copy_(new)
+        operators._outside.precision = None
 
 
 class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.operators: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self.operators: list[tuple[Any, Any, Any, list[Tensor], Any]] = []
         self.outside: dict[int, tuple[Any, Any]] = {}  # what is written to and was there before, with its value
         self._inside: set[int] = set()
 
@@ -88,6 +91,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
         written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        written += ["running_mean", "running_var"]  # torch's batch norms do not say so
         for tensor in _tensors([given.get(name) for name in written]):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in self._inside:
@@ -95,7 +99,7 @@ class _Recorder(TorchDispatchMode):
         results = _tensors(func_results := func(*args, **kwargs))
         known = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
         self._inside |= {t.untyped_storage().data_ptr() for t in results} - known
-        self.operators.append((func, args, kwargs, results))
+        self.operators.append((func, args, kwargs, results, operators._outside.precision))
         return func_results
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import revnets
 from revnets.reversible import AdditiveCoupling, RangeError, ReversibleError, RevSequential
+from revnets.reversible.draws import Draws
 from revnets.training import graphed
 from revnets.training.cuda_graph import CaptureError
 from revnets.training.graphed import FIRST, HOOKED, MORE, OPEN, REPLAYED, WATCHED, WITH_GRADIENT, GraphedPart
@@ -37,13 +38,15 @@ class Net(nn.Module):
         torch.manual_seed(0)
         ops = [AdditiveCoupling(self.branch(drop), self.branch(drop)) for _ in range(2)]
         self.stem, self.chain = nn.Linear(8, 8), RevSequential(ops, mode=mode, exact=exact)
+        self.head = nn.Linear(8, 3)
 
     @staticmethod
     def branch(drop: float) -> nn.Module:
         return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(drop))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.chain(self.stem(x))
+        (y,) = self.chain(self.stem(x))
+        return y, self.head(y)
 
 
 def inputs(shapes: list[tuple[int, ...]]) -> list[Tensor]:
@@ -52,7 +55,7 @@ def inputs(shapes: list[tuple[int, ...]]) -> list[Tensor]:
 
 
 def loss_of(outputs: Any) -> Tensor:
-    return sum((y.float().square().mean() * (k + 1) for k, y in enumerate(outputs)), torch.zeros(()))
+    return sum((y.float().square().mean() / (k + 1) for k, y in enumerate(outputs)), torch.zeros(()))
 
 
 def trained(net: nn.Module, call: Callable[[Tensor], Any], data: list[Tensor], every: int = 1) -> list[Any]:
@@ -76,11 +79,23 @@ def same(a: list[Any], b: list[Any]) -> bool:
     return len(a) == len(b) and all(x is y is None or torch.equal(x, y) for x, y in pairs)
 
 
-def both(make: Callable[[], nn.Module], data: list[Tensor], every: int = 1, limit: int = 4) -> GraphedPart:
+def under(amp: torch.dtype | None, call: Callable[[Tensor], Any], kind: str = "cpu") -> Callable[[Tensor], Any]:
+    """``call`` under autocast, as a training's forward pass."""
+
+    def run(x: Tensor) -> Any:
+        with torch.autocast(kind, dtype=amp, enabled=amp is not None):
+            return call(x)
+
+    return run
+
+
+def both(
+    make: Callable[[], nn.Module], data: list[Tensor], every: int = 1, amp: torch.dtype | None = None
+) -> GraphedPart:
     """A training with graphs that equals the one without to the bit."""
     plain, net = make(), make()
-    part = GraphedPart(net, limit)
-    assert same(trained(net, part, data, every), trained(plain, plain, data, every))
+    part = GraphedPart(net)
+    assert same(trained(net, under(amp, part), data, every), trained(plain, under(amp, plain), data, every))
     return part
 
 
@@ -102,13 +117,12 @@ def test_a_network_of_ours_with_drop_path(graph: None, amp: torch.dtype | None, 
         return net.to(memory_format=torch.channels_last)
 
     data = inputs([(2, 3, 32, 32), (2, 3, 32, 64), (2, 3, 32, 32), (2, 3, 32, 64), (2, 3, 32, 32)])
-    with torch.autocast("cpu", dtype=amp, enabled=amp is not None):
-        part = both(make, [x.contiguous(memory_format=torch.channels_last) for x in data])
+    part = both(make, [x.contiguous(memory_format=torch.channels_last) for x in data], amp=amp)
     assert part.counts == {FIRST: 2, REPLAYED: 3}
 
 
 def test_a_pass_is_captured_for_each_precision(graph: None) -> None:
-    net, (x,) = Net(), inputs([(4, 8)])
+    net, (x,) = Net(exact=False), inputs([(4, 8)])
     part, plain = GraphedPart(net), copy.deepcopy(net)
     for amp in (False, False, True, True, False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
@@ -207,7 +221,7 @@ def test_a_call_before_the_backward_pass_of_the_last_one_runs_eagerly(graph: Non
     plain, net, data = Net(), Net(), inputs([(4, 8)] * 4)
     part = GraphedPart(net, say=lambda _: None)
     assert same(trained(net, twice(part), data), trained(plain, twice(plain), data))
-    assert part.counts[REPLAYED] == part.counts[OPEN] + 0 == 3 or part.counts[OPEN] >= 3
+    assert part.counts == {FIRST: 2, REPLAYED: 3, OPEN: 3}
     part(data[0])  # nobody wants its gradient
     part(data[0])
     before = part.counts[OPEN]
@@ -217,8 +231,6 @@ def test_a_call_before_the_backward_pass_of_the_last_one_runs_eagerly(graph: Non
 
 @pytest.mark.parametrize("why", [WITH_GRADIENT, WATCHED])
 def test_inputs_with_gradient_and_watchers_run_eagerly(graph: None, why: str) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
     net, (x,) = Net(drop=0.0), inputs([(4, 8)])
     part = GraphedPart(net, say=lambda _: None)
     for _ in range(2):
@@ -227,9 +239,9 @@ def test_inputs_with_gradient_and_watchers_run_eagerly(graph: None, why: str) ->
         loss_of(part(x.requires_grad_())).backward()
         assert x.grad is not None
     else:
-        with FlopCounterMode(display=False) as counter:
+        with Draws(drawn := []):
             part(x)
-        assert counter.get_total_flops() > 0
+        assert not drawn
     assert part.counts == {FIRST: 1, REPLAYED: 1, why: 1}
 
 
@@ -307,10 +319,9 @@ def test_backward_passes_that_would_be_wrong_are_refused(graph: None) -> None:
         net.stem.weight.add_(1.0)
     with pytest.raises(ReversibleError, match=r"Net: parameter stem\.weight was changed in place"):
         loss.backward()
+    del loss
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        torch.autograd.grad(
-            torch.autograd.grad(loss_of(part(x)), net.stem.weight, create_graph=True)[0].sum(), net.stem.weight
-        )
+        torch.autograd.grad(loss_of(part(x)), net.stem.weight, create_graph=True)[0].sum().backward()
 
 
 def test_what_looks_at_numbers_cannot_be_captured(graph: None) -> None:
@@ -372,8 +383,8 @@ def test_gpu_a_network_captured_equals_itself_eager(deterministic: None, amp: to
         torch.manual_seed(0)
         net = timm.create_model("test_revbifpn", features_only=True, drop_path_rate=0.3).cuda()
         part = GraphedPart(net)
-        with torch.autocast("cuda", dtype=amp, enabled=amp is not None):
-            found.append(trained(net, part if captured else net, [x.cuda() for x in inputs(shapes)]))
+        call = under(amp, part if captured else net, "cuda")
+        found.append(trained(net, call, [x.cuda() for x in inputs(shapes)]))
         assert part.counts == ({FIRST: 2, REPLAYED: 4} if captured else {})
     # kernels without a deterministic version (bilinear upsampling) differ from run to run: those cannot be compared
     assert all(torch.equal(c, a) for c, a, b in zip(*found, strict=True) if torch.equal(a, b))
