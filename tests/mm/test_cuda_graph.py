@@ -56,7 +56,7 @@ def detector(divisor: int = 32, **backbone: Any) -> Any:
                 "backbone": {"type": "RevBiFPN", "arch": "test", "out_indices": (1, 2, 3), **backbone},
                 "neck": {"type": "FPN", "in_channels": [16, 32, 96], "out_channels": 8, "num_outs": 3},
                 "bbox_head": head,
-                "train_cfg": {"assigner": assigner, "sampler": {"type": "PseudoSampler"}, "allowed_border": -1},
+                "train_cfg": {"assigner": assigner, "sampler": {"type": "PseudoSampler"}, "allowed_border": -1, "pos_weight": -1},
             }
         )
     return model.train()
