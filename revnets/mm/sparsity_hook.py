@@ -10,9 +10,9 @@ from mmengine.registry import HOOKS
 from torch import nn
 
 from ..sparsity import SparsityController, apply_masks
-from ..sparsity.report import draw_picture, write_table
-from ..training.graphed import GraphedPart
-from ..training.reading import CheckpointError
+from ..training.capture.graphed import GraphedPart
+from ..training.checkpoints.reading import CheckpointError
+from ..training.mask_report import draw_picture, write_table
 from .training_flops import RunFlops
 
 
@@ -54,7 +54,9 @@ class SparsityHook(Hook):
         optimizer = getattr(wrapper, "optimizer", None)
         if optimizer is None:
             raise ValueError("SparsityHook: one optimizer was expected, not several (OptimWrapperDict)")
-        graphed = [name for name, m in runner.model.named_modules() if isinstance(getattr(m, "graphs", None), GraphedPart)]
+        graphed = [
+            name for name, m in runner.model.named_modules() if isinstance(getattr(m, "graphs", None), GraphedPart)
+        ]
         if graphed and self.schedule != "static":
             raise ValueError(
                 f"SparsityHook: schedule {self.schedule!r} changes masks between the steps that a CUDA graph repeats: "

@@ -16,9 +16,9 @@ from mmengine.optim import OptimWrapper
 from revnets.mm.amp import Bf16OptimWrapper
 from revnets.mm.backbone import RevBiFPN, TimmBackbone
 from revnets.mm.sparsity_hook import SparsityHook
-from revnets.training import graphed
-from revnets.training.graphed import FIRST, MORE, REPLAYED
-from tests.training.fake_graph import RecordedGraph
+from revnets.training.capture import graphed
+from revnets.training.capture.graphed import FIRST, MORE, REPLAYED
+from tests.training.capture.fake_graph import RecordedGraph
 
 
 @pytest.fixture
@@ -56,7 +56,12 @@ def detector(divisor: int = 32, **backbone: Any) -> Any:
                 "backbone": {"type": "RevBiFPN", "arch": "test", "out_indices": (1, 2, 3), **backbone},
                 "neck": {"type": "FPN", "in_channels": [16, 32, 96], "out_channels": 8, "num_outs": 3},
                 "bbox_head": head,
-                "train_cfg": {"assigner": assigner, "sampler": {"type": "PseudoSampler"}, "allowed_border": -1, "pos_weight": -1},
+                "train_cfg": {
+                    "assigner": assigner,
+                    "sampler": {"type": "PseudoSampler"},
+                    "allowed_border": -1,
+                    "pos_weight": -1,
+                },
             }
         )
     return model.train()
@@ -66,9 +71,7 @@ def batches(sizes: list[tuple[int, int]]) -> list[Any]:
     """Two images each, of these heights and widths."""
     from mmdet.testing import demo_mm_inputs
 
-    return [
-        demo_mm_inputs(2, [(3, *size)] * 2, num_items=[2, 3], num_classes=3, use_box_type=False) for size in sizes
-    ]
+    return [demo_mm_inputs(2, [(3, *size)] * 2, num_items=[2, 3], num_classes=3, use_box_type=False) for size in sizes]
 
 
 SIZES = [(30, 50), (40, 64), (60, 33), (64, 64), (50, 100), (33, 40), (64, 90)]  # padded to 64: 64x64 and 64x128
@@ -175,9 +178,7 @@ def test_what_no_graph_can_hold() -> None:
 def test_masks_that_change_are_refused() -> None:
     class Runner:
         max_iters = 10
-        model = nn.Sequential(
-            RevBiFPN("test", layers={"type": "sparse_wide", "sparsity": 0.5}, cuda_graph=True)
-        )
+        model = nn.Sequential(RevBiFPN("test", layers={"type": "sparse_wide", "sparsity": 0.5}, cuda_graph=True))
         optim_wrapper = OptimWrapper(optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
 
     with pytest.raises(ValueError, match="schedule 'rigl' changes masks .* leave cuda_graph of 0 out, or use 'static'"):
