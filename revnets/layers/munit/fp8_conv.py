@@ -150,13 +150,7 @@ def _wrong(device: torch.device) -> str | None:
     generator = torch.Generator().manual_seed(0)
     shapes, geometry = ((2, 24, 9, 7), (40, 24, 3, 3), (2, 40, 5, 4)), ([2, 2], [1, 1], [1, 1])
     x, weight, grad = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
-    maps, taps, back = (_maps(t, E4M3, 1.0) for t in (x, weight, weight.transpose(0, 1)))
-    grads, kind = _maps(grad, E5M2, 1.0), (torch.float32, True)
-    got = (
-        _output(maps, taps, *geometry, 1.0, *kind),
-        _input_gradient(grads, back, *geometry, 1.0, list(x.shape), *kind),
-        _weight_gradient(grads, maps, *geometry, 1.0, list(weight.shape), *kind),
-    )
+    got = three_products(x, weight, grad, geometry)
     operands = (quantize(t, dtype).double() for t, dtype in ((grad, E5M2), (x, E4M3), (weight, E4M3)))
     exact_grad, exact_x, exact_weight = operands
     expected = (
@@ -199,7 +193,7 @@ def padded_words(channels_in: int, channels_out: int) -> str:
 
 
 def fp8_conv2d(
-    x: Tensor, weight: Tensor, scale: float, dtype: torch.dtype, geometry: Geometry, grad_scale: float
+    x: Tensor, weight: Tensor, scale: float, grad_scale: float, dtype: torch.dtype, geometry: Geometry
 ) -> Tensor:
     r""":math:`s\, q(x) * q(W)`, with the gradients of ``mus_functional``, all three products on FP8 units by Triton.
 
@@ -210,11 +204,42 @@ def fp8_conv2d(
         x: ``(N, C, H, W)``, not empty.
         weight: ``(outputs, C, k, k)``.
         scale: s.
+        grad_scale: static factor around the quantisation of gradients.
         dtype: of the result.
         geometry: stride, padding, dilation.
-        grad_scale: static factor around the quantisation of gradients.
     """
-    return _Conv2d.apply(x, weight, scale, dtype, geometry, grad_scale, torch.is_grad_enabled())
+    return _Conv2d.apply(x, weight, (scale, grad_scale), dtype, _flat(geometry), torch.is_grad_enabled())
+
+
+def three_products(
+    x: Tensor,
+    weight: Tensor,
+    grad: Tensor,
+    geometry: Geometry,
+    scale: float = 1.0,
+    grad_scale: float = 1.0,
+    out_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, input gradient and weight gradient by the kernels, from operands of any precision, without autograd.
+
+    Sums are kept in float32 and rounded once to ``out_dtype``, whatever the operands' precision was.
+
+    Args:
+        x: ``(N, C, H, W)``, not empty.
+        weight: ``(outputs, C, k, k)``.
+        grad: of the output, ``(N, outputs, H', W')``.
+        geometry: stride, padding, dilation.
+        scale: of the output, and of both gradients.
+        grad_scale: static factor around the quantisation of ``grad``.
+        out_dtype: of all three results, which are channels-last.
+    """
+    maps, taps, back = (_maps(t, E4M3, 1.0) for t in (x, weight, weight.transpose(0, 1)))
+    grads, flat, rescale = _maps(grad, E5M2, grad_scale), _flat(geometry), scale / grad_scale
+    return (
+        _output(maps, taps, flat, scale, out_dtype, True),
+        _input_gradient(grads, back, flat, rescale, list(x.shape), out_dtype, True),
+        _weight_gradient(grads, maps, flat, rescale, list(weight.shape), out_dtype, True),
+    )
 
 
 class _Conv2d(torch.autograd.Function):
@@ -225,13 +250,12 @@ class _Conv2d(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
-        scale: float,
+        scales: tuple[float, float],
         dtype: torch.dtype,
-        geometry: Geometry,
-        grad_scale: float,
+        flat: list[int],
         trains: bool,
     ) -> Tensor:
-        last = _channels_last(x)
+        (scale, grad_scale), last = scales, _channels_last(x)
         maps, taps = _maps(x, E4M3, 1.0), _maps(weight, E4M3, 1.0)
         kind = "triton, padded" if padded_words(weight.shape[1], weight.shape[0]) else "triton"
         _count(kind)
@@ -241,23 +265,23 @@ class _Conv2d(torch.autograd.Function):
                 _maps(weight.transpose(0, 1), E4M3, 1.0) if for_x else None, maps if for_weight else None
             )
             formats = (list(x.shape), x.dtype, last), (list(weight.shape), weight.dtype, _channels_last(weight))
-            ctx.settings = (scale / grad_scale, grad_scale, geometry, kind, *formats)
-        return _output(maps, taps, *geometry, scale, dtype, last)
+            ctx.settings = (scale / grad_scale, grad_scale, flat, kind, *formats)
+        return _output(maps, taps, flat, scale, dtype, last)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         taps, maps = ctx.saved_tensors
-        scale, grad_scale, geometry, kind, for_x, for_weight = ctx.settings
+        scale, grad_scale, flat, kind, for_x, for_weight = ctx.settings
         grads = _maps(grad, E5M2, grad_scale)
         grad_x = grad_weight = None
         if taps is not None:
             _count(kind)
-            grad_x = _input_gradient(grads, taps, *geometry, scale, *for_x)
+            grad_x = _input_gradient(grads, taps, flat, scale, *for_x)
         if maps is not None:
             _count(kind)
-            grad_weight = _weight_gradient(grads, maps, *geometry, scale, *for_weight)
-        return grad_x, grad_weight, None, None, None, None, None
+            grad_weight = _weight_gradient(grads, maps, flat, scale, *for_weight)
+        return grad_x, grad_weight, None, None, None, None
 
 
 def _channels_last(x: Tensor) -> bool:
@@ -296,9 +320,7 @@ def _(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
 def _output(
     maps: Tensor,
     taps: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    geometry: Sequence[int],
     scale: float,
     dtype: torch.dtype,
     last: bool,
@@ -306,8 +328,8 @@ def _output(
     """Of ``(N, H, W, C')`` and ``(outputs, k, k, C')``."""
     from .fp8_conv_triton import convolve
 
-    y = _empty(_output_shape(maps, taps, stride, padding, dilation), dtype, True, maps)
-    convolve(maps, taps, y, (stride, padding, dilation), scale)
+    y = _empty(_output_shape(maps, taps, geometry), dtype, True, maps)
+    convolve(maps, taps, y, _pairs(geometry), scale)
     return _laid_out(y, last)
 
 
@@ -315,18 +337,25 @@ def _output(
 def _(
     maps: Tensor,
     taps: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    geometry: Sequence[int],
     scale: float,
     dtype: torch.dtype,
     last: bool,
 ) -> Tensor:
-    return _empty(_output_shape(maps, taps, stride, padding, dilation), dtype, last, maps)
+    return _empty(_output_shape(maps, taps, geometry), dtype, last, maps)
 
 
-def _output_shape(maps: Tensor, taps: Tensor, *geometry: Sequence[int]) -> list[int]:
-    return [maps.shape[0], taps.shape[0], *_output_size(maps.shape[1:3], taps.shape[1:3], *geometry)]
+def _flat(geometry: Geometry) -> list[int]:
+    """As operators take it: six numbers."""
+    return [number for pair in geometry for number in pair]
+
+
+def _pairs(flat: Sequence[int]) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    return flat[:2], flat[2:4], flat[4:]
+
+
+def _output_shape(maps: Tensor, taps: Tensor, geometry: Sequence[int]) -> list[int]:
+    return [maps.shape[0], taps.shape[0], *_output_size(maps.shape[1:3], taps.shape[1:3], *_pairs(geometry))]
 
 
 def _output_size(size: Sequence[int], kernel: Sequence[int], *geometry: Sequence[int]) -> list[int]:
@@ -338,9 +367,7 @@ def _output_size(size: Sequence[int], kernel: Sequence[int], *geometry: Sequence
 def _input_gradient(
     grads: Tensor,
     taps: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    geometry: Sequence[int],
     scale: float,
     shape: Sequence[int],
     dtype: torch.dtype,
@@ -350,7 +377,7 @@ def _input_gradient(
     from .fp8_conv_triton import convolve_backward
 
     grad_x = _empty(shape, dtype, True, grads)
-    convolve_backward(grads, taps, grad_x, (stride, padding, dilation), scale)
+    convolve_backward(grads, taps, grad_x, _pairs(geometry), scale)
     return _laid_out(grad_x, last)
 
 
@@ -358,9 +385,7 @@ def _input_gradient(
 def _weight_gradient(
     grads: Tensor,
     maps: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    geometry: Sequence[int],
     scale: float,
     shape: Sequence[int],
     dtype: torch.dtype,
@@ -370,7 +395,7 @@ def _weight_gradient(
     from .fp8_conv_triton import convolve_weight
 
     grad_weight = _empty(shape, dtype, last, grads)
-    convolve_weight(grads, maps, grad_weight, (stride, padding, dilation), scale)
+    convolve_weight(grads, maps, grad_weight, _pairs(geometry), scale)
     return grad_weight
 
 
@@ -379,9 +404,7 @@ def _weight_gradient(
 def _(
     grads: Tensor,
     other: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    geometry: Sequence[int],
     scale: float,
     shape: Sequence[int],
     dtype: torch.dtype,
