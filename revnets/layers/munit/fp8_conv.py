@@ -13,12 +13,11 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .fp8 import E4M3, E5M2, _count, quantize, resolve_backend
+from .fp8 import E4M3, E5M2, _count, resolve_backend
 
 ALIGNMENT = 16
 """Channels are padded to a multiple of it."""
@@ -124,11 +123,12 @@ def _problem(kind: str, index: int | None) -> str | None:
         if kind == "cuda" and (found := _too_old(index)) is not None:
             return found
         from .fp8_conv_triton import interpreted
+        from .fp8_trial import wrong
 
         if kind != "cuda" and not (kind == "cpu" and interpreted()):
             return f"the kernels are for CUDA devices, not for {kind}"
         with _disable_current_modes():
-            return _wrong(torch.device(kind) if index is None else torch.device(kind, index))
+            return wrong(torch.device(kind) if index is None else torch.device(kind, index))
     except ImportError:
         return "Triton is not installed"
     except Exception as error:  # whatever a compiler on a user's machine may raise
@@ -143,27 +143,6 @@ def _too_old(index: int | None) -> str | None:
         return None
     least, here = (".".join(map(str, version)) for version in (LEAST_CAPABILITY, capability))
     return f"FP8 units came with compute capability {least}, this device has {here}"
-
-
-def _wrong(device: torch.device) -> str | None:
-    """What is wrong with the three products of a small convolution on this device, if anything is."""
-    generator = torch.Generator().manual_seed(0)
-    shapes, geometry = ((2, 24, 9, 7), (40, 24, 3, 3), (2, 40, 5, 4)), ([2, 2], [1, 1], [1, 1])
-    x, weight, grad = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
-    got = three_products(x, weight, grad, geometry)
-    operands = (quantize(t, dtype).double() for t, dtype in ((grad, E5M2), (x, E4M3), (weight, E4M3)))
-    exact_grad, exact_x, exact_weight = operands
-    expected = (
-        F.conv2d(exact_x, exact_weight, None, *geometry),
-        *torch.ops.aten.convolution_backward(
-            *(exact_grad, exact_x, exact_weight, None, *geometry, False, [0, 0], 1, [True, True, False])
-        )[:2],
-    )
-    for name, a, b in zip(("output", "input gradient", "weight gradient"), got, expected, strict=True):
-        error = ((a.double() - b).norm() / b.norm()).item()
-        if not error < 1e-3:
-            return f"its {name} is off by {error:.1e} in the kernels' trial"
-    return None
 
 
 def can_convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
@@ -209,37 +188,6 @@ def fp8_conv2d(
         geometry: stride, padding, dilation.
     """
     return _Conv2d.apply(x, weight, (scale, grad_scale), dtype, _flat(geometry), torch.is_grad_enabled())
-
-
-def three_products(
-    x: Tensor,
-    weight: Tensor,
-    grad: Tensor,
-    geometry: Geometry,
-    scale: float = 1.0,
-    grad_scale: float = 1.0,
-    out_dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, input gradient and weight gradient by the kernels, from operands of any precision, without autograd.
-
-    Sums are kept in float32 and rounded once to ``out_dtype``, whatever the operands' precision was.
-
-    Args:
-        x: ``(N, C, H, W)``, not empty.
-        weight: ``(outputs, C, k, k)``.
-        grad: of the output, ``(N, outputs, H', W')``.
-        geometry: stride, padding, dilation.
-        scale: of the output, and of both gradients.
-        grad_scale: static factor around the quantisation of ``grad``.
-        out_dtype: of all three results, which are channels-last.
-    """
-    maps, taps, back = (_maps(t, E4M3, 1.0) for t in (x, weight, weight.transpose(0, 1)))
-    grads, flat, rescale = _maps(grad, E5M2, grad_scale), _flat(geometry), scale / grad_scale
-    return (
-        _output(maps, taps, flat, scale, out_dtype, True),
-        _input_gradient(grads, back, flat, rescale, list(x.shape), out_dtype, True),
-        _weight_gradient(grads, maps, flat, rescale, list(weight.shape), out_dtype, True),
-    )
 
 
 class _Conv2d(torch.autograd.Function):
