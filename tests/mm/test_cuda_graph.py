@@ -18,12 +18,12 @@ from revnets.mm.backbone import RevBiFPN, TimmBackbone
 from revnets.mm.sparsity_hook import SparsityHook
 from revnets.training.capture import graphed
 from revnets.training.capture.graphed import FIRST, MORE, REPLAYED
-from tests.training.capture.fake_graph import RecordedGraph
+from tests.training.capture.fake_graph import FakeGraph
 
 
 @pytest.fixture
 def graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphed, "CudaGraph", RecordedGraph)
+    monkeypatch.setattr(graphed, "CudaGraph", FakeGraph)
 
 
 def detector(divisor: int = 32, **backbone: Any) -> Any:

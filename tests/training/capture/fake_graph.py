@@ -13,12 +13,16 @@ from revnets.reversible import operators
 
 
 class FakeGraph:
-    """Records a step without doing it, and does it at every replay: as a graph, but slowly."""
+    """Records the operators of a step with the tensors that they read and write, and repeats those, in place.
+
+    So a replay calls nothing of the step's own code, as on a GPU: what that code decided when it was captured, it
+    decided for all replays, and what it has not put into place is old.
+    """
 
     captures = 0
 
     def __init__(self, device: torch.device, beside: Any = None) -> None:
-        self.run: Callable[[], None] = lambda: None
+        self.steps: list[tuple[Any, Any, Any, list[Tensor], Any]] = []
 
     @staticmethod
     def exists(device: torch.device) -> bool:
@@ -28,60 +32,33 @@ class FakeGraph:
         run()
 
     def capture(self, run: Callable[[], None]) -> None:
-        type(self).captures += 1
-        self.run = run
-
-    def replay(self) -> None:
-        with pytest.MonkeyPatch.context() as patch:  # what a capture does not allow
-            patch.setattr(torch, "get_rng_state", _forbidden)
-            patch.setattr(Tensor, "item", _forbidden)
-            patch.setattr(Tensor, "tolist", _forbidden)
-            patch.setattr(Tensor, "__bool__", _forbidden)
-            self.run()
-
-    def fetch(self, values: Tensor) -> Callable[[], list[float]]:
-        return values.tolist
-
-
-def _forbidden(*_: Any) -> Any:
-    raise AssertionError("a graph asks neither device nor generator")
-
-
-class RecordedGraph(FakeGraph):
-    """Records the operators of a step with the tensors that they read and write, and repeats those, in place.
-
-    So a replay calls nothing of the step's own code, as on a GPU: what that code decided when it was captured, it
-    decided for all replays, and what it has not put into place is old.
-    """
-
-    def __init__(self, device: torch.device, beside: Any = None) -> None:
-        super().__init__(device)
-        self.operators: list[tuple[Any, Any, Any, list[Tensor], Any]] = []
-
-    def capture(self, run: Callable[[], None]) -> None:
         """Nothing of it is done: what it writes to outside tensors, and draws, is undone."""
         type(self).captures += 1
         generator, recorder = torch.get_rng_state(), _Recorder()
-        with recorder:
+        with pytest.MonkeyPatch.context() as patch, recorder:
+            patch.setattr(torch, "get_rng_state", _forbidden)
             run()
-        self.operators = recorder.operators
+        self.steps = recorder.steps
         torch.set_rng_state(generator)
         for storage, value in recorder.outside.values():
             storage.copy_(value)
 
     def replay(self) -> None:
         with torch.no_grad():
-            for func, args, kwargs, results, operators._outside.precision in self.operators:
+            for func, args, kwargs, results, operators._outside.precision in self.steps:
                 for old, new in zip(results, _tensors(func(*args, **kwargs)), strict=True):
                     if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
                         old.copy_(new)
         operators._outside.precision = None
 
+    def fetch(self, values: Tensor) -> Callable[[], list[float]]:
+        return values.tolist
+
 
 class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.operators: list[tuple[Any, Any, Any, list[Tensor], Any]] = []
+        self.steps: list[tuple[Any, Any, Any, list[Tensor], Any]] = []
         self.outside: dict[int, tuple[Any, Any]] = {}  # what is written to and was there before, with its value
         self._inside: set[int] = set()
 
@@ -96,12 +73,16 @@ class _Recorder(TorchDispatchMode):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in self._inside:
                 self.outside.setdefault(storage.data_ptr(), (storage, storage.clone()))
-        results = _tensors(func_results := func(*args, **kwargs))
-        known = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
+        found = func(*args, **kwargs)
+        results, known = _tensors(found), {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
         self._inside |= {t.untyped_storage().data_ptr() for t in results} - known
-        self.operators.append((func, args, kwargs, results, operators._outside.precision))
-        return func_results
+        self.steps.append((func, args, kwargs, results, operators._outside.precision))
+        return found
 
 
 def _tensors(values: Any) -> list[Tensor]:
     return [each for each in tree_leaves(values) if isinstance(each, Tensor)]
+
+
+def _forbidden(*_: Any) -> Any:
+    raise RuntimeError("operation not permitted when stream is capturing")

@@ -1,6 +1,6 @@
 """Captured passes of a part of a network: equal to ordinary ones for every shape, or ordinary and said so.
 
-``RecordedGraph`` plays the graph without a GPU: it repeats operators on the tensors of the capture, and no code.
+``FakeGraph`` plays the graph without a GPU: it repeats operators on the tensors of the capture, and no code.
 """
 
 import copy
@@ -19,15 +19,15 @@ from revnets.reversible.draws import Draws
 from revnets.training.capture import graphed
 from revnets.training.capture.cuda_graph import CaptureError
 from revnets.training.capture.graphed import FIRST, HOOKED, MORE, OPEN, REPLAYED, WATCHED, WITH_GRADIENT, GraphedPart
-from tests.training.capture.fake_graph import RecordedGraph
+from tests.training.capture.fake_graph import FakeGraph
 
 SHAPES = [(4, 8), (4, 8), (6, 8), (4, 8), (6, 8), (6, 8), (4, 8)]
 
 
 @pytest.fixture
 def graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    RecordedGraph.captures = 0
-    monkeypatch.setattr(graphed, "CudaGraph", RecordedGraph)
+    FakeGraph.captures = 0
+    monkeypatch.setattr(graphed, "CudaGraph", FakeGraph)
 
 
 class Net(nn.Module):
@@ -104,11 +104,10 @@ def both(
 def test_passes_of_several_shapes_equal_ordinary_ones_to_the_bit(graph: None, mode: str, every: int) -> None:
     part = both(lambda: Net(mode), inputs(SHAPES), every)
     assert part.counts == {FIRST: 2, REPLAYED: 5}
-    assert RecordedGraph.captures == 4  # a forward and a backward pass of two shapes
+    assert FakeGraph.captures == 4  # a forward and a backward pass of two shapes
 
 
-@pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize(("amp", "last"), [(None, False), (torch.bfloat16, False), (torch.float16, True)])
 def test_a_network_of_ours_with_drop_path(graph: None, amp: torch.dtype | None, last: bool) -> None:
     def make() -> nn.Module:
         torch.manual_seed(0)
@@ -116,7 +115,7 @@ def test_a_network_of_ours_with_drop_path(graph: None, amp: torch.dtype | None, 
         net = timm.create_model("test_revbifpn", features_only=True, out_indices=levels, drop_path_rate=0.5)
         return net.to(memory_format=torch.channels_last)
 
-    data = inputs([(2, 3, 32, 32), (2, 3, 32, 64), (2, 3, 32, 32), (2, 3, 32, 64), (2, 3, 32, 32)])
+    data = inputs([(2, 3, 16, 16), (2, 3, 16, 32), (2, 3, 16, 16), (2, 3, 16, 32), (2, 3, 16, 16)])
     part = both(make, [x.contiguous(memory_format=torch.channels_last) for x in data], amp=amp)
     assert part.counts == {FIRST: 2, REPLAYED: 3}
 
@@ -198,7 +197,7 @@ def test_evaluation_runs_eagerly_and_is_not_counted(graph: None) -> None:
         assert same(list(part(x)), list(net(x)))
         net.train()
     assert not part.counts
-    assert RecordedGraph.captures == 0
+    assert FakeGraph.captures == 0
 
 
 def test_hooks_run_eagerly(graph: None) -> None:
@@ -279,7 +278,7 @@ def test_weights_that_are_moved_are_captured_again(graph: None) -> None:
         assert same(list(part(x)), list(plain(x)))
         loss_of(net(x)).backward()
         loss_of(part(x)).backward()
-    assert RecordedGraph.captures == 4
+    assert FakeGraph.captures == 4
 
 
 def test_copies_have_graphs_of_their_own(graph: None) -> None:
@@ -332,7 +331,7 @@ def test_what_looks_at_numbers_cannot_be_captured(graph: None) -> None:
     net, (x,) = Curious(8, 2), inputs([(4, 8)])
     part = GraphedPart(net)
     loss_of(part(x)).backward()
-    with pytest.raises((CaptureError, AssertionError)):
+    with pytest.raises(CaptureError, match="forward pass of Curious cannot be captured in a CUDA graph"):
         part(x)
 
 
