@@ -30,7 +30,8 @@ from .fp8 import (
     resolve_backend,
     without_autocast,
 )
-from .fp8_conv import Geometry, can_convolve, choose, fp8_conv2d
+from .fp8_conv import can_convolve, choose, fp8_conv2d
+from .fp8_conv_ops import Geometry
 
 Ints = int | Sequence[int]
 ROLES = ("input", "hidden", "output")

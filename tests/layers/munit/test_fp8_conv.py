@@ -22,7 +22,14 @@ from revnets.layers import MuSConv2d, mus_conv2d, quantize
 from revnets.layers.munit import fp8, fp8_conv
 from revnets.layers.munit.fp8 import E4M3, E5M2, fp8_products
 from revnets.layers.munit.fp8_conv import Choice, can_convolve, choose, padded_words
-from revnets.layers.munit.fp8_trial import three_products, wrong
+from revnets.layers.munit.fp8_conv_ops import (
+    conv_input_gradient,
+    conv_output,
+    conv_weight_gradient,
+    fp8_maps,
+    three_products,
+    wrong,
+)
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 SCALE, GRAD_SCALE = 0.37, 2.0**6
@@ -223,14 +230,14 @@ def compiled_and_autocast() -> None:
     for a, b in pairs:
         assert a.dtype == torch.float32
         assert off(a, b) < 1e-5
-    maps, taps = fp8_conv._maps(x.detach(), E4M3, 1.0), fp8_conv._maps(layer.weight.detach(), E4M3, 1.0)
-    back = fp8_conv._maps(layer.weight.detach().transpose(0, 1), E4M3, 1.0)
-    grads8, flat, kinds = fp8_conv._maps(y.detach(), E5M2, 1.0), [2, 2, 1, 1, 1, 1], (BF16, True)
+    maps, taps = fp8_maps(x.detach(), E4M3, 1.0), fp8_maps(layer.weight.detach(), E4M3, 1.0)
+    back = fp8_maps(layer.weight.detach().transpose(0, 1), E4M3, 1.0)
+    grads8, flat, kinds = fp8_maps(y.detach(), E5M2, 1.0), [2, 2, 1, 1, 1, 1], (BF16, True)
     for op, arguments in (
-        (fp8_conv._maps, (x.detach().bfloat16(), E4M3, 2.0)),
-        (fp8_conv._output, (maps, taps, flat, 0.5, *kinds)),
-        (fp8_conv._input_gradient, (grads8, back, flat, 0.5, [2, 8, 7, 6], *kinds)),
-        (fp8_conv._weight_gradient, (grads8, maps, flat, 0.5, [24, 8, 3, 3], *kinds)),
+        (fp8_maps, (x.detach().bfloat16(), E4M3, 2.0)),
+        (conv_output, (maps, taps, flat, 0.5, *kinds)),
+        (conv_input_gradient, (grads8, back, flat, 0.5, [2, 8, 7, 6], *kinds)),
+        (conv_weight_gradient, (grads8, maps, flat, 0.5, [24, 8, 3, 3], *kinds)),
     ):
         torch.library.opcheck(op, arguments, test_utils=("test_faketensor",))
 
