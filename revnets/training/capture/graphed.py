@@ -338,7 +338,7 @@ class _Replay(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         call, pair = ctx.call, ctx.call.pair
         name = type(pair.module).__name__
