@@ -27,6 +27,7 @@ from .cuda_graph import CudaGraph, record
 
 _Levels = dict[int, tuple[int, ...]]  # outputs that get a gradient, and its strides
 WARM_UP = 2  # passes before a capture, in which kernels are chosen and compiled
+STALE = 500  # training passes without a replay, after which a pair makes room for another one
 _ALIGNED = 64  # numbers at whose multiples gradients begin
 
 REPLAYED, FIRST = "replayed", "the first of its shape"
@@ -50,7 +51,7 @@ class GraphedPart:
 
     Args:
         module: takes a tensor and gives tensors.
-        limit: graphs of each pass; further shapes run eagerly.
+        limit: graphs of each pass; further shapes run eagerly, unless one was not replayed for ``STALE`` passes.
         say: takes one sentence.
 
     Attributes:
@@ -100,12 +101,13 @@ class GraphedPart:
         state = _state(x, modules)
         pair = self._pairs.get(state)
         if pair is None:
-            if len(self._pairs) >= self.limit:
+            if len(self._pairs) >= self.limit and not self._make_room():
                 return self._instead(x, MORE)
             if not self._levels.get(state):  # or nothing in it is trained
                 return self._first(x, state)
             pair = self._pairs[state] = self._capture(x, modules, self._levels[state])
         self.counts[REPLAYED] += 1
+        pair.used_at = self.counts.total()
         call = _Call(pair)
         self._open = weakref.ref(call)
         outputs = _Replay.apply(call, x, *pair.parameters)
@@ -159,6 +161,14 @@ class GraphedPart:
             m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
         )
         return HOOKED if hooked else ""
+
+    def _make_room(self) -> bool:
+        """Forgets the pair that was not replayed for longest, if nobody seems to need it any more."""
+        state, pair = min(self._pairs.items(), key=lambda item: item[1].used_at)
+        if self.counts.total() - pair.used_at < STALE:
+            return False
+        del self._pairs[state], self._levels[state]
+        return True
 
     # --- captures ---------------------------------------------------------------------------------------------------
 
@@ -236,6 +246,7 @@ class _Pair:
         self.outputs: tuple[Tensor, ...] = ()
         self.output_grads: list[Tensor] = []
         self.trained: list[bool] = []
+        self.used_at = 0
         self.gradients: _Gradients
 
     def warm_up(self) -> None:

@@ -187,6 +187,14 @@ def test_more_shapes_than_graphs_run_eagerly_and_it_is_said_once(graph: None) ->
     ]
 
 
+def test_a_shape_that_comes_no_more_makes_room(graph: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphed, "STALE", 3)
+    plain, net = Net(), Net()
+    part, data = GraphedPart(net, 1, lambda _: None), inputs([(4, 8)] * 3 + [(6, 8)] * 6)
+    assert same(trained(net, part, data), trained(plain, plain, data))
+    assert part.counts == {FIRST: 2, REPLAYED: 4, MORE: 3}
+
+
 def test_evaluation_runs_eagerly_and_is_not_counted(graph: None) -> None:
     net, (x,) = Net(), inputs([(4, 8)])
     part = GraphedPart(net)
