@@ -16,13 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "CONTRIBUTING.md"
 MAP = re.compile(r"(<!-- map: [^\n]*-->\n)(.*?)(<!-- end of the map -->)", re.DOTALL)
 ROW = re.compile(r"^\| `([^`]+)/` \| (.+) \|$", re.MULTILINE)
-ORDER = [
-    *(f"revnets/{room}" for room in ("reversible", "sparsity", "kernels", "layers", "training", "models", "profiling")),
-    *(f"revnets/{room}" for room in ("pruning", "numerics", "deploy", "mm", "benchmarks", "gpu_report", "scripts")),
-    "classification",
-    "detection",
-]
-"""Rooms that a new one comes after."""
+CONTRACT = re.search(r'id = "rooms".*?layers = \[(.*?)\]', (ROOT / "pyproject.toml").read_text(), re.DOTALL)
+ORDER = [*(f"revnets/{room}" for room in reversed(re.findall(r'"(\w+)"', CONTRACT[1] if CONTRACT else "")))]
+ORDER += ["classification", "detection"]
+"""Of the imports, from below."""
 SECTIONS = ("reversible op", "layer", "model", "engine")
 
 
