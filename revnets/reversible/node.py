@@ -253,6 +253,11 @@ class RangeGuard:
             raise ReversibleError("a range guard keeps its maxima on the device within captured() only: arm it there")
         return self._maxima
 
+    @property
+    def device(self) -> torch.device:
+        """Of what was watched, and is not yet checked."""
+        return self._parts[0].device
+
     def _largest(self) -> Tensor:
         """One number per map that was watched."""
         parts = max(m.shape[1] for m in self._parts)
