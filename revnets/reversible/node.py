@@ -225,7 +225,7 @@ class RangeGuard:
             RangeError: see ``arm``.
         """
         again = RangeGuard(self.grid_bits)
-        again._seen = list(self._seen)
+        again._seen, again._parts = list(self._seen), list(self._parts)
         again._arm(outputs, self.maxima)
 
     def _arm(self, outputs: Tensors, maxima: Tensor) -> None:
