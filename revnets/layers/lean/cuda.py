@@ -222,10 +222,8 @@ def _norm_grads(grad: Tensor, norm: Norm, out: Tensor | None, excited: _Excited 
     else:
         parts = min(MOST_PARTS, power_of_2(n * loops(x, block["BLOCK_P"])))
         sums = torch.empty(2, parts, c, dtype=torch.float32, device=x.device)
-        numbers = (sums, n, c, pixels, *strides)
-        launch(
-            _TRITON, "sums_kernel", (parts, channel_tiles), grad, x, *gating, *affine, *numbers, PARTS=parts, **flags
-        )
+        given = (grad, x, *gating, *affine, sums, n, c, pixels, *strides)
+        launch(_TRITON, "sums_kernel", (parts, channel_tiles), *given, PARTS=parts, **flags)
         steps = loops(x, block["BLOCK_P"], 8)
         programs = (1, channel_tiles, 1) if out is None else grid(x, block, steps)
     found = (torch.empty_like(norm.weight), torch.empty_like(norm.bias))
