@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from classification.options import TrainOptions
-from classification.runtime import Runtime
-from revnets.training.capture import CaptureError, TrainingStep, capture_step, has_graphs
-from revnets.training.device_optimizer import check_capturable
+from revnets.training.capture.device_optimizer import check_capturable
+from revnets.training.capture.step import CaptureError, TrainingStep, capture_step, has_graphs
 from revnets.training.errors import UserError, one_line
 
+from .options import TrainOptions
+from .runtime import Runtime
+
 if TYPE_CHECKING:
-    from classification.loop import Training
+    from .loop import Training
 
 
 def check_capture(options: TrainOptions, runtime: Runtime) -> None:

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,10 @@ from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler, get_state_dict
 from torch import nn
 
 from revnets.sparsity import SparsityController
-from revnets.training.errors import UserError, one_line
+from revnets.training.checkpoints.integrity import first_whole
+from revnets.training.checkpoints.reading import read_file
 from revnets.training.files import TEMPORARY, duplicate, whole_file, writing
-from revnets.training.finite import FiniteGuard
-from revnets.training.integrity import damage
-from revnets.training.reading import read_file
+from revnets.training.guards.finite import FiniteGuard
 
 _logger = logging.getLogger("classification")
 PATTERN, LAST, BEST, RECOVERY = "*.pth.tar", "last.pth.tar", "model_best.pth.tar", "recovery.pth.tar"
@@ -297,30 +296,3 @@ def newest_whole(folder: Path, own: bool = False) -> Path | None:
     """
     files = by_age(folder, own)
     return first_whole(files, folder, read_file) if files else None
-
-
-def first_whole(files: Sequence[Path], folder: Path, read: Callable[[Path, str], Any]) -> Path:
-    """The first of some checkpoints that is whole and can be read; those before it are warned of.
-
-    Args:
-        files: The newest first.
-        folder: Theirs.
-        read: Reads one for an option, or raises UserError: checksums do not cover the directory of the archive.
-
-    Raises:
-        UserError: All are damaged.
-    """
-
-    def unreadable(path: Path) -> str:
-        try:
-            read(path, "--resume")
-        except UserError as error:
-            return one_line(error.__cause__ or error).split(". ")[0][:160]
-        return ""
-
-    for file in files:
-        problem = damage(file) or unreadable(file)
-        if not problem:
-            return file
-        _logger.warning(f"--resume: '{file}' is damaged ({problem}); trying the one before it")
-    raise UserError(f"--resume: all checkpoints in '{folder}' are damaged or gone; start anew with --overwrite.")

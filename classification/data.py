@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, RandomSampler
 from torchvision.transforms import RandomCrop
 
-from classification.images import Images
-from classification.options import DataOptions, TrainOptions, ValidateOptions
-from classification.runtime import Runtime
-from classification.sources import class_map, find_source
+from revnets.training.data.resumable import BATCH, Batches, Items, apart, resumable, seed_all
 from revnets.training.errors import UserError, one_line, refused
-from revnets.training.resumable import BATCH, Batches, Items, apart, resumable, seed_all
+
+from .images import Images
+from .options import DataOptions, TrainOptions, ValidateOptions
+from .runtime import Runtime
+from .sources import class_map, find_source
 
 _logger = logging.getLogger("classification")
 

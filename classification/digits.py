@@ -12,17 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:  # run by its path, see train.py
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "classification"
 
 import numpy as np
 from PIL import Image
 
+from revnets.training.digits import digit_scans
 from revnets.training.errors import UserError, guarded
 from revnets.training.files import whole_folder
-from revnets.training.options import SEED, option, parse
+from revnets.training.options.option import option
+from revnets.training.options.parsing import SEED, parse
 
 MARKER = "digits.json"
-HELD_OUT = 360
 
 
 @dataclasses.dataclass
@@ -82,27 +83,6 @@ def _marker(root: Path) -> object:
         return json.loads((root / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def digit_scans(seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The scans `(count, 8, 8)`, ink from 0 to 16, and their digits `(count,)`, as `train` and `validation`.
-
-    Args:
-        seed: Of the split.
-
-    Raises:
-        UserError: scikit-learn is missing.
-    """
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise UserError("scikit-learn is not installed; it brings the digits: pip install scikit-learn") from error
-    digits = load_digits()
-    parts = train_test_split(
-        digits.images, digits.target, test_size=HELD_OUT, stratify=digits.target, shuffle=True, random_state=seed
-    )
-    return {"train": (parts[0], parts[2]), "validation": (parts[1], parts[3])}
 
 
 def _write(path: Path, scan: np.ndarray, size: int) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from classification.models import build_model, check_model_fits, data_config, load_weights, read_checkpoint
-from classification.options import ModelOptions, TrainOptions, from_checkpoint_args
-from classification.runtime import Runtime
 from revnets.pruning import densify
 from revnets.pruning.checkpoint import best_weights
+from revnets.training.checkpoints.foreign import reaching_argument, reaching_name
 from revnets.training.errors import UserError, one_line
-from revnets.training.foreign import reaching_argument, reaching_name
+
+from .models import build_model, check_model_fits, data_config, load_weights, read_checkpoint
+from .options import ModelOptions, TrainOptions, from_checkpoint_args
+from .runtime import Runtime
 
 _logger = logging.getLogger("classification")
 

@@ -10,15 +10,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from classification.checkpoints import PATTERN, by_age, is_checkpoint, newest_whole
-from classification.options import TrainOptions
-from classification.report import ARGS, SUMMARY, read_summary
-from classification.sparse import FILES as SPARSITY_FILES
 from revnets.numerics.report import FILES as NUMERICS_FILES
 from revnets.numerics.report import read_table
 from revnets.training.errors import UserError, one_line
 from revnets.training.files import TEMPORARY, leftovers, obstacle, remove_all
 from revnets.training.lock import FolderLock, InUse
+
+from .checkpoints import PATTERN, by_age, is_checkpoint, newest_whole
+from .options import TrainOptions
+from .report import ARGS, SUMMARY, read_summary
+from .sparse import FILES as SPARSITY_FILES
 
 _logger = logging.getLogger("classification")
 FILES = (SUMMARY, "curves.png", *SPARSITY_FILES, *NUMERICS_FILES)

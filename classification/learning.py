@@ -6,7 +6,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from classification.needs import (
+from revnets.training.options.parsing import option
+
+from .needs import (
     AUGMENTED,
     BOTH,
     CROPPED,
@@ -29,7 +31,6 @@ from classification.needs import (
     optimizer,
     schedule,
 )
-from revnets.training.options import option
 
 
 @dataclasses.dataclass

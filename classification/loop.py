@@ -17,21 +17,23 @@ from timm.utils import AverageMeter, ModelEmaV3, NativeScaler, accuracy, dispatc
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from classification.captured import captured_step
-from classification.data import TrainData
-from classification.options import TrainOptions
-from classification.recovery import Position, Recovery
-from classification.report import Steps
-from classification.runtime import Runtime, memory_words, peak_memory, reset_peak_memory
 from revnets.numerics import NumericsMonitor
 from revnets.reversible import RangeError
 from revnets.sparsity import SparsityController, apply_masks
-from revnets.training.capture import TrainingStep
-from revnets.training.drift import DriftMonitor
+from revnets.training.capture.step import TrainingStep
+from revnets.training.data.resumable import MODEL, seed_all
 from revnets.training.errors import UserError, one_line
-from revnets.training.finite import FiniteGuard, SkippedByScaler
-from revnets.training.ranges import AgreedRangeError, ranges_agreed
-from revnets.training.resumable import MODEL, seed_all
+from revnets.training.guards.drift import DriftMonitor
+from revnets.training.guards.finite import FiniteGuard, SkippedByScaler
+from revnets.training.guards.ranges import AgreedRangeError, ranges_agreed
+from revnets.training.memory import memory_words, peak_memory, reset_peak_memory
+from revnets.training.progress import Steps
+
+from .captured import captured_step
+from .data import TrainData
+from .options import TrainOptions
+from .recovery import Position, Recovery
+from .runtime import Runtime
 
 _logger = logging.getLogger("classification")
 

@@ -15,14 +15,15 @@ from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 from torch import nn
 
-from classification.options import TrainOptions, ValidateOptions
-from classification.runtime import physical_memory
 from revnets.layers import convert, parse_layers
 from revnets.models._cached import drop_wrong_cache
 from revnets.models.small_stem import small_stem
+from revnets.training.checkpoints.reading import read_checkpoint
+from revnets.training.checkpoints.weights import odd, unfit
 from revnets.training.errors import UserError, did_you_mean, one_line, refused, shown
-from revnets.training.reading import read_checkpoint
-from revnets.training.weights import odd, unfit
+from revnets.training.memory import physical_memory
+
+from .options import TrainOptions, ValidateOptions
 
 _logger = logging.getLogger("classification")
 

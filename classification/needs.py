@@ -8,7 +8,7 @@ from timm.optim import get_optimizer_info
 from timm.utils.distributed import is_distributed_env
 from torchvision.transforms import InterpolationMode
 
-from revnets.training.options import Need
+from revnets.training.options.parsing import Need
 
 PIXELS = 1 << 16  # of a side
 EPOCHS = 100_000

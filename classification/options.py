@@ -9,17 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from classification.learning import (
-    AugmentationOptions,
-    DistillationOptions,
-    OptimizerOptions,
-    ScheduleOptions,
-    SparsityOptions,
-)
-from classification.needs import AMP, PIXELS, interpolations, is_set
+from revnets.training.checkpoints.tree import described
 from revnets.training.errors import UserError
-from revnets.training.options import SEED, Need, check_values, convert, option, options_of
-from revnets.training.tree import described
+from revnets.training.options.parsing import SEED, Need, check_values, convert, option, options_of
+
+from .learning import AugmentationOptions, DistillationOptions, OptimizerOptions, ScheduleOptions, SparsityOptions
+from .needs import AMP, PIXELS, interpolations, is_set
 
 PROCESSES = 1024
 

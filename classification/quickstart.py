@@ -14,23 +14,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 if not __package__:  # run by its path, see train.py
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "classification"
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from reporting that there is no GPU
 
 import torch
 from torch import Tensor, nn
 
-from classification.data import open_dataset, validation_loader
-from classification.digits import make_digits
-from classification.models import build_model, data_config, load_weights, read_checkpoint
-from classification.options import TrainOptions, ValidateOptions
-from classification.report import Row, clock, plot_rows
-from classification.runtime import MB, start_runtime
-from classification.train import train
-from classification.validate import validate
 from revnets.training.errors import UserError, guarded
 from revnets.training.files import whole_file
-from revnets.training.options import option, parse
+from revnets.training.memory import MB
+from revnets.training.options.parsing import option, parse
+from revnets.training.progress import clock
+
+from .data import open_dataset, validation_loader
+from .digits import make_digits
+from .models import build_model, data_config, load_weights, read_checkpoint
+from .options import TrainOptions, ValidateOptions
+from .report import Row, plot_rows
+from .runtime import start_runtime
+from .train import train
+from .validate import validate
 
 _logger = logging.getLogger("classification")
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "classification" / "quickstart.yaml"

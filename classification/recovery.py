@@ -10,12 +10,13 @@ from typing import Any
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from classification.checkpoints import RECOVERY, Saver
-from classification.resuming import check_steps
-from classification.runtime import Runtime
 from revnets.training.errors import UserError
 from revnets.training.processes import at_first, own_buffers, put_buffers
 from revnets.training.termination import Terminated, Termination
+
+from .checkpoints import RECOVERY, Saver
+from .resuming import check_steps
+from .runtime import Runtime
 
 _logger = logging.getLogger("classification")
 

@@ -11,14 +11,15 @@ import torch
 from timm.utils import ModelEmaV3, NativeScaler
 from torch import nn
 
-from classification.checkpoints import PATIENCE
-from classification.models import fitting_weights
 from revnets.sparsity import SparsityController
+from revnets.training.checkpoints.fitting import apart, check_buffers, check_finite, check_optimizer, check_sparsity
+from revnets.training.checkpoints.held import RUN
+from revnets.training.checkpoints.reading import CheckpointError, check, in_file, named, read_checkpoint
 from revnets.training.errors import UserError, one_line
-from revnets.training.finite import FiniteGuard
-from revnets.training.fitting import apart, check_buffers, check_finite, check_optimizer, check_sparsity
-from revnets.training.held import RUN
-from revnets.training.reading import CheckpointError, check, in_file, named, read_checkpoint
+from revnets.training.guards.finite import FiniteGuard
+
+from .checkpoints import PATIENCE
+from .models import fitting_weights
 
 _logger = logging.getLogger("classification")
 

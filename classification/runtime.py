@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
-import sys
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from timm.utils import NativeScaler, distribute_bn, init_distributed_device, setup_default_logging
+from timm.utils import NativeScaler, distribute_bn, init_distributed_device
 from torch import Tensor, nn
 
-from classification.options import DeviceOptions
 from revnets.training.errors import UserError, one_line, refused
+from revnets.training.logs import start_logging
+
+from .options import DeviceOptions
 
 _logger = logging.getLogger("classification")
-MB = 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,52 +126,3 @@ def start_runtime(options: DeviceOptions) -> Runtime:
         amp_dtype = getattr(torch, options.amp_dtype or usual)
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     return Runtime(device, args.rank, args.local_rank, args.world_size, amp_dtype, layout)
-
-
-def start_logging(primary: bool) -> None:
-    """The log on stderr, of one process; the others only report errors."""
-    if not logging.root.handlers:
-        setup_default_logging()
-    logging.root.setLevel(logging.INFO if primary else logging.ERROR)
-    for noisy in ("matplotlib", "PIL", "timm.utils.checkpoint_saver", "timm.models._builder"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Starts a new peak where the device can; the peak RSS of a process only ever rises."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_memory(device: torch.device) -> dict[str, float]:
-    """Peak memory in MB (1e6 bytes), each number under the name of what it is.
-
-    Args:
-        device: CUDA gives `max_memory_allocated` (tensors) and `max_memory_reserved` (what the allocator holds).
-            Others give `peak_rss`, the largest resident memory of this process, libraries and data included.
-    """
-    if device.type == "cuda":
-        return {
-            "max_memory_allocated_mb": torch.cuda.max_memory_allocated(device) / MB,
-            "max_memory_reserved_mb": torch.cuda.max_memory_reserved(device) / MB,
-        }
-    if sys.platform == "win32":
-        return {}
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MB}
-
-
-def physical_memory(device: torch.device) -> int | None:
-    """All bytes of a device's memory, used or not; None where they are not known."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    if device.type != "cpu" or not hasattr(os, "sysconf"):
-        return None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def memory_words(memory: dict[str, float]) -> str:
-    """Peak memory for the log."""
-    return ", ".join(f"{name.removesuffix('_mb').replace('_', ' ')} {value:,.0f} MB" for name, value in memory.items())

@@ -12,18 +12,19 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import revnets
-from classification.captured import check_optimizer
-from classification.distill import distillation
-from classification.loop import Training
-from classification.models import data_config
-from classification.options import TrainOptions
-from classification.recovery import Recovery
-from classification.runtime import Runtime
-from classification.sparse import start_sparse_kernel, start_sparsity
-from classification.trial import try_optimizer, try_schedule, try_step
-from revnets.training.drift import DriftMonitor
 from revnets.training.errors import UserError, did_you_mean, one_line, refused
-from revnets.training.finite import FiniteGuard
+from revnets.training.guards.drift import DriftMonitor
+from revnets.training.guards.finite import FiniteGuard
+
+from .captured import check_optimizer
+from .distill import distillation
+from .loop import Training
+from .models import data_config
+from .options import TrainOptions
+from .recovery import Recovery
+from .runtime import Runtime
+from .sparse import start_sparse_kernel, start_sparsity
+from .trial import try_optimizer, try_schedule, try_step
 
 
 def start_training(options: TrainOptions, runtime: Runtime, model: nn.Module, data: Any) -> tuple[Training, int]:

@@ -6,9 +6,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from classification.options import DataOptions, TrainOptions
+from revnets.training.data.splits import TRAIN, VALIDATION, check_split, find_split, overlap, read_class_map
 from revnets.training.errors import UserError, did_you_mean
-from revnets.training.splits import TRAIN, VALIDATION, check_split, find_split, overlap, read_class_map
+
+from .options import DataOptions, TrainOptions
 
 _logger = logging.getLogger("classification")
 KINDS = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")  # of timm; it takes all else for a folder

@@ -8,17 +8,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from classification.models import data_config
-from classification.options import SparsityOptions, TrainOptions
 from revnets.kernels import KernelUnavailable
 from revnets.layers import ModelCost, count_costs, use_sparse_kernel
 from revnets.layers.trace import TraceError
-from revnets.layers.training_flops import FILES as FLOPS_FILES
-from revnets.layers.training_flops import FlopsReport, by_schedule, training_flops
+from revnets.profiling.training_flops import FILES as FLOPS_FILES
+from revnets.profiling.training_flops import FlopsReport, by_schedule, training_flops
 from revnets.sparsity import Schedule, SparsityController, sparse_layers
-from revnets.sparsity.report import PICTURE, TABLE, draw_picture, write_table
 from revnets.training.errors import UserError, one_line
-from revnets.training.options import options_of
+from revnets.training.mask_report import PICTURE, TABLE, draw_picture, write_table
+from revnets.training.options.parsing import options_of
+
+from .models import data_config
+from .options import SparsityOptions, TrainOptions
 
 _logger = logging.getLogger("classification")
 FILES = (TABLE, PICTURE, *FLOPS_FILES)

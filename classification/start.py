@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from classification.models import load_weights, read_checkpoint
-from classification.options import TrainOptions
 from revnets.pruning import densify, keep_zeros
 from revnets.pruning.checkpoint import best_weights, flops_of
 from revnets.sparsity import sparse_layers
 from revnets.training.errors import UserError, one_line
+
+from .models import load_weights, read_checkpoint
+from .options import TrainOptions
 
 _logger = logging.getLogger("classification")
 

@@ -17,43 +17,39 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:  # run by its path: Python then looks for modules in classification/ instead of the project's root
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "classification"
 
 from timm.layers import convert_sync_batchnorm
 from timm.utils import random_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from classification.captured import check_capture
-from classification.checkpoints import LAST, Saver
-from classification.data import (
-    check_labels,
-    check_same_classes,
-    class_names,
-    open_dataset,
-    train_data,
-    validation_loader,
-)
-from classification.folder import RunFolder
-from classification.loop import Training, train_epoch, validate
-from classification.models import build_model, check_batch_fits, check_model_fits, data_config
-from classification.options import TrainOptions, as_dict
-from classification.recovery import OwnState, Position
-from classification.report import Row, Summary, clock, draw_curves, write_args
-from classification.resuming import resume
-from classification.runtime import Runtime, memory_words, start_runtime
-from classification.setup import start_training
-from classification.sources import check_apart
-from classification.sparse import RunFlops, draw_sparsity, sparsity_words
-from classification.start import load_start
-from classification.trial import try_transforms
 from revnets.numerics import NumericsMonitor
 from revnets.pruning.checkpoint import FLOPS
-from revnets.sparsity.report import write_table
 from revnets.training.captions import caption
 from revnets.training.errors import UserError, guarded
-from revnets.training.options import SEED, parse
+from revnets.training.mask_report import write_table
+from revnets.training.memory import memory_words
+from revnets.training.options.parsing import SEED, parse
 from revnets.training.processes import of_first, settle_buckets
+from revnets.training.progress import clock
+
+from .captured import check_capture
+from .checkpoints import LAST, Saver
+from .data import check_labels, check_same_classes, class_names, open_dataset, train_data, validation_loader
+from .folder import RunFolder
+from .loop import Training, train_epoch, validate
+from .models import build_model, check_batch_fits, check_model_fits, data_config
+from .options import TrainOptions, as_dict
+from .recovery import OwnState, Position
+from .report import Row, Summary, draw_curves, write_args
+from .resuming import resume
+from .runtime import Runtime, start_runtime
+from .setup import start_training
+from .sources import check_apart
+from .sparse import RunFlops, draw_sparsity, sparsity_words
+from .start import load_start
+from .trial import try_transforms
 
 _logger = logging.getLogger("classification")
 DESCRIPTION = "Train a timm model on images. Options keep the names of timm's own train.py."

@@ -15,11 +15,12 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from classification.options import TrainOptions
-from classification.runtime import Runtime
 from revnets.reversible import RangeError
+from revnets.training.data.resumable import apart
 from revnets.training.errors import UserError, refused
-from revnets.training.resumable import apart
+
+from .options import TrainOptions
+from .runtime import Runtime
 
 LOOKS = 10_000  # at the schedule's rates
 DRAWS = 16  # of the augmentation

@@ -16,28 +16,23 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:  # run by its path, see train.py
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "classification"
 
 from rich.console import Console
 
 import revnets  # noqa: F401  (registers its models with timm)
-from classification.data import check_labels, open_dataset, validation_loader
-from classification.loop import validate as measure
-from classification.models import (
-    build_model,
-    check_batch_fits,
-    check_model_fits,
-    data_config,
-    load_weights,
-    read_checkpoint,
-)
-from classification.options import TrainOptions, ValidateOptions, from_checkpoint_args
-from classification.report import table
-from classification.runtime import memory_words, peak_memory, start_runtime
+from revnets.training.checkpoints.foreign import reaching_argument, reaching_name
 from revnets.training.errors import UserError, guarded
 from revnets.training.files import NotWritten, whole_file, writing
-from revnets.training.foreign import reaching_argument, reaching_name
-from revnets.training.options import Layer, joined, options_of, read_layers, settled
+from revnets.training.memory import memory_words, peak_memory
+from revnets.training.options.parsing import Layer, joined, options_of, read_layers, settled
+
+from .data import check_labels, open_dataset, validation_loader
+from .loop import validate as measure
+from .models import build_model, check_batch_fits, check_model_fits, data_config, load_weights, read_checkpoint
+from .options import TrainOptions, ValidateOptions, from_checkpoint_args
+from .report import table
+from .runtime import start_runtime
 
 _logger = logging.getLogger("classification")
 DESCRIPTION = "Validate a timm model. With --checkpoint, the model is that of the training unless given."

@@ -10,11 +10,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from classification.checkpoints import first_whole
+from revnets.training.checkpoints.held import RUNNER, WEIGHTS
+from revnets.training.checkpoints.integrity import first_whole
+from revnets.training.checkpoints.reading import in_file, named, read_file
 from revnets.training.errors import UserError
 from revnets.training.files import named_file, remove_all
-from revnets.training.held import RUNNER, WEIGHTS
-from revnets.training.reading import in_file, named, read_file
 
 _logger = logging.getLogger("detection")
 LAST = "last_checkpoint"

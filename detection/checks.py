@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from detection.annotations import Split, check_categories, read, some, splits
-from detection.checkpoints import Checkpoint
-from detection.objects import check_objects
-from detection.sizes import check_sizes
+from revnets.training.checkpoints.weights import unfit
 from revnets.training.errors import UserError, did_you_mean
-from revnets.training.weights import unfit
+
+from .annotations import Split, check_categories, read, some, splits
+from .checkpoints import Checkpoint
+from .objects import check_objects
+from .sizes import check_sizes
 
 _logger = logging.getLogger("detection")
 COCO_PARTS = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l", "mAP_copypaste")

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from detection.keys import check_keys
-from detection.noise import noise_kept_out
 from revnets.training.errors import UserError, did_you_mean, one_line, refused, shown
-from revnets.training.options import Parser, argument
+from revnets.training.options.parsing import Parser, argument
 from revnets.training.places import check_folder
+
+from .keys import check_keys
+from .noise import noise_kept_out
 
 try:
     from mmengine.config import Config, DictAction

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:  # run by its path, see train.py
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "detection"
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from classification.digits import digit_scans
+from revnets.training.digits import digit_scans
 from revnets.training.errors import UserError, guarded
 from revnets.training.files import whole_folder
-from revnets.training.options import SEED, Parser, argument
+from revnets.training.options.parsing import SEED, Parser, argument
 
 MARKER = "scenes.json"
 CLASSES = tuple(str(digit) for digit in range(10))

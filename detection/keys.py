@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from revnets.training.errors import UserError, shown
-from revnets.training.options import SEED
+from revnets.training.options.parsing import SEED
 
 NEEDED = ("model", "train_dataloader", "train_cfg", "optim_wrapper", "test_dataloader", "test_evaluator")
 Kind = tuple[str, Callable[[Any], bool]]

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from detection.annotations import Split, check_box, check_mask, some
 from revnets.training.errors import UserError
+
+from .annotations import Split, check_box, check_mask, some
 
 _logger = logging.getLogger("detection")
 CELL = 32  # pixels of the coarsest map's cells, to which images are padded

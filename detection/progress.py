@@ -8,7 +8,7 @@ from typing import Any
 
 from mmengine.hooks import Hook
 
-from classification.report import Steps, clock
+from revnets.training.progress import Steps, clock
 
 _logger = logging.getLogger("detection")
 VALIDATIONS = "validations"

@@ -14,21 +14,22 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:  # run by its path, see train.py
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "detection"
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from reporting that there is no GPU
 
 import torch
 from torch import Tensor, nn
 
-from classification.report import clock
-from classification.runtime import MB
-from detection.config import CONFIGS, PATH
-from detection.digits import SceneOptions, make_scenes
-from detection.noise import noise_kept_out
-from detection.test import run_test
-from detection.train import train
 from revnets.training.errors import UserError, guarded
-from revnets.training.options import Parser, argument
+from revnets.training.memory import MB
+from revnets.training.options.parsing import Parser, argument
+from revnets.training.progress import clock
+
+from .config import CONFIGS, PATH
+from .digits import SceneOptions, make_scenes
+from .noise import noise_kept_out
+from .test import run_test
+from .train import train
 
 CONFIG = CONFIGS / "digits" / "faster-rcnn_revbifpn-s0_digits.py"
 DATA = Path("data/digits-scenes")
@@ -86,8 +87,9 @@ def activation_memory(settings: Sequence[str]) -> dict[str, int]:
     from mmengine.registry import init_default_scope
     from mmengine.runner import Runner
 
-    from detection.config import load, parse, parser
     from revnets.profiling.memory import measure_training_step
+
+    from .config import load, parse, parser
 
     cfg = load(parse(parser("quickstart.py", ""), [str(CONFIG), "--cfg-options", *settings]))
     init_default_scope("mmdet")

@@ -15,8 +15,9 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from detection.progress import name
 from revnets.training.files import whole_file
+
+from .progress import name
 
 _logger = logging.getLogger("detection")
 SUMMARY, PICTURE = "summary.json", "predictions.png"

@@ -17,15 +17,16 @@ from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 from torch import nn
 
-from classification.runtime import start_logging
-from detection.config import primary
-from detection.noise import noise_kept_out
-from detection.progress import Progress
 from revnets.mm.checkpoint import UnknownMetric
 from revnets.mm.coco import use_checked
 from revnets.reversible import RangeError
 from revnets.training.errors import UserError, did_you_mean, one_line, refused
-from revnets.training.finite import NonFinite
+from revnets.training.guards.finite import NonFinite
+from revnets.training.logs import start_logging
+
+from .config import primary
+from .noise import noise_kept_out
+from .progress import Progress
 
 _logger = logging.getLogger("detection")
 LATE = (  # what MMEngine builds and reads only when it is about to train or test

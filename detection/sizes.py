@@ -12,8 +12,9 @@ from typing import Any
 
 from PIL import Image
 
-from detection.annotations import Split, some
 from revnets.training.errors import UserError, one_line
+
+from .annotations import Split, some
 
 _logger = logging.getLogger("detection")
 JPEG_END, PNG_END = b"\xff\xd9", b"IEND\xaeB`\x82"

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:  # run by its path, see train.py
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "detection"
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from reporting that there is no GPU
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from detection import checkpoints, checks
-from detection.config import PATH, load, parse, parser, primary
-from detection.noise import noise_kept_out
-from detection.report import draw, show, write_summary
 from revnets.training.errors import guarded
+
+from . import checkpoints, checks
+from .config import PATH, load, parse, parser, primary
+from .noise import noise_kept_out
+from .report import draw, show, write_summary
 
 _logger = logging.getLogger("detection")
 DESCRIPTION = "Test a detector on MMEngine's runner. Options are those of MMDetection's tools/test.py, and some more."
@@ -54,7 +55,7 @@ def run_test(argv: Sequence[str] | None = None) -> dict[str, float]:
     """
     args = parse(options(), argv)
     cfg = load(args)
-    from detection.runner import Leftovers, build, progress
+    from .runner import Leftovers, build, progress
 
     cfg.work_dir = str(Path(cfg.work_dir) / "test")
     if args.classwise:

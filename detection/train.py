@@ -20,21 +20,22 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:  # run by its path: Python then looks for modules in detection/ instead of the project's root
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "detection"
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from reporting that there is no GPU
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from classification.report import clock
-from classification.runtime import MB
-from detection import checkpoints, checks
-from detection.config import PATH, connect, load, parse, parser, primary
-from detection.noise import noise_kept_out
-from detection.report import draw, show, write_summary
 from revnets.training.errors import UserError, guarded, one_line
 from revnets.training.files import obstacle
 from revnets.training.lock import FolderLock
-from revnets.training.options import SEED, argument
+from revnets.training.memory import MB
+from revnets.training.options.parsing import SEED, argument
 from revnets.training.processes import of_first
+from revnets.training.progress import clock
+
+from . import checkpoints, checks
+from .config import PATH, connect, load, parse, parser, primary
+from .noise import noise_kept_out
+from .report import draw, show, write_summary
 
 _logger = logging.getLogger("detection")
 SAVE_EVERY = 1000  # iterations
@@ -103,11 +104,12 @@ def train(argv: Sequence[str] | None = None) -> Result:
 
 
 def _train(cfg: Any, args: argparse.Namespace, held: contextlib.ExitStack) -> Result:
-    from detection.runner import Leftovers, build, first_step, progress, started
     from revnets.mm import DriftHook, FiniteHook, MemoryReportHook, ResumeCheckHook, TrainingFlopsHook
     from revnets.mm.checkpoint import UnknownMetric
     from revnets.reversible import RangeError
-    from revnets.training.finite import NonFinite
+    from revnets.training.guards.finite import NonFinite
+
+    from .runner import Leftovers, build, first_step, progress, started
 
     folder = Path(cfg.work_dir)
     resumed = _resume(cfg, args, folder, held)

@@ -12,7 +12,7 @@ from .reversible import check_reversibility, compile_branches, set_mode
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .training.capture import capture_step
+    from .training.capture.step import capture_step
 
 __all__ = [
     "__version__",
@@ -31,7 +31,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "capture_step":  # what it needs would make the import slower
-        from .training.capture import capture_step
+        from .training.capture.step import capture_step
 
         return capture_step
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

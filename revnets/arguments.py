@@ -16,7 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from .training.errors import USER_ERROR, UserError, one_line
 from .training.files import NotWritten
-from .training.values import Number
+from .training.options.values import Number
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Values = Mapping[str, Any]

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from .arguments import Command, Commands, argument, excludes, needs, number, path, sized, text, without_effect
+from .training.options.values import COUNT, FINITE, NOT_NEGATIVE, POSITIVE, SEED, SHARE, SPARSITY, THREADS, words
 from .training.places import check_file, check_folder
-from .training.values import COUNT, FINITE, NOT_NEGATIVE, POSITIVE, SEED, SHARE, SPARSITY, THREADS, words
 
 app = typer.Typer(
     cls=Commands,
@@ -143,7 +143,7 @@ def layers(
     """The layers that specs can name, or what one of them makes of a network: layer by layer, with FLOPs."""
     import revnets  # noqa: F401 - registers the models
 
-    from .layers import command
+    from .profiling import layers_command as command
 
     if model is None:
         command.print_layers()
@@ -197,7 +197,7 @@ def bench_fp8(
     output: Annotated[Path | None, path("also write JSON, which mus_fp8:auto reads")] = None,
 ) -> None:
     """From which sizes on FP8 layers are faster than bfloat16 here: linear layers and convolutions, interleaved."""
-    from .profiling import fp8_bench
+    from .benchmarks import fp8 as fp8_bench
     from .profiling.command import track
 
     if output is not None:
@@ -346,7 +346,7 @@ def bench_sparse_training(
     """Training steps on the CPU, dense, masked and on the kernel that skips zeros: interleaved, medians."""
     import revnets  # noqa: F401 - registers the models
 
-    from .profiling import sparse_bench
+    from .benchmarks import sparse_training as sparse_bench
     from .profiling.command import track
 
     shares = SPARSITY.read_list("--sparsity", sparsity)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from revnets.cli import app
-from revnets.training.values import Number, words
+from revnets.training.options.values import Number, words
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 RUNS = (
@@ -22,10 +22,10 @@ RUNS = (
     "revnets.profiling.command.fit",
     "revnets.profiling.bench.run",
     "revnets.profiling.launch_bench.run",
-    "revnets.profiling.fp8_bench.run",
-    "revnets.profiling.sparse_bench.run",
+    "revnets.benchmarks.fp8.run",
+    "revnets.benchmarks.sparse_training.run",
     "revnets.numerics.command._watch",
-    "revnets.layers.command.convert",
+    "revnets.profiling.layers_command.convert",
     "revnets.pruning.command.load_model",
     "revnets.deploy.command.load_model",
     "revnets.deploy.command._networks",
@@ -143,7 +143,7 @@ def test_bugs_show(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr("revnets.layers.command.print_layers", broken)
+    monkeypatch.setattr("revnets.profiling.layers_command.print_layers", broken)
     result = CliRunner().invoke(app, ["layers"])
     assert isinstance(result.exception, KeyError)
 

@@ -23,8 +23,8 @@ from ..pruning import prune
 from ..pruning.command import Source, calibration_batches, load_model
 from ..sparsity.masks import check_sparsity
 from ..training.errors import refused
+from ..training.options.values import COUNT, THREADS, check_choice, check_once
 from ..training.places import check_exists, check_folder
-from ..training.values import COUNT, THREADS, check_choice, check_once
 from .compare import COMPILED, EAGER, EXPLOITS, Measurement, compare, compare_layers, machine, speedups
 from .engines import ENGINES, Deployed, check_limits, deploy, get_engine, load, open_folder
 from .graph import ExportError

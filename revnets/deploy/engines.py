@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from ..kernels.build import kernel_problem
 from ..training.files import put_in_place
-from ..training.values import COUNT
+from ..training.options.values import COUNT
 from .graph import (
     INPUT_NAME,
     OUTPUT_NAME,

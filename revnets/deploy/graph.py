@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..layers.fold import fold
-from ..training.values import POSITIVE, SHARE
+from ..training.options.values import POSITIVE, SHARE
 
 ATEN = torch.ops.aten
 INPUT_NAME, OUTPUT_NAME = "image", "output"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..training.files import put_in_place
-from ..training.values import COUNT, POSITIVE
+from ..training.options.values import COUNT, POSITIVE
 from .engines import get_engine, load, open_folder, write_onnx
 from .graph import INPUT_NAME, ExportError, export_graph
 from .runners import Runner

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..training.errors import refused
-from ..training.values import COUNT
+from ..training.options.values import COUNT
 from .compare import Measurement
 from .graph import ExportError
 

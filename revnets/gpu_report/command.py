@@ -11,8 +11,8 @@ import torch
 
 from ..training.errors import reason
 from ..training.files import whole_file
+from ..training.options.values import POSITIVE, check_choice
 from ..training.places import check_folder
-from ..training.values import POSITIVE, check_choice
 from . import runner, summary
 from .pictures import draw
 from .registry import CATALOG, Section, choose, load

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..training.values import words
+from ..training.options.values import words
 
 Row = dict[str, Any]
 """What was measured: numbers and words by key. ``note`` says what was odd, ``failed`` that it is worth another try."""

@@ -3,25 +3,27 @@
 Layers know of the reversible engine only ``once`` (statistics computed once per step), and nothing of models or mmdet.
 """
 
-from . import mus_convert, parallel, plain, wide
+from . import plain
 from .accounting import LayerCost, ModelCost, count_costs
-from .compact import load_sparse, save_sparse
-from .conv import conv
 from .convert import ConversionReport, convert
-from .doped import SparseDopedConv2d, SparseDopedLinear
-from .factorized import SparseFactorizedConv2d, SparseFactorizedLinear
 from .fold import fold
-from .fp8 import fp8_products, quantize
-from .mbconv import MBConv
-from .mus import MuSConv2d, MuSLinear, SparseMuSConv2d, SparseMuSLinear
-from .mus_functional import gradient_scale, munit_scale, mus_conv2d, mus_linear
-from .mus_optim import mus_param_groups
-from .norm_act import lean_layers, norm_act
-from .norm_act_conv import norm_act_conv
-from .parallel import SparseParallelConv2d, SparseParallelLinear
+from .lean.conv import conv
+from .lean.mbconv import MBConv
+from .lean.norm_act import lean_layers, norm_act
+from .lean.norm_act_conv import norm_act_conv
+from .munit import convert as mus_convert
+from .munit.fp8 import fp8_products, quantize
+from .munit.functional import gradient_scale, munit_scale, mus_conv2d, mus_linear
+from .munit.layers import MuSConv2d, MuSLinear, SparseMuSConv2d, SparseMuSLinear
+from .munit.optim import mus_param_groups
 from .registry import LayerConfig, SparseConfig, list_layers, parse_layers, register_layer
 from .sites import Site, Unsuitable
-from .sparse import SparseConv2d, SparseLinear, use_sparse_kernel
+from .sparse_ift import parallel, wide
+from .sparse_ift.compact import load_sparse, save_sparse
+from .sparse_ift.doped import SparseDopedConv2d, SparseDopedLinear
+from .sparse_ift.factorized import SparseFactorizedConv2d, SparseFactorizedLinear
+from .sparse_ift.parallel import SparseParallelConv2d, SparseParallelLinear
+from .sparse_ift.sparse import SparseConv2d, SparseLinear, use_sparse_kernel
 
 __all__ = [
     "ConversionReport",

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .convert import replace_module
-from .doped import SparseDopedConv2d, SparseDopedLinear
-from .factorized import SparseFactorizedConv2d, SparseFactorizedLinear
 from .geometry import arguments
-from .mus import MuSConv2d, MuSLinear
-from .parallel import Branch, SparseParallelConv2d, SparseParallelLinear
-from .sparse import SparseConv2d, SparseConv2dSame, SparseLinear
+from .munit.layers import MuSConv2d, MuSLinear
+from .sparse_ift.doped import SparseDopedConv2d, SparseDopedLinear
+from .sparse_ift.factorized import SparseFactorizedConv2d, SparseFactorizedLinear
+from .sparse_ift.parallel import Branch, SparseParallelConv2d, SparseParallelLinear
+from .sparse_ift.sparse import SparseConv2d, SparseConv2dSame, SparseLinear
 
 
 def fold(model: nn.Module) -> nn.Module:

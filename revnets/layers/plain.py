@@ -8,7 +8,7 @@ from torch import nn
 from .geometry import arguments
 from .registry import LayerConfig, SparseConfig, register_layer
 from .sites import Site
-from .sparse import sparse_kind
+from .sparse_ift.sparse import sparse_kind
 
 
 @register_layer("dense", keeps_weights=True)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .registry import SparseConfig
-from .sparse import SparseConv2d, SparseConv2dSame, SparseLinear
+from .sparse_ift.sparse import SparseConv2d, SparseConv2dSame, SparseLinear
 from .trace import Call, Trace
 
 Filter = Callable[[nn.Module, str], bool]

@@ -17,8 +17,8 @@ from mmengine.fileio.handlers.yaml_handler import YamlHandler
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import checkpoint as loaders
 
+from ..training.checkpoints.integrity import damage, is_archive, refusal, sha256_of
 from ..training.errors import UserError
-from ..training.integrity import damage, is_archive, refusal, sha256_of
 
 TRUST = "REVNETS_TRUST_CHECKPOINTS"
 """Environment variable: ``1`` reads checkpoints as they are, code in them included."""

@@ -14,8 +14,8 @@ from ..profiling.target import first_line
 from ..pruning import densify
 from ..pruning.checkpoint import best_weights, flops_of
 from ..sparsity import sparse_layers
-from ..training.reading import read_checkpoint
-from ..training.weights import unfit
+from ..training.checkpoints.reading import read_checkpoint
+from ..training.checkpoints.weights import unfit
 
 SCHEME = "timm://"
 

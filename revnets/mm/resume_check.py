@@ -12,12 +12,12 @@ from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import HOOKS
 
+from ..training.checkpoints.fitting import check_alike, check_buffers, check_optimizer, check_sparsity
+from ..training.checkpoints.held import RUNNER, SCALER
+from ..training.checkpoints.reading import CheckpointError, in_file, named
+from ..training.checkpoints.schema import Array, Items, Number, Record, optional
+from ..training.checkpoints.tree import Mismatch
 from ..training.errors import one_line
-from ..training.fitting import check_alike, check_buffers, check_optimizer, check_sparsity
-from ..training.held import RUNNER, SCALER
-from ..training.reading import CheckpointError, in_file, named
-from ..training.schema import Array, Items, Number, Record, optional
-from ..training.tree import Mismatch
 from .checkpoint import modules_of
 from .resume import BATCHES, ResumableTrainLoop
 from .sparsity_hook import SparsityHook

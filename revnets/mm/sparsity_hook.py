@@ -10,8 +10,8 @@ from mmengine.registry import HOOKS
 from torch import nn
 
 from ..sparsity import SparsityController, apply_masks
-from ..sparsity.report import draw_picture, write_table
-from ..training.reading import CheckpointError
+from ..training.checkpoints.reading import CheckpointError
+from ..training.mask_report import draw_picture, write_table
 from .training_flops import RunFlops
 
 

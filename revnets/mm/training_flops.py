@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..layers.accounting import count_costs
 from ..layers.trace import TraceError
-from ..layers.training_flops import FlopsReport, TrainingFlops, by_schedule, training_flops
 from ..profiling.fake import ProfileError
+from ..profiling.training_flops import FlopsReport, TrainingFlops, by_schedule, training_flops
 from ..sparsity import Schedule
 
 FLOPS = ("train_flops", "train_flops_recomputed", "train_flops_all_phases")

@@ -8,7 +8,7 @@ from typing import Any
 import timm
 import torch
 
-from ..training.integrity import sha256_of
+from ..training.checkpoints.integrity import sha256_of
 
 _logger = logging.getLogger(__name__)
 _IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[A-Za-z]")  # torch's convention: resnet18-5c106cde.pth

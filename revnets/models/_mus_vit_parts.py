@@ -9,8 +9,8 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
-from ..layers.mus import MuSConv2d
-from ..layers.mus_convert import munit_scaled
+from ..layers.munit.convert import munit_scaled
+from ..layers.munit.layers import MuSConv2d
 
 
 def residual_weight(branch: int, depth: int, residual: str | float = "fixed") -> float:

@@ -13,8 +13,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from ..training.integrity import sha256_of
-from ..training.weights import unfit
+from ..training.checkpoints.integrity import sha256_of
+from ..training.checkpoints.weights import unfit
 
 _logger = logging.getLogger(__name__)
 _URL = "https://cerebras-public.s3.us-west-2.amazonaws.com/revbifpn/revbifpn_s{n}.pth.tar"

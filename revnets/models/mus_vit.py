@@ -24,8 +24,8 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from ..layers.convert import replace_module
-from ..layers.mus import MuSLinear
-from ..layers.mus_convert import munit_options, munit_scaled
+from ..layers.munit.convert import munit_options, munit_scaled
+from ..layers.munit.layers import MuSLinear
 from ..layers.registry import Spec
 from ..reversible import AdditiveCoupling, RevSequential
 from ._memory_modes import MemoryModes

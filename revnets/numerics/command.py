@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import convert, fp8_products
-from ..layers.fp8 import check_grad_scale
-from ..layers.mus import MunitScaled
+from ..layers.munit.fp8 import check_grad_scale
+from ..layers.munit.layers import MunitScaled
 from ..profiling.command import choose_targets, track
 from ..profiling.fake import ProfileError
 from ..profiling.memory import check_loss
@@ -23,8 +23,8 @@ from ..profiling.report import open_folder, write
 from ..profiling.target import Setting, Target, as_job, training_loss
 from ..reversible import MODES
 from ..training.errors import reason, refused
+from ..training.options.values import COUNT, find_device, words
 from ..training.places import check_exists, check_folder
-from ..training.values import COUNT, find_device, words
 from .monitor import LAYERS, NumericsMonitor
 from .report import FILES, print_table
 
@@ -161,7 +161,7 @@ def _open(path: Path, split: str) -> Any:
     """
     from timm.data import create_dataset
 
-    from ..training.splits import check_split, split_or_root
+    from ..training.data.splits import check_split, split_or_root
 
     check_exists(path, "folder or .tar file", "--data")
     try:

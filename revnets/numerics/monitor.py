@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
-from ..layers.fp8 import E4M3, E5M2, check_grad_scale
-from ..layers.mus import MunitScaled
-from ..layers.mus_functional import gradient_scale
-from ..training.values import COUNT
+from ..layers.munit.fp8 import E4M3, E5M2, check_grad_scale
+from ..layers.munit.functional import gradient_scale
+from ..layers.munit.layers import MunitScaled
+from ..training.options.values import COUNT
 from .report import Record, draw_picture, read_table, write_table
 from .stats import StatsSum
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training.errors import refused
-from ..training.values import COUNT, find_device
+from ..training.options.values import COUNT, find_device
 from .ablation import AS_IT_IS, COMPILED, VARIANTS
 from .command import choose_targets
 from .fake import ProfileError

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..reversible import MODES
+from ..training.options.values import COUNT, check_choice, check_once, find_device, words
 from ..training.places import check_folder
-from ..training.values import COUNT, check_choice, check_once, find_device, words
 from . import plots, report, sweep
 from .fake import ProfileError
 from .fit import WHAT, DoesNotFitError, Fit, fit, parse_budget

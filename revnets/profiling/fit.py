@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..training.values import Number, check_choice
+from ..training.options.values import Number, check_choice
 from .fake import ProfileError
 from .predict import StepPrediction
 from .profile import predict

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..training.values import find_device, refused
+from ..training.options.values import find_device, refused
 from .ablation import COMPILED, VARIANTS
 from .bench import Case
 from .fake import ProfileError

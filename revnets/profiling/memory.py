@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..training.values import COUNT
+from ..training.options.values import COUNT
 
 
 @dataclass(frozen=True)

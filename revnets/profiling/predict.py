@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..training.values import find_device
+from ..training.options.values import find_device
 from .fake import ProfileError, explain, fake_input, fake_twin, new_fake_mode
 from .memory import call, check_loss, check_step, mean_square, tensors_of
 from .tracker import Event, StorageTracker, Trace

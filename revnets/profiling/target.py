@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..models.named import build_model, check_model
 from ..reversible import MODES
 from ..training.errors import reason, refused
-from ..training.values import COUNT, find_device
+from ..training.options.values import COUNT, find_device
 from .fake import ProfileError
 from .memory import mean_square
 

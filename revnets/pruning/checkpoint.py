@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..training.held import FLOPS
-from ..training.reading import read_checkpoint
+from ..training.checkpoints.held import FLOPS
+from ..training.checkpoints.reading import read_checkpoint
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from ..models._cached import drop_wrong_cache
 from ..models.named import check_model
 from ..models.small_stem import small_stem
+from ..training.checkpoints.foreign import reaching_argument
+from ..training.checkpoints.held import TRAINED
+from ..training.checkpoints.reading import in_file, options_in, read_checkpoint
+from ..training.checkpoints.weights import unfit
 from ..training.errors import reason, refused
-from ..training.foreign import reaching_argument
-from ..training.held import TRAINED
+from ..training.options.values import COUNT, SEED, find_device
 from ..training.places import check_exists, check_file
-from ..training.reading import in_file, options_in, read_checkpoint
-from ..training.values import COUNT, SEED, find_device
-from ..training.weights import unfit
 from .checkpoint import best_weights, save_weights
 from .densify import densify
 from .one_shot import check_options, prune
@@ -193,7 +193,7 @@ def calibration_batches(
     """
     from timm.data import create_dataset, resolve_data_config
 
-    from ..training.splits import check_split, find_split, split_or_root
+    from ..training.data.splits import check_split, find_split, split_or_root
 
     config = resolve_data_config({name: trained.get(name) for name in _DATA}, model=model)
     check_exists(source.data, "folder or .tar file", "--data")

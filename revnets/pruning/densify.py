@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..layers.convert import replace_module
 from ..layers.fold import plain_layer
-from ..layers.sparse import SparseConv2d, SparseLinear
+from ..layers.sparse_ift.sparse import SparseConv2d, SparseLinear
 from .checkpoint import read_weights
 
 State = Mapping[str, Tensor]

@@ -14,7 +14,7 @@ from ..layers.geometry import described
 from ..layers.sites import Surroundings
 from ..layers.trace import Trace, TraceError, trace
 from ..sparsity.masks import DISTRIBUTIONS, check_sparsity
-from ..training.values import COUNT, NOT_NEGATIVE, check_choice
+from ..training.options.values import COUNT, NOT_NEGATIVE, check_choice
 from .calibration import Passes, collect, full_precision
 from .choice import DEFAULT_EXCLUDE, Layers, blocks, choose, targets
 from .densify import densify

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..layers.convert import replace_module
 from ..layers.geometry import arguments
-from ..layers.sparse import sparse_kind
+from ..layers.sparse_ift.sparse import sparse_kind
 
 
 def keep_zeros(model: nn.Module) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..reversible.replay import generators_kept
-from .resumable import apart
+from .data.resumable import apart
 
 
 @contextmanager

@@ -15,9 +15,9 @@ from torch import nn
 from classification.checkpoints import Saver
 from classification.recovery import Position
 from classification.resuming import resume
-from revnets.layers.sparse import SparseLinear
+from revnets.layers.sparse_ift.sparse import SparseLinear
 from revnets.sparsity import SparsityController
-from revnets.training.finite import FiniteGuard
+from revnets.training.guards.finite import FiniteGuard
 
 STEPS = 5
 

@@ -15,8 +15,8 @@ from classification.loop import Training, train_epoch, validate
 from classification.options import TrainOptions
 from classification.recovery import Position, Recovery
 from classification.runtime import Runtime
-from revnets.training.drift import DriftMonitor
-from revnets.training.finite import FiniteGuard
+from revnets.training.guards.drift import DriftMonitor
+from revnets.training.guards.finite import FiniteGuard
 
 RUNTIME = Runtime(torch.device("cpu"), 0, 0, 1, None, torch.contiguous_format)
 Batch = tuple[Tensor, Tensor]

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from classification import lr_transfer, mus_table, train
-from classification.lr_transfer import Best, Proxy
-from classification.mus_table import Outcome
+from classification import train
 from classification.options import TrainOptions, ValidateOptions
+from classification.tables import lr_transfer
+from classification.tables import mus as mus_table
+from classification.tables.lr_transfer import Best, Proxy
+from classification.tables.mus import Outcome
 from revnets.layers import MuSConv2d, MuSLinear
-from revnets.training.options import options_of, read_yaml
+from revnets.training.options.parsing import options_of, read_yaml
 
 from .short_runs import Trainer
 

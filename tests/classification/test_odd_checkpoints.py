@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from classification import train, validate
 from classification.options import from_checkpoint_args
 from revnets.pruning.checkpoint import read_weights
+from revnets.training.checkpoints.reading import read_checkpoint
 from revnets.training.errors import UserError
-from revnets.training.reading import read_checkpoint
 from tests.odd_trees import DELETE, ODD, WITHOUT_CLOCK, changed, nested, odd_tree, write
 
 from .odd_checkpoints import Run

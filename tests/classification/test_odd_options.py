@@ -17,7 +17,7 @@ from classification.digits import DigitsOptions
 from classification.options import TrainOptions, ValidateOptions
 from classification.quickstart import QuickstartOptions
 from revnets.training.errors import UserError
-from revnets.training.options import Option, convert, options_of, parse
+from revnets.training.options.parsing import Option, convert, options_of, parse
 
 from .short_runs import SHORT
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from classification import sparse_table, train
+from classification import train
 from classification.options import TrainOptions, ValidateOptions
+from classification.tables import sparse as sparse_table
 from revnets.sparsity import sparse_layers
-from revnets.training.options import options_of, read_yaml
+from revnets.training.options.parsing import options_of, read_yaml
 
 from .short_runs import ROOT, Trainer
 

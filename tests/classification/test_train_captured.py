@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from revnets.training import capture
-from tests.training.fake_graph import FakeGraph
+from revnets.training.capture import step as capture
+from tests.training.capture.fake_graph import FakeGraph
 
 from .short_runs import Trainer
 from .test_train_interrupted import terminate_at

@@ -11,7 +11,7 @@ import yaml
 
 from classification.options import TrainOptions, ValidateOptions, as_dict
 from revnets.training.errors import UserError
-from revnets.training.options import options_of, parse, read_yaml
+from revnets.training.options.parsing import options_of, parse, read_yaml
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "classification"
 
@@ -162,7 +162,7 @@ def test_written_options_read_back(tmp_path: Path) -> None:
 
 
 def test_every_option_has_help_and_a_default_that_fits_it() -> None:
-    from revnets.training.options import convert
+    from revnets.training.options.parsing import convert
 
     for schema in (TrainOptions, ValidateOptions):
         for option in options_of(schema).values():

@@ -11,14 +11,16 @@ import pytest
 import timm
 import torch
 
-from classification import prune_table, spdf_table, train, validate
+from classification import train, validate
 from classification.options import TrainOptions, ValidateOptions
 from classification.report import read_summary
-from classification.series import part_of
+from classification.tables import prune as prune_table
+from classification.tables import spdf as spdf_table
+from classification.tables.series import part_of
 from revnets.layers import count_costs
 from revnets.pruning import densify, prune
 from revnets.training.errors import UserError
-from revnets.training.options import options_of, read_yaml
+from revnets.training.options.parsing import options_of, read_yaml
 
 from .short_runs import ROOT, Trainer
 from .test_sparse_recipes import tars  # noqa: F401 - a fixture

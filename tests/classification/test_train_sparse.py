@@ -13,7 +13,8 @@ from classification import train, validate
 from classification.report import read_summary
 from classification.sparse import RunFlops, start_sparsity
 from revnets.kernels import kernel_problem
-from revnets.layers import count_costs, sparse
+from revnets.layers import count_costs
+from revnets.layers.sparse_ift import sparse
 from revnets.sparsity import sparse_layers
 
 from .short_runs import Trainer

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from detection import checkpoints, checks
 from detection import train as training
-from revnets.layers.sparse import SparseLinear
+from revnets.layers.sparse_ift.sparse import SparseLinear
 from revnets.mm import ResumeCheckHook, SparsityHook
 from revnets.mm.loading import safe_globals
 from revnets.training.errors import UserError

@@ -17,7 +17,7 @@ from revnets.cli import app
 from revnets.gpu_report.registry import load
 from revnets.gpu_report.results import DONE, FILES, SKIPPED, TABLE
 from revnets.gpu_report.sections.tests import gpu_files
-from revnets.layers.fp8_break_even import KINDS, break_even
+from revnets.layers.munit.break_even import KINDS, break_even
 
 ROOT = Path(revnets.__file__).resolve().parents[1]
 SECTIONS = load()
@@ -121,5 +121,5 @@ def test_plans_name_each_row_once() -> None:
 
 def test_the_files_with_tests_for_gpus() -> None:
     found = gpu_files(ROOT / "tests")
-    assert {"tests/reversible/test_devices.py", "tests/layers/test_fp8_triton.py"} <= set(found)
+    assert {"tests/reversible/test_devices.py", "tests/layers/munit/test_fp8_triton.py"} <= set(found)
     assert "tests/reversible/test_modes.py" not in found

@@ -27,7 +27,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
 @pytest.fixture(autouse=True)
 def _small_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(revnets.layers.sparse, "MIN_PRODUCTS", 0)
+    monkeypatch.setattr(revnets.layers.sparse_ift.sparse, "MIN_PRODUCTS", 0)
 
 
 @pytest.fixture

@@ -191,10 +191,10 @@ def test_masked_path_for_dense_masks(calls: list[torch.Size]) -> None:
 @needs_kernel
 def test_masked_path_for_small_layers(calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
     made, x = layer(), images()
-    monkeypatch.setattr(revnets.layers.sparse, "MIN_PRODUCTS", 2 * 36 * 16 * 24 + 1)
+    monkeypatch.setattr(revnets.layers.sparse_ift.sparse, "MIN_PRODUCTS", 2 * 36 * 16 * 24 + 1)
     made(x)
     assert not calls
-    monkeypatch.setattr(revnets.layers.sparse, "MIN_PRODUCTS", 2 * 36 * 16 * 24)
+    monkeypatch.setattr(revnets.layers.sparse_ift.sparse, "MIN_PRODUCTS", 2 * 36 * 16 * 24)
     made(x)
     assert len(calls) == 1
 

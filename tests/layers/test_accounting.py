@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from revnets.layers import SparseConv2d, SparseLinear, convert, count_costs
+from revnets.layers.sparse_ift.widen import Coupling, WidenError, widen
 from revnets.layers.trace import TraceError, trace
-from revnets.layers.widen import Coupling, WidenError, widen
 
 
 def test_closed_forms() -> None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import revnets
 from revnets.layers import SparseConv2d, convert, count_costs, fold, load_sparse, save_sparse
-from revnets.layers.compact import FORMAT, pack_bits, unpack_bits
-from revnets.layers.parallel import SparseParallelConv2d, SparseParallelLinear
+from revnets.layers.sparse_ift.compact import FORMAT, pack_bits, unpack_bits
+from revnets.layers.sparse_ift.parallel import SparseParallelConv2d, SparseParallelLinear
 from revnets.reversible import MODES
 
 ISO_FLOP = ["sparse_parallel", "sparse_factorized", "sparse_doped", "sparse_wide"]

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from revnets import layers
 from revnets.layers import count_costs, fold
-from revnets.layers.doped import low_rank
-from revnets.layers.factorized import inner_width
-from revnets.layers.parallel import num_branches
+from revnets.layers.sparse_ift.doped import low_rank
+from revnets.layers.sparse_ift.factorized import inner_width
+from revnets.layers.sparse_ift.parallel import num_branches
 
 NAMES = ["Parallel", "Factorized", "Doped"]
 SPARSITIES = [0.5, 0.75, 0.9]

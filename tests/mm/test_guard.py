@@ -17,7 +17,7 @@ from mmengine.runner import Runner  # noqa: E402
 
 from revnets.mm.guard import DriftHook, FiniteHook  # noqa: E402
 from revnets.reversible import AdditiveCoupling, RangeError, RevSequential  # noqa: E402
-from revnets.training.finite import NonFinite  # noqa: E402
+from revnets.training.guards.finite import NonFinite  # noqa: E402
 
 
 class Toy(BaseModel):

@@ -13,7 +13,7 @@ from torch import nn
 
 import revnets
 from revnets.layers import MuSLinear, quantize
-from revnets.layers.fp8 import E4M3, E5M2
+from revnets.layers.munit.fp8 import E4M3, E5M2
 from revnets.numerics import NumericsMonitor, tensor_stats
 
 pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated")

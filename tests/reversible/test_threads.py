@@ -84,7 +84,7 @@ def test_images_travel_to_other_processes(tmp_path: Path) -> None:
     from timm.data import create_dataset
 
     from classification.images import Images
-    from revnets.training.resumable import SeededDataset
+    from revnets.training.data.resumable import SeededDataset
 
     (tmp_path / "class").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "class" / "a.png")

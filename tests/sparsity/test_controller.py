@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import swa_utils
 
 from revnets.sparsity import SCHEDULES, MaskUpdate, SparsityController, apply_masks, sparse_layers
-from revnets.sparsity.report import draw_picture, rows, write_table
+from revnets.training.mask_report import draw_picture, rows, write_table
 from tests.helpers import guards_work
 
 from .double import MaskedLinear, batch, network, train_step

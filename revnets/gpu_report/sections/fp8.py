@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ...layers.fp8_break_even import KINDS
-from ...profiling import fp8_bench
+from ...benchmarks import fp8 as fp8_bench
+from ...layers.munit.break_even import KINDS
 from ..registry import REPORT, Column, Context, Row, Target, first
 from ..results import TABLE
 from ..rows import row_by_row

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..fp8 import E4M3, E5M2, _count, quantize, resolve_backend
+from .fp8 import E4M3, E5M2, _count, quantize, resolve_backend
 
 ALIGNMENT = 16
 """Channels are padded to a multiple of it."""

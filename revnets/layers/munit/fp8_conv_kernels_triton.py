@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..fp8_triton import _fp8_code
+from .fp8_triton import _fp8_code
 
 # Numbers that only enter addresses: compiled code must not depend on whether they are 1 or multiples of 16.
 _MAPS = ("rows", "wide", "top", "scale")

@@ -12,9 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ..fp8_triton import _FORMATS, _on
 from .fp8_conv import ALIGNMENT
 from .fp8_conv_kernels_triton import cast_maps, columns, product, sum_partials, weight_partials
+from .fp8_triton import _FORMATS, _on
 
 Tile = tuple[int, int, int, int]
 """BLOCK_M, BLOCK_N, warps, stages of the software pipeline."""

@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from revnets.layers import MuSConv2d, fp8, mus_conv2d, quantize
-from revnets.layers.fp8 import E4M3, E5M2, fp8_products
-from revnets.layers.munit import fp8_conv
+from revnets.layers import MuSConv2d, mus_conv2d, quantize
+from revnets.layers.munit import fp8, fp8_conv
+from revnets.layers.munit.fp8 import E4M3, E5M2, fp8_products
 from revnets.layers.munit.fp8_conv import Choice, can_convolve, choose, padded_words
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

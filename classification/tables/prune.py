@@ -1,0 +1,341 @@
+"""The life of pruned networks in one table: dense, one-shot, retrained in steps, distilled from dense, INT8.
+
+python -m classification.tables.prune --output output/prune_table
+python -m classification.tables.prune --configs configs/classification/prune/cifar10_small_resnet18.yaml --targets 0.7
+
+Trainings are processes of train.py with one thread; what is finished is skipped, broken runs go on where they stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from revnets.deploy import ENGINES, ExportError, accuracy, load, quantize
+from revnets.pruning import METHODS, Pattern, prune
+from revnets.pruning.checkpoint import read_weights, save_weights
+from revnets.pruning.command import draw_batches
+from revnets.training.errors import UserError, guarded, one_line
+from revnets.training.files import whole_file
+from revnets.training.options.parsing import SEED, Parser, argument, parse
+from revnets.training.pictures import new_figure, save_figure
+
+from ..data import class_names, open_dataset, validation_loader
+from ..loop import validate
+from ..models import build_model, data_config, load_weights
+from ..options import TrainOptions, as_dict
+from ..runtime import start_runtime
+from .series import Stage, digest, part_of, positive, read_stored, share_of_zeros, writable, write_table
+
+_logger = logging.getLogger("classification")
+RECIPES = Path(__file__).resolve().parents[2] / "configs" / "classification" / "prune"
+CONFIGS = [str(RECIPES / f"cifar10_small_{name}.yaml") for name in ("resnet18", "revbifpn")]
+DENSE, TRAINED_ON, ONE_SHOT, AGAIN = "dense", "dense, trained on", "one-shot", "pruned again"
+RETRAINED, DISTILLED, INT8 = "retrained", "distilled", "INT8"
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A network at a stage of its life, and what it came to."""
+
+    network: str
+    method: str
+    target: str
+    stage: str
+    top1: float
+    sparsity: float = 0.0  # of the pruned layers
+    sparse_share: float = 1.0  # FLOPs without multiplications by zeros, of the dense ones
+    error: float = 0.0  # of pruning: of the layers' outputs, mean; of INT8: of the network's, root mean square
+    seconds: float = 0.0  # of pruning
+    train_flops: float = 0.0  # of the stage
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script; returns its exit code: 2 after a user mistake."""
+    return guarded(lambda: run(_arguments(argv)))
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="prune_table", description="Targets x methods x stages.", allow_abbrev=False)
+    parser.add_argument("--configs", nargs="+", default=CONFIGS, help="recipes of the dense networks")
+    parser.add_argument("--dense", nargs="+", default=[], help="their checkpoints, where they are trained already")
+    parser.add_argument(
+        "--output",
+        type=argument(str, path=True),
+        default="output/prune_table",
+        help="folder of the runs and of the table",
+    )
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--targets", nargs="+", type=_target, default=["0.5", "0.6", "0.7", "0.8", "2:4"])
+    parser.add_argument("--recover", nargs="*", type=_target, default=["0.7"], help="targets to train to")
+    parser.add_argument(
+        "--steps",
+        nargs="*",
+        type=share_of_zeros,
+        default=[0.5],
+        help="sparsities to train at on the way to a larger one",
+    )
+    parser.add_argument("--images", type=positive, default=20000, help="training images, equally many of each class")
+    parser.add_argument("--val-images", type=positive, help="validation images; all where not given")
+    parser.add_argument("--calibration", type=positive, default=256, help="images to prune and quantise on")
+    parser.add_argument("--epochs", type=positive, help="of the dense networks; those of the recipes where not given")
+    parser.add_argument("--recover-epochs", type=positive, help="of each stage; a third of the dense where not given")
+    parser.add_argument(
+        "--recover-lr", type=argument(float, low=0), default=0.3, help="of the dense network's learning rate"
+    )
+    parser.add_argument("--seed", type=argument(int, low=0, high=SEED), default=0)
+    return parser.parse_args(argv)
+
+
+def _target(text: str) -> str:
+    try:
+        if ":" in text:
+            Pattern.parse(text)
+        elif not 0 < float(text) < 1:
+            raise ValueError(f"{text!r} was given where a sparsity between 0 and 1, or N:M, was expected")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def run(args: argparse.Namespace) -> list[Line]:
+    """Trains and prunes what is missing, then writes `table.csv`, `table.json`, `table.png` and prints the table.
+
+    Raises:
+        UserError: No data, a recipe that is none, or a run that failed.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(1)  # as the trainings
+    if args.dense and len(args.dense) != len(args.configs):
+        raise UserError(f"--dense: {len(args.dense)} checkpoints for {len(args.configs)} recipes; give one for each.")
+    output = writable(args.output)
+    lines: list[Line] = []
+    for index, config in enumerate(args.configs):
+        network = Network(args, config, output, args.dense[index] if args.dense else None)
+        for line in network.lines():
+            lines.append(line)
+            write_table(lines, output)
+    draw_table(lines, output / "table.png")
+    Console(width=140).print(as_table(lines))
+    return lines
+
+
+class Network:
+    """One recipe with all its stages."""
+
+    def __init__(self, args: argparse.Namespace, config: str, output: Path, dense: str | None) -> None:
+        self.args, self.config, self.output = args, config, output
+        options = parse(TrainOptions, ["--config", config, "--seed", str(args.seed)], "")
+        source = Path(options.data_dir)
+        made = output / f"data-{args.images}-{args.val_images or 'all'}-{digest({'from': str(source.resolve())})}"
+        made.mkdir(exist_ok=True)
+        train, val = (part_of(source / split, made / split, images) for split, images in self._splits(options))
+        epochs = args.epochs or options.epochs
+        self.more = ("--data-dir", str(made), "--seed", str(args.seed))
+        self.options = dataclasses.replace(
+            options, data_dir=str(made), train_split=train.name, val_split=val.name, epochs=epochs, log_interval=1 << 30
+        )
+        self.name = f"{Path(config).stem}-{digest(as_dict(self.options))}"
+        self.given = Path(dense) if dense else None
+        self.runtime = start_runtime(self.options)
+        val_set = open_dataset(self.options, val.name, training=False)
+        self.options = dataclasses.replace(self.options, num_classes=len(class_names(val_set) or []) or None)
+        self.data = data_config(self.options, self.model(None))
+        self.loader = validation_loader(self.options, self.runtime, val_set, self.data)
+        self.recover_epochs = args.recover_epochs or max(1, round(epochs / 3))
+
+    def _splits(self, options: TrainOptions) -> tuple[tuple[str, int | None], ...]:
+        return (options.train_split, self.args.images), (options.val_split, self.args.val_images)
+
+    def model(self, weights: Path | None) -> nn.Module:
+        """The plain network, with weights of a file."""
+        model = build_model(self.options)
+        if weights is not None:
+            load_weights(model, read_weights(weights), f"'{weights}'", self.options.model)
+        return model
+
+    def lines(self) -> Iterator[Line]:
+        """Every line of the table for this network."""
+        dense, line = self._dense()
+        yield line
+        for target in self.args.targets:
+            for method in self.args.methods:
+                yield self._pruned(dense, f"{self.name}-{method}", method, target)[1]
+        ends = [(f"{self.name}-{DENSE}", dense, line)]
+        for target in self.args.recover:
+            for last in self._recovered(dense, target):
+                yield last[-1]
+            ends.append(last)
+        if self.args.recover:
+            stages = max(len(self.steps(target)) for target in self.args.recover) + 1
+            stage = self._stage(f"{self.name}-on", dense, stages * self.recover_epochs)  # as long as all of them
+            yield self._trained(stage, line, TRAINED_ON)
+        if missing := ENGINES["onnxruntime"].missing():
+            _logger.info(f"no {INT8}: {', '.join(missing)} not installed (pip install 'revnets[deploy]')")
+            return
+        for end in ends:
+            yield self._quantized(*end)
+
+    def _dense(self) -> tuple[Path, Line]:
+        line = Line(self.name, "-", "-", DENSE, 0.0)
+        if self.given is not None:
+            return self.given, dataclasses.replace(line, top1=self.accuracy(self.model(self.given)))
+        stage = Stage(f"{self.name}-dense", self.config, self.output, self.options.epochs, self.more)
+        return stage.weights, self._trained(stage, line, DENSE)
+
+    def steps(self, target: str) -> list[str]:
+        """The sparsities that are pruned to, one after the other; N:M at once."""
+        before = [] if ":" in target else [f"{step:g}" for step in sorted(self.args.steps) if 0 < step < float(target)]
+        return [*before, target]
+
+    def _pruned(self, start: Path, stem: str, method: str, target: str, stage: str = ONE_SHOT) -> tuple[Path, Line]:
+        """Prunes and validates: the weights, which later names go on from, and the line."""
+        path = self.output / f"{stem}-{target.replace(':', 'of')}-{self.args.calibration}.safetensors"
+
+        def make() -> Line:
+            goal: dict[str, Any] = {"pattern": target} if ":" in target else {"sparsity": float(target)}
+            try:
+                report = prune(self.model(start), self._images(), method=method, images=self.args.calibration, **goal)
+            except ValueError as error:
+                raise UserError(f"--targets: {self.name}, {method}, {target}: {one_line(error)}.") from error
+            save_weights(report.model, path, {})
+            report.save(path)
+            figures = report.sparsity, report.sparse_flops / report.dense_flops, report.error, report.seconds
+            return Line(self.name, method, target, stage, self.accuracy(report.model), *figures)
+
+        return path, _stored(path, make)
+
+    def _recovered(self, dense: Path, target: str) -> Iterator[tuple[str, Path, Line]]:
+        """Pruned in steps, trained with the zeros fixed after each, in the end with the dense network as the teacher.
+
+        Each pruning takes a part of what the training before it left: zeros stay zeros.
+        """
+        method = self.args.methods[0]
+        start, stem = dense, f"{self.name}-{method}"
+        for step in self.steps(target):
+            path, line = self._pruned(start, stem, method, step, ONE_SHOT if start is dense else AGAIN)
+            if start is not dense or step not in self.args.targets:
+                yield path.stem, path, line
+            stage = self._stage(f"{path.stem}-{RETRAINED}", path, self.recover_epochs, "--keep-zeros")
+            yield stage.name, stage.weights, self._trained(stage, line, RETRAINED)
+            start, stem = stage.weights, stage.name
+        more = ("--keep-zeros", "--teacher-checkpoint", str(dense))
+        stage = self._stage(f"{stem}-{DISTILLED}", start, self.recover_epochs, *more)
+        yield stage.name, stage.weights, self._trained(stage, line, DISTILLED)
+
+    def _quantized(self, stem: str, weights: Path, line: Line) -> Line:
+        """INT8 weights and activations, validated by ONNX Runtime."""
+        path = self.output / f"{stem}-int8-{self.args.calibration}.onnx"
+
+        def make() -> Line:
+            try:
+                made = quantize(
+                    self.model(weights),
+                    self._images(),
+                    path.parent,
+                    path.stem,
+                    self.args.calibration,
+                    max_error=math.inf,
+                )
+                top1 = accuracy(load(made.path), self.loader)
+            except ExportError as error:
+                raise UserError(f"{INT8}: {stem}: {one_line(error)}.") from error
+            return dataclasses.replace(line, stage=INT8, top1=top1, error=made.error, seconds=0.0, train_flops=0.0)
+
+        return _stored(path, make)
+
+    def _images(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Training images, as in validation, drawn by the seed."""
+        train = open_dataset(self.options, self.options.train_split, training=False)
+        return draw_batches(train, self.data, self.args.calibration, seed=self.args.seed)
+
+    def _trained(self, stage: Stage, line: Line, word: str) -> Line:
+        row = stage.run()
+        flops = row.get("train_flops", 0.0)
+        return dataclasses.replace(line, stage=word, top1=row["eval_top1"], error=0.0, seconds=0.0, train_flops=flops)
+
+    def _stage(self, name: str, start: Path, epochs: int, *more: str) -> Stage:
+        lr = str(self.args.recover_lr * (self.options.lr or 0.1))
+        options = (*self.more, "--initial-checkpoint", str(start), "--lr", lr, "--warmup-epochs", "0", *more)
+        return Stage(f"{name}-{epochs}x{self.args.recover_lr:g}", self.config, self.output, epochs, options)
+
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module) -> float:
+        """Top-1 on the validation images."""
+        model.to(memory_format=self.runtime.memory_format)
+        return validate(model, self.loader, self.runtime, "validate", 1 << 30)["top1"]
+
+
+def _stored(path: Path, make: Callable[[], Line]) -> Line:
+    """The line that is stored beside a file, or a new one where either is missing."""
+    beside = path.with_suffix(".line.json")
+    if path.exists() and (found := read_stored(beside, lambda content: Line(**content))):
+        return found
+    line = make()
+    with whole_file(beside) as temporary:
+        temporary.write_text(json.dumps(dataclasses.asdict(line)), encoding="utf-8")
+    _logger.info(f"{path.stem}: top-1 {line.top1:.2f}%")
+    return line
+
+
+def as_table(lines: Sequence[Line]) -> Table:
+    """All lines, with the accuracy against dense."""
+    columns = ("network", "method", "target", "stage", "top-1, %", "against dense", "sparsity", "FLOPs", "error", "s")
+    table = Table(*columns, title="Pruned networks (FLOPs: theoretical, without multiplications by zeros)")
+    dense = {line.network: line.top1 for line in lines if line.stage == DENSE}
+    for line in lines:
+        table.add_row(
+            *(line.network, line.method, line.target, line.stage, f"{line.top1:.2f}"),
+            *(f"{line.top1 - dense[line.network]:+.2f}", f"{line.sparsity:.3f}", f"{line.sparse_share:.3f}"),
+            *(f"{line.error:.3g}", f"{line.seconds:.1f}"),
+        )
+    return table
+
+
+def draw_table(lines: Sequence[Line], path: Path) -> None:
+    """Draws accuracy over sparsity for each network; says so where matplotlib is not installed."""
+    networks = list(dict.fromkeys(line.network for line in lines))
+    figure = new_figure(path, (6 * len(networks), 4.5))
+    if figure is None:
+        return
+    for axis, network in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
+        _draw_network(axis, [line for line in lines if line.network == network])
+        axis.set(title=network.rpartition("-")[0], xlabel="sparsity of the pruned layers", ylabel="top-1, %")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small", loc="lower left")
+    save_figure(figure, path)
+
+
+def _draw_network(axis: Any, lines: Sequence[Line]) -> None:
+    styles = {DENSE: "k-", TRAINED_ON: "k:"}
+    for line in lines:
+        if line.stage in styles:
+            axis.axhline(line.top1, color="k", linestyle=styles[line.stage][1:], linewidth=0.8, label=line.stage)
+    for i, method in enumerate(dict.fromkeys(line.method for line in lines if line.stage == ONE_SHOT)):
+        mine = [line for line in lines if line.method == method and line.stage == ONE_SHOT]
+        shares = sorted((line.sparsity, line.top1) for line in mine if ":" not in line.target)
+        axis.plot(*zip(*shares, strict=True), "o-", color=f"C{i}", label=method) if shares else None
+        patterns = [line for line in mine if ":" in line.target]
+        for line in patterns:
+            label = f"{method}, {line.target}"
+            axis.plot(line.sparsity, line.top1, "D", color=f"C{i}", markerfacecolor="none", label=label)
+    later = [line for line in lines if line.stage not in (DENSE, TRAINED_ON, ONE_SHOT)]
+    for i, stage in enumerate(dict.fromkeys(line.stage for line in later)):
+        found = [(line.sparsity, line.top1) for line in later if line.stage == stage]
+        axis.plot(*zip(*found, strict=True), "^v<>*"[i % 5], color=f"C{4 + i}", markersize=9, label=stage)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""Batch norm followed by an activation, keeping one tensor for the backward pass where autograd keeps two or three."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...reversible.operators import calls
+from ...reversible.replay import once
+from . import cuda  # noqa: F401 - registers the operators and their kernels
+from .activations import ACTIVATIONS, name_of
+
+
+def norm_act(x: Tensor, norm: nn.Module, act: nn.Module | None = None) -> Tensor:
+    r"""``act(norm(x))`` with less memory and the same values.
+
+    For ``nn.BatchNorm2d`` with Hardswish, ReLU, SiLU or no activation, training keeps only ``x`` and the statistics
+    (autograd would also keep the norm's output, the activation's input), and in a recomputed branch the statistics of
+    the forward pass are reused, which also makes the recomputation cheaper. Any other pair of modules is simply called.
+
+    Args:
+        x: ``(N, C, H, W)``.
+        norm: e.g. ``nn.BatchNorm2d(C)``.
+        act: activation, or None.
+
+    Returns:
+        ``(N, C, H, W)``.
+
+    Example:
+        >>> norm_act(torch.ones(2, 4, 3, 3), nn.BatchNorm2d(4), nn.Hardswish()).shape
+        torch.Size([2, 4, 3, 3])
+    """
+    if not is_lean(norm, act):
+        x = norm(x)
+        return x if act is None else act(x)
+    mean, var = once(lambda: update_statistics(x, norm), owner=norm)
+    return _NormAct.apply(x, norm.weight, norm.bias, mean, var, norm.eps, name_of(act))
+
+
+class _Lean:
+    enabled = True  # for all threads: backward passes of accelerators have their own
+
+
+def uses_lean_layers() -> bool:
+    """Whether layers save memory; see ``lean_layers``."""
+    return _Lean.enabled and not torch.compiler.is_compiling()
+
+
+@contextmanager
+def lean_layers(enabled: bool = True) -> Iterator[None]:
+    """Within this context, layers save memory (the default), or call the plain modules, to compare.
+
+    The forward and backward pass of a step belong in the same context.
+
+    Example:
+        >>> with lean_layers(False):
+        ...     norm_act(torch.ones(2, 4, 3, 3), nn.BatchNorm2d(4)).shape
+        torch.Size([2, 4, 3, 3])
+    """
+    former, _Lean.enabled = _Lean.enabled, enabled
+    try:
+        yield
+    finally:
+        _Lean.enabled = former
+
+
+def is_lean(norm: nn.Module, act: nn.Module | None) -> bool:
+    """Whether the lean path is the same as calling the modules: usual batch norm in training, known act, no hooks."""
+    return (
+        norm.training
+        and uses_lean_layers()
+        and name_of(act) is not None
+        and type(norm) is nn.BatchNorm2d
+        and norm.track_running_stats
+        and norm.momentum is not None
+        and norm.affine
+        and not has_hooks(norm)
+        and not (act is not None and has_hooks(act))
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches this module, so that it must be called."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+@torch.no_grad()
+def update_statistics(x: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of the batch ``(C,)``; the running ones move once."""
+    if x.numel() == x.shape[1]:
+        raise ValueError(
+            f"batch norm in training needs more than one value per channel, got input of shape {tuple(x.shape)}: "
+            "use a larger batch or image, or norm.eval()"
+        )
+    running = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    return calls.batch_stats_(x.detach(), *running, norm.momentum)
+
+
+class _NormAct(torch.autograd.Function):
+    """act(batch_norm(x)) with given batch statistics, which are functions of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, act: str
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, mean, var)
+        ctx.eps, ctx.act = eps, act
+        return calls.norm_act(x, weight, bias, mean, var, eps, act)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, bias, mean, var = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: the plain formula, differentiable again
+            y = F.batch_norm(x, None, None, weight, bias, True, 0.0, ctx.eps)
+            y = ACTIVATIONS[ctx.act].value(y, inplace=True)
+            inputs = (x, weight, bias)
+            found = iter(torch.autograd.grad(y, [t for t in inputs if t.requires_grad], grad, create_graph=True))
+            return *(next(found) if t.requires_grad else None for t in inputs), None, None, None, None
+        needed = ctx.needs_input_grad[:3]
+        norm = (x, weight, bias, mean, var, ctx.eps, ctx.act)
+        found = iter(calls.norm_act_backward(dense(grad), *norm, needed))
+        return *(next(found) if wanted else None for wanted in needed), None, None, None, None
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x`` without gaps in memory (half of a tensor's channels has them), in its own memory format.
+
+    Kernels are slow on tensors with gaps, or copy them each time; and some round differently.
+    """
+    if torch.ops.aten.is_non_overlapping_and_dense(x):
+        return x
+    channels_last = x.dim() == 4 and x.stride(1) == 1
+    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

@@ -1,0 +1,265 @@
+"""Linear and convolution layers with a mask over their weight, drop-in for torch's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers import Conv2dSame, pad_same
+from torch import Tensor, nn
+
+from ...kernels.build import load_kernel
+from ...kernels.training import (
+    MAX_DENSITY,
+    MIN_PRODUCTS,
+    Structure,
+    StructureCache,
+    kernel_fits,
+    kernel_serves,
+    sparse_conv,
+    sparse_linear,
+)
+from ...sparsity.masks import check_sparsity, kept, mask_with_count
+
+
+class _GatheredGrad(torch.autograd.Function):
+    """``weight * mask``, whose backward pass also adds the gradient of the unmasked weight to ``dense_grad``."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor, layer: MaskedWeight) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.layer = layer
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (mask,) = ctx.saved_tensors
+        gathered, layer = grad.detach(), ctx.layer
+        layer.dense_grad = gathered.clone() if layer.dense_grad is None else layer.dense_grad + gathered
+        return grad * mask, None, None
+
+
+@torch.compiler.disable  # a side effect of the backward pass, once in a hundred steps
+def _gathering(weight: Tensor, mask: Tensor, layer: MaskedWeight) -> Tensor:
+    return _GatheredGrad.apply(weight, mask, layer)
+
+
+class MaskedWeight(nn.Module):
+    r"""What the sparse layers share: the weight in use is :math:`\theta \odot m`, so gradients are masked as well.
+
+    The mask is a persistent bool buffer of the weight's shape. Where it is False the weight is 0 and its gradient is 0
+    in any training loop; weights set from outside (a re-initialisation, an average over other masks) have no effect
+    there.
+
+    Attributes:
+        weight: the parameter, with zeros where the mask is False.
+        mask: True where a weight stays.
+        sparsity: share of zeros that the mask was made for.
+        gather_dense_grad: while True, every backward pass adds the gradient of the unmasked weight to ``dense_grad``.
+        dense_grad: that gradient, or None; whoever reads it sets it back to None.
+        sparse_kernel: whether the kernel that skips zeros is used where it can be, see ``use_sparse_kernel``.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    mask: Tensor
+    sparsity: float
+    init_scale: bool
+    gather_dense_grad: bool
+    dense_grad: Tensor | None
+    sparse_kernel: bool = False
+    _structures: StructureCache | None = None
+
+    def __init__(
+        self, *args: Any, sparsity: float, init_scale: bool = False, count: int | None = None, **kwargs: Any
+    ) -> None:
+        check_sparsity(sparsity)
+        super().__init__(*args, **kwargs)
+        self.sparsity = sparsity
+        self.init_scale = init_scale
+        self.gather_dense_grad = False
+        self.dense_grad = None
+        if count is None:
+            count = max(1, kept(self.weight.numel(), self.sparsity))  # a layer without weights would never learn
+        self.register_buffer("mask", mask_with_count(self.weight.shape, count).to(self.weight.device))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Kaiming normal weights by fan-out (of a group), with ``init_scale`` as wide as the density asks; biases 0."""
+        if "mask" not in self._buffers:
+            return  # called by torch's own constructor
+        fan_out = self.weight.shape[0] * self.weight[0, 0].numel() / getattr(self, "groups", 1)
+        if self.init_scale:
+            fan_out *= 1 - self.sparsity
+        self.weight.normal_(0, (2 / fan_out) ** 0.5).mul_(self.mask)
+        if self.bias is not None:
+            self.bias.zero_()
+
+    def effective_weight(self) -> Tensor:
+        """The weight in use, of the parameter's shape, with the gradients that the class describes."""
+        if self.gather_dense_grad and torch.is_grad_enabled() and self.weight.requires_grad:
+            return _gathering(self.weight, self.mask, self)
+        return self.weight * self.mask
+
+    def _structure(self, x: Tensor, channels: int, expected: int) -> Structure | None:
+        """The mask's, where the kernel is to be used for so many channels or features; else None."""
+        if not self.sparse_kernel or self.gather_dense_grad or channels != expected:  # of which torch complains
+            return None
+        if x.numel() // expected * self.weight.numel() < MIN_PRODUCTS:
+            return None
+        if not kernel_serves(x, self.weight, self.bias):
+            return None
+        if self._structures is None:
+            self._structures = StructureCache()
+        structure = self._structures.of(self.mask, getattr(self, "groups", 1))
+        return structure if structure.density <= MAX_DENSITY else None
+
+    @torch.no_grad()
+    def set_mask(self, mask: Tensor) -> None:
+        """Put another mask in place: dropped weights become 0, and grown ones start at 0.
+
+        Args:
+            mask: bool, of the weight's shape.
+
+        Raises:
+            ValueError: for another shape or dtype.
+        """
+        if mask.shape != self.mask.shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask of shape {tuple(mask.shape)} and {mask.dtype}: expected a torch.bool mask of the weight's shape "
+                f"{tuple(self.mask.shape)}"
+            )
+        mask = mask.to(self.mask.device)
+        self.weight.mul_(self.mask & mask)
+        self.mask.copy_(mask)
+
+    @torch.no_grad()
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.weight.mul_(self.mask)  # a dense checkpoint loads with strict=False
+
+    def extra_repr(self) -> str:
+        """Torch's own, with the sparsity and the count of the weights that stay."""
+        count = "?" if self.mask.device.type == "meta" else int(self.mask.sum())
+        return f"{super().extra_repr()}, sparsity={self.sparsity:.4g}, weights={count}/{self.mask.numel()}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "dense_grad": None, "_structures": None}
+
+
+class SparseConv2d(MaskedWeight, nn.Conv2d):  # type: ignore[misc]
+    """``nn.Conv2d`` of which a share of the weights is masked out.
+
+    Args:
+        args: those of ``nn.Conv2d``, in its order.
+        sparsity: share of zeros, in [0, 1).
+        init_scale: start with a standard deviation larger by ``1 / sqrt(1 - sparsity)``.
+        count: exact number of weights that stay; by default ``round((1 - sparsity) * numel)``, at least 1.
+        kwargs: those of ``nn.Conv2d``.
+
+    Raises:
+        ValueError: for a sparsity outside [0, 1).
+
+    Example:
+        >>> SparseConv2d(8, 16, 3, sparsity=0.75)
+        SparseConv2d(8, 16, kernel_size=(3, 3), stride=(1, 1), sparsity=0.75, weights=288/1152)
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Args: x: ``(N, C_in, H, W)``. Returns: ``(N, C_out, H', W')``."""
+        structure = self.structure(x)
+        if structure is not None:
+            return sparse_conv(x, self.weight, self.bias, structure)
+        return self._conv_forward(x, self.effective_weight(), self.bias)
+
+    def structure(self, x: Tensor) -> Structure | None:
+        """What the kernel needs to compute this layer for an input; None where the masked path is to be taken."""
+        return self._structure(x, x.shape[1], self.in_channels) if x.ndim == 4 else None
+
+
+class SparseConv2dSame(SparseConv2d):
+    """Timm's ``Conv2dSame``, whose padding depends on the image as TensorFlow's does, with a mask.
+
+    Example:
+        >>> SparseConv2dSame(8, 16, 3, stride=2, sparsity=0.75)(torch.ones(1, 8, 7, 6)).shape
+        torch.Size([1, 16, 4, 3])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Args: x: ``(N, C_in, H, W)``. Returns: ``(N, C_out, ceil(H / stride), ceil(W / stride))``."""
+        return super().forward(pad_same(x, list(self.kernel_size), list(self.stride), list(self.dilation)))
+
+
+class SparseLinear(MaskedWeight, nn.Linear):  # type: ignore[misc]
+    """``nn.Linear`` of which a share of the weights is masked out.
+
+    Args:
+        args: those of ``nn.Linear``, in its order.
+        sparsity: share of zeros, in [0, 1).
+        init_scale: start with a standard deviation larger by ``1 / sqrt(1 - sparsity)``.
+        count: exact number of weights that stay; by default ``round((1 - sparsity) * numel)``, at least 1.
+        kwargs: those of ``nn.Linear``.
+
+    Raises:
+        ValueError: for a sparsity outside [0, 1).
+
+    Example:
+        >>> SparseLinear(32, 8, sparsity=0.5)
+        SparseLinear(in_features=32, out_features=8, bias=True, sparsity=0.5, weights=128/256)
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Args: x: ``(..., in_features)``. Returns: ``(..., out_features)``."""
+        structure = self._structure(x, x.shape[-1], self.in_features) if x.ndim else None
+        if structure is not None:
+            return sparse_linear(x, self.weight, self.bias, structure)
+        return nn.functional.linear(x, self.effective_weight(), self.bias)
+
+
+def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
+    """Have sparse 1x1 convolutions of stride 1, and linear layers, train on a kernel that skips zeros, on the CPU.
+
+    Gradients are those of the masked path to float32 accuracy, and are differentiable once. Other layers stay as they
+    are. A layer takes the masked path by itself where the kernel does not apply: more than half of the weights there,
+    less than a million products, not float32 or not on the CPU, autocast, ``torch.compile``, ``torch.func``, while
+    RigL gathers dense gradients. Inputs that are channels last are transposed for it and back. The choice belongs to
+    the module: it is copied and pickled with it, and is no part of ``state_dict``.
+
+    Args:
+        model: with sparse layers.
+        enabled: False goes back to the masked path everywhere.
+
+    Returns:
+        How many layers use the kernel now.
+
+    Raises:
+        KernelUnavailable: where it cannot be compiled; the message says why.
+
+    Example:
+        >>> use_sparse_kernel(nn.Sequential(SparseConv2d(8, 8, 1, sparsity=0.9), SparseConv2d(8, 8, 3, sparsity=0.9)))
+        1
+    """
+    if enabled:
+        load_kernel()
+    layers = [module for module in model.modules() if type(module) in (SparseConv2d, SparseConv2dSame, SparseLinear)]
+    for layer in layers:
+        layer.sparse_kernel = enabled and _served(layer)  # type: ignore[assignment]
+    return sum(bool(layer.sparse_kernel) for layer in layers)
+
+
+def _served(layer: Any) -> bool:
+    """Whether the kernel has a loop for the layer."""
+    pointwise = isinstance(layer, SparseLinear) or (
+        layer.kernel_size == (1, 1)
+        and layer.stride == (1, 1)
+        and layer.padding in ((0, 0), "valid", "same")  # "same" adds nothing to a 1x1 kernel
+    )
+    return pointwise and kernel_fits(layer.weight)
+
+
+def sparse_kind(layer: nn.Module) -> type[SparseConv2d] | type[SparseLinear]:
+    """The masked class for a layer of torch's."""
+    if isinstance(layer, Conv2dSame):
+        return SparseConv2dSame
+    return SparseConv2d if isinstance(layer, nn.Conv2d) else SparseLinear

@@ -1,0 +1,59 @@
+"""What series of runs keep between two calls: data that moved, and results that are damaged."""
+
+import dataclasses
+import json
+import math
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from classification.tables import lr_transfer, series
+from classification.tables import prune as prune_table
+from revnets.training.errors import UserError
+
+
+def test_data_that_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(series, "part_of", lambda source, made, images: made)
+    for place in ("old", "new"):
+        (tmp_path / place).mkdir()
+        for split in ("train.tar", "val.tar"):
+            with tarfile.open(tmp_path / place / split, "w"):
+                pass
+        made = series.subset(tmp_path / place, "train.tar", "val.tar", 4, tmp_path / "made")
+        assert (made / "val.tar").resolve() == (tmp_path / place / "val.tar").resolve()
+        (tmp_path / place / "val.tar").unlink()  # the link leads nowhere now
+
+
+def test_an_output_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^--output: the output folder '.*file' cannot be used"):
+        series.writable(str(tmp_path / "file"))
+    assert series.writable(str(tmp_path / "a" / "b")).is_dir()
+
+
+DAMAGED = ["", "[1, ", "{", "3", "null", '{"a": 1}', "[[1]]", '["a"]', "[" * 10_000, "\ud800"]
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_stored_results_that_are_damaged_are_repeated(
+    text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "net.json"
+    path.write_bytes(text.encode(errors="surrogatepass"))
+    assert lr_transfer._stored(path) is None
+    (tmp_path / "net.line.json").write_bytes(path.read_bytes())
+    (tmp_path / "net.pth").touch()
+    line = prune_table.Line(**{field.name: 0 for field in dataclasses.fields(prune_table.Line)})
+    assert prune_table._stored(tmp_path / "net.pth", lambda: line) == line
+    assert prune_table.Line(**json.loads((tmp_path / "net.line.json").read_text())) == line
+    assert "cannot be used" in caplog.text
+
+
+def test_stored_results_are_used(tmp_path: Path) -> None:
+    path = tmp_path / "net.json"
+    assert lr_transfer._stored(path) is None
+    path.write_text("[1, null, 0.5]")
+    found = lr_transfer._stored(path)
+    assert found is not None
+    assert (found[0], math.isnan(found[1]), found[2]) == (1, True, 0.5)
