@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install quickstart quickstart-detection test test-slow test-compat test-kill test-asan test-mutants gpu lint format clean
+.PHONY: help install quickstart quickstart-detection test test-slow test-compat test-kill test-asan test-mutants docs gpu lint format clean
 
 help:
 	@echo "make quickstart   install, train RevBiFPN on real digits, print accuracy and memory (CPU, minutes)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-kill    50 runs killed at random moments, and compared with one that was let be"
 	@echo "make test-asan    the C++ kernel under AddressSanitizer (g++), at three widths of vectors"
 	@echo "make test-mutants small faults put into copies of the sources: the share that the quick tests see"
+	@echo "make docs         the documentation as a site, in output/site: warnings are errors, nothing is fetched"
 	@echo "make gpu          everything that only a GPU shows, in 8 minutes: docs/gpu.md"
 	@echo "make format       rewrite the sources as ruff wants them"
 
@@ -71,6 +72,9 @@ test-asan: $(INSTALLED)
 # ONLY names areas or faults, JOBS how many copies are tried at once: make test-mutants ONLY=mm JOBS=2
 test-mutants: $(INSTALLED)
 	$(BIN)/python -m tests.mutants $(addprefix --only ,$(ONLY)) $(addprefix --jobs ,$(JOBS))
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # On a machine that is lent for minutes nothing can be installed: its own python3 does, where there is no .venv.
 GPU_OUTPUT ?= output/gpu
