@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     detector = MODELS.build(config.model).train()
 
     height, width = 128, 160
-    sample = DetDataSample(metainfo={"img_shape": (height, width), "pad_shape": (height, width), "scale_factor": (1, 1)})
+    sample = DetDataSample(
+        metainfo={"img_shape": (height, width), "pad_shape": (height, width), "scale_factor": (1, 1)}
+    )
     box = torch.tensor([[30.0, 20.0, 110.0, 90.0]])
     sample.gt_instances = InstanceData(bboxes=box, labels=torch.tensor([1]))
     batch = detector.data_preprocessor(

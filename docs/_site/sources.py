@@ -1,6 +1,6 @@
 """Lets pages link to files of the project outside of docs/: the files come along, under source/.
 
-Such links work in a checkout as they are; on the site they lead to a copy. One that leads nowhere is left alone, so that
+Such links work in a checkout as they are; on the site they lead to a copy. One that leads nowhere is left alone, and
 `mkdocs build --strict` names it.
 """
 

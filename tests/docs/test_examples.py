@@ -15,7 +15,8 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 def example(name: str) -> ModuleType:
     """An example as a module; nothing in it runs on import."""
     spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -51,13 +52,13 @@ def test_detector_step(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_fit_a_card(capsys: pytest.CaptureFixture[str]) -> None:
-    batches = example("fit_a_card").main(["test_revbifpn@64", "64MB", "--device", "cpu"])
-    assert batches["reversible"] > batches["store"] > 0
-    assert f"reversible: batch {batches['reversible']}, 0.06 of 0.06 GB" in capsys.readouterr().out
+    batches = example("fit_a_card").main(["test_resnet@64", "30MB", "--device", "cpu"])
+    assert batches["plain"] >= 4
+    assert f"plain: batch {batches['plain']}, 0.03 of 0.03 GB" in capsys.readouterr().out
 
 
 def test_fit_a_card_that_is_too_small(capsys: pytest.CaptureFixture[str]) -> None:
-    assert set(example("fit_a_card").main(["resnet18@64", "1MB", "--device", "cpu"]).values()) == {0}
+    assert set(example("fit_a_card").main(["test_resnet@64", "1MB", "--device", "cpu"]).values()) == {0}
     assert "not even batch 1 fits" in capsys.readouterr().out
 
 
