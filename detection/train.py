@@ -52,14 +52,19 @@ class Result:
     memory: dict[str, Any]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script; returns its exit code: 2 after a user mistake."""
-    return guarded(lambda: train(argv))
+def main(argv: Sequence[str] | None = None, program: str = "") -> int:
+    """Runs the script; returns its exit code: 2 after a user mistake.
+
+    Args:
+        argv: The arguments, `sys.argv[1:]` where None.
+        program: What was typed before them, where it was not the script.
+    """
+    return guarded(lambda: train(argv, program), program)
 
 
-def options() -> Any:
+def options(program: str = "") -> Any:
     """The command line."""
-    line = parser("train.py", DESCRIPTION)
+    line = parser(program or "train.py", DESCRIPTION)
     line.add_argument(
         "--resume",
         type=PATH,
@@ -86,11 +91,12 @@ def options() -> Any:
     return line
 
 
-def train(argv: Sequence[str] | None = None) -> Result:
+def train(argv: Sequence[str] | None = None, program: str = "") -> Result:
     """Trains as the command line says.
 
     Args:
         argv: The arguments, `sys.argv[1:]` where None.
+        program: What was typed before them, where it was not the script.
 
     Returns:
         The run's folder and its figures.
@@ -98,7 +104,7 @@ def train(argv: Sequence[str] | None = None) -> Result:
     Raises:
         UserError: A mistake in the options, the configuration, the data or a checkpoint.
     """
-    args = parse(options(), argv)
+    args = parse(options(program), argv)
     with contextlib.ExitStack() as held:
         return _train(load(args), args, held)
 
@@ -146,6 +152,12 @@ def _resume(cfg: Any, args: argparse.Namespace, folder: Path, held: contextlib.E
     """Takes the folder, for the first process, and sets what is to be loaded; says whether the run goes on from it."""
     again = cfg.get("resume") and not cfg.get("load_from") and not args.resume and not args.overwrite
     auto, saved = args.resume == "auto" or again, _saved_in(cfg, folder)
+    if args.resume == "auto" and args.overwrite:
+        raise UserError("--resume auto and --overwrite contradict each other; leave one of them out.")
+    if args.resume and not auto and "load_from" in args.cfg_options:
+        raise UserError(
+            "--resume: it wins over load_from of --cfg-options, which has no effect; leave one of them out."
+        )
 
     def take() -> Path | None:
         held.enter_context(FolderLock(folder, "give another --work-dir"))
