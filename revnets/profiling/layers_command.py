@@ -11,8 +11,10 @@ import torch
 from ..arguments import argument, needs, number, path
 from ..layers.convert import ConversionReport, convert
 from ..layers.registry import layer_entry, list_layers
+from ..models.named import build_model, check_model
 from ..sparsity.schedules import SCHEDULES
 from ..training.options.values import COUNT
+from ..training.places import check_folder, make_folder
 from .training_flops import FlopsReport, training_flops
 
 
@@ -45,11 +47,6 @@ def print_conversion(model: str, spec: str, img_size: int | None, output: Path |
     import timm
     from rich.console import Console
 
-    from ..models.named import build_model, check_model
-    from ..training.options.values import COUNT
-    from ..training.places import check_folder
-    from .report import open_folder
-
     check_model(model)
     if img_size is not None:
         COUNT.check("img_size", img_size)
@@ -69,7 +66,7 @@ def print_conversion(model: str, spec: str, img_size: int | None, output: Path |
     console.print(report.table())
     console.print(flops.table())
     if output is not None:
-        folder = open_folder(output)
+        folder = make_folder(output)
         console.print("\n".join(f"wrote {path}" for path in _save(flops, folder, f"{model} · {spec}")), soft_wrap=True)
 
 
