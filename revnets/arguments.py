@@ -190,7 +190,6 @@ class Later(Command):
         """The command itself."""
         if self._real is None:
             module, _, function = self._where.partition(":")
-            importlib.import_module(".models", __package__)  # any command may be about one of them
             found = getattr(importlib.import_module(f".{module}", __package__), function)
             alone = typer.Typer(add_completion=False)
             alone.command(self.name, cls=getattr(found, "command", Command))(found)
