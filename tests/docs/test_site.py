@@ -63,3 +63,9 @@ def test_reference_has_all_that_is_public(site: Path, name: str) -> None:
         if not isinstance(value, type(module)) and not paths & found and public != "__version__":
             missing.append(public)
     assert missing == []
+
+
+def test_formulas_are_shown_as_code(site: Path) -> None:
+    text = re.sub(r"<[^>]+>", "", (site / "api" / "reversible.html").read_text())
+    assert r"u_j = x_j + \sum_{i&lt;j} D_{ij}(x_i)" in text
+    assert not re.search(r":math:|\.\. math", "".join(path.read_text() for path in site.glob("api/*.html")))
