@@ -73,8 +73,9 @@ test-kill: $(INSTALLED)
 # Tensors lie in memory that the sanitizer watches: a read or write past one ends the run. Leaks are Python's affair.
 # The kernel is built before the tests: without one they would be skipped, and prove nothing.
 LIBRARY = $(shell g++ -print-file-name=$(1))
+# TBB (in OpenVINO) opens libraries in a way that the sanitizer ends the process for, unless it is told of it.
 test-asan: $(INSTALLED)
-	export REVNETS_CXX=g++ REVNETS_CACHE=$(CURDIR)/output/asan ASAN_OPTIONS=detect_leaks=0; \
+	export REVNETS_CXX=g++ REVNETS_CACHE=$(CURDIR)/output/asan ASAN_OPTIONS=detect_leaks=0 TBB_ENABLE_SANITIZERS=1; \
 	export LD_PRELOAD="$(call LIBRARY,libasan.so) $(call LIBRARY,libstdc++.so)"; \
 	for width in "" -mno-avx512f -mno-avx; do \
 		export REVNETS_CXXFLAGS="-fsanitize=address -O1 -g1 $$width"; \

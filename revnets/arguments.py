@@ -182,14 +182,14 @@ class Later(Command):
     """
 
     def __init__(self, name: str, where: str, summary: str) -> None:
-        self._where, self._real = where, None
+        self._where = where
+        self._real: Any = None
         super().__init__(name=name, help=summary)
 
     def real(self) -> Any:
         """The command itself."""
         if self._real is None:
             module, _, function = self._where.partition(":")
-            importlib.import_module(".models", __package__)  # any command may be about one of them
             found = getattr(importlib.import_module(f".{module}", __package__), function)
             alone = typer.Typer(add_completion=False)
             alone.command(self.name, cls=getattr(found, "command", Command))(found)
@@ -201,7 +201,7 @@ class Later(Command):
         return self.real().make_context(info_name, args, parent, **extra)
 
     @property
-    def params(self) -> list[Any]:  # type: ignore[override]
+    def params(self) -> list[Any]:
         """Its options."""
         options: list[Any] = self.real().params
         return options
