@@ -184,16 +184,18 @@ class RangeGuard:
 
     def __init__(self, grid_bits: int) -> None:
         self.grid_bits = grid_bits
-        self._seen: list[tuple[str, torch.dtype, Tensor]] = []
+        self._seen: list[tuple[str, torch.dtype]] = []  # of every map that was watched
+        self._parts: list[Tensor] = []  # its largest magnitudes
         self._maxima: Tensor | None = None
         self._host: Tensor | None = None
         self._event: Any = None
 
     def watch(self, where: str, values: Tensors) -> None:
         """Note the largest magnitudes of the outputs of an op."""
-        for value in values:
-            if not is_fake(value) and value.device.type != "meta":
-                self._seen.append((where, value.dtype, max_abs(value)))
+        for dtype in dict.fromkeys(value.dtype for value in values if value.device.type != "meta"):
+            alike = [value for value in values if value.dtype == dtype]
+            self._seen += [(where, dtype)] * len(alike)
+            self._parts.append(max_abs(*alike))
 
     def arm(self, outputs: Tensors) -> None:
         """Check the maxima (CPU), or have them copied and checked when the backward pass reaches ``outputs``.
@@ -203,7 +205,9 @@ class RangeGuard:
         """
         if not self._seen:
             return
-        maxima = torch.stack([m for _, _, m in self._seen])  # float32 and float64 do not mix
+        maxima = self._largest()
+        if is_fake(maxima):
+            return
         if active.captured:
             self._maxima = maxima
             if active.guards is not None:
@@ -221,7 +225,7 @@ class RangeGuard:
             RangeError: see ``arm``.
         """
         again = RangeGuard(self.grid_bits)
-        again._seen = list(self._seen)
+        again._seen, again._parts = list(self._seen), list(self._parts)
         again._arm(outputs, self.maxima)
 
     def _arm(self, outputs: Tensors, maxima: Tensor) -> None:
@@ -252,7 +256,13 @@ class RangeGuard:
     @property
     def device(self) -> torch.device:
         """Of what was watched, and is not yet checked."""
-        return self._seen[0][2].device
+        return self._parts[0].device
+
+    def _largest(self) -> Tensor:
+        """One number per map that was watched."""
+        parts = max(m.shape[1] for m in self._parts)
+        together = torch.cat([m.expand(-1, parts) for m in self._parts])  # float32 and float64 do not mix
+        return together.amax(1) if parts > 1 else together.flatten()
 
     def settle(self, _: Any = None) -> None:
         """Raise for the first value out of range, once the copy has arrived.
@@ -265,7 +275,7 @@ class RangeGuard:
         if self._event is not None:
             self._event.synchronize()
         self.check(self._host.tolist())
-        self._host, self._seen = None, []
+        self._host, self._seen, self._parts = None, [], []
 
     def check(self, values: list[float]) -> None:
         """Raise for the first of these largest magnitudes, in the order of the ops, that is out of range.
@@ -273,7 +283,7 @@ class RangeGuard:
         Raises:
             RangeError: naming the op, the value, and the grid that would hold it.
         """
-        for (where, dtype, _), value in zip(self._seen, values, strict=True):
+        for (where, dtype), value in zip(self._seen, values, strict=True):
             check_range(value, self.grid_bits, dtype, where)
 
     def kept(self) -> Tensor:
