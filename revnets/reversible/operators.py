@@ -49,8 +49,8 @@ def _called(function: Callable[..., Any], registered: Callable[..., Any]) -> Cal
     def call(x: Any, *rest: Any) -> Any:
         if torch.compiler.is_compiling():
             return registered(x, *rest)
-        first = x[0] if isinstance(x, list) else x
-        kind, watched = first.device.type, torch._C._len_torch_dispatch_stack()
+        kind = (x[0] if isinstance(x, list) else x).device.type
+        watched = torch._C._len_torch_dispatch_stack()
         if watched and torch.is_autocast_enabled(kind):
             _outside.precision = kind, torch.get_autocast_dtype(kind)
             try:
