@@ -16,6 +16,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler, get_state_dict
 from torch import nn
 
 from revnets.sparsity import SparsityController
+from revnets.training.checkpoints.fitting import complete
 from revnets.training.checkpoints.integrity import first_whole
 from revnets.training.checkpoints.reading import read_file
 from revnets.training.files import TEMPORARY, duplicate, whole_file, writing
@@ -156,7 +157,7 @@ class Saver(CheckpointSaver):
             "metric": metric,
             **self.extra,
             "state_dict": get_state_dict(self.model, unwrap_model),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": complete(self.optimizer.state_dict()),
             "history": {
                 "files": [[os.path.basename(file), value] for file, value in self.checkpoint_files],
                 "best_epoch": self.best_epoch,

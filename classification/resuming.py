@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ from timm.utils import ModelEmaV3, NativeScaler
 from torch import nn
 
 from revnets.sparsity import SparsityController
-from revnets.training.checkpoints.fitting import apart, check_buffers, check_finite, check_optimizer, check_sparsity
+from revnets.training.checkpoints.fitting import (
+    apart,
+    check_buffers,
+    check_finite,
+    check_optimizer,
+    check_sparsity,
+    differences,
+)
 from revnets.training.checkpoints.held import RUN
 from revnets.training.checkpoints.reading import CheckpointError, check, in_file, named, read_checkpoint
 from revnets.training.errors import UserError, one_line
@@ -20,8 +28,49 @@ from revnets.training.guards.finite import FiniteGuard
 
 from .checkpoints import PATIENCE
 from .models import fitting_weights
+from .options import TrainOptions
 
 _logger = logging.getLogger("classification")
+SETTINGS = {  # of groups of parameters, and the options that set them; of others it is --opt-kwargs
+    "weight_decay": ("weight_decay",),
+    "betas": ("opt_betas",),
+    "eps": ("opt_eps",),
+    "momentum": ("momentum",),
+    "lr_scale": ("layer_decay",),
+    "lr": ("lr", "lr_base"),
+    "initial_lr": ("lr", "lr_base"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What somebody asks of the run that goes on: all options, and the names of those that were given."""
+
+    options: TrainOptions
+    given: Collection[str]
+
+    def check(
+        self, optimizer: torch.optim.Optimizer, scheduler: Any, state: Mapping[str, Any], path: str | Path
+    ) -> None:
+        """Refuses options of the optimizer that the state of a checkpoint would replace without a word.
+
+        Raises:
+            UserError: Naming both values.
+        """
+        options = self.options
+        kept = ("lr",) if scheduler is None else ("initial_lr",) if hasattr(scheduler, "lr_scheduler") else ()
+        found = differences(optimizer, state, (*kept, *options.opt_kwargs))
+        for name, (theirs, own) in found.items():
+            names = ("opt_kwargs",) if name in options.opt_kwargs else SETTINGS.get(name, ("opt_kwargs",))
+            if name == "weight_decay" and options.mus_base_width is not None:
+                names = (*names, "mus_base_width", "lr", "lr_base")  # its groups have a share of the rate
+            flags = [f"--{each.replace('_', '-')}" for each in names if each in self.given]
+            if flags:
+                raise UserError(
+                    f"--resume: '{path}' was trained with {name} {theirs}, and {' and '.join(flags)} would make it "
+                    f"{own}; give what it was trained with, or --no-resume-opt, which starts the optimizer anew."
+                )
+            _logger.info(f"--resume: {name} stays {theirs}, as in '{path}'; it would be {own} by this run's options")
 
 
 def read_run(path: str | Path, name: str, option: str = "--resume") -> dict[str, Any]:
@@ -70,6 +119,7 @@ def resume(
     sparsity: SparsityController | None,
     guard: FiniteGuard | None = None,
     steps: int | None = None,
+    asked: Asked | None = None,
 ) -> dict[str, Any]:
     """Brings everything back to where a checkpoint was written; all of it is checked before any is used.
 
@@ -87,6 +137,7 @@ def resume(
         sparsity: What changes the masks, or None.
         guard: Counts updates that were left out, or None.
         steps: Batches of an epoch; None: any.
+        asked: Options, those of the optimizer to be as in the checkpoint; None: none were given.
 
     Returns:
         The checkpoint.
@@ -106,6 +157,8 @@ def resume(
         _check_processes(checkpoint.get("processes", []), model, model_ema)
         if optimizer is not None:
             _check_optimizer(optimizer, checkpoint["optimizer"], path)
+            if asked is not None:
+                asked.check(optimizer, scheduler, checkpoint["optimizer"], path)
         if model_ema is not None:
             check_finite(model_ema.module, ema, ("state_dict_ema",))
     if sparsity is not None:

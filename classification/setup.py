@@ -48,7 +48,7 @@ def start_training(options: TrainOptions, runtime: Runtime, model: nn.Module, da
     trained = _trained(model, options, lr)
     with refused(f"--opt: {options.opt} refuses its arguments", "correct --opt-kwargs or --layer-decay"):
         optimizer = create_optimizer_v2(trained, **arguments)
-    check_optimizer(options, optimizer)
+    check_optimizer(options, optimizer, model)
     recovery = Recovery(runtime, options.recovery_interval, data.batches is not None)
     guard, drift = FiniteGuard(model, options.nonfinite_limit), DriftMonitor(model, options.drift_interval)
     loss, scaler = _loss(options), runtime.scaler()

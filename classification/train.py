@@ -12,7 +12,7 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from revnets.training.captions import caption
 from revnets.training.errors import UserError, guarded
 from revnets.training.mask_report import write_table
 from revnets.training.memory import memory_words
-from revnets.training.options.parsing import SEED, parse
+from revnets.training.options.parsing import SEED, joined, options_of, read_layers, settled
 from revnets.training.processes import of_first, settle_buckets
 from revnets.training.progress import clock
 
@@ -40,10 +40,10 @@ from .data import check_labels, check_same_classes, class_names, open_dataset, t
 from .folder import RunFolder
 from .loop import Training, train_epoch, validate
 from .models import build_model, check_batch_fits, check_model_fits, data_config
-from .options import TrainOptions, as_dict
+from .options import CONFIGS, TrainOptions, as_dict
 from .recovery import OwnState, Position
 from .report import Row, Summary, draw_curves, write_args
-from .resuming import resume
+from .resuming import Asked, resume
 from .runtime import Runtime, start_runtime
 from .setup import start_training
 from .sources import check_apart
@@ -65,16 +65,27 @@ class Result:
     rows: list[Row]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script; returns its exit code: 2 after a user mistake."""
-    return guarded(lambda: train(parse(TrainOptions, argv, DESCRIPTION, prog="train.py")))
+def main(argv: Sequence[str] | None = None, program: str = "") -> int:
+    """Runs the script; returns its exit code: 2 after a user mistake.
+
+    Args:
+        argv: The arguments, `sys.argv[1:]` where None.
+        program: What was typed before them, where it was not the script.
+    """
+
+    def run() -> Result:
+        layers = read_layers(TrainOptions, argv, DESCRIPTION, prog=program or "train.py", ours=CONFIGS)
+        return train(settled(TrainOptions, layers), joined(layers))
+
+    return guarded(run, program)
 
 
-def train(options: TrainOptions) -> Result:
+def train(options: TrainOptions, given: Collection[str] | None = None) -> Result:
     """Trains as the options say.
 
     Args:
         options: All options.
+        given: Names of those that somebody set; None: of those that are not at their default.
 
     Returns:
         The run's folder and its figures.
@@ -82,11 +93,13 @@ def train(options: TrainOptions) -> Result:
     Raises:
         UserError: A mistake in the options, the data or a checkpoint.
     """
+    if given is None:
+        given = [each.name for each in options_of(TrainOptions).values() if getattr(options, each.name) != each.default]
     with contextlib.ExitStack() as held:
-        return _train(options, held)
+        return _train(options, given, held)
 
 
-def _train(options: TrainOptions, held: contextlib.ExitStack) -> Result:
+def _train(options: TrainOptions, given: Collection[str], held: contextlib.ExitStack) -> Result:
     options.check()
     runtime = start_runtime(options)
     check_capture(options, runtime)
@@ -108,7 +121,7 @@ def _train(options: TrainOptions, held: contextlib.ExitStack) -> Result:
     for dataset in (data.loader.dataset, val_loader.dataset):
         try_transforms(dataset, "L" if config["input_size"][0] == 1 else "RGB", config["input_size"][-2:])
     run, epochs = start_training(options, runtime, model, data)
-    folder, path, checkpoint, begin = _start(run, model, held)
+    folder, path, checkpoint, begin = _start(run, model, given, held)
     if runtime.distributed:
         run.model = _distributed(run.model, runtime, options)
         if run.task is not None:
@@ -183,7 +196,7 @@ def _distributed(model: nn.Module, runtime: Runtime, options: TrainOptions) -> n
 
 
 def _start(
-    run: Training, model: nn.Module, held: contextlib.ExitStack
+    run: Training, model: nn.Module, given: Collection[str], held: contextlib.ExitStack
 ) -> tuple[Path, Path | None, dict[str, Any] | None, Position]:
     """Takes the run's folder and, when resuming, brings the run back; returns the checkpoint and where it was.
 
@@ -201,7 +214,8 @@ def _start(
     if path is not None:
         optimizer = None if options.no_resume_opt else run.optimizer
         parts = (optimizer, run.scheduler, run.ema, run.scaler, run.sparsity, run.guard)
-        checkpoint = resume(path, options.model, model, *parts, steps=len(run.data.loader))
+        asked = Asked(options, given)
+        checkpoint = resume(path, options.model, model, *parts, steps=len(run.data.loader), asked=asked)
         begin = Position.of(checkpoint, len(run.data.loader))
     if run.scheduler is not None and (begin.epoch or begin.step):
         if begin.epoch:

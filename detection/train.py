@@ -24,6 +24,7 @@ if not __package__:  # run by its path: Python then looks for modules in detecti
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from reporting that there is no GPU
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
+from revnets.training.capture.cuda_graph import CaptureError
 from revnets.training.errors import UserError, guarded, one_line
 from revnets.training.files import obstacle
 from revnets.training.lock import FolderLock
@@ -52,14 +53,19 @@ class Result:
     memory: dict[str, Any]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script; returns its exit code: 2 after a user mistake."""
-    return guarded(lambda: train(argv))
+def main(argv: Sequence[str] | None = None, program: str = "") -> int:
+    """Runs the script; returns its exit code: 2 after a user mistake.
+
+    Args:
+        argv: The arguments, `sys.argv[1:]` where None.
+        program: What was typed before them, where it was not the script.
+    """
+    return guarded(lambda: train(argv, program), program)
 
 
-def options() -> Any:
+def options(program: str = "") -> Any:
     """The command line."""
-    line = parser("train.py", DESCRIPTION)
+    line = parser(program or "train.py", DESCRIPTION)
     line.add_argument(
         "--resume",
         type=PATH,
@@ -86,11 +92,12 @@ def options() -> Any:
     return line
 
 
-def train(argv: Sequence[str] | None = None) -> Result:
+def train(argv: Sequence[str] | None = None, program: str = "") -> Result:
     """Trains as the command line says.
 
     Args:
         argv: The arguments, `sys.argv[1:]` where None.
+        program: What was typed before them, where it was not the script.
 
     Returns:
         The run's folder and its figures.
@@ -98,7 +105,7 @@ def train(argv: Sequence[str] | None = None) -> Result:
     Raises:
         UserError: A mistake in the options, the configuration, the data or a checkpoint.
     """
-    args = parse(options(), argv)
+    args = parse(options(program), argv)
     with contextlib.ExitStack() as held:
         return _train(load(args), args, held)
 
@@ -137,7 +144,7 @@ def _train(cfg: Any, args: argparse.Namespace, held: contextlib.ExitStack) -> Re
         try:
             with leftovers.removed(lambda: not started(runner)), first_step(runner, args.verbose):
                 runner.train()
-        except (NonFinite, RangeError, UnknownMetric) as error:
+        except (NonFinite, RangeError, UnknownMetric, CaptureError) as error:
             raise UserError(f"iteration {runner.iter}: {one_line(error)}.") from error
     return _finish(runner, cfg, args, told, memory.report)
 
@@ -146,6 +153,12 @@ def _resume(cfg: Any, args: argparse.Namespace, folder: Path, held: contextlib.E
     """Takes the folder, for the first process, and sets what is to be loaded; says whether the run goes on from it."""
     again = cfg.get("resume") and not cfg.get("load_from") and not args.resume and not args.overwrite
     auto, saved = args.resume == "auto" or again, _saved_in(cfg, folder)
+    if args.resume == "auto" and args.overwrite:
+        raise UserError("--resume auto and --overwrite contradict each other; leave one of them out.")
+    if args.resume and not auto and "load_from" in args.cfg_options:
+        raise UserError(
+            "--resume: it wins over load_from of --cfg-options, which has no effect; leave one of them out."
+        )
 
     def take() -> Path | None:
         held.enter_context(FolderLock(folder, "give another --work-dir"))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+import typer
 from torch import Tensor, nn
 
+from ..arguments import PLAIN, SIZED, argument, needs, number, path, reversible, sized, text, without_effect
 from ..layers import convert, fp8_products
 from ..layers.munit.fp8 import check_grad_scale
 from ..layers.munit.layers import MunitScaled
@@ -19,12 +20,12 @@ from ..profiling.command import choose_targets, track
 from ..profiling.fake import ProfileError
 from ..profiling.memory import check_loss
 from ..profiling.profile import describe
-from ..profiling.report import open_folder, write
 from ..profiling.target import Setting, Target, as_job, training_loss
 from ..reversible import MODES
 from ..training.errors import reason, refused
-from ..training.options.values import COUNT, find_device, words
-from ..training.places import check_exists, check_folder
+from ..training.files import write_json
+from ..training.options.values import COUNT, POSITIVE, find_device, words
+from ..training.places import check_exists, check_folder, make_folder
 from .monitor import LAYERS, NumericsMonitor
 from .report import FILES, print_table
 
@@ -85,7 +86,7 @@ def run(request: Request, setting: Setting) -> None:
     products = ", ".join(f"{n} {kind}" for kind, n in sorted(fp8_products().items()))
     _say(f"FP8 products: {products or 'none'}")
     if request.output is not None:
-        folder = open_folder(request.output)
+        folder = make_folder(request.output)
         for path in [*records.save(folder, title), _write_json(records.records, title, folder)]:
             _say(f"wrote {path}")
 
@@ -206,11 +207,38 @@ def _sample(dataset: Any, target: Target, channels: int, count: int) -> Any:
 
 
 def _write_json(records: list[dict[str, Any]], title: str, folder: Path) -> Path:
-    text = json.dumps({"title": title, "rows": records}, indent=2) + "\n"
-    return write(folder / JSON, lambda path: path.write_text(text))
+    return write_json(folder / JSON, {"title": title, "rows": records})
 
 
 def _say(line: str) -> None:
     from rich.console import Console
 
     Console(soft_wrap=True, highlight=False).print(line, markup=False)
+
+
+@needs("split", "data")
+@without_effect("img_size", SIZED, lambda v: sized([v["model"]], "@"))
+@without_effect("batch_size", SIZED, lambda v: sized([v["model"]], ":"))
+@without_effect("exact", PLAIN, lambda v: not reversible([v["model"]]))
+def numerics_command(
+    model: Annotated[str, argument("NAME@SIZE:BATCH, any timm model", "MODEL")],
+    data: Annotated[
+        Path | None, path("folder or .tar file of class folders of images (default: random numbers)")
+    ] = None,
+    split: Annotated[str, text("folder or .tar file inside --data")] = "train",
+    layers: Annotated[str | None, text("convert first, such as mus_fp8")] = None,
+    batches: Annotated[int, number(COUNT, "batches to watch")] = 4,
+    img_size: Annotated[int | None, number(COUNT, "where MODEL has none")] = None,
+    batch_size: Annotated[int, number(COUNT, "where MODEL has none")] = 32,
+    mode: Annotated[str | None, text("memory mode (default: reversible where there is one)")] = None,
+    amp_dtype: Annotated[str | None, text("autocast to bfloat16 or float16")] = None,
+    grad_scale: Annotated[float, number(POSITIVE, "before the cast of gradients, for layers that have none")] = 1.0,
+    channels_last: Annotated[bool, typer.Option(help="memory layout of weights and images")] = True,
+    device: Annotated[str, text("cpu, cuda, ...")] = "cpu",
+    exact: Annotated[bool, typer.Option(help="exact mode of reversible networks")] = True,
+    output: Annotated[Path | None, path("folder for JSON, CSV and a picture")] = None,
+) -> None:
+    """Sizes of activations, weights and gradients layer by layer, and what a cast to FP8 flushes and clips of them."""
+    setting = Setting(device, channels_last, amp_dtype, exact, optimizer=None)
+    sizes = (img_size, batch_size, batches, grad_scale, output)
+    run(Request(model, data, split, layers or "", mode or "", *sizes), setting)

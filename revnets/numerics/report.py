@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..profiling.report import write
 from ..training.captions import caption
+from ..training.files import write_csv
+from ..training.pictures import save_figure
 
 Record = dict[str, Any]
 FILES = TABLE, PICTURE = "numerics.csv", "numerics.png"
@@ -72,14 +73,7 @@ def _share(value: float | None) -> str:
 
 def write_table(records: Sequence[Record], folder: Path) -> Path:
     """All records as ``numerics.csv``, complete or not at all."""
-
-    def save(path: Path) -> None:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(key for record in records for key in record)))
-            writer.writeheader()
-            writer.writerows(records)
-
-    return write(folder / TABLE, save)
+    return write_csv(folder / TABLE, records)
 
 
 def read_table(folder: Path) -> list[Record]:
@@ -145,7 +139,7 @@ def draw_picture(records: Sequence[Record], folder: Path, title: str) -> Path:
     for panel in axes:
         panel.grid(alpha=0.3)
     axes[0].legend(fontsize="small", ncols=2)
-    return write(folder / PICTURE, lambda path: figure.savefig(path, format="png", dpi=120))
+    return save_figure(figure, folder / PICTURE)
 
 
 def _column(records: Sequence[Record], key: str) -> list[float]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .compiled import call
+from .call import call
 from .draws import DrawnAgain, Draws
 from .errors import ReversibleError
 
@@ -81,6 +81,11 @@ def once(compute: Callable[[], Any], owner: nn.Module | None = None) -> Any:
         if owner is not None:
             active.record.owners.add(id(owner))
     return value
+
+
+def is_recomputed() -> bool:
+    """Whether a branch is running of which nothing is kept until it is computed again: it may be that time now."""
+    return active.inside_branch
 
 
 # --- generators ------------------------------------------------------------------------------------------------------

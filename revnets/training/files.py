@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import errno
+import json
+import math
 import os
 import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 TEMPORARY = ".tmp-"
 _LEFTOVER = re.compile(re.escape(TEMPORARY) + r"\w+-(?P<name>.+)", re.DOTALL)
@@ -84,6 +88,65 @@ def whole_file(path: Path) -> Iterator[Path]:
         finally:
             with suppress(FileNotFoundError):
                 temporary.unlink()
+
+
+def write(path: Path, save: Callable[[Path], Any]) -> Path:
+    """Lets `save` write a file that appears at `path` complete or not at all.
+
+    Args:
+        path: The file to write; its folder must exist.
+        save: Is given the path to write to.
+
+    Raises:
+        NotWritten: There is no space, say.
+    """
+    with whole_file(path) as temporary:
+        save(temporary)
+    return path
+
+
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = ()) -> Path:
+    """Writes a CSV file, whole or not at all; what a row lacks stays empty.
+
+    Args:
+        path: The file; its folder must exist.
+        rows: A line each.
+        columns: By default the keys of all rows, in the order in which they come up.
+
+    Raises:
+        NotWritten: There is no space, say.
+    """
+    found = list(rows)
+
+    def save(temporary: Path) -> None:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns or list(dict.fromkeys(name for row in found for name in row)))
+            writer.writeheader()
+            writer.writerows(found)
+
+    return write(path, save)
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Writes a JSON file, whole or not at all; numbers that are not finite, of which JSON knows none, become null.
+
+    Args:
+        path: The file; its folder must exist.
+        content: Plain values.
+
+    Raises:
+        NotWritten: There is no space, say.
+    """
+    text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+    return write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def duplicate(source: Path, path: Path) -> None:

@@ -1,10 +1,11 @@
 """What became of the masks, as a table and as a picture."""
 
-import csv
 from pathlib import Path
 from typing import Any
 
-from ..sparsity.controller import SparsityController
+from ..sparsity import SparsityController
+from .files import write_csv
+from .pictures import save_figure
 
 TABLE, PICTURE = "sparsity.csv", "sparsity.png"
 COLUMNS = ("step", "layer", "weights", "active", "density", "fraction", "exchanged", "changed")
@@ -37,15 +38,7 @@ def write_table(controller: SparsityController, folder: Path) -> Path:
         controller: of the run.
         folder: to write to; it exists.
     """
-    from ..profiling.report import write
-
-    def save(path: Path) -> None:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows(controller))
-
-    return write(folder / TABLE, save)
+    return write_csv(folder / TABLE, rows(controller), COLUMNS)
 
 
 def draw_picture(controller: SparsityController, folder: Path, title: str = "") -> Path:
@@ -61,14 +54,12 @@ def draw_picture(controller: SparsityController, folder: Path, title: str = "") 
     """
     from matplotlib.figure import Figure
 
-    from ..profiling.report import write
-
     figure = Figure(figsize=(11, 5), layout="constrained")
     figure.suptitle(title)
     left, right = figure.subplots(1, 2)
     _draw_density(left, controller)
     _draw_changes(right, controller)
-    return write(folder / PICTURE, lambda path: figure.savefig(path, format="png", dpi=120))
+    return save_figure(figure, folder / PICTURE)
 
 
 def _draw_density(axis: Any, controller: SparsityController) -> None:

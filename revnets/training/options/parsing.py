@@ -6,8 +6,9 @@ checks of the YAML file are both made from it.
 An option that has no effect is a mistake. An option names what it `needs`; where that is off, a value of its own that
 somebody set is refused, be it on the command line or in a file, unless a file or line over it switched off what it
 needs: a recipe with `mixup` and `mixup_prob` may be run with `--mixup 0`, and `mixup_prob` is then back at its default.
-Values that switch something off (0, false, none, nothing) are never refused, nor are options about the machine rather
-than the training (loader processes, pinned memory, what only several processes do): a recipe may move.
+Values that switch something off (false, none, nothing, and 0 where that is not one value among others) are never
+refused, nor are options about the machine rather than the training (loader processes, pinned memory, what only several
+processes do): a recipe may move.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from ..errors import UserError, did_you_mean, shown
+from ..recipes import find
 from .option import SEED, Need, Option, convert, option, options_of
 from .yaml_files import load
 
@@ -157,6 +159,7 @@ def parse(
     *,
     prog: str | None = None,
     ignored: frozenset[str] = frozenset(),
+    ours: Path | None = None,
 ) -> T:
     """Reads the command line and the configuration file it names.
 
@@ -166,6 +169,7 @@ def parse(
         description: First line of `--help`.
         prog: Name of the script in messages.
         ignored: Keys of the YAML file that are known but not for this script.
+        ours: Folder of files that `--config` finds by name.
 
     Returns:
         An instance of `schema`.
@@ -173,7 +177,7 @@ def parse(
     Raises:
         UserError: An unknown option or key, a value that does not fit, or one that has no effect.
     """
-    return settled(schema, read_layers(schema, argv, description, prog=prog, ignored=ignored))
+    return settled(schema, read_layers(schema, argv, description, prog=prog, ignored=ignored, ours=ours))
 
 
 def read_layers(
@@ -183,6 +187,7 @@ def read_layers(
     *,
     prog: str | None = None,
     ignored: frozenset[str] = frozenset(),
+    ours: Path | None = None,
 ) -> list[Layer]:
     """Like `parse`, but only the values that the files and the command line set, the command line last."""
     known = options_of(schema)
@@ -196,7 +201,10 @@ def read_layers(
         raise UserError(f"unknown argument {shown(rest[0])}{hint}; `{parser.prog} --help` lists all options.")
     texts = vars(namespace)
     config = texts.pop("config", None)
-    layers = _file_layers(Path(os.path.expanduser(config)), known, ignored) if config is not None else []
+    layers = []
+    if config is not None:
+        path = Path(os.path.expanduser(config)) if ours is None else find(config, ours, ".yaml", "--config")
+        layers = _file_layers(path, known, ignored)
     from_line = {name: convert(known[name], value, known[name].flag) for name, value in texts.items()}
     return [*layers, Layer("", from_line)]
 
@@ -223,7 +231,7 @@ def settled(schema: type[T], layers: Sequence[Layer]) -> T:
     states: list[Any] = [schema(**joined(layers[: number + 1])) for number in range(len(layers))]
     for number, layer in enumerate(layers):
         for name, value in layer.values.items():
-            if not layer.asked or not value or value == known[name].default:
+            if not layer.asked or known[name].off(value) or value == known[name].default:
                 continue
             lacking = [_lacking(known[name], state) for state in states[number:]]
             need, called = lacking[-1], f"{layer.where}: {name}" if layer.where else known[name].flag
@@ -235,7 +243,8 @@ def settled(schema: type[T], layers: Sequence[Layer]) -> T:
     idle = {
         name: known[name].default
         for name, value in joined(layers).items()
-        if value and _lacking(known[name], states[-1]) is not None  # what is switched off stays off
+        if not known[name].off(value)
+        and _lacking(known[name], states[-1]) is not None  # what is switched off stays off
     }
     return dataclasses.replace(states[-1], **idle)
 
