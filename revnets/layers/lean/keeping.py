@@ -93,7 +93,7 @@ class Recorder(TorchDispatchMode):
         kind = _kind(func)
         if kind.nothing:
             return func(*args, **kwargs)
-        former = None
+        former: tuple[list[Any], dict[str, Any]] | None = None
         if kind.batch_norm:
             former = [self._node(a) for a in args[:3]], {}
         elif kind.again is not None and _is_large(args):

@@ -120,7 +120,8 @@ def make_lean(module: nn.Module) -> nn.Module:
         (True, True, ['0.weight', '0.bias'])
     """
     if not is_lean(module):
-        module.__class__ = _lean_class(type(module))
+        kind: Any = type(module)
+        module.__class__ = _lean_class(kind)
     return module
 
 
@@ -134,7 +135,7 @@ def _plain(module: nn.Module) -> Any:
 
 
 @functools.cache
-def _lean_class(kind: Any) -> type:
+def _lean_class(kind: Any) -> Any:
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not saves(self):
@@ -151,11 +152,12 @@ def _lean_class(kind: Any) -> type:
 
 def _reduce(self: Any, protocol: Any) -> Any:
     """Copies and pickles name the plain class: the lean one has no place in a module."""
-    _, _, *rest = object.__reduce_ex__(self, max(2, int(protocol)))
+    reduced: Any = object.__reduce_ex__(self, max(2, int(protocol)))
+    _, _, *rest = reduced
     return _revived, (type(self)._plain_class,), *rest
 
 
-def _revived(kind: type) -> Any:
+def _revived(kind: Any) -> Any:
     made = _lean_class(kind)
     return made.__new__(made)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ class Node:
         self.tensor: Tensor | None = None
         self.alive: Callable[[], Tensor | None] | None = None
         self.again: Callable[..., Tensor] | None = None
-        self.inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self.inputs: tuple[Sequence[Any], dict[str, Any]] = ((), {})
         self.inplace: Any = None
         self.base: Node | None = None
         self.saved = False
