@@ -21,7 +21,7 @@ from revnets.training.errors import UserError, one_line, refused
 from .images import Images
 from .options import DataOptions, TrainOptions, ValidateOptions
 from .runtime import Runtime
-from .sources import class_map, find_source
+from .sources import check_apart, class_map, find_source
 
 _logger = logging.getLogger("classification")
 
@@ -157,6 +157,35 @@ def open_dataset(options: DataOptions, split: str, training: bool, **more: Any) 
     if names is not None and "search_split" in source:
         _warn_of_unmapped(names, source, flag)
     return Images(dataset, mode) if isinstance(dataset, ImageDataset) else dataset
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """The two data sets of a training, whose classes are the same."""
+
+    training: Any
+    validation: Any
+
+    @classmethod
+    def of(cls, options: TrainOptions) -> Splits:
+        """Opens both.
+
+        Raises:
+            UserError: One is not there or not whole, they overlap, or their classes differ.
+        """
+        check_apart(options)
+        more = {"repeats": options.epoch_repeats, "seed": options.seed}
+        training = open_dataset(options, options.train_split, training=True, **more)
+        validation = open_dataset(options, options.val_split, training=False)
+        check_same_classes(training, validation)
+        return cls(training, validation)
+
+    def counted(self, options: TrainOptions) -> TrainOptions:
+        """The options with the number of the classes, where they do not give one and it can be known."""
+        names = class_names(self.training)
+        if options.num_classes is None and names is not None:
+            return dataclasses.replace(options, num_classes=len(names))
+        return options
 
 
 def _warn_of_unmapped(class_map: Mapping[str, int], source: Mapping[str, Any], flag: str) -> None:

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from timm.models import model_parameters
-from timm.utils import AverageMeter, ModelEmaV3, NativeScaler, accuracy, dispatch_clip_grad
+from timm.utils import AverageMeter, accuracy, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from revnets.numerics import NumericsMonitor
 from revnets.reversible import RangeError
-from revnets.sparsity import SparsityController, apply_masks
+from revnets.sparsity import apply_masks
 from revnets.training.capture.step import TrainingStep
 from revnets.training.data.resumable import MODEL, seed_all
 from revnets.training.errors import UserError, one_line
@@ -34,27 +34,24 @@ from .data import TrainData
 from .options import TrainOptions
 from .recovery import Position, Recovery
 from .runtime import Runtime
+from .state import State
 
 _logger = logging.getLogger("classification")
 
 
-@dataclasses.dataclass
-class Training:
-    """Everything that changes during a run, and what it is changed with."""
+@dataclasses.dataclass(kw_only=True)
+class Training(State):
+    """A run: its state, and what changes it."""
 
     options: TrainOptions
     runtime: Runtime
-    model: nn.Module  # wrapped under torchrun
-    optimizer: torch.optim.Optimizer
     loss: nn.Module
     data: TrainData
-    scheduler: Any
-    scaler: NativeScaler | None
-    ema: ModelEmaV3 | None
     recovery: Recovery
     guard: FiniteGuard
     drift: DriftMonitor
-    sparsity: SparsityController | None = None  # where there are sparse layers
+    validation: Any = None  # loader of the images to validate on
+    epochs: int = 0  # of the whole schedule
     numerics: NumericsMonitor | None = None  # where --numerics-interval asks for it
     step: TrainingStep | None = None  # with --cuda-graph, once there was a batch
     task: Any = None  # timm's training task around the model, where a teacher takes part
@@ -216,7 +213,7 @@ def _eager_step(run: Training, images: Tensor, target: Tensor, group: int, due: 
 
 def _loss_again(run: Training, images: Tensor, target: Tensor) -> Tensor:
     with run.runtime.autocast():
-        return run.loss(_unwrapped(run.model)(images), target)
+        return run.loss(run.plain(images), target)
 
 
 def _backward(run: Training, loss: Tensor, due: bool) -> bool:
@@ -236,10 +233,6 @@ def _backward(run: Training, loss: Tensor, due: bool) -> bool:
         dispatch_clip_grad(parameters, value=clip, mode=options.clip_mode)
     run.optimizer.step()
     return True
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _without_exchange(model: nn.Module, due: bool) -> AbstractContextManager[Any]:

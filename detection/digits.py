@@ -18,7 +18,7 @@ if not __package__:  # run by its path, see train.py
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from revnets.training.digits import digit_scans
+from revnets.training.data.digits import digit_scans
 from revnets.training.errors import UserError, guarded
 from revnets.training.files import whole_folder
 from revnets.training.options.parsing import SEED, Parser, argument

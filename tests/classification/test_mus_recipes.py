@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from classification import train
+from classification.models import build_model
 from classification.options import TrainOptions, ValidateOptions
 from classification.tables import lr_transfer
 from classification.tables import mus as mus_table
 from classification.tables.lr_transfer import Best, Proxy
 from classification.tables.mus import Outcome
 from revnets.layers import MuSConv2d, MuSLinear
+from revnets.training.errors import UserError
 from revnets.training.options.parsing import options_of, read_yaml
 
 from .short_runs import Trainer
@@ -44,7 +46,7 @@ def test_recipes(path: Path) -> None:
     for more in [[], *([option[0], option[1].format(each)] for each in layers)]:
         got = options("--config", str(path), *more)
         got.check()
-        model = train.build_model(got)
+        model = build_model(got)
         scaled = [module for module in model.modules() if isinstance(module, MuSLinear | MuSConv2d)]
         assert bool(scaled) == (got.mus_base_width is not None) == ("standard" not in path.stem)
         assert any(module.fp8 for module in scaled) == (more != [] and "mus_fp8" in more[-1])
@@ -56,7 +58,7 @@ def test_recipes(path: Path) -> None:
 @pytest.mark.parametrize("network", [pytest.param("revbifpn-s0", marks=SLOW), "mus-vit-tiny"])
 def test_networks_of_a_comparison_have_the_same_size(network: str) -> None:
     paths = [str(mus_table.RECIPES / f"cifar10_{network}{suffix}.yaml") for suffix in ("", "_standard")]
-    models = [train.build_model(options("--config", path)) for path in paths]
+    models = [build_model(options("--config", path)) for path in paths]
     sizes = [sum(p.numel() for p in model.parameters()) for model in models]
     assert sizes[0] == sizes[1]
     assert network in mus_table.NETWORKS
@@ -155,7 +157,7 @@ def test_best_rate_and_its_move() -> None:
     assert found[1].vertex == pytest.approx(2**-5.2)
     assert lr_transfer.moved(found, "with") == (0, pytest.approx(-0.2))
     assert lr_transfer.moved(found, "without")[1] == pytest.approx(-1.5)
-    with pytest.raises(train.UserError, match="no loss stayed finite"):
+    with pytest.raises(UserError, match="no loss stayed finite"):
         lr_transfer.best("with", 64, {Proxy("with", 64, 0.5): math.nan})
 
 

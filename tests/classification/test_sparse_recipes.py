@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from classification import train
+from classification.models import build_model
 from classification.options import TrainOptions, ValidateOptions
 from classification.tables import sparse as sparse_table
 from revnets.sparsity import sparse_layers
+from revnets.training.errors import UserError
 from revnets.training.options.parsing import options_of, read_yaml
 
 from .short_runs import ROOT, Trainer
@@ -44,18 +46,18 @@ def test_every_recipe_parses_with_every_member_and_schedule(path: Path) -> None:
 @pytest.mark.parametrize("member", sparse_table.MEMBERS)
 def test_small_network_of_the_table_takes_every_member(member: str) -> None:
     small = options("--config", str(sparse_table.CONFIG), "--layers", f"{member}:0.75", "--num-classes", "10")
-    model = train.build_model(small)
+    model = build_model(small)
     assert sparse_layers(model)
     assert model(torch.ones(2, 3, 32, 32)).shape == (2, 10)
 
 
 def test_stem_of_small_images() -> None:
-    plain = train.build_model(options("--model", "resnet18", "--small-stem", "1"))
+    plain = build_model(options("--model", "resnet18", "--small-stem", "1"))
     assert isinstance(plain.conv1, nn.Conv2d)
     assert (plain.conv1.kernel_size, plain.conv1.stride) == ((3, 3), (1, 1))
     assert plain.forward_features(torch.ones(1, 3, 32, 32)).shape[2:] == (4, 4)  # type: ignore[operator]
-    with pytest.raises(train.UserError, match="no ResNet"):
-        train.build_model(options("--model", "test_efficientnet", "--small-stem", "1"))
+    with pytest.raises(UserError, match="no ResNet"):
+        build_model(options("--model", "test_efficientnet", "--small-stem", "1"))
 
 
 def test_crop_with_a_border(run_train: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from classification import train, validate
+from classification.models import build_model
+from classification.options import TrainOptions
 from classification.report import read_summary
 from classification.sparse import RunFlops, start_sparsity
 from revnets.kernels import kernel_problem
 from revnets.layers import count_costs
 from revnets.layers.sparse_ift import sparse
 from revnets.sparsity import sparse_layers
+from revnets.training.errors import UserError
 
 from .short_runs import Trainer
 from .test_train_run import differing, load
@@ -109,7 +112,7 @@ def test_sparse_kernel(run_train: Trainer, tmp_path: Path, monkeypatch: pytest.M
 
 
 def built(*line: str) -> torch.nn.Module:
-    return train.build_model(train.parse(train.TrainOptions, ["--data-dir", "x", "--num-classes", "10", *line], ""))
+    return build_model(train.parse(TrainOptions, ["--data-dir", "x", "--num-classes", "10", *line], ""))
 
 
 def test_flops_are_met_at_the_size_of_the_run() -> None:
@@ -135,7 +138,7 @@ def test_layers_that_would_throw_pretrained_weights_away(tmp_path: Path) -> None
     path = tmp_path / "net.pth"
     torch.save(plain.state_dict(), path)
     line = ["--model", "test_efficientnet", "--pretrained-path", str(path), "--layers"]
-    with pytest.raises(train.UserError, match="sparse_doped are newly initialised"):
+    with pytest.raises(UserError, match="sparse_doped are newly initialised"):
         built(*line, "sparse_doped:0.75")
     sparse, weights = built(*line, "sparse:0.75"), plain.state_dict()
     assert sparse_layers(sparse)
@@ -145,8 +148,8 @@ def test_layers_that_would_throw_pretrained_weights_away(tmp_path: Path) -> None
 
 def test_distribution_tells_the_flops(caplog: pytest.LogCaptureFixture) -> None:
     line = ["--data-dir", "x", "--model", "test_efficientnet", "--img-size", "32", "--layers", "sparse_parallel:0.75"]
-    options = train.parse(train.TrainOptions, [*line, "--sparsity-distribution", "erk"], "")
-    model = train.build_model(options)
+    options = train.parse(TrainOptions, [*line, "--sparsity-distribution", "erk"], "")
+    model = build_model(options)
     before = count_costs(model, (3, 32, 32)).sparse_flops
     with caplog.at_level("INFO"):
         start_sparsity(options, model, torch.optim.SGD(model.parameters()), 8)

@@ -4,8 +4,8 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from .archives import IMAGES, check_archive
 from ..errors import did_you_mean
+from .archives import IMAGES, check_archive
 
 TRAIN = ("train", "training")  # timm's other words for a split, in its order
 VALIDATION = ("val", "valid", "validation", "eval", "evaluation")
