@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import errno
+import json
+import math
 import os
 import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -84,6 +87,45 @@ def whole_file(path: Path) -> Iterator[Path]:
         finally:
             with suppress(FileNotFoundError):
                 temporary.unlink()
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Writes a CSV file, whole or not at all; its columns are the keys of all rows, and what a row lacks stays empty.
+
+    Args:
+        path: The file; its folder must exist.
+        rows: A line each.
+
+    Raises:
+        NotWritten: There is no space, say.
+    """
+    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes a JSON file, whole or not at all; numbers that are not finite, of which JSON knows none, become null.
+
+    Args:
+        path: The file; its folder must exist.
+        content: Plain values.
+
+    Raises:
+        NotWritten: There is no space, say.
+    """
+    with whole_file(path) as temporary:
+        text = json.dumps(_finite(content), indent=2, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def duplicate(source: Path, path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tarfile
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -91,12 +92,12 @@ def test_table_compares_seeds_in_pairs() -> None:
         for line, top1 in (("mus", 50.0), ("mus_fp8", 49.75))
         for seed in (0, 2)
     ]
-    table = mus_table.as_table(found)
+    table = mus_table.Table(Namespace(output="")).shown(found)
     cells = {line: [column._cells[row] for column in table.columns] for row, line in enumerate(("mus", "fp8"))}
     assert cells["mus"][3:6] == ["51.00", "1.41", "-"]
     assert cells["fp8"][3:6] == ["50.75", "1.41", "-0.25"]
     broken = [Outcome("net", "mus_fp8-lr2x", 0, math.nan, math.nan, math.nan, 2)]
-    row = [column._cells[0] for column in mus_table.as_table(broken).columns]
+    row = [column._cells[0] for column in mus_table.Table(Namespace(output="")).shown(broken).columns]
     assert row[-1] == "1"
 
 
@@ -120,11 +121,11 @@ def test_table_runs_what_is_missing(
     monkeypatch.setattr(mus_table, "RECIPES", recipes)
     line = ["--networks", "mus-vit-tiny", "--output", str(output), "--images", "20", "--epochs", "1", "--seeds", "0"]
     line += ["--runs", "standard", "mus_fp8", "mus_fp8-lr2x"]
-    assert mus_table.main(line) == 0
+    assert mus_table.Table.main(line) == 0
     assert "mus_fp8-lr2x" in capsys.readouterr().out
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*.pth.tar")}
     assert len(before) >= 3
-    assert mus_table.main(line) == 0
+    assert mus_table.Table.main(line) == 0
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*.pth.tar")}
     content = json.loads((output / "table.json").read_text())
     assert [each["line"] for each in content] == ["standard", "mus_fp8", "mus_fp8-lr2x"]
@@ -165,11 +166,11 @@ def test_transfer_runs_what_is_missing(digits: Path, tmp_path: Path, capsys: pyt
     line = ["--data", str(digits / "train"), "--output", str(tmp_path / "out"), "--widths", "32", "64"]
     line += ["--steps", "3", "--average", "2", "--batch-size", "8", "--depth", "1", "--base-width", "32"]
     line += ["--lowest", "-6", "--highest", "-4"]
-    assert lr_transfer.main(line) == 0
+    assert lr_transfer.Table.main(line) == 0
     assert "with the rules, the best rate moves by" in capsys.readouterr().out
     proxies = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "proxies").iterdir()}
     assert len(proxies) == 3 + 2 * 3, "at the base width the rules change nothing"
-    assert lr_transfer.main(line) == 0
+    assert lr_transfer.Table.main(line) == 0
     assert proxies == {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "proxies").iterdir()}
     content = json.loads((tmp_path / "out" / "lr_transfer.json").read_text())
     assert len(content["proxies"]) == 2 * 2 * 3
@@ -193,6 +194,6 @@ def test_mistakes_of_the_transfer(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], words: str
 ) -> None:
     line = ["--data", str(digits / "train"), "--output", str(tmp_path), "--batch-size", "8"]
-    assert lr_transfer.main([*line, *more]) == 2
+    assert lr_transfer.Table.main([*line, *more]) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert words in message

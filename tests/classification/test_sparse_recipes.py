@@ -77,7 +77,7 @@ def test_crop_with_a_border(run_train: Trainer, tmp_path: Path, capsys: pytest.C
     ],
 )
 def test_mistakes_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], words: str) -> None:
-    assert sparse_table.main(["--output", str(tmp_path / "out"), *more]) == 2
+    assert sparse_table.Table.main(["--output", str(tmp_path / "out"), *more]) == 2
     message = capsys.readouterr().err
     assert words in message
     assert len(message.splitlines()) == 1
@@ -103,12 +103,12 @@ def test_table_runs_what_is_missing(tars: Path, tmp_path: Path, capsys: pytest.C
     )
     line = ["--config", str(recipe), "--output", str(tmp_path / "out"), "--images", "20", "--epochs", "1"]
     line += ["--runs", "dense", "sparse_parallel-rigl", "--seeds", "0"]
-    assert sparse_table.main(line) == 0
+    assert sparse_table.Table.main(line) == 0
     shown = capsys.readouterr().out
     assert "dense" in shown
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.pth.tar")}
     assert len(before) >= 2
-    assert sparse_table.main(line) == 0
+    assert sparse_table.Table.main(line) == 0
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.pth.tar")}
     table = (tmp_path / "out" / "table.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in table] == ["name", "dense", "sparse_parallel-rigl"]
@@ -116,7 +116,7 @@ def test_table_runs_what_is_missing(tars: Path, tmp_path: Path, capsys: pytest.C
     (data,) = (tmp_path / "out").glob("data-20-*")
     with tarfile.open(data / "train.tar") as file:
         assert len(file.getnames()) == 20
-    assert sparse_table.main([*line, "--runs", "sparse_deep-rigl"]) == 2
+    assert sparse_table.Table.main([*line, "--runs", "sparse_deep-rigl"]) == 2
     assert "sparse_deep-rigl" in capsys.readouterr().err
-    assert sparse_table.main([*line, "--images", "900"]) == 2
+    assert sparse_table.Table.main([*line, "--images", "900"]) == 2
     assert "--images" in capsys.readouterr().err

@@ -179,7 +179,7 @@ def test_table_of_pruning_runs_what_is_missing(
     out = tmp_path / "out"
     line = ["--configs", str(recipe(tars, tmp_path)), "--output", str(out), "--images", "20", "--calibration", "20"]
     line += ["--targets", "0.7", "2:4", "--methods", "sparsegpt", "magnitude", "--epochs", "1"]
-    assert prune_table.main(line) == 0
+    assert prune_table.Table.main(line) == 0
     rows = json.loads((out / "table.json").read_text())
     stages = [(row["stage"], row["target"]) for row in rows[5:]]
     assert [row["stage"] for row in rows[:5]] == ["dense", *["one-shot"] * 4]
@@ -198,10 +198,10 @@ def test_table_of_pruning_runs_what_is_missing(
     assert max(stages) < rows[0]["train_flops"]
     assert (out / "table.png").read_bytes().startswith(b"\x89PNG")
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.pth.tar")}
-    assert prune_table.main(line) == 0
+    assert prune_table.Table.main(line) == 0
     assert stamps == {path: path.stat().st_mtime_ns for path in out.rglob("*.pth.tar")}
     assert "distilled" in capsys.readouterr().out
-    assert prune_table.main([*line, "--targets", "1.5"]) == 2
+    assert prune_table.Table.main([*line, "--targets", "1.5"]) == 2
     assert "'1.5' was given" in capsys.readouterr().err
 
 
@@ -210,11 +210,11 @@ def test_table_of_sparse_pretraining(tars: Path, tmp_path: Path) -> None:  # noq
     out = tmp_path / "out"
     line = ["--config", str(recipe(tars, tmp_path)), "--output", str(out), "--images", "10", "--finetune-images", "10"]
     line += ["--epochs", "1", "--finetune-epochs", "1", "--seeds", "0", "1", "--sparsities", "0", "0.75"]
-    assert spdf_table.main(line) == 0
+    assert spdf_table.Table.main(line) == 0
     rows = json.loads((out / "table.json").read_text())
     assert [(row["sparsity"], row["seed"]) for row in rows] == [(s, k) for k in (0, 1) for s in ("none", "0", "0.75")]
     dense, sparse = (row["pretrain_flops"] for row in rows[1:3])
     assert 0.25 < sparse / dense < 0.5
     shutil.rmtree(out / next(path.name for path in out.glob("finetune-0.75*seed0*") if path.is_dir()))
-    assert spdf_table.main(line) == 0
+    assert spdf_table.Table.main(line) == 0
     assert json.loads((out / "table.json").read_text()) == rows
