@@ -127,7 +127,7 @@ class Table:
         figure = new_figure(self.output / self.picture, self.size(done))
         if figure is not None:
             self.draw(figure, done)
-            save_figure(figure, self.output / self.picture)
+            save_figure(figure, self.output / self.picture, dpi=150)
         console = Console(width=140)
         console.print(self.shown(done))
         for words in self.words(done):

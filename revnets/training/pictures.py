@@ -11,17 +11,24 @@ from .files import whole_file
 _logger = logging.getLogger("revnets")
 
 
-def new_figure(path: Path, size: tuple[float, float]) -> Any:
-    """A figure of matplotlib for a picture; None, and a line that says so, where it is not installed."""
+def new_figure(path: Path, size: tuple[float, float], instead: str = "") -> Any:
+    """A figure of matplotlib; None, said in one line, where that is not installed.
+
+    Args:
+        path: Of the picture.
+        size: Width and height in inches.
+        instead: What else to say where there is none.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        _logger.info(f"no {path.name}: matplotlib is not installed (pip install matplotlib)")
+        _logger.info(f"no {path.name}: matplotlib is not installed (pip install matplotlib){instead}")
         return None
     return Figure(figsize=size, layout="constrained")
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Writes the picture, whole or not at all."""
+def save_figure(figure: Any, path: Path, dpi: int = 120) -> Path:
+    """Writes the picture, whole or not at all, and returns its path."""
     with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+        figure.savefig(temporary, dpi=dpi, format="png")
+    return path
