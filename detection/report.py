@@ -49,8 +49,7 @@ def show(title: str, metrics: Mapping[str, float], more: Mapping[str, object]) -
 
 def write_summary(folder: Path, values: Mapping[str, Any]) -> Path:
     """Writes `summary.json`; numbers that are none, such as a metric without data, are null."""
-    write_json(folder / SUMMARY, values)
-    return folder / SUMMARY
+    return write_json(folder / SUMMARY, values)
 
 
 def draw(model: Any, dataset: Any, count: int, folder: Path) -> Path | None:

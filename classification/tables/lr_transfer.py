@@ -32,17 +32,18 @@ import revnets
 from revnets.training.data.splits import check_split
 from revnets.training.errors import UserError, one_line
 from revnets.training.files import write_csv, write_json
-from revnets.training.options.parsing import Parser, argument
+from revnets.training.options.parsing import argument
 from revnets.training.progress import clock
 
 from . import runner
-from .runner import Column, Outcomes, positive, same
+from .runner import Column, Outcomes, flag, positive, same
 from .series import read_stored
 
 _logger = logging.getLogger("classification")
 RULES = ("with", "without")
 MODEL = "mus_vit_tiny_patch16_224"
 IMAGE_SIZE = 32
+_POWER = argument(int, low=-60, high=60)
 _MEAN, _STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
@@ -77,6 +78,28 @@ class Table(runner.Table):
     prog = "lr_transfer"
     description = "Learning rates across widths."
     picture = "lr_transfer.png"
+    options = (
+        flag(
+            "--data",
+            type=argument(str, path=True),
+            default="../shared/data/cifar10/train.tar",
+            help="class folders, or a .tar of them",
+        ),
+        flag("--widths", type=positive, nargs="+", default=[64, 128, 256, 512]),
+        flag("--head-width", type=positive, default=32, help="of attention; wider networks have more heads"),
+        flag("--highest", type=_POWER, default=-4, help="binary logarithm of the highest learning rate"),
+        flag("--lowest", type=_POWER, default=-10, help="binary logarithm of the lowest learning rate"),
+        flag("--steps", type=positive, default=150),
+        flag("--average", type=positive, default=20, help="last steps whose mean loss counts"),
+        flag("--batch-size", type=positive, default=64),
+        flag("--depth", type=positive, default=2),
+        flag("--patch-size", type=positive, default=8),
+        flag("--layers", default="mus", help="mus or mus_fp8"),
+        flag("--opt", default="lion", help="any Adam-like optimizer of timm"),
+        flag("--weight-decay", type=argument(float, low=0), default=0.0, help="share of a weight per step"),
+        flag("--base-width", type=positive, default=64, help="width at which both ways are the same"),
+        flag("--seed", type=runner.seed, default=0),
+    )
     columns = (
         Column("rules", same("rules")),
         Column("width", same("width")),
@@ -86,27 +109,6 @@ class Table(runner.Table):
     )
     curves: dict[Proxy, list[float]]
     losses: dict[Proxy, float]
-
-    @classmethod
-    def arguments(cls, parser: Parser) -> None:
-        """Adds the options of this kind."""
-        add, path, power = parser.add_argument, argument(str, path=True), argument(int, low=-60, high=60)
-        images = "../shared/data/cifar10/train.tar"
-        add("--data", type=path, default=images, help="class folders, or a .tar of them")
-        add("--widths", type=positive, nargs="+", default=[64, 128, 256, 512])
-        add("--head-width", type=positive, default=32, help="of attention; wider networks have more heads")
-        add("--highest", type=power, default=-4, help="binary logarithm of the highest learning rate")
-        add("--lowest", type=power, default=-10, help="binary logarithm of the lowest learning rate")
-        add("--steps", type=positive, default=150)
-        add("--average", type=positive, default=20, help="last steps whose mean loss counts")
-        add("--batch-size", type=positive, default=64)
-        add("--depth", type=positive, default=2)
-        add("--patch-size", type=positive, default=8)
-        add("--layers", default="mus", help="mus or mus_fp8")
-        add("--opt", default="lion", help="any Adam-like optimizer of timm")
-        add("--weight-decay", type=argument(float, low=0), default=0.0, help="share of a weight per step")
-        add("--base-width", type=positive, default=64, help="width at which both ways are the same")
-        add("--seed", type=runner.seed, default=0)
 
     def check(self) -> None:
         """Refuses widths and rates that cannot be.
@@ -164,13 +166,10 @@ class Table(runner.Table):
         }
         write_json(self.output / "lr_transfer.json", content)
 
-    def size(self, done: Outcomes) -> tuple[float, float]:
-        """Two panels."""
-        return 10, 4.4
-
     def draw(self, figure: Any, done: Outcomes) -> None:
         """Loss over learning rate, a curve per width, with the rules on the left and without them on the right."""
         args = self.args
+        figure.set_size_inches(10, 4.4)
         for axis, rules in zip(figure.subplots(1, 2, sharey=True), RULES, strict=True):
             for number, width in enumerate(sorted(args.widths)):
                 points = [(p.lr, loss) for p, loss in self.losses.items() if (p.rules, p.width) == (rules, width)]

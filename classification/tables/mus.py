@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from revnets.training.errors import UserError
-from revnets.training.options.parsing import Parser, parse
+from revnets.training.options.parsing import parse
 
 from ..options import TrainOptions
 from ..report import Row
 from . import runner
-from .runner import Column, Outcomes, mean, positive, same
-from .series import CONFIGS, Stage, at_once, digest_of, subset
+from .runner import Column, Outcomes, flag, mean, positive, same
+from .series import CONFIGS, Stage, at_once, digest_of, parts
 
 RECIPES = CONFIGS / "mus"
 NETWORKS = ("revbifpn-s0", "mus-vit-tiny")
@@ -99,6 +99,12 @@ class Table(runner.Table):
     prog = "mus_table"
     description = "Standard, munit-scaled and FP8 layers on the same network, over seeds."
     picture = "curves.png"
+    options = (
+        *runner.series(images=2500),
+        flag("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS)),
+        flag("--runs", nargs="+", choices=LINES, default=list(LINES), help="lines of the table"),
+        flag("--doubled-seeds", type=positive, default=1, help="seeds of the lines with twice the rate"),
+    )
     columns = (
         Column("network", same("network")),
         Column("layers", same("line")),
@@ -109,14 +115,6 @@ class Table(runner.Table):
         Column("training loss", mean("train_loss", ".4f")),
         Column("not finite", lambda found, _: str(sum(not math.isfinite(o.train_loss) for o in found))),
     )
-
-    @classmethod
-    def arguments(cls, parser: Parser) -> None:
-        """Adds the options of this kind."""
-        runner.add_series(parser, images=2500)
-        parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-        parser.add_argument("--runs", nargs="+", choices=LINES, default=list(LINES), help="lines of the table")
-        parser.add_argument("--doubled-seeds", type=positive, default=1, help="seeds of the lines with twice the rate")
 
     def outcomes(self) -> Iterator[Outcome]:
         """A whole comparison of all networks first, then the next seed."""
@@ -135,7 +133,7 @@ class Table(runner.Table):
         recipe = str(RECIPES / f"cifar10_{network}{suffix}.yaml")
         options = parse(TrainOptions, ["--config", recipe], "")
         epochs, made = self.args.epochs or options.epochs, self.output / f"data-{images}"
-        data = subset(Path(options.data_dir), options.train_split, options.val_split, images, made)
+        data = parts(options, made, images)
         more = ["--data-dir", str(data), "--seed", str(seed)]
         if layers := VARIANTS[line.removesuffix(f"-{DOUBLED}")]:  # for conversion, or of a network made of them
             more += ["--layers", layers] if options.layers else ["--model-kwargs", f"layers={layers}"]
@@ -150,13 +148,10 @@ class Table(runner.Table):
         """Network and layers."""
         return outcome.network, outcome.line
 
-    def size(self, done: Outcomes) -> tuple[float, float]:
-        """A row per network."""
-        return 11, 4.2 * len({each.network for each in done})
-
     def draw(self, figure: Any, done: Outcomes) -> None:
         """The training losses of all runs, and their final accuracies, a row of panels per network."""
         networks = list(dict.fromkeys(each.network for each in done))
+        figure.set_size_inches(11, 4.2 * len(networks))
         axes = figure.subplots(len(networks), 2, squeeze=False, width_ratios=(3, 2))
         for (left, right), network in zip(axes, networks, strict=True):
             _draw_network(left, right, [each for each in done if each.network == network])

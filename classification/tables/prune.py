@@ -26,7 +26,7 @@ from revnets.pruning.checkpoint import read_weights, save_weights
 from revnets.pruning.command import draw_batches
 from revnets.training.errors import UserError, one_line
 from revnets.training.files import write_json
-from revnets.training.options.parsing import Parser, argument, parse
+from revnets.training.options.parsing import argument, parse
 
 from ..data import class_names, open_dataset, validation_loader
 from ..loop import validate
@@ -34,8 +34,8 @@ from ..models import build_model, data_config, load_weights
 from ..options import TrainOptions, as_dict
 from ..runtime import start_runtime
 from . import runner
-from .runner import Column, Outcomes, positive, same
-from .series import CONFIGS, Stage, digest, part_of, read_stored
+from .runner import Column, Outcomes, flag, positive, same
+from .series import CONFIGS, Stage, digest, parts, read_stored
 
 _logger = logging.getLogger("classification")
 RECIPES = [str(CONFIGS / "prune" / f"cifar10_small_{name}.yaml") for name in ("resnet18", "revbifpn")]
@@ -82,6 +82,27 @@ class Table(runner.Table):
     prog = "prune_table"
     description = "Targets x methods x stages."
     title = "Pruned networks (FLOPs: theoretical, without multiplications by zeros)"
+    options = (
+        flag("--configs", nargs="+", default=RECIPES, help="recipes of the dense networks"),
+        flag("--dense", nargs="+", default=[], help="their checkpoints, where they are trained already"),
+        flag("--methods", nargs="+", choices=METHODS, default=list(METHODS)),
+        flag("--targets", nargs="+", type=_target, default=["0.5", "0.6", "0.7", "0.8", "2:4"]),
+        flag("--recover", nargs="*", type=_target, default=["0.7"], help="targets to train to"),
+        flag(
+            "--steps",
+            nargs="*",
+            type=runner.share_of_zeros,
+            default=[0.5],
+            help="sparsities to train at on the way to a larger one",
+        ),
+        flag("--images", type=positive, default=20000, help="training images, equally many of each class"),
+        flag("--val-images", type=positive, help="validation images; all where not given"),
+        flag("--calibration", type=positive, default=256, help="images to prune and quantise on"),
+        flag("--epochs", type=positive, help="of the dense networks; those of the recipes where not given"),
+        flag("--recover-epochs", type=positive, help="of each stage; a third of the dense where not given"),
+        flag("--recover-lr", type=argument(float, low=0), default=0.3, help="of the dense network's learning rate"),
+        flag("--seed", type=runner.seed, default=0),
+    )
     columns = (
         Column("network", same("network")),
         Column("method", same("method")),
@@ -94,26 +115,6 @@ class Table(runner.Table):
         Column("error", same("error", ".3g")),
         Column("s", same("seconds", ".1f")),
     )
-
-    @classmethod
-    def arguments(cls, parser: Parser) -> None:
-        """Adds the options of this kind."""
-        add, rate, sparsity = parser.add_argument, argument(float, low=0), runner.share_of_zeros
-        add("--configs", nargs="+", default=RECIPES, help="recipes of the dense networks")
-        add("--dense", nargs="+", default=[], help="their checkpoints, where they are trained already")
-        add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-        add("--targets", nargs="+", type=_target, default=["0.5", "0.6", "0.7", "0.8", "2:4"])
-        add("--recover", nargs="*", type=_target, default=["0.7"], help="targets to train to")
-        add(
-            "--steps", nargs="*", type=sparsity, default=[0.5], help="sparsities to train at on the way to a larger one"
-        )
-        add("--images", type=positive, default=20000, help="training images, equally many of each class")
-        add("--val-images", type=positive, help="validation images; all where not given")
-        add("--calibration", type=positive, default=256, help="images to prune and quantise on")
-        add("--epochs", type=positive, help="of the dense networks; those of the recipes where not given")
-        add("--recover-epochs", type=positive, help="of each stage; a third of the dense where not given")
-        add("--recover-lr", type=rate, default=0.3, help="of the dense network's learning rate")
-        add("--seed", type=runner.seed, default=0)
 
     def check(self) -> None:
         """Refuses checkpoints that are not one for each recipe.
@@ -132,13 +133,10 @@ class Table(runner.Table):
             dense = self.args.dense[index] if self.args.dense else None
             yield from Network(self.args, config, self.output, dense).lines()
 
-    def size(self, done: Outcomes) -> tuple[float, float]:
-        """A panel per network."""
-        return 6 * len({line.network for line in done}), 4.5
-
     def draw(self, figure: Any, done: Outcomes) -> None:
         """Accuracy over sparsity for each network."""
         networks = list(dict.fromkeys(line.network for line in done))
+        figure.set_size_inches(6 * len(networks), 4.5)
         for axis, network in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
             _draw_network(axis, [line for line in done if line.network == network])
             axis.set(title=network.rpartition("-")[0], xlabel="sparsity of the pruned layers", ylabel="top-1, %")
@@ -154,24 +152,18 @@ class Network:
         options = parse(TrainOptions, ["--config", config, "--seed", str(args.seed)], "")
         source = Path(options.data_dir)
         made = output / f"data-{args.images}-{args.val_images or 'all'}-{digest({'from': str(source.resolve())})}"
-        made.mkdir(exist_ok=True)
-        train, val = (part_of(source / split, made / split, images) for split, images in self._splits(options))
+        parts(options, made, args.images, args.val_images)
         epochs = args.epochs or options.epochs
         self.more = ("--data-dir", str(made), "--seed", str(args.seed))
-        self.options = dataclasses.replace(
-            options, data_dir=str(made), train_split=train.name, val_split=val.name, epochs=epochs, log_interval=1 << 30
-        )
+        self.options = dataclasses.replace(options, data_dir=str(made), epochs=epochs, log_interval=1 << 30)
         self.name = f"{Path(config).stem}-{digest(as_dict(self.options))}"
         self.given = Path(dense) if dense else None
         self.runtime = start_runtime(self.options)
-        val_set = open_dataset(self.options, val.name, training=False)
+        val_set = open_dataset(self.options, options.val_split, training=False)
         self.options = dataclasses.replace(self.options, num_classes=len(class_names(val_set) or []) or None)
         self.data = data_config(self.options, self.model(None))
         self.loader = validation_loader(self.options, self.runtime, val_set, self.data)
         self.recover_epochs = args.recover_epochs or max(1, round(epochs / 3))
-
-    def _splits(self, options: TrainOptions) -> tuple[tuple[str, int | None], ...]:
-        return (options.train_split, self.args.images), (options.val_split, self.args.val_images)
 
     def model(self, weights: Path | None) -> nn.Module:
         """The plain network, with weights of a file."""

@@ -25,14 +25,25 @@ Lines = Mapping[Any, Outcomes]
 positive = argument(int, low=1, high=1 << 31)
 share_of_zeros = argument(float, low=0, below=1)
 seed = argument(int, low=0, high=SEED)
+Flag = tuple[str, dict[str, Any]]
 
 
-def add_series(parser: Parser, images: int) -> None:
-    """Adds the options of tables whose runs differ in seeds."""
-    parser.add_argument("--seeds", type=seed, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--images", type=positive, default=images, help="training images, equally many of each class")
-    parser.add_argument("--epochs", type=positive, help="those of the recipe where not given")
-    parser.add_argument("--jobs", type=positive, default=1, help="runs at the same time")
+def flag(name: str, **how: Any) -> Flag:
+    """An option of the command line, in the words of argparse."""
+    return name, how
+
+
+SEEDS = flag("--seeds", type=seed, nargs="+", default=[0, 1, 2])
+
+
+def series(images: int) -> tuple[Flag, ...]:
+    """The options of tables whose runs differ in seeds."""
+    return (
+        SEEDS,
+        flag("--images", type=positive, default=images, help="training images, equally many of each class"),
+        flag("--epochs", type=positive, help="those of the recipe where not given"),
+        flag("--jobs", type=positive, default=1, help="runs at the same time"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +63,7 @@ class Table:
 
     prog: ClassVar[str]  # also the name of its folder
     description: ClassVar[str]
+    options: ClassVar[tuple[Flag, ...]]
     title: ClassVar[str | None] = None
     columns: ClassVar[tuple[Column, ...]]
     picture: ClassVar[str] = "table.png"
@@ -68,15 +80,11 @@ class Table:
             parser = Parser(prog=cls.prog, description=cls.description, allow_abbrev=False)
             path, folder = argument(str, path=True), f"output/{cls.prog}"
             parser.add_argument("--output", type=path, default=folder, help="folder of the runs and of the table")
-            cls.arguments(parser)
+            for name, how in cls.options:
+                parser.add_argument(name, **how)
             cls(parser.parse_args(argv)).run()
 
         return guarded(run)
-
-    @classmethod
-    def arguments(cls, parser: Parser) -> None:
-        """Adds the options of this kind."""
-        raise NotImplementedError
 
     def check(self) -> None:
         """What can be refused before anything is written.
@@ -96,10 +104,6 @@ class Table:
     def draw(self, figure: Any, done: Outcomes) -> None:
         """Draws the picture."""
         raise NotImplementedError
-
-    def size(self, done: Outcomes) -> tuple[float, float]:
-        """Of the picture."""
-        return 8, 4.5
 
     def words(self, done: Outcomes) -> list[str]:
         """What is printed below the table."""
@@ -124,7 +128,7 @@ class Table:
         for outcome in self.outcomes():
             done.append(outcome)
             self.write(done)
-        figure = new_figure(self.output / self.picture, self.size(done))
+        figure = new_figure(self.output / self.picture, (8, 4.5))
         if figure is not None:
             self.draw(figure, done)
             save_figure(figure, self.output / self.picture, dpi=150)

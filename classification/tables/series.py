@@ -55,28 +55,25 @@ def digest_of(options: TrainOptions) -> str:
     return digest({**as_dict(options), "data_dir": str(Path(options.data_dir).resolve())})
 
 
-def subset(folder: Path, train: str, validation: str, images: int, made: Path) -> Path:
-    """A folder with the first images of every class of a .tar split, and the whole validation split.
+def parts(
+    options: TrainOptions,
+    made: Path,
+    images: int,
+    val_images: int | None = None,
+    classes: Callable[[list[str]], Sequence[str]] = list,
+) -> Path:
+    """A folder with a part of both splits of a recipe, which are .tar files; see `part_of`.
 
     Args:
-        folder: Of the two splits.
-        train: File name of the training images.
-        validation: File name of the validation images.
-        images: How many to take, equally many of each class.
+        options: Say where they are.
         made: The folder; its parent exists.
-
-    Raises:
-        UserError: The splits are no .tar files, or hold too few images.
+        images: To train on.
+        val_images: To validate on; None takes all.
+        classes: From the names of all classes to those to take.
     """
-    for split in (train, validation):
-        if not (folder / split).is_file():
-            raise UserError(f"--config: there is no .tar file '{folder / split}'; correct data_dir and the splits.")
     made.mkdir(exist_ok=True)
-    link = made / validation
-    if not link.exists():
-        link.unlink(missing_ok=True)  # one that led to where the data were
-        link.symlink_to((folder / validation).resolve())
-    part_of(folder / train, made / train, images)
+    for split, count in ((options.train_split, images), (options.val_split, val_images)):
+        part_of(Path(options.data_dir) / split, made / split, count, classes)
     return made
 
 

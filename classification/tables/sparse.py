@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from revnets.training.errors import UserError
-from revnets.training.options.parsing import Parser, parse
+from revnets.training.options.parsing import parse
 
 from ..options import TrainOptions
 from . import runner
-from .runner import Column, Outcomes, against, finite, mean, same
-from .series import CONFIGS, Stage, at_once, digest_of, subset
+from .runner import Column, Outcomes, against, finite, flag, mean, same
+from .series import CONFIGS, Stage, at_once, digest_of, parts
 
 CONFIG = CONFIGS / "sparse_ift" / "cifar10_small.yaml"
 MEMBERS = ("sparse_wide", "sparse_parallel", "sparse_factorized", "sparse_doped")
@@ -48,6 +48,13 @@ class Table(runner.Table):
 
     prog = "sparse_table"
     description = "Seeds x members x schedules on one recipe."
+    options = (
+        *runner.series(images=10000),
+        flag("--config", default=str(CONFIG), help="recipe of all runs"),
+        flag("--sparsity", type=runner.share_of_zeros, default=0.75),
+        flag("--compared", choices=MEMBERS, default="sparse_wide", help="member with every schedule"),
+        flag("--runs", nargs="+", help="lines of the table; all where not given"),
+    )
     columns = (
         Column("network", same("name")),
         Column("seeds", runner.count),
@@ -58,15 +65,6 @@ class Table(runner.Table):
         Column("training TFLOPs", mean("train_flops", ".4f", 1e12)),
     )
 
-    @classmethod
-    def arguments(cls, parser: Parser) -> None:
-        """Adds the options of this kind."""
-        runner.add_series(parser, images=10000)
-        parser.add_argument("--config", default=str(CONFIG), help="recipe of all runs")
-        parser.add_argument("--sparsity", type=runner.share_of_zeros, default=0.75)
-        parser.add_argument("--compared", choices=MEMBERS, default="sparse_wide", help="member with every schedule")
-        parser.add_argument("--runs", nargs="+", help="lines of the table; all where not given")
-
     def check(self) -> None:
         """Refuses lines that there are none of.
 
@@ -76,8 +74,8 @@ class Table(runner.Table):
         known = {f"{m}-{s}" for m in MEMBERS for s in SCHEDULES} | {"dense"}
         if unknown := [name for name in self.args.runs or () if name not in known]:
             raise UserError(f"--runs: '{unknown[0]}' was given where one of {', '.join(sorted(known))} was expected.")
-        self.options = parse(TrainOptions, ["--config", self.args.config], "")
-        self.epochs = self.args.epochs or self.options.epochs
+        self.recipe = parse(TrainOptions, ["--config", self.args.config], "")
+        self.epochs = self.args.epochs or self.recipe.epochs
 
     def names(self) -> list[str]:
         """The lines of the table."""
@@ -86,15 +84,15 @@ class Table(runner.Table):
 
     def outcomes(self) -> Iterator[Outcome]:
         """A whole comparison first, then the next seed."""
-        options, images = self.options, self.args.images
+        options, images = self.recipe, self.args.images
         made = self.output / f"data-{images}-{digest_of(options)}"
-        data = subset(Path(options.data_dir), options.train_split, options.val_split, images, made)
+        data = parts(options, made, images)
         wanted = [(name, seed) for seed in self.args.seeds for name in self.names()]
         yield from at_once(self.args.jobs, lambda pair: self._trained(data, *pair), wanted)
 
     def _trained(self, data: Path, line: str, seed: int) -> Outcome:
         args = self.args
-        name = f"{line}-{args.sparsity:g}-{args.images}x{self.epochs}-seed{seed}-{digest_of(self.options)}"
+        name = f"{line}-{args.sparsity:g}-{args.images}x{self.epochs}-seed{seed}-{digest_of(self.recipe)}"
         more = ["--data-dir", str(data), "--seed", str(seed)]
         if line != "dense":
             member, schedule = line.rsplit("-", 1)
@@ -114,7 +112,7 @@ class Table(runner.Table):
             middle = runner.average(found, "top1")
             axis.plot([i - 0.3, i + 0.3], [middle, middle], color="C1", linewidth=2)
         axis.set_xticks(range(len(lines)), list(lines), rotation=20, ha="right", fontsize="small")
-        title = f"{self.options.model}, {self.args.images} images, {self.epochs} epochs"
+        title = f"{self.recipe.model}, {self.args.images} images, {self.epochs} epochs"
         axis.set(title=title, ylabel="top-1, %")
         axis.grid(axis="y", alpha=0.3)
 

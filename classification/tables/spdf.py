@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from revnets.training.options.parsing import Parser, argument, parse
+from revnets.training.options.parsing import argument, parse
 
 from ..options import TrainOptions, as_dict
 from . import runner
-from .runner import Column, Outcomes, against, average, mean, positive, same
-from .series import CONFIGS, Stage, digest, part_of
+from .runner import Column, Outcomes, against, average, flag, mean, positive, same
+from .series import CONFIGS, Stage, digest, parts
 
 CONFIG = CONFIGS / "prune" / "cifar10_small_resnet18.yaml"
 SCRATCH, DENSE = "none", "0"
@@ -56,6 +56,16 @@ class Table(runner.Table):
 
     prog = "spdf_table"
     description = "Sparsities x seeds, then dense."
+    options = (
+        flag("--config", default=str(CONFIG), help="recipe of all trainings"),
+        flag("--sparsities", nargs="+", type=runner.share_of_zeros, default=[0.0, 0.5, 0.75]),
+        runner.SEEDS,
+        flag("--images", type=positive, default=25000, help="of the pre-training, of each class as many"),
+        flag("--finetune-images", type=positive, default=10000, help="of the new task"),
+        flag("--epochs", type=positive, default=3, help="of the pre-training"),
+        flag("--finetune-epochs", type=positive, default=4),
+        flag("--finetune-lr", type=argument(float, low=0), default=0.5, help="of the recipe's learning rate"),
+    )
     columns = (
         Column("pre-training", same("sparsity")),
         Column("seeds", runner.count),
@@ -69,22 +79,9 @@ class Table(runner.Table):
         Column("of dense", _of_dense("pretrain_flops", "finetune_flops")),
     )
 
-    @classmethod
-    def arguments(cls, parser: Parser) -> None:
-        """Adds the options of this kind."""
-        parser.add_argument("--config", default=str(CONFIG), help="recipe of all trainings")
-        parser.add_argument("--sparsities", nargs="+", type=runner.share_of_zeros, default=[0.0, 0.5, 0.75])
-        parser.add_argument("--seeds", type=runner.seed, nargs="+", default=[0, 1, 2])
-        parser.add_argument("--images", type=positive, default=25000, help="of the pre-training, of each class as many")
-        parser.add_argument("--finetune-images", type=positive, default=10000, help="of the new task")
-        parser.add_argument("--epochs", type=positive, default=3, help="of the pre-training")
-        parser.add_argument("--finetune-epochs", type=positive, default=4)
-        rate = argument(float, low=0)
-        parser.add_argument("--finetune-lr", type=rate, default=0.5, help="of the recipe's learning rate")
-
     def check(self) -> None:
         """Reads the recipe."""
-        self.options = parse(TrainOptions, ["--config", self.args.config], "")
+        self.recipe = parse(TrainOptions, ["--config", self.args.config], "")
 
     def outcomes(self) -> Iterator[Outcome]:
         """A whole comparison first, then the next seed."""
@@ -95,21 +92,18 @@ class Table(runner.Table):
 
     def _half(self, name: str, images: int) -> Path:
         """The folder of one of the two tasks."""
-        options, source = self.options, Path(self.options.data_dir)
+        options, source = self.recipe, Path(self.recipe.data_dir)
         folder = self.output / f"data-{name}-{images}-{digest({'from': str(source.resolve())})}"
-        folder.mkdir(exist_ok=True)
 
         def half(names: list[str]) -> list[str]:
             middle = len(names) // 2
             return names[:middle] if name == "first" else names[middle:]
 
-        part_of(source / options.train_split, folder / options.train_split, images, half)
-        part_of(source / options.val_split, folder / options.val_split, None, half)
-        return folder
+        return parts(options, folder, images, None, half)
 
     def _outcome(self, halves: tuple[Path, Path], sparsity: float | None, seed: int) -> Outcome:
         args, output = self.args, self.output
-        recipe = digest({**as_dict(self.options), "data": [str(half) for half in halves], "epochs": args.epochs})
+        recipe = digest({**as_dict(self.recipe), "data": [str(half) for half in halves], "epochs": args.epochs})
         word = SCRATCH if sparsity is None else f"{sparsity:g}"
         start: tuple[str, ...] = ()
         before = {"eval_top1": math.nan, "train_flops": 0.0}
@@ -118,7 +112,7 @@ class Table(runner.Table):
             more = ("--data-dir", str(halves[0]), "--seed", str(seed), *layers)
             first = Stage(f"pretrain-{word}-seed{seed}-{recipe}", args.config, output, args.epochs, more)
             before = first.run()
-            lr = str(args.finetune_lr * (self.options.lr or 0.1))
+            lr = str(args.finetune_lr * (self.recipe.lr or 0.1))
             start = ("--initial-checkpoint", str(first.weights), "--lr", lr)
         more = ("--data-dir", str(halves[1]), "--seed", str(seed), *start)
         name = f"finetune-{word}-{args.finetune_epochs}x{args.finetune_lr:g}-seed{seed}-{recipe}"
@@ -139,7 +133,7 @@ class Table(runner.Table):
             label = "no pre-training" if word == SCRATCH else f"pre-trained at {float(word):.0%} sparsity"
             middle = average(found, "top1")
             axis.plot(flops, middle, "_", color=f"C{i}", markersize=24, markeredgewidth=2, label=label)
-        title = f"{self.options.model}: pre-trained on half of the classes, then on the others"
+        title = f"{self.recipe.model}: pre-trained on half of the classes, then on the others"
         axis.set(title=title, xlabel="FLOPs of both trainings, 10^12 (theoretical)", ylabel="top-1 of the new task, %")
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")

@@ -11,9 +11,10 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 TEMPORARY = ".tmp-"
 _LEFTOVER = re.compile(re.escape(TEMPORARY) + r"\w+-(?P<name>.+)", re.DOTALL)
@@ -89,43 +90,52 @@ def whole_file(path: Path) -> Iterator[Path]:
                 temporary.unlink()
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Writes a CSV file, whole or not at all; its columns are the keys of all rows, and what a row lacks stays empty.
+def write(path: Path, save: Callable[[Path], Any]) -> Path:
+    """Lets `save` write a file that appears at `path` complete or not at all.
 
     Args:
-        path: The file; its folder must exist.
-        rows: A line each.
-
-    Raises:
-        NotWritten: There is no space, say.
-    """
-    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def write_json(path: Path, content: object) -> None:
-    """Writes a JSON file, whole or not at all; numbers that are not finite, of which JSON knows none, become null.
-
-    Args:
-        path: The file; its folder must exist.
-        content: Plain values.
+        path: The file to write; its folder must exist.
+        save: Is given the path to write to.
 
     Raises:
         NotWritten: There is no space, say.
     """
     with whole_file(path) as temporary:
-        text = json.dumps(_finite(content), indent=2, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+        save(temporary)
+    return path
 
 
-def _finite(value: object) -> object:
+def write_json(path: Path, data: Any) -> Path:
+    """Writes plain values as indented JSON, whole or not at all; see `write`. Numbers that are not finite are null."""
+    text = json.dumps(_finite(data), indent=2, allow_nan=False) + "\n"
+    return write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = ()) -> Path:
+    """Writes rows as CSV, whole or not at all; see `write`.
+
+    Args:
+        path: The file to write; its folder must exist.
+        rows: Values by the names of their columns; where one has no value, its cell is empty.
+        columns: Their names; by default all that the rows have, in the order in which they come up.
+    """
+    found = list(rows)
+
+    def save(temporary: Path) -> None:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns or list(dict.fromkeys(name for row in found for name in row)))
+            writer.writeheader()
+            writer.writerows(found)
+
+    return write(path, save)
 
 
 def duplicate(source: Path, path: Path) -> None:

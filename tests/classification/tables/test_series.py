@@ -8,20 +8,31 @@ from pathlib import Path
 
 import pytest
 
+from classification.options import TrainOptions
 from classification.tables import lr_transfer, series, sparse
 from classification.tables import prune as prune_table
 
 
-def test_data_that_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(series, "part_of", lambda source, made, images: made)
-    for place in ("old", "new"):
-        (tmp_path / place).mkdir()
-        for split in ("train.tar", "val.tar"):
-            with tarfile.open(tmp_path / place / split, "w"):
-                pass
-        made = series.subset(tmp_path / place, "train.tar", "val.tar", 4, tmp_path / "made")
-        assert (made / "val.tar").resolve() == (tmp_path / place / "val.tar").resolve()
-        (tmp_path / place / "val.tar").unlink()  # the link leads nowhere now
+def test_data_are_taken_once(tmp_path: Path) -> None:
+    """Also where they were, in an older version, a link to what has moved since."""
+    made, options = (
+        tmp_path / "made",
+        TrainOptions(data_dir=str(tmp_path), train_split="train.tar", val_split="val.tar"),
+    )
+    for split in ("train.tar", "val.tar"):
+        with tarfile.open(tmp_path / split, "w") as file:
+            for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png"):
+                file.addfile(tarfile.TarInfo(name))
+    made.mkdir()
+    (made / "val.tar").symlink_to(tmp_path / "gone.tar")
+    assert series.parts(options, made, 2) == made
+    counts = {}
+    for split in ("train.tar", "val.tar"):
+        with tarfile.open(made / split) as file:
+            counts[split] = len(file.getnames())
+    assert counts == {"train.tar": 2, "val.tar": 4}
+    (tmp_path / "train.tar").unlink()
+    series.parts(options, made, 2)
 
 
 def test_an_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
