@@ -19,7 +19,7 @@ from revnets.training.data.resumable import BATCH, Batches, Items, apart, resuma
 from revnets.training.errors import UserError, one_line, refused
 
 from .images import Images
-from .options import DataOptions, TrainOptions, ValidateOptions
+from .options import DataOptions, TrainOptions, ValidateOptions, renamed
 from .runtime import Runtime
 from .sources import check_apart, class_map, find_source
 
@@ -256,26 +256,13 @@ def train_data(
         raise UserError(f"--batch-size: {len(dataset)} training images do not fill one batch of {needed}; lower it.")
     if options.aug_splits > 1:
         dataset = AugMixDataset(dataset, num_splits=options.aug_splits)
-    mixing = _mixup_arguments(options, num_classes) if options.mixes else None
+    mixing = _mixing(options, num_classes) if options.mixes else None
     prefetch = not options.no_prefetcher
     collate = SeededMixup(**mixing) if mixing and prefetch else None
-    augmentation = {
-        "no_aug": options.no_aug,
-        "train_crop_mode": options.train_crop_mode,
-        "scale": options.scale,
-        "ratio": options.ratio,
-        "hflip": options.hflip,
-        "vflip": options.vflip,
-        "color_jitter": options.color_jitter,
-        "color_jitter_prob": options.color_jitter_prob,
-        "auto_augment": options.aa,
-        "num_aug_repeats": options.aug_repeats if runtime.distributed else 0,
-        "num_aug_splits": options.aug_splits,
-        "re_prob": options.reprob,
-        "re_mode": options.remode,
-        "re_count": options.recount,
-        "re_split": options.resplit,
-    }
+    same = ("no_aug", "train_crop_mode", "scale", "ratio", "hflip", "vflip", "color_jitter", "color_jitter_prob")
+    erasing = {"re_prob": "reprob", "re_mode": "remode", "re_count": "recount", "re_split": "resplit"}
+    augmentation = renamed(options, *same, auto_augment="aa", num_aug_splits="aug_splits", **erasing)
+    augmentation["num_aug_repeats"] = options.aug_repeats if runtime.distributed else 0
     if options.train_interpolation and not options.no_aug:
         config = {**config, "interpolation": options.train_interpolation}
     with refused("augmentation: timm refuses it", "correct --aa, --scale or --ratio"):
@@ -345,14 +332,8 @@ def _loader(
     )
 
 
-def _mixup_arguments(options: TrainOptions, num_classes: int) -> dict[str, Any]:
-    return {
-        "mixup_alpha": options.mixup,
-        "cutmix_alpha": options.cutmix,
-        "cutmix_minmax": options.cutmix_minmax,
-        "prob": options.mixup_prob,
-        "switch_prob": options.mixup_switch_prob,
-        "mode": options.mixup_mode,
-        "label_smoothing": options.smoothing,
-        "num_classes": num_classes,
-    }
+def _mixing(options: TrainOptions, num_classes: int) -> dict[str, Any]:
+    """The arguments of `Mixup`."""
+    alphas = {"mixup_alpha": "mixup", "cutmix_alpha": "cutmix", "label_smoothing": "smoothing", "mode": "mixup_mode"}
+    chances = {"prob": "mixup_prob", "switch_prob": "mixup_switch_prob"}
+    return {**renamed(options, "cutmix_minmax", **alphas, **chances), "num_classes": num_classes}

@@ -70,17 +70,8 @@ def quickstart(options: QuickstartOptions) -> str:
     start = time.perf_counter()
     output = Path(options.output)
     data = make_digits(output / "data", limit=options.limit)
-    line = [
-        "--config",
-        str(CONFIG),
-        "--data-dir",
-        str(data),
-        "--output",
-        str(output),
-        "--experiment",
-        "train",
-        "--overwrite",
-    ]
+    line = ["--config", str(CONFIG), "--data-dir", str(data), "--output", str(output), "--experiment", "train"]
+    line += ["--overwrite"]
     line += ["--model", options.model] if options.model else []
     line += ["--epochs", str(options.epochs), "--warmup-epochs", "0"] if options.epochs else []
     settings = parse(TrainOptions, line, "", prog="quickstart.py")

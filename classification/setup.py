@@ -20,7 +20,7 @@ from .captured import check_optimizer
 from .data import Splits, check_labels, train_data, validation_loader
 from .distill import distillation
 from .loop import Training
-from .options import TrainOptions
+from .options import TrainOptions, renamed
 from .recovery import Recovery
 from .runtime import Runtime
 from .sparse import start_sparse_kernel, start_sparsity
@@ -111,22 +111,11 @@ def _schedule(run: Training, lr: float) -> None:
 
 def schedule_arguments(options: TrainOptions, updates: int) -> dict[str, Any]:
     """The arguments of `create_scheduler_v2`."""
+    same = ("sched", "decay_epochs", "decay_milestones", "decay_rate", "cooldown_epochs", "patience_epochs", "min_lr")
+    cycles = {"cycle_mul": "lr_cycle_mul", "cycle_decay": "lr_cycle_decay", "cycle_limit": "lr_cycle_limit"}
     return {
-        "sched": options.sched,
-        "num_epochs": options.epochs,
-        "decay_epochs": options.decay_epochs,
-        "decay_milestones": options.decay_milestones,
-        "cooldown_epochs": options.cooldown_epochs,
-        "patience_epochs": options.patience_epochs,
-        "decay_rate": options.decay_rate,
-        "min_lr": options.min_lr,
-        "warmup_lr": options.warmup_lr,
-        "warmup_epochs": options.warmup_epochs,
-        "warmup_prefix": options.warmup_prefix,
-        "cycle_mul": options.lr_cycle_mul,
-        "cycle_decay": options.lr_cycle_decay,
-        "cycle_limit": options.lr_cycle_limit,
-        "k_decay": options.lr_k_decay,
+        **renamed(options, *same, "warmup_lr", "warmup_epochs", "warmup_prefix"),
+        **renamed(options, num_epochs="epochs", k_decay="lr_k_decay", **cycles),
         "plateau_mode": "min" if options.eval_metric == "loss" else "max",
         "step_on_epochs": not options.sched_on_updates,
         "updates_per_epoch": updates,

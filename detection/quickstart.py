@@ -134,13 +134,11 @@ def final_line(metrics: Mapping[str, float], memory: Mapping[str, int], seconds:
 
 def _options() -> argparse.ArgumentParser:
     line = Parser(prog="quickstart.py", description="RevBiFPN finds digits.", allow_abbrev=False)
-    line.add_argument(
-        "--output", type=PATH, default="output/quickstart-detection", help="folder for the run and the picture"
-    )
+    folder = "output/quickstart-detection"
+    line.add_argument("--output", type=PATH, default=folder, help="folder for the run and the picture")
     line.add_argument("--data-dir", type=PATH, default=str(DATA), help="folder for the scenes")
-    line.add_argument(
-        "--scenes", type=argument(int, low=1, high=100_000), help="use so many scenes to train on (for quick tests)"
-    )
+    scenes = argument(int, low=1, high=100_000)
+    line.add_argument("--scenes", type=scenes, help="use so many scenes to train on (for quick tests)")
     line.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="see detection/train.py")
     return line
 
