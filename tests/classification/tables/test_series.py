@@ -11,6 +11,8 @@ import pytest
 from classification.options import TrainOptions
 from classification.tables import lr_transfer, series, sparse
 from classification.tables import prune as prune_table
+from classification.tables.series import part_of
+from revnets.training.errors import UserError
 
 
 def test_data_are_taken_once(tmp_path: Path) -> None:
@@ -39,6 +41,21 @@ def test_an_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "file").touch()
     assert sparse.Table.main(["--output", str(tmp_path / "file")]) == 2
     assert capsys.readouterr().err.startswith("error: --output: the output folder '")
+
+
+def test_parts_of_a_data_set(tars: Path, tmp_path: Path) -> None:
+    def named(path: Path) -> set[str]:
+        with tarfile.open(path) as file:
+            return {str(Path(name).parent.name) for name in file.getnames()}
+
+    half = part_of(tars / "train.tar", tmp_path / "half.tar", None, lambda names: names[:5])
+    assert named(half) == set("01234")
+    few = part_of(tars / "train.tar", tmp_path / "few.tar", 20)
+    assert named(few) == set("0123456789")
+    with pytest.raises(UserError, match="--images: 5 was given"):
+        part_of(tars / "train.tar", tmp_path / "none.tar", 5)
+    with pytest.raises(UserError, match=r"no \.tar file"):
+        part_of(tars / "other.tar", tmp_path / "none.tar", 20)
 
 
 DAMAGED = ["", "[1, ", "{", "3", "null", '{"a": 1}', "[[1]]", '["a"]', "[" * 10_000, "\ud800"]
