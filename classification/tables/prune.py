@@ -296,7 +296,8 @@ def _stored(path: Path, make: Callable[[], Line]) -> Line:
 
 
 def _read(content: Any) -> Line:
-    return Line(**{name: math.nan if value is None else value for name, value in dict(content).items()})
+    values: dict[str, Any] = {name: math.nan if value is None else value for name, value in dict(content).items()}
+    return Line(**values)
 
 
 def _draw_network(axis: Any, lines: Sequence[Line]) -> None:
