@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from revnets.training.capture.device_optimizer import check_capturable
+from revnets.training.capture.device_optimizer import check_capturable, left_out_by
 from revnets.training.capture.step import CaptureError, TrainingStep, capture_step, has_graphs
 from revnets.training.errors import UserError, one_line
 
@@ -55,15 +55,20 @@ def check_capture(options: TrainOptions, runtime: Runtime) -> None:
             raise UserError(f"--cuda-graph: {why}.")
 
 
-def check_optimizer(options: TrainOptions, optimizer: torch.optim.Optimizer) -> None:
+def check_optimizer(options: TrainOptions, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Refuses an optimizer whose update cannot be captured.
+
+    Args:
+        options: All options.
+        optimizer: Of the model.
+        model: Which may have an update left out.
 
     Raises:
         UserError: Naming those that can.
     """
     if options.cuda_graph:
         try:
-            check_capturable(optimizer, "--nonfinite-limit" if options.nonfinite_limit else "")
+            check_capturable(optimizer, "--nonfinite-limit" if options.nonfinite_limit else left_out_by(model))
         except ValueError as error:
             raise UserError(f"--cuda-graph with --opt {options.opt}: {one_line(error)}.") from error
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from revnets.training.checkpoints.fitting import complete
 from revnets.training.checkpoints.integrity import first_whole
 from revnets.training.checkpoints.reading import read_file
 from revnets.training.files import TEMPORARY, duplicate, whole_file, writing
@@ -130,7 +131,7 @@ class Saver:
             "metric": metric,
             **self.extra,
             "state_dict": run.plain.state_dict(),
-            "optimizer": run.optimizer.state_dict(),
+            "optimizer": complete(run.optimizer.state_dict()),
             "history": {
                 "files": [[os.path.basename(file), value] for file, value in self.checkpoint_files],
                 "best_epoch": self.best_epoch,

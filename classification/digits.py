@@ -17,8 +17,7 @@ from PIL import Image
 
 from revnets.training.data.digits import digit_scans, grey, make_once
 from revnets.training.errors import guarded
-from revnets.training.options.option import option
-from revnets.training.options.parsing import SEED, parse
+from revnets.training.options.parsing import SEED, option, parse
 
 MARKER = "digits.json"
 

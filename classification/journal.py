@@ -24,7 +24,7 @@ from .loop import Training
 from .options import TrainOptions, as_dict
 from .recovery import OwnState, Position
 from .report import Row, Summary, draw_curves, write_args
-from .resuming import resume
+from .resuming import Asked, resume
 from .runtime import Runtime
 from .sparse import RunFlops, draw_sparsity, sparsity_words
 from .start import Network
@@ -39,13 +39,16 @@ class Journal:
         run: As it would begin.
         network: Of it.
         splits: Of its images.
+        asked: Of it, where it goes on.
         held: Gives the folder back in the end.
 
     Raises:
         UserError: Another run has the folder, or there is one in it; or the checkpoint cannot be gone on from.
     """
 
-    def __init__(self, run: Training, network: Network, splits: Splits, held: contextlib.ExitStack) -> None:
+    def __init__(
+        self, run: Training, network: Network, splits: Splits, asked: Asked, held: contextlib.ExitStack
+    ) -> None:
         self.run = run
         mine: list[RunFolder] = []  # of the first process alone; what keeps it from it, all learn of
 
@@ -55,7 +58,7 @@ class Journal:
             return mine[0].path, mine[0].checkpoint
 
         self.folder, path = of_first(take)
-        checkpoint, self.begin = _brought_back(run, path)
+        checkpoint, self.begin = _brought_back(run, path, asked)
         of_first(lambda: mine[0].clear())
         self._spread(network.model, checkpoint)
         self.saver: Saver | None = None  # of the process that writes
@@ -148,11 +151,12 @@ class Journal:
             )
 
 
-def _brought_back(run: Training, path: Path | None) -> tuple[dict[str, Any] | None, Position]:
+def _brought_back(run: Training, path: Path | None, asked: Asked) -> tuple[dict[str, Any] | None, Position]:
     """Resumes the run, if from anything; the checkpoint, and where it was written."""
     checkpoint, begin, steps = None, Position(0), len(run.data.loader)
     if path is not None:
-        checkpoint = resume(path, run.options.model, run, steps, optimizer=not run.options.no_resume_opt)
+        optimizer = not run.options.no_resume_opt
+        checkpoint = resume(path, run.options.model, run, steps, optimizer=optimizer, asked=asked)
         begin = Position.of(checkpoint, steps)
     if run.scheduler is not None and (begin.epoch or begin.step):
         if begin.epoch:

@@ -6,11 +6,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from revnets.training.options.option import option
+from revnets.training.options.parsing import option
 
 from .needs import (
     AUGMENTED,
     BOTH,
+    CHANGING,
+    COLOURED,
     CROPPED,
     CYCLES,
     EMA,
@@ -18,6 +20,7 @@ from .needs import (
     ERASING,
     MIXING,
     PIXELS,
+    RESAMPLED,
     SCALED_RATE,
     SCHEDULED,
     SEVERAL,
@@ -38,7 +41,7 @@ class OptimizerOptions:
     """Optimizer"""
 
     opt: str = option("sgd", "any name of timm.optim.list_optimizers()")
-    opt_eps: float | None = option(None, "epsilon of the optimizer", low=0, needs=optimizer("eps"))
+    opt_eps: float | None = option(None, "epsilon of the optimizer", low=0, zero=True, needs=optimizer("eps"))
     opt_betas: list[float] | None = option(
         None, "betas of the optimizer", low=0, below=1, length=(2, 3), needs=optimizer("betas")
     )
@@ -76,7 +79,7 @@ class OptimizerOptions:
     )
     no_ddp_bb: bool = option(False, "do not send buffers to all processes at each step")
     model_ema: bool = option(False, "keep a running mean of the weights, and choose the best epoch by it")
-    model_ema_decay: float = option(0.9998, "decay of that mean", low=0, high=1, needs=EMA)
+    model_ema_decay: float = option(0.9998, "decay of that mean", low=0, high=1, zero=True, needs=EMA)
     model_ema_warmup: bool = option(False, "let the decay rise to its value", needs=EMA)
     model_ema_force_cpu: bool = option(False, "keep that mean in CPU memory", needs=EMA)
 
@@ -88,13 +91,15 @@ class SparsityOptions:
     sparsity_schedule: str = option(
         "static", "how masks change: not, at random, or by gradient", choices=("static", "set", "rigl"), needs=SPARSE
     )
-    sparsity_interval: int = option(100, "updates between two changes of the masks", low=1, needs=SPARSE)
+    sparsity_interval: int = option(100, "updates between two changes of the masks", low=1, needs=CHANGING)
     sparsity_start: float = option(
-        0.0, "start of the changes, as a fraction of the training", low=0, high=1, needs=SPARSE
+        0.0, "start of the changes, as a fraction of the training", low=0, high=1, needs=CHANGING
     )
-    sparsity_end: float = option(0.75, "end of the changes, as a fraction of the training", low=0, high=1, needs=SPARSE)
+    sparsity_end: float = option(
+        0.75, "end of the changes, as a fraction of the training", low=0, high=1, zero=True, needs=CHANGING
+    )
     sparsity_drop_fraction: float = option(
-        0.3, "share of the weights exchanged at the start", low=0.001, high=1, needs=SPARSE
+        0.3, "share of the weights exchanged at the start", low=0.001, high=1, needs=CHANGING
     )
     sparsity_distribution: str = option(
         "uniform",
@@ -155,12 +160,12 @@ class ScheduleOptions:
         "", "linear or sqrt; by optimizer where not given", choices=("", "linear", "sqrt"), needs=SCALED_RATE
     )
     lr_cycle_mul: float = option(1.0, "cosine cycles: length factor", above=0, needs=CYCLES)
-    lr_cycle_decay: float = option(0.5, "cosine cycles: height factor", low=0, needs=CYCLES)
+    lr_cycle_decay: float = option(0.5, "cosine cycles: height factor", low=0, zero=True, needs=CYCLES)
     lr_cycle_limit: int = option(
         1, "cosine cycles: number", low=1, high=EPOCHS, needs=schedule("cosine", "tanh", "poly")
     )
-    lr_k_decay: float = option(1.0, "cosine and poly: k-decay", low=0, needs=schedule("cosine", "poly"))
-    warmup_lr: float = option(1e-5, "rate at the start of the warm-up", low=0, needs=WARMUP)
+    lr_k_decay: float = option(1.0, "cosine and poly: k-decay", above=0, needs=schedule("cosine", "poly"))
+    warmup_lr: float = option(1e-5, "rate at the start of the warm-up", low=0, zero=True, needs=WARMUP)
     min_lr: float = option(
         0.0, "lowest rate", low=0, needs=schedule("cosine", "tanh", "poly", "plateau", "wsd", "rsqrt")
     )
@@ -184,9 +189,11 @@ class ScheduleOptions:
         ascending=True,
         needs=schedule("multistep"),
     )
-    decay_rate: float = option(0.1, "step: factor", low=0, needs=schedule("step", "multistep", "plateau", "poly"))
+    decay_rate: float = option(
+        0.1, "step: factor", low=0, zero=True, needs=schedule("step", "multistep", "plateau", "poly")
+    )
     patience_epochs: int = option(
-        10, "plateau: epochs without progress before a decay", low=0, high=EPOCHS, needs=schedule("plateau")
+        10, "plateau: epochs without progress before a decay", low=0, high=EPOCHS, zero=True, needs=schedule("plateau")
     )
 
 
@@ -214,13 +221,13 @@ class AugmentationOptions:
     )
     hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1, needs=AUGMENTED)
     vflip: float = option(0.0, "probability of a vertical flip", low=0, high=1, needs=AUGMENTED)
-    color_jitter: float = option(0.4, "strength of colour jitter", low=0, needs=AUGMENTED)
+    color_jitter: float = option(0.4, "strength of colour jitter", low=0, needs=COLOURED)
     color_jitter_prob: float | None = option(
         None,
         "probability of colour jitter",
         low=0,
         high=1,
-        needs=(AUGMENTED, is_set("color_jitter", "--color-jitter is 0", "raise it")),
+        needs=(*COLOURED, is_set("color_jitter", "--color-jitter is 0", "raise it")),
     )
     aa: str | None = option(None, "AutoAugment policy, such as rand-m9-mstd0.5", needs=AUGMENTED)
     aug_repeats: int = option(0, "repeated augmentation, with several processes", low=0, high=1000, needs=SEVERAL)
@@ -232,24 +239,29 @@ class AugmentationOptions:
         "binary cross-entropy: targets above this count as 1",
         low=0,
         high=1,
+        zero=True,
         needs=is_set("bce_loss", "--bce-loss is not given", "add --bce-loss"),
     )
-    reprob: float = option(0.0, "random erasing: probability", low=0, high=1)
+    reprob: float = option(0.0, "random erasing: probability", low=0, high=1, needs=AUGMENTED)
     remode: str = option("pixel", "random erasing: filling", choices=("const", "rand", "pixel"), needs=ERASING)
     recount: int = option(1, "random erasing: regions", low=1, high=1000, needs=ERASING)
     resplit: bool = option(False, "do not erase in the first split", needs=(ERASING, SPLITS))
     mixup: float = option(0.0, "mixup alpha; 0 is off", low=0)
-    cutmix: float = option(0.0, "cutmix alpha; 0 is off", low=0)
+    cutmix: float = option(
+        0.0, "cutmix alpha; 0 is off", low=0, needs=is_unset("cutmix_minmax", "--cutmix-minmax wins over it")
+    )
     cutmix_minmax: list[float] | None = option(
         None, "cutmix: lowest and highest side, instead of alpha", low=0, high=1, length=(2, 2), ascending=True
     )
     mixup_prob: float = option(1.0, "probability of mixup or cutmix", low=0, high=1, needs=MIXING)
-    mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on", low=0, high=1, needs=BOTH)
+    mixup_switch_prob: float = option(
+        0.5, "probability of cutmix where both are on", low=0, high=1, zero=True, needs=BOTH
+    )
     mixup_mode: str = option("batch", "draw per", choices=("batch", "pair", "elem"), needs=MIXING)
     mixup_off_epoch: int = option(0, "stop mixup at this epoch; 0 never does", low=0, needs=MIXING)
     smoothing: float = option(0.1, "label smoothing", low=0, high=0.999)
     train_interpolation: str = option(
-        "random", "resampling of training images", choices=lambda: ("random", "", *interpolations()), needs=AUGMENTED
+        "random", "resampling of training images", choices=lambda: ("random", "", *interpolations()), needs=RESAMPLED
     )
     drop: float | None = option(
         None, "dropout before the classifier; the model's own where not given", low=0, high=0.999

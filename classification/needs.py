@@ -61,6 +61,16 @@ BOTH = Need(
 ERASING = is_set("reprob", "--reprob is 0", "add --reprob 0.25")
 SPLITS = is_set("aug_splits", "--aug-splits is 0", "add --aug-splits 3")
 AUGMENTED = is_unset("no_aug", "--no-aug takes all random transforms out")
+RESAMPLED = (
+    AUGMENTED,
+    Need(
+        lambda options: options.crop_pad is None or options.aa, "--crop-pad resamples nothing", "leave --crop-pad out"
+    ),
+)
+COLOURED = (
+    AUGMENTED,
+    Need(lambda options: not options.aa or "3a" in options.aa, "timm leaves it out with --aa {aa}", "leave --aa out"),
+)
 CROPPED = (AUGMENTED, Need(lambda options: options.crop_pad is None, "--crop-pad replaces it", "leave --crop-pad out"))
 EMA = is_set("model_ema", "--model-ema is not given", "add --model-ema")
 TEACHER = Need(
@@ -72,7 +82,29 @@ SPARSE = Need(
     "add --layers sparse_wide:0.75, say",
     in_files=False,
 )
+CHANGING = (
+    SPARSE,
+    Need(
+        lambda options: options.sparsity_schedule != "static",
+        "--sparsity-schedule static keeps the masks as they are",
+        "give --sparsity-schedule rigl",
+        in_files=False,
+    ),
+)
 SEVERAL = Need(lambda options: is_distributed_env(), "there is one process", "start it with torchrun")
+STREAM = Need(
+    lambda options: options.dataset, "images of folders and .tar files have seeds of their own", "leave it out"
+)
+OWN_WEIGHTS = Need(
+    lambda options: not getattr(options, "initial_checkpoint", ""),
+    "--initial-checkpoint replaces all weights",
+    "leave --initial-checkpoint out",
+)
+FILES_WEIGHTS = Need(
+    lambda options: not getattr(options, "checkpoint", ""),
+    "--checkpoint replaces all weights",
+    "leave --checkpoint out",
+)
 SCALED_RATE = Need(lambda options: options.lr is None, "--lr {lr} wins over it", "leave --lr out")
 CYCLES = (
     schedule("cosine", "tanh", "poly"),

@@ -11,11 +11,11 @@ from typing import Any
 
 from revnets.training.checkpoints.tree import described
 from revnets.training.errors import UserError
-from revnets.training.options.option import option
-from revnets.training.options.parsing import SEED, Need, check_values, convert, options_of
+from revnets.training.options.parsing import SEED, Need, check_values, convert, option, options_of
 
 from .learning import AugmentationOptions, DistillationOptions, OptimizerOptions, ScheduleOptions, SparsityOptions
-from .needs import AMP, PIXELS, interpolations, is_set
+from .needs import AMP, FILES_WEIGHTS, OWN_WEIGHTS, PIXELS, STREAM, interpolations, is_set
+from .policy import check_policy
 
 PROCESSES = 1024
 
@@ -83,7 +83,7 @@ class ModelOptions:
     num_classes: int | None = option(
         None, "size of the classifier; training counts the class folders where not given", low=1, high=1 << 24
     )
-    pretrained: bool = option(False, "start from published weights")
+    pretrained: bool = option(False, "start from published weights", needs=(OWN_WEIGHTS, FILES_WEIGHTS))
     gp: str | None = option(None, "global pooling: avg, max, avgmax, catavgmax")
 
 
@@ -132,7 +132,7 @@ class StartOptions:
         0, "updates between two at which sizes and FP8 losses of all layers are noted in numerics.csv; 0: none", low=0
     )
     seed: int = option(42, "all randomness follows from it, the epoch and the process", low=0, high=SEED)
-    worker_seeding: str = option("all", "seeding of loader processes", choices=("all", "part"))
+    worker_seeding: str = option("all", "seeding of loader processes", choices=("all", "part"), needs=STREAM)
 
 
 @dataclasses.dataclass
@@ -161,6 +161,7 @@ class TrainOptions(
             UserError: Naming the options and the fix.
         """
         check_shared(self)
+        check_policy(self.aa)
         if self.mixes and self.batch_size % 2:
             raise UserError(
                 f"--batch-size: {self.batch_size} is odd, mixup and cutmix pair images; give an even number."

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from revnets.training.errors import UserError, guarded
 from revnets.training.memory import MB, MODES, peaks
-from revnets.training.options.option import option
-from revnets.training.options.parsing import parse
+from revnets.training.options.parsing import option, parse
 from revnets.training.pictures import new_figure, save_figure
 from revnets.training.progress import clock
 

@@ -2,24 +2,79 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from revnets.sparsity import SparsityController
-from revnets.training.checkpoints.fitting import apart, check_buffers, check_finite, check_optimizer, check_sparsity
+from revnets.training.checkpoints.fitting import (
+    apart,
+    check_buffers,
+    check_finite,
+    check_optimizer,
+    check_sparsity,
+    differences,
+)
 from revnets.training.checkpoints.held import RUN
 from revnets.training.checkpoints.reading import CheckpointError, check, in_file, named, read_checkpoint
 from revnets.training.errors import UserError, one_line
+from revnets.training.options.parsing import options_of
 
 from .checkpoints import PATIENCE
 from .models import fitting_weights
+from .options import TrainOptions
 from .state import State
 
 _logger = logging.getLogger("classification")
+SETTINGS = {  # of groups of parameters, and the options that set them; of others it is --opt-kwargs
+    "weight_decay": ("weight_decay",),
+    "betas": ("opt_betas",),
+    "eps": ("opt_eps",),
+    "momentum": ("momentum",),
+    "lr_scale": ("layer_decay",),
+    "lr": ("lr", "lr_base"),
+    "initial_lr": ("lr", "lr_base"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What somebody asks of the run that goes on: all options, and the names of those that were given."""
+
+    options: TrainOptions
+    given: Collection[str]
+
+    @classmethod
+    def of(cls, options: TrainOptions, given: Collection[str] | None) -> Asked:
+        """Where it is not known which were given, those that are not at their default."""
+        known = options_of(TrainOptions).values()
+        changed = [each.name for each in known if getattr(options, each.name) != each.default]
+        return cls(options, changed if given is None else given)
+
+    def check(self, run: State, state: Mapping[str, Any], path: str | Path) -> None:
+        """Refuses options of the optimizer that the state of a checkpoint would replace without a word.
+
+        Raises:
+            UserError: Naming both values.
+        """
+        options = self.options
+        kept = ("lr",) if run.scheduler is None else ("initial_lr",) if hasattr(run.scheduler, "lr_scheduler") else ()
+        found = differences(run.optimizer, state, (*kept, *options.opt_kwargs))
+        for name, (theirs, own) in found.items():
+            names = ("opt_kwargs",) if name in options.opt_kwargs else SETTINGS.get(name, ("opt_kwargs",))
+            if name == "weight_decay" and options.mus_base_width is not None:
+                names = (*names, "mus_base_width", "lr", "lr_base")  # its groups have a share of the rate
+            flags = [f"--{each.replace('_', '-')}" for each in names if each in self.given]
+            if flags:
+                raise UserError(
+                    f"--resume: '{path}' was trained with {name} {theirs}, and {' and '.join(flags)} would make it "
+                    f"{own}; give what it was trained with, or --no-resume-opt, which starts the optimizer anew."
+                )
+            _logger.info(f"--resume: {name} stays {theirs}, as in '{path}'; it would be {own} by this run's options")
 
 
 def read_run(path: str | Path, name: str, option: str = "--resume") -> dict[str, Any]:
@@ -57,7 +112,15 @@ def check_steps(checkpoint: Mapping[str, Any], steps: int) -> None:
         )
 
 
-def resume(path: Path, name: str, state: State, steps: int | None = None, *, optimizer: bool = True) -> dict[str, Any]:
+def resume(
+    path: Path,
+    name: str,
+    state: State,
+    steps: int | None = None,
+    *,
+    optimizer: bool = True,
+    asked: Asked | None = None,
+) -> dict[str, Any]:
     """Brings everything back to where a checkpoint was written; all of it is checked before any is used.
 
     Randomness is not in the file: it follows from the seed, the epoch, the batch or image, and the process. Schedules
@@ -69,6 +132,7 @@ def resume(path: Path, name: str, state: State, steps: int | None = None, *, opt
         state: Of the run, its model not wrapped.
         steps: Batches of an epoch; None: any.
         optimizer: Whether the optimizer goes on, too; else it stays as it is.
+        asked: Options, those of the optimizer to be as in the checkpoint; None: none were given.
 
     Returns:
         The checkpoint.
@@ -84,6 +148,8 @@ def resume(path: Path, name: str, state: State, steps: int | None = None, *, opt
     if optimizer:
         with in_file(path, "--resume"):
             _check_optimizer(state.optimizer, checkpoint["optimizer"], path)
+            if asked is not None:
+                asked.check(state, checkpoint["optimizer"], path)
     if state.sparsity is not None:
         _check_sparsity(state.sparsity, checkpoint, weights["model"], path)
     try:

@@ -93,7 +93,7 @@ def _optimizer(options: TrainOptions, runtime: Runtime, model: nn.Module, lr: fl
     trained = _trained(model, options, lr)
     with refused(f"--opt: {options.opt} refuses its arguments", "correct --opt-kwargs or --layer-decay"):
         optimizer: torch.optim.Optimizer = create_optimizer_v2(trained, **arguments)
-    check_optimizer(options, optimizer)
+    check_optimizer(options, optimizer, model)
     return optimizer
 
 

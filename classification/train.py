@@ -12,7 +12,7 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 if not __package__:  # run by its path: Python then looks for modules in classification/ instead of the project's root
@@ -22,7 +22,7 @@ from timm.utils import random_seed
 
 from revnets.training.errors import guarded
 from revnets.training.memory import memory_words
-from revnets.training.options.parsing import SEED, parse
+from revnets.training.options.parsing import SEED, joined, read_layers, settled
 from revnets.training.progress import clock
 
 from .captured import check_capture
@@ -32,6 +32,7 @@ from .loop import Training, train_epoch, validate
 from .options import TrainOptions
 from .recovery import Position
 from .report import Row
+from .resuming import Asked
 from .runtime import start_runtime
 from .setup import start_training
 from .start import Network
@@ -52,14 +53,20 @@ class Result:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code: 2 after a user mistake."""
-    return guarded(lambda: train(parse(TrainOptions, argv, DESCRIPTION, prog="train.py")))
+
+    def run() -> Result:
+        layers = read_layers(TrainOptions, argv, DESCRIPTION, prog="train.py")
+        return train(settled(TrainOptions, layers), joined(layers))
+
+    return guarded(run)
 
 
-def train(options: TrainOptions) -> Result:
+def train(options: TrainOptions, given: Collection[str] | None = None) -> Result:
     """Trains as the options say.
 
     Args:
         options: All options.
+        given: Names of those that somebody set; None: of those that are not at their default.
 
     Returns:
         The run's folder and its figures.
@@ -76,7 +83,7 @@ def train(options: TrainOptions) -> Result:
     network = Network.of(options, runtime)
     run = start_training(options, runtime, network, splits)
     with contextlib.ExitStack() as held:
-        journal = Journal(run, network, splits, held)
+        journal = Journal(run, network, splits, Asked.of(options, given), held)
         run.guard.start()
         with run.recovery.termination:
             _epochs(run, journal)

@@ -123,7 +123,7 @@ def _require(where: str, kind: str, number: int, entry: Any) -> None:
         if key in NUMBERS:
             fits = is_number(value)
         elif key in TEXTS:
-            fits, expected = isinstance(value, str), "text"
+            fits, expected = _is_name(value), "text, as of a file"
         elif key in WHOLE.get(kind, ()):
             fits, expected = _is_whole(value), "a whole number"
         elif key in ("id", "image_id"):
@@ -164,6 +164,11 @@ def _check_references(where: str, content: Mapping[str, Any]) -> None:
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_name(value: Any) -> bool:
+    """Text that a file can have for its name and a terminal can show: JSON writes zero bytes and halves of letters."""
+    return isinstance(value, str) and "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _is_whole(value: Any) -> bool:

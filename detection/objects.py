@@ -64,8 +64,8 @@ def _sorted(split: Split, content: Mapping[str, Any]) -> tuple[Counter[Any], Cou
             reason = "of a category that the file does not list"
         elif split.classes and not wanted[each["category_id"]]:
             reason = "of a category that the configuration does not ask for"
-        elif each["area"] <= 0 or box[2] < 1 or box[3] < 1 or _outside(box, image):
-            reason = "with a box without area, or outside of its image"
+        elif unseen := _unseen(each, image):
+            reason = unseen
         elif each.get("ignore"):
             reason = "marked 'ignore'"
         else:
@@ -81,9 +81,16 @@ def _sorted(split: Split, content: Mapping[str, Any]) -> tuple[Counter[Any], Cou
     return usable, crowds, skipped
 
 
-def _outside(box: Sequence[float], image: Entry) -> bool:
-    x, y, width, height = box
-    return min(x + width, image["width"]) <= max(x, 0) or min(y + height, image["height"]) <= max(y, 0)
+def _unseen(each: Entry, image: Entry) -> str:
+    """Why MMDetection leaves an annotation out for its numbers, or nothing."""
+    x, y, width, height = each["bbox"]
+    if width < 1 or height < 1:
+        return "with a box narrower or lower than one pixel"
+    if min(x + width, image["width"]) <= max(x, 0) or min(y + height, image["height"]) <= max(y, 0):
+        return "with a box outside of its image"
+    if each["area"] <= 0:
+        return "with an 'area' of 0 or less, though their boxes have one (write the object's, or width x height)"
+    return ""
 
 
 def _beyond(box: Sequence[float], image: Entry) -> bool:

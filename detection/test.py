@@ -17,7 +17,7 @@ if not __package__:  # run by its path, see train.py
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from reporting that there is no GPU
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from revnets.training.errors import guarded
+from revnets.training.errors import UserError, guarded
 
 from . import checkpoints, checks
 from .config import PATH, load, parse, parser, primary
@@ -63,6 +63,8 @@ def run_test(argv: Sequence[str] | None = None) -> dict[str, float]:
             each.classwise = True
     if not args.no_check and primary():
         checks.check_data(cfg, ["test"])
+    if "load_from" in args.cfg_options:
+        raise UserError("--cfg-options: load_from has no effect, CHECKPOINT is what is tested; leave it out.")
     checkpoint = checkpoints.read(args.checkpoint, "CHECKPOINT")
     cfg.load_from, cfg.resume = args.checkpoint, False
     with Leftovers(Path(cfg.work_dir)).removed():

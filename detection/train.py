@@ -134,6 +134,12 @@ def _resume(cfg: Any, args: argparse.Namespace, folder: Path, held: contextlib.E
     """Takes the folder, for the first process, and sets what is to be loaded; says whether the run goes on from it."""
     again = cfg.get("resume") and not cfg.get("load_from") and not args.resume and not args.overwrite
     auto, saved = args.resume == "auto" or again, _saved_in(cfg, folder)
+    if args.resume == "auto" and args.overwrite:
+        raise UserError("--resume auto and --overwrite contradict each other; leave one of them out.")
+    if args.resume and not auto and "load_from" in args.cfg_options:
+        raise UserError(
+            "--resume: it wins over load_from of --cfg-options, which has no effect; leave one of them out."
+        )
 
     def take() -> Path | None:
         held.enter_context(FolderLock(folder, "give another --work-dir"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from collections.abc import Iterable, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..layers.munit.break_even import KINDS, POINTWISE, device_kind
-from ..profiling.report import write
+from ..training.files import write_json
 
 PLAIN, OURS, TRITON, TORCHAO = "plain", "mus_fp8", "mus_fp8, triton", "torchao dynamic"
 
@@ -122,4 +121,4 @@ def write_table(rows: Sequence[Row], device: torch.device | str, path: Path) -> 
         "break_even": break_even(rows),
         "rows": [asdict(row) for row in rows],
     }
-    write(path, lambda temporary: temporary.write_text(json.dumps(data, indent=2) + "\n"))
+    write_json(path, data)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import csv
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -23,10 +21,11 @@ from ..deploy.runners import torch_threads
 from ..kernels.build import load_kernel
 from ..layers import SparseConv2d, convert, use_sparse_kernel
 from ..models.named import build_model, check_model
-from ..profiling.report import open_folder, write
 from ..sparsity.masks import check_sparsity
 from ..training.errors import refused
+from ..training.files import write_csv, write_json
 from ..training.options.values import COUNT, THREADS, check_once
+from ..training.places import make_folder
 
 DENSE, MASKED, KERNEL = "dense", "masked", "kernel"
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
@@ -235,17 +234,11 @@ def print_rows(title: str, rows: Sequence[Row]) -> None:
 
 def save(layers: Sequence[Row], networks: Sequence[Row], folder: Path) -> list[Path]:
     """All rows as CSV and JSON, complete or not at all, in a folder that is made if it is missing."""
-    open_folder(folder)
+    make_folder(folder)
     data = {"machine": machine(), "layers": [asdict(r) for r in layers], "networks": [asdict(r) for r in networks]}
-
-    def as_csv(path: Path) -> None:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in (*layers, *networks))
-
+    columns = [field.name for field in fields(Row)]
     table, records = FILES
     return [
-        write(folder / table, as_csv),
-        write(folder / records, lambda path: path.write_text(json.dumps(data, indent=2) + "\n")),
+        write_csv(folder / table, (asdict(row) for row in (*layers, *networks)), columns),
+        write_json(folder / records, data),
     ]

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from ..kernels.build import kernel_problem
 from ..models.named import build_model, check_model
 from ..profiling.command import track
-from ..profiling.report import write
 from ..pruning import prune
 from ..pruning.command import Source, calibration_batches, load_model
 from ..sparsity.masks import check_sparsity
 from ..training.errors import refused
+from ..training.files import write, write_json
 from ..training.options.values import COUNT, THREADS, check_choice, check_once
 from ..training.places import check_exists, check_folder
 from .compare import COMPILED, EAGER, EXPLOITS, Measurement, compare, compare_layers, machine, speedups
@@ -300,10 +300,8 @@ def print_measurements(title: str, found: Sequence[Measurement]) -> None:
 
 
 def _save(folder: Path, found: Sequence[Measurement], layers: Sequence[Measurement]) -> list[Path]:
-    import json
-
     data = {"machine": machine(), "networks": _records(found), "layers": _records(layers)}
-    path = write(folder / "deploy.json", lambda temporary: temporary.write_text(json.dumps(data, indent=2) + "\n"))
+    path = write_json(folder / "deploy.json", data)
     return [path, *_draw(folder, found)]
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from ..kernels.build import kernel_problem
 from ..training.files import put_in_place
 from ..training.options.values import COUNT
+from ..training.places import make_folder
 from .graph import (
     INPUT_NAME,
     OUTPUT_NAME,
@@ -332,9 +333,7 @@ def open_folder(path: Path) -> Path:
     Raises:
         ExportError: when it cannot be made or written to.
     """
-    from ..profiling import report
-
     try:
-        return report.open_folder(path)
+        return make_folder(path)
     except ValueError as error:
         raise ExportError(str(error)) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,12 +28,28 @@ def open_torch(content: Content, threads: int | None) -> Runner:
     """
     program = plain_program(content)
     try:
-        module: Any = torch.export.load(program).module()
+        with _without_its_traceback():
+            module: Any = torch.export.load(program).module()
     except Exception as error:  # of zip files, of schemas, of unpickling
         raise _cannot_open("torch.export", content, error) from error
     if kernel_problem() is None:
         bind(module)
     return module_runner(module, threads)
+
+
+@contextlib.contextmanager
+def _without_its_traceback() -> Iterator[None]:
+    """Within, torch.export logs no traceback of what it cannot open, which is said in a sentence afterwards."""
+    log = logging.getLogger("torch.export")
+
+    def only_others(record: logging.LogRecord) -> bool:
+        return record.exc_info is None
+
+    log.addFilter(only_others)
+    try:
+        yield
+    finally:
+        log.removeFilter(only_others)
 
 
 def open_onnxruntime(content: Content, threads: int | None) -> Runner:

@@ -22,13 +22,15 @@ _MOST = 2**15  # pixels of a kernel, stride, padding or dilation: more would fil
 class _Layer:
     """A layer that can be called by itself, on contiguous float32 tensors on the CPU."""
 
+    operands: tuple[str, ...] = ("input",)  # what they are called in messages
+
     def parts(self, shapes: Sequence[Shape]) -> tuple[list[Part], Shape]:
         """See ``Call``."""
         raise NotImplementedError
 
     def plan(self, operands: int, times: int = 1) -> Plan:
         """Of this layer alone; to time what it takes among others, so many times in one call."""
-        return Plan([Step(self, tuple(range(operands)))] * times, operands, [operands])
+        return Plan([Step(self, tuple(range(operands)))] * times, operands, [operands], self.operands)
 
     def __call__(self, *operands: Tensor | None) -> Tensor:
         plans: dict[int, Plan] = self.__dict__.setdefault("_plans", {})
@@ -60,6 +62,8 @@ class ConvCall(_Layer):
         ValueError: for weights of other types, or that do not fit the geometry.
     """
 
+    operands = ("input", "residual")
+
     def __init__(
         self,
         geometry: Geometry,
@@ -87,13 +91,23 @@ class ConvCall(_Layer):
         if channels != g.in_channels:
             raise ValueError(f"input of {channels} channels: the convolution expects {g.in_channels}")
         out = (n, g.out_channels, *g.output_size(height, width))
-        if len(shapes) > 1 and tuple(shapes[1]) != out:
-            raise ValueError(f"residual of shape {tuple(shapes[1])}: expected {out}, that of the output")
+        if len(shapes) > 1:
+            check_residual(shapes[1], out)
         names = ("kh", "kw", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w", "groups")
         numbers = zip(names, (*g.kernel_size, *g.stride, *g.padding, *g.dilation, g.groups), strict=True)
         more = {"activation": self._activation, "chunk": self._chunk, **dict(numbers)}
         struct = _struct(self.kind, shapes[0], out, self._kept, **more)
         return [Part(struct, _x_and_residual(shapes))], out
+
+
+def check_residual(shape: Sequence[int], out: Sequence[int]) -> None:
+    """A residual is as large as the output: it is not broadcast.
+
+    Raises:
+        ValueError: for another shape.
+    """
+    if tuple(shape) != tuple(out):
+        raise ValueError(f"residual of shape {tuple(shape)}: expected {tuple(out)}, that of the output")
 
 
 def _activation(name: str) -> int:
@@ -163,6 +177,8 @@ class MeanCall(_Layer):
 class ScaleCall(_Layer):
     """Planes ``(N, C, H, W)`` times gates ``(N, C, 1, 1)``."""
 
+    operands = ("input", "gates")
+
     def parts(self, shapes: Sequence[Shape]) -> tuple[list[Part], Shape]:
         """See ``Call``."""
         if shapes[1] != (*shapes[0][:2], 1, 1):
@@ -172,6 +188,8 @@ class ScaleCall(_Layer):
 
 class MapCall(_Layer):
     """``activation(x)``, or ``activation(x + residual)`` of two tensors of one shape."""
+
+    operands = ("input", "residual")
 
     def __init__(self, activation: str = "none") -> None:
         self._activation = _activation(activation)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .build import Geometry, kernel_problem, warn_of_dense_path
-from .calls import ConvCall, check_geometry, row_of_each
+from .calls import ConvCall, check_geometry, check_residual, row_of_each
 from .operands import readable
 
 MAX_COLUMNS = 2**15  # of int16
@@ -177,7 +177,10 @@ def _dense(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, geometry: Geometry, activation: str
 ) -> Tensor:
     y = F.conv2d(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
-    return activate(y if residual is None else y + residual, activation).contiguous()
+    if residual is not None:
+        check_residual(residual.shape, y.shape)
+        y = y + residual
+    return activate(y, activation).contiguous()
 
 
 def _sparse_linear(x: Tensor, values: Tensor, columns: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
@@ -196,11 +199,11 @@ def _sparse_linear(x: Tensor, values: Tensor, columns: Tensor, rows: Tensor, bia
     return F.linear(x, decompress(values, columns, rows, (outputs, features)), bias)
 
 
-def _check_devices(x: Tensor, *others: Tensor | None) -> None:
+def _check_devices(x: Tensor, *weights: Tensor | None, residual: Tensor | None = None) -> None:
     """One weight on meta is enough for torch to ask for a shape alone: numbers made up on the CPU would be believed."""
-    for other in others:
+    for name, other in (*(("weights", each) for each in weights), ("residual", residual)):
         if other is not None and x.device.type != "meta" and other.device != x.device:
-            raise ValueError(f"weights on {other.device} for an input on {x.device}: expected one device")
+            raise ValueError(f"{name} on {other.device} for an input on {x.device}: expected one device")
 
 
 def _fake_sparse_conv2d(
@@ -217,7 +220,7 @@ def _fake_sparse_conv2d(
     groups: int,
     activation: str,
 ) -> Tensor:
-    _check_devices(x, values, columns, rows, bias, residual)
+    _check_devices(x, values, columns, rows, bias, residual=residual)
     geometry = conv_geometry(x, rows, kernel_size, stride, padding, dilation, groups)
     return x.new_empty((x.shape[0], geometry.out_channels, *geometry.output_size(x.shape[2], x.shape[3])))
 
@@ -231,7 +234,7 @@ def _fake_depthwise_conv2d(
     padding: Sequence[int],
     activation: str,
 ) -> Tensor:
-    _check_devices(x, weight, bias, residual)
+    _check_devices(x, weight, bias, residual=residual)
     geometry = depthwise_geometry(weight, stride, padding)
     return x.new_empty((x.shape[0], x.shape[1], *geometry.output_size(x.shape[2], x.shape[3])))
 

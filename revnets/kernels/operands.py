@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 _Struct = TypeVar("_Struct", bound=ctypes.Structure)
+OPERANDS = ("input", "residual", "gates")  # what callers compute, unlike weights, and may convert
 
 
 def readable(name: str, tensor: Tensor, dtype: torch.dtype = torch.float32, numel: int | None = None) -> Tensor:
@@ -34,7 +35,7 @@ def readable(name: str, tensor: Tensor, dtype: torch.dtype = torch.float32, nume
     """
     if tensor.dtype is not dtype or not tensor.is_cpu or tensor.layout is not torch.strided:
         layout = "" if tensor.layout is torch.strided else f", {tensor.layout}"
-        advice = "; convert it by .float().cpu()" if name == "input" and not layout else ""
+        advice = "; convert it by .float().cpu()" if name in OPERANDS and not layout else ""
         raise ValueError(f"{name} of {tensor.dtype} on {tensor.device}{layout}: expected {dtype} on cpu{advice}")
     numbers = tensor.numel()
     if numel is not None and numbers != numel:

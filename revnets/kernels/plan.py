@@ -53,11 +53,11 @@ class _Ready:
     outputs_at: list[tuple[int, str, int]]
 
 
-def _readable(x: Tensor) -> Tensor:
+def _readable(name: str, x: Tensor) -> Tensor:
     """Contiguous float32 on the CPU."""
     if x.dtype is not torch.float32 and x.is_cpu and x.is_floating_point() and torch.is_autocast_enabled("cpu"):
         x = x.float()
-    return readable("input", x)
+    return readable(name, x)
 
 
 class Plan:
@@ -67,10 +67,12 @@ class Plan:
         steps: each reads inputs or what steps before it have computed.
         inputs: how many tensors a call takes.
         outputs: numbers of the values that it returns.
+        names: of the inputs, for messages; those that have none are called input.
     """
 
-    def __init__(self, steps: Sequence[Step], inputs: int, outputs: Sequence[int]) -> None:
+    def __init__(self, steps: Sequence[Step], inputs: int, outputs: Sequence[int], names: Sequence[str] = ()) -> None:
         self._steps, self._inputs, self._outputs = list(steps), inputs, list(outputs)
+        self._names = (*names[:inputs], *["input"] * (inputs - len(names)))
         for number, step in enumerate(self._steps):
             if not all(0 <= value < inputs + number for value in step.reads):
                 raise ValueError(f"step {number} reads values {step.reads}: expected numbers below {inputs + number}")
@@ -80,7 +82,7 @@ class Plan:
         self._free: dict[tuple[Shape, ...], list[_Ready]] = {}
 
     def __reduce__(self) -> Any:
-        return Plan, (self._steps, self._inputs, self._outputs)  # memory and pointers are this object's
+        return Plan, (self._steps, self._inputs, self._outputs, self._names)  # memory and pointers are this object's
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         """Float32 tensors on the CPU to the values of ``outputs``, contiguous.
@@ -121,7 +123,7 @@ class Plan:
     def _given(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if len(inputs) != self._inputs:
             raise ValueError(f"{len(inputs)} inputs: expected {self._inputs}")
-        return tuple(_readable(x) for x in inputs)
+        return tuple(map(_readable, self._names, inputs))
 
     def _point(self, ready: _Ready, inputs: Sequence[Tensor]) -> list[Tensor]:
         """New outputs; all pointers to them and to the inputs, which the caller holds until the kernel has run."""
@@ -134,9 +136,9 @@ class Plan:
         shapes: list[Shape] = [tuple(shape) for shape in key]
         structs: list[CallStruct] = []
         pointers: list[tuple[int, str, int]] = []  # of which call, its field, the value
-        for given in shapes:
+        for name, given in zip(self._names, shapes, strict=True):
             if len(given) != 4 or min(given[2:]) < 1:
-                raise ValueError(f"input of shape {given}: expected (N, C, H, W), H and W at least 1")
+                raise ValueError(f"{name} of shape {given}: expected (N, C, H, W), H and W at least 1")
         for step in self._steps:
             parts, shape = step.call.parts([shapes[v] for v in step.reads])
             for part in parts:

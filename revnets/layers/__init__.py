@@ -1,5 +1,6 @@
-"""Layers: the registry and conversion of networks, sparse iso-FLOP members, munit scaling and FP8, lean norms, MBConv.
+"""Layers: the registry, the conversion of networks, what both need to know of one, and a folder per family.
 
+``lean`` layers keep less for the backward pass, ``sparse_ift`` ones skip FLOPs, ``munit`` ones multiply in FP8.
 Layers know of the reversible engine only ``once`` (statistics computed once per step), and nothing of models or mmdet.
 """
 
@@ -18,7 +19,7 @@ from .munit.layers import MuSConv2d, MuSLinear, SparseMuSConv2d, SparseMuSLinear
 from .munit.optim import mus_param_groups
 from .registry import LayerConfig, SparseConfig, list_layers, parse_layers, register_layer
 from .sites import Site, Unsuitable
-from .sparse_ift import parallel, wide
+from .sparse_ift import members, parallel, wide
 from .sparse_ift.compact import load_sparse, save_sparse
 from .sparse_ift.doped import SparseDopedConv2d, SparseDopedLinear
 from .sparse_ift.factorized import SparseFactorizedConv2d, SparseFactorizedLinear
@@ -55,6 +56,7 @@ __all__ = [
     "lean_layers",
     "list_layers",
     "load_sparse",
+    "members",
     "munit_scale",
     "mus_conv2d",
     "mus_convert",

@@ -12,11 +12,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .registry import SparseConfig
-from .sparse_ift.sparse import SparseConv2d, SparseConv2dSame, SparseLinear
 from .trace import Call, Trace
 
 Filter = Callable[[nn.Module, str], bool]
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+MASKED: set[type[nn.Module]] = set()
+"""Torch's own layers under a mask, added where they are defined: conversions that go everywhere take them, too."""
 
 
 class Unsuitable(ValueError):
@@ -199,7 +200,7 @@ class Surroundings:
             also: further classes of layers that it takes.
         """
         layer = self.modules[name]
-        masked = everywhere and type(layer) in (SparseConv2d, SparseConv2dSame, SparseLinear)
+        masked = everywhere and type(layer) in MASKED
         if not masked and type(layer) not in (nn.Conv2d, nn.Linear, *also):
             return f"{type(layer).__name__} is neither nn.Conv2d nor nn.Linear itself"
         if filter is not None and not filter(layer, name):

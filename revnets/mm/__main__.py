@@ -2,11 +2,13 @@
 
 python -m revnets.mm test.py CONFIG CHECKPOINT
 python -m revnets.mm analysis_tools/get_flops.py CONFIG
+python -m revnets.mm ./test.py                               # one of this folder, not MMDetection's of that name
 
 Runs hold their work folder, COCO data sets are checked, and checkpoints are read as data. For an old one that holds
 more, and that you trust, set REVNETS_TRUST_CHECKPOINTS=1.
 """
 
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -19,12 +21,17 @@ def main() -> int:
         return 0 if len(sys.argv) > 1 else 2
     import mmdet
 
-    from ..training.errors import guarded
+    from ..training.errors import UserError, guarded, one_line
+    from ..training.files import NotWritten
     from .checkpoint import protect
     from .coco import check_all
 
     tools = Path(mmdet.__file__).parent / ".mim" / "tools"
-    script = next((path for path in (Path(sys.argv[1]), tools / sys.argv[1]) if path.is_file()), None)
+    here, own = Path(sys.argv[1]), tools / sys.argv[1]
+    named = os.path.isabs(sys.argv[1]) or sys.argv[1].startswith((f".{os.sep}", f"..{os.sep}"))
+    script = next(
+        (path for path in ((here,) if named else (own, here)) if path.is_file()), None
+    )  # none that lies about
     if script is None:
         known = ", ".join(sorted(str(path.relative_to(tools)) for path in tools.rglob("*.py")))
         sys.stderr.write(f"error: there is no script '{sys.argv[1]}', here or among MMDetection's: {known}\n")
@@ -33,7 +40,16 @@ def main() -> int:
     sys.path.insert(0, str(script.parent))
     protect()
     check_all()
-    return guarded(lambda: runpy.run_path(str(script), run_name="__main__"))
+
+    def run() -> None:
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except NotWritten:  # a full disk, say
+            raise
+        except (OSError, SyntaxError) as error:  # files that are not there, and configurations that are no Python
+            raise UserError(f"{script}: {one_line(error)}; correct its arguments.") from error
+
+    return guarded(run)
 
 
 if __name__ == "__main__":

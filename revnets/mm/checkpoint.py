@@ -16,8 +16,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop
 from torch import nn
 
-from ..profiling.report import write
-from ..training.files import leftovers, named_file, writing
+from ..training.checkpoints.fitting import complete
+from ..training.files import leftovers, named_file, write, writing
 from ..training.lock import FolderLock, held_here
 from ..training.processes import at_first, of_first, own_buffers, put_buffers
 
@@ -233,7 +233,11 @@ class WholeCheckpointHook(CheckpointHook):
                 Path(path).unlink(missing_ok=True)
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Put in what each of several processes has of its own."""
+        """Put in what each of several processes has of its own, and which parameters the optimizers have nothing of."""
+        state = checkpoint.get("optimizer")
+        if state is not None:
+            several = {name: complete(each) for name, each in state.items()} if "state" not in state else {}
+            checkpoint["optimizer"] = several or complete(state)
         if self._processes:
             checkpoint["processes"] = self._processes
 

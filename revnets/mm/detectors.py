@@ -14,8 +14,9 @@ from mmengine.utils import get_installed_path
 from torch import Tensor, nn
 
 from ..profiling.fake import ProfileError
-from ..profiling.target import Job, Setting, Target, as_job, first_line, is_size, training_loss
+from ..profiling.target import Job, Setting, Target, as_job, is_size, register_reader, training_loss
 from ..reversible import RevSequential, set_mode
+from ..training.errors import reason
 
 PARTS = ("backbone", "backbone + neck", "detector")
 DEFAULT_SIZE = (800, 1333)
@@ -95,6 +96,7 @@ def _itself(loss: Tensor) -> Tensor:
     return loss
 
 
+@register_reader
 def parse_config(text: str, setting: Setting, img_size: int | None = None, batch_size: int = 1) -> list[DetectorTarget]:
     """Targets of ``CONFIG.py[@HEIGHTxWIDTH][:BATCH]``: each part in each mode.
 
@@ -132,7 +134,7 @@ def _read(path: str, changes: dict[str, Any] | None = None) -> Config:
         cfg = Config.fromfile(file)
         cfg.merge_from_dict(changes or {})
     except Exception as error:  # a config is a program: it may fail in any way
-        raise ProfileError(f"config {path!r} cannot be read: {first_line(error)}") from error
+        raise ProfileError(f"config {path!r} cannot be read: {reason(error)}") from error
     if not cfg.get("model"):
         raise ProfileError(f"config {path!r} has no model: expected a detector's")
     return cfg
@@ -151,7 +153,7 @@ def _build(cfg: Config, mode: str | None, setting: Setting) -> Any:
     try:
         detector = MODELS.build(model)
     except Exception as error:
-        raise ProfileError(f"the model of {cfg.filename} cannot be built: {first_line(error)}") from error
+        raise ProfileError(f"the model of {cfg.filename} cannot be built: {reason(error)}") from error
     if mode is not None and _is_reversible(detector):
         set_mode(detector, mode)
     return detector

@@ -1,6 +1,5 @@
 """Hooks for MMEngine's runner: how much memory training took."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 from ..profiling.memory import CpuAllocations
-from ..profiling.report import write
+from ..training.files import write_json
 
 MB = 1e6
 
@@ -74,8 +73,7 @@ class MemoryReportHook(Hook):
             return
         runner.logger.info(f"memory: {self._words()}")
         if runner.rank == 0:
-            text = json.dumps(self.report, indent=2) + "\n"
-            write(Path(runner.work_dir) / "memory.json", lambda path: path.write_text(text))
+            write_json(Path(runner.work_dir) / "memory.json", self.report)
 
     def _words(self) -> str:
         return ", ".join(

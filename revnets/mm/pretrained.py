@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from ..models._cached import drop_wrong_cache
 from ..models._revbifpn_checkpoint import check_file
 from ..models.revbifpn import RevBiFPN, checkpoint_filter_fn
-from ..profiling.target import first_line
 from ..pruning import densify
 from ..pruning.checkpoint import best_weights, flops_of
 from ..sparsity import sparse_layers
 from ..training.checkpoints.reading import read_checkpoint
 from ..training.checkpoints.weights import unfit
+from ..training.errors import reason
 
 SCHEME = "timm://"
 
@@ -80,7 +80,7 @@ def _from_timm(name: str) -> dict[str, Tensor]:
     try:
         return timm.create_model(name, pretrained=True).state_dict()
     except (RuntimeError, OSError) as error:  # it has no weights, or they cannot be fetched
-        raise ValueError(f"{SCHEME}{name}: {first_line(error)}") from error
+        raise ValueError(f"{SCHEME}{name}: {reason(error)}") from error
 
 
 def _unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:

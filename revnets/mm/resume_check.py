@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import HOOKS
 
-from ..training.checkpoints.fitting import check_alike, check_buffers, check_optimizer, check_sparsity
+from ..training.checkpoints.fitting import check_alike, check_buffers, check_optimizer, check_sparsity, differences
 from ..training.checkpoints.held import RUNNER, SCALER
 from ..training.checkpoints.reading import CheckpointError, in_file, named
 from ..training.checkpoints.schema import Array, Items, Number, Record, optional
@@ -67,6 +68,8 @@ class ResumeCheckHook(Hook):
                             raise Mismatch(("state_dict", key.removeprefix("module.")), "is missing beside its average")
             _check_histories(checkpoint["message_hub"]["log_scalars"])
         with _of_file(file):
+            for _, optimizer, state in _optimizers(runner.optim_wrapper, checkpoint["optimizer"]):
+                _check_settings(optimizer, runner.param_schedulers, state)
             if isinstance(runner.train_loop, ResumableTrainLoop):
                 meta, before = checkpoint["meta"], checkpoint["message_hub"]["runtime_info"].get(BATCHES)
                 runner.train_loop.batches_done_at(meta["iter"], meta["epoch"], before)
@@ -84,6 +87,18 @@ def _optimizers(wrapper: Any, state: Mapping[str, Any]) -> Iterator[tuple[tuple[
         if name not in state:
             raise Mismatch(("optimizer", name), "is missing, the state of an optimizer was expected")
         yield ("optimizer", name), each.optimizer, state[name]
+
+
+def _check_settings(optimizer: torch.optim.Optimizer, schedulers: Any, state: Mapping[str, Any]) -> None:
+    """The configuration's settings are those of the state, which would replace them without a word."""
+    lists = schedulers.values() if isinstance(schedulers, Mapping) else [schedulers or []]
+    changed = {each.param_name for each in itertools.chain(*lists)}  # by schedules: rates, momentum
+    for name, (theirs, own) in differences(optimizer, state, ("initial_lr" if "lr" in changed else "lr",)).items():
+        if name not in changed:
+            raise ValueError(
+                f"it was trained with {name.removeprefix('initial_')} {theirs}, and optim_wrapper of the configuration "
+                f"makes it {own}; set what it was trained with, or give it as load_from, which takes its weights alone"
+            )
 
 
 def _schedulers(own: Any, states: Any) -> Iterator[tuple[tuple[Any, ...], Any, Mapping[str, Any]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +18,12 @@ from ..profiling.command import choose_targets, track
 from ..profiling.fake import ProfileError
 from ..profiling.memory import check_loss
 from ..profiling.profile import describe
-from ..profiling.report import open_folder, write
 from ..profiling.target import Setting, Target, as_job, training_loss
 from ..reversible import MODES
 from ..training.errors import reason, refused
+from ..training.files import write_json
 from ..training.options.values import COUNT, find_device, words
-from ..training.places import check_exists, check_folder
+from ..training.places import check_exists, check_folder, make_folder
 from .monitor import LAYERS, NumericsMonitor
 from .report import FILES, print_table
 
@@ -85,7 +84,7 @@ def run(request: Request, setting: Setting) -> None:
     products = ", ".join(f"{n} {kind}" for kind, n in sorted(fp8_products().items()))
     _say(f"FP8 products: {products or 'none'}")
     if request.output is not None:
-        folder = open_folder(request.output)
+        folder = make_folder(request.output)
         for path in [*records.save(folder, title), _write_json(records.records, title, folder)]:
             _say(f"wrote {path}")
 
@@ -206,8 +205,7 @@ def _sample(dataset: Any, target: Target, channels: int, count: int) -> Any:
 
 
 def _write_json(records: list[dict[str, Any]], title: str, folder: Path) -> Path:
-    text = json.dumps({"title": title, "rows": records}, indent=2) + "\n"
-    return write(folder / JSON, lambda path: path.write_text(text))
+    return write_json(folder / JSON, {"title": title, "rows": records})
 
 
 def _say(line: str) -> None:

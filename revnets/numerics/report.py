@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..profiling.report import write
 from ..training.captions import caption
+from ..training.files import write, write_csv
 
 Record = dict[str, Any]
 FILES = TABLE, PICTURE = "numerics.csv", "numerics.png"
@@ -72,14 +72,7 @@ def _share(value: float | None) -> str:
 
 def write_table(records: Sequence[Record], folder: Path) -> Path:
     """All records as ``numerics.csv``, complete or not at all."""
-
-    def save(path: Path) -> None:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(key for record in records for key in record)))
-            writer.writeheader()
-            writer.writerows(records)
-
-    return write(folder / TABLE, save)
+    return write_csv(folder / TABLE, records)
 
 
 def read_table(folder: Path) -> list[Record]:

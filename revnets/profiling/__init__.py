@@ -1,6 +1,7 @@
 """Memory, FLOPs and time of training steps: predicted on fake tensors, measured on the device at hand.
 
-Works on any module and knows nothing of particular networks; `target.py` alone turns names into networks.
+Works on any module and knows nothing of particular networks; `target.py` alone turns names into networks, and there
+other rooms register how theirs are read. Kernels are timed in `revnets.benchmarks`.
 """
 
 from .fake import ProfileError

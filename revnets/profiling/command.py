@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from ..reversible import MODES
 from ..training.options.values import COUNT, check_choice, check_once, find_device, words
-from ..training.places import check_folder
+from ..training.places import check_folder, make_folder
 from . import plots, report, sweep
 from .fake import ProfileError
 from .fit import WHAT, DoesNotFitError, Fit, fit, parse_budget
@@ -75,7 +75,7 @@ def run(request: Request, setting: Setting) -> None:
 
 
 def _folder(request: Request) -> Path | None:
-    return None if request.output is None else report.open_folder(request.output)
+    return None if request.output is None else make_folder(request.output)
 
 
 def choose_targets(

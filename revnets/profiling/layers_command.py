@@ -10,7 +10,10 @@ import torch
 
 from ..layers.convert import ConversionReport, convert
 from ..layers.registry import layer_entry, list_layers
+from ..models.named import build_model, check_model
 from ..sparsity.schedules import SCHEDULES
+from ..training.options.values import COUNT
+from ..training.places import check_folder, make_folder
 from .training_flops import FlopsReport, training_flops
 
 
@@ -43,11 +46,6 @@ def print_conversion(model: str, spec: str, img_size: int | None, output: Path |
     import timm
     from rich.console import Console
 
-    from ..models.named import build_model, check_model
-    from ..training.options.values import COUNT
-    from ..training.places import check_folder
-    from .report import open_folder
-
     check_model(model)
     if img_size is not None:
         COUNT.check("img_size", img_size)
@@ -67,7 +65,7 @@ def print_conversion(model: str, spec: str, img_size: int | None, output: Path |
     console.print(report.table())
     console.print(flops.table())
     if output is not None:
-        folder = open_folder(output)
+        folder = make_folder(output)
         console.print("\n".join(f"wrote {path}" for path in _save(flops, folder, f"{model} · {spec}")), soft_wrap=True)
 
 

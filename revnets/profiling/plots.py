@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..training.captions import caption
+from ..training.files import write
 from .predict import CATEGORIES
 from .profile import Row
-from .report import activations_per_image, write
+from .report import activations_per_image
 from .sweep import family
 
 

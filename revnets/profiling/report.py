@@ -1,15 +1,11 @@
 """Profiles as a table on the terminal and as files."""
 
-import csv
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..training.files import whole_file
-from ..training.places import make_folder
-from .fake import ProfileError
+from ..training.files import write_csv, write_json
 from .fit import Fit
 from .predict import CATEGORIES
 from .profile import Row, describe, recomputation
@@ -144,48 +140,14 @@ def _mb(nbytes: int | None) -> str:
     return "-" if nbytes is None else f"{nbytes / 1e6:.1f}"
 
 
-def open_folder(path: Path) -> Path:
-    """The folder for the output, made if it is missing; before long work, ``check_folder`` does without making it.
-
-    Raises:
-        ProfileError: when it cannot be made or written to.
-    """
-    try:
-        return make_folder(path)
-    except ValueError as error:
-        raise ProfileError(str(error)) from error
-
-
-def write(path: Path, save: Callable[[Path], Any]) -> Path:
-    """Let ``save`` write a file that appears at ``path`` complete or not at all.
-
-    Raises:
-        NotWritten: there is no space, say.
-    """
-    with whole_file(path) as temporary:
-        save(temporary)
-    return path
-
-
 def save_json(found: Sequence[dict[str, Any]], setting: Setting, path: Path) -> Path:
     """Rows with machine and setting."""
-    data = {"machine": describe(setting), "setting": asdict(setting), "rows": list(found)}
-    return write(path, lambda temporary: temporary.write_text(json.dumps(data, indent=2) + "\n"))
+    return write_json(path, {"machine": describe(setting), "setting": asdict(setting), "rows": list(found)})
 
 
 def save_records(found: Sequence[dict[str, Any]], setting: Setting, folder: Path, name: str) -> list[Path]:
     """``name.json`` (with machine and setting) and ``name.csv`` in ``folder``."""
-
-    def save_csv(path: Path) -> None:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(key for record in found for key in record)))
-            writer.writeheader()
-            writer.writerows(found)
-
-    return [
-        save_json(found, setting, folder / f"{name}.json"),
-        write(folder / f"{name}.csv", save_csv),
-    ]
+    return [save_json(found, setting, folder / f"{name}.json"), write_csv(folder / f"{name}.csv", found)]
 
 
 def fit_records(fits: Sequence[Fit], budget: int) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What is profiled: a network, its input and its loss, built on demand on any device."""
 
 import difflib
+import importlib
 import importlib.util
 import re
 from collections.abc import Callable, Sequence
@@ -14,13 +15,10 @@ from torch import Tensor, nn
 
 from ..models.named import build_model, check_model
 from ..reversible import MODES
-from ..training.errors import reason, refused
+from ..training.errors import refused
 from ..training.options.values import COUNT, find_device
 from .fake import ProfileError
 from .memory import mean_square
-
-first_line = reason
-"""Under this name the side of MMDetection knows it."""
 
 MODE_NAMES = {"store": "plain", "checkpoint": "own checkpointing"}  # for networks without our modes
 
@@ -189,6 +187,52 @@ def set_mode(model: Any, mode: str) -> bool:
     return mode == "checkpoint"
 
 
+Reader = Callable[[str, Setting, int | None, int], Sequence[Target]]
+"""What was typed, options of the networks, and side and batch where the text has none."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of text that stands for targets of another room's: who reads it is imported when it is first needed.
+
+    Attributes:
+        pattern: of such texts, a regular expression.
+        words: what such a text is, for messages.
+        module: registers the reader when it is imported.
+        needs: package without which it cannot be imported.
+        extra: of revnets, that brings it.
+    """
+
+    pattern: str
+    words: str
+    module: str
+    needs: str
+    extra: str
+
+    def reader(self, text: str) -> Reader:
+        """The registered reader.
+
+        Raises:
+            ProfileError: where the package is not installed.
+        """
+        if importlib.util.find_spec(self.needs) is None:
+            raise ProfileError(
+                f"{text!r} is {self.words}, which needs {self.needs}: pip install 'revnets[{self.extra}]'"
+            )
+        importlib.import_module(self.module)
+        return _READERS[self.module]
+
+
+KINDS = [Kind(r"\.py(@|:|$)", "an MMDetection config", "revnets.mm.detectors", "mmdet", "detection")]
+_READERS: dict[str, Reader] = {}
+
+
+def register_reader(reader: Reader) -> Reader:
+    """Have a function read the texts of the kind that names its module."""
+    _READERS[reader.__module__] = reader
+    return reader
+
+
 def parse_targets(text: str, setting: Setting, img_size: int | None = None, batch_size: int = 8) -> list[Target]:
     """Targets of ``NAME[@SIZE][:BATCH]``, one per mode that the network has.
 
@@ -205,14 +249,9 @@ def parse_targets(text: str, setting: Setting, img_size: int | None = None, batc
         >>> [t.mode for t in parse_targets("resnet18@128:4", Setting())]
         ['store', 'checkpoint']
     """
-    if re.search(r"\.py(@|:|$)", text):
-        if importlib.util.find_spec("mmdet") is None:
-            raise ProfileError(
-                f"{text!r} is an MMDetection config, which needs mmdet: pip install 'revnets[detection]'"
-            )
-        from ..mm.detectors import parse_config
-
-        return list(parse_config(text, setting, img_size, batch_size))
+    for kind in KINDS:
+        if re.search(kind.pattern, text):
+            return list(kind.reader(text)(text, setting, img_size, batch_size))
     match = re.fullmatch(r"([^@:]+)(?:@(\d+))?(?::(\d+))?", text)
     if match is None or not all(size is None or is_size(size) for size in (match[2], match[3])):
         raise ProfileError(

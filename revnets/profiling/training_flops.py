@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Container
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -14,6 +12,7 @@ from torch import nn
 from ..layers.accounting import ModelCost
 from ..sparsity.accounting import run_flops, step_flops
 from ..sparsity.schedules import SCHEDULES, Schedule
+from ..training.files import write, write_csv, write_json
 
 FILES = TABLE, FIGURES, PICTURE = "flops.csv", "flops.json", "flops.png"
 PREFIXES = {"P": 1e15, "T": 1e12, "G": 1e9}
@@ -117,23 +116,12 @@ class FlopsReport:
         Args:
             folder: to write to; it exists.
         """
-        from .report import write
-
-        def save(path: Path) -> None:
-            with path.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                writer.writeheader()
-                writer.writerows(_rows(self.costs))
-
         data = {"input_size": self.costs.input_size, "unit_of_training": self.unit, "after": _totals(self.costs)}
         if self.before is not None:
             data |= {"before": _totals(self.before), "layers_before": _rows(self.before)}
         data["training"] = {name: {"flops": f, "recomputed": r} for name, (f, r) in self.training.items()}
-        text = json.dumps({**data, "layers": _rows(self.costs)}, indent=2) + "\n"
-        return [
-            write(folder / TABLE, save),
-            write(folder / FIGURES, lambda path: path.write_text(text, encoding="utf-8")),
-        ]
+        rows = _rows(self.costs)
+        return [write_csv(folder / TABLE, rows, COLUMNS), write_json(folder / FIGURES, {**data, "layers": rows})]
 
     def draw(self, folder: Path, title: str = "") -> Path:
         """Draw ``flops.png``: layers dense-equivalent and sparse, and the training by schedule.
@@ -146,8 +134,6 @@ class FlopsReport:
             ImportError: where matplotlib is not installed.
         """
         from matplotlib.figure import Figure
-
-        from .report import write
 
         figure = Figure(figsize=(14, 5.5), layout="constrained")
         figure.suptitle(title)

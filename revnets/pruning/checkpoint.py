@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..training.checkpoints.held import FLOPS
 from ..training.checkpoints.reading import read_checkpoint
+from ..training.files import write, writing
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -53,9 +54,6 @@ def save_weights(model: nn.Module, path: Path, metadata: Mapping[str, str]) -> P
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-
-    from ..profiling.report import write
-    from ..training.files import writing
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     with writing(path, (SafetensorError,)):

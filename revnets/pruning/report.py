@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..layers.convert import Skipped
+from ..training.files import write, write_csv, write_json
 
 
 @dataclass
@@ -142,25 +141,13 @@ class PruningReport:
 
     def save(self, stem: Path) -> list[Path]:
         """Write the figures beside the weights: ``stem`` with ``.json``, ``.csv`` and, with matplotlib, ``.png``."""
-        from ..profiling.report import write
-
         rows = self.records()
         names = [f.name for f in dataclasses.fields(self) if f.name not in ("model", "layers", "skipped", "flops")]
         found: dict[str, Any] = {name: getattr(self, name) for name in names}
         more = ("sparsity", "model_sparsity", "dense_flops", "sparse_flops", "error")
         found |= {name: getattr(self, name) for name in more}
         found |= {"layers": rows, "skipped": [dataclasses.asdict(one) for one in self.skipped]}
-
-        def save_csv(path: Path) -> None:
-            with path.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
-
-        paths = [
-            write(stem.with_suffix(".json"), lambda path: path.write_text(json.dumps(found, indent=2) + "\n")),
-            write(stem.with_suffix(".csv"), save_csv),
-        ]
+        paths = [write_json(stem.with_suffix(".json"), found), write_csv(stem.with_suffix(".csv"), rows)]
         picture = self._figure()
         if picture is not None:
             paths.append(write(stem.with_suffix(".png"), lambda path: picture.savefig(path, format="png", dpi=120)))

@@ -1,10 +1,11 @@
 """Branches through ``torch.compile``: the engine stays as it is, what it calls becomes faster."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from .op import ReversibleOp
 
 
 def compile_branches(model: nn.Module, **options: Any) -> nn.Module:
@@ -43,8 +44,6 @@ def compile_branches(model: nn.Module, **options: Any) -> nn.Module:
 
 def branches(model: nn.Module) -> list[nn.Module]:
     """What the reversible ops of ``model`` call: their modules, but for other reversible ops."""
-    from .op import ReversibleOp
-
     found: dict[int, nn.Module] = {}
     for op in model.modules():
         stack = list(op.children()) if isinstance(op, ReversibleOp) else []
@@ -55,21 +54,3 @@ def branches(model: nn.Module) -> list[nn.Module]:
             elif not isinstance(child, ReversibleOp):
                 found[id(child)] = child
     return list(found.values())
-
-
-def is_compiled(module: Callable[..., Tensor]) -> bool:
-    """Whether ``module.compile()`` was called."""
-    return getattr(module, "_compiled_call_impl", None) is not None
-
-
-def call(module: Callable[..., Tensor], *xs: Tensor) -> Tensor:
-    """``module(*xs)``; a compiled branch by the same code whether gradients are wanted or not.
-
-    The compiler makes other code where they are not, whose values may differ in the last bit: enough for exact mode to
-    be off by one step of its grid. What the branch saves in a forward pass without gradient is freed on return.
-    """
-    if not is_compiled(module):
-        return module(*xs)
-    with torch.enable_grad():
-        y = module(*(x if x.requires_grad else x.detach().requires_grad_() for x in xs))
-    return y if torch.is_grad_enabled() else y.detach()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .compiled import call
+from .call import call
 from .grid import add_rounded, resolve_grid_bits, round_to_grid, sub_rounded_
 from .replay import BranchRecord, FrozenRunner, Replayer, activated, active, replaying, tree
 

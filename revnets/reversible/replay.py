@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .compiled import call
+from .call import call
 from .draws import DrawnAgain, Draws
 from .errors import ReversibleError
 

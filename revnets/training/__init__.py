@@ -1,5 +1,5 @@
-"""What every training loop needs to survive, whichever it is: order that can be resumed, signals, whole files.
+"""What every training loop needs to survive, whichever it is: whole files, checkpoints, order, options, errors.
 
-Here lives what `classification/`, `detection/` and `revnets.mm` share: errors, options, whole files, splits and weights
-that are checked, data that follow from seeds, SIGTERM, guards of numbers. Nothing of timm's or MMEngine's, and no loop.
+Here lives what `classification/`, `detection/` and `revnets.mm` share, with a folder each for options, checkpoints,
+data, guards of numbers and captured steps. Nothing of timm's or MMEngine's, and no loop.
 """

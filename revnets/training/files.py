@@ -105,27 +105,16 @@ def write(path: Path, save: Callable[[Path], Any]) -> Path:
     return path
 
 
-def write_json(path: Path, data: Any) -> Path:
-    """Writes plain values as indented JSON, whole or not at all; see `write`. Numbers that are not finite are null."""
-    text = json.dumps(_finite(data), indent=2, allow_nan=False) + "\n"
-    return write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = ()) -> Path:
-    """Writes rows as CSV, whole or not at all; see `write`.
+    """Writes a CSV file, whole or not at all; what a row lacks stays empty.
 
     Args:
-        path: The file to write; its folder must exist.
-        rows: Values by the names of their columns; where one has no value, its cell is empty.
-        columns: Their names; by default all that the rows have, in the order in which they come up.
+        path: The file; its folder must exist.
+        rows: A line each.
+        columns: By default the keys of all rows, in the order in which they come up.
+
+    Raises:
+        NotWritten: There is no space, say.
     """
     found = list(rows)
 
@@ -136,6 +125,28 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[s
             writer.writerows(found)
 
     return write(path, save)
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Writes a JSON file, whole or not at all; numbers that are not finite, of which JSON knows none, become null.
+
+    Args:
+        path: The file; its folder must exist.
+        content: Plain values.
+
+    Raises:
+        NotWritten: There is no space, say.
+    """
+    text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+    return write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def duplicate(source: Path, path: Path) -> None:

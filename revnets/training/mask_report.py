@@ -1,10 +1,10 @@
 """What became of the masks, as a table and as a picture."""
 
-import csv
 from pathlib import Path
 from typing import Any
 
-from ..sparsity.controller import SparsityController
+from ..sparsity import SparsityController
+from .files import write, write_csv
 
 TABLE, PICTURE = "sparsity.csv", "sparsity.png"
 COLUMNS = ("step", "layer", "weights", "active", "density", "fraction", "exchanged", "changed")
@@ -37,15 +37,7 @@ def write_table(controller: SparsityController, folder: Path) -> Path:
         controller: of the run.
         folder: to write to; it exists.
     """
-    from ..profiling.report import write
-
-    def save(path: Path) -> None:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows(controller))
-
-    return write(folder / TABLE, save)
+    return write_csv(folder / TABLE, rows(controller), COLUMNS)
 
 
 def draw_picture(controller: SparsityController, folder: Path, title: str = "") -> Path:
@@ -60,8 +52,6 @@ def draw_picture(controller: SparsityController, folder: Path, title: str = "") 
         ImportError: where matplotlib is not installed.
     """
     from matplotlib.figure import Figure
-
-    from ..profiling.report import write
 
     figure = Figure(figsize=(11, 5), layout="constrained")
     figure.suptitle(title)

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from classification import train
 from classification.models import build_model
 from classification.options import TrainOptions, ValidateOptions
 from classification.tables import mus as mus_table
 from revnets.layers import MuSConv2d, MuSLinear
-from revnets.training.options.parsing import options_of, read_yaml
+from revnets.training.options.parsing import options_of, parse, read_yaml
 
 from .short_runs import Trainer
 
@@ -20,7 +19,7 @@ RECIPES = sorted(path for path in mus_table.RECIPES.glob("*.yaml") if path.stem 
 
 
 def options(*argv: str) -> TrainOptions:
-    return train.parse(TrainOptions, [*argv, "--data-dir", "x", "--num-classes", "10"], "")
+    return parse(TrainOptions, [*argv, "--data-dir", "x", "--num-classes", "10"], "")
 
 
 SLOW = pytest.mark.slow  # conversion follows RevBiFPN's layers

@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from classification import train
 from classification.models import build_model
 from classification.options import TrainOptions, ValidateOptions
 from revnets.training.errors import UserError
-from revnets.training.options.parsing import options_of, read_yaml
+from revnets.training.options.parsing import options_of, parse, read_yaml
 
 from .short_runs import ROOT, Trainer
 
@@ -21,7 +20,7 @@ RECIPES = sorted((ROOT / "configs" / "classification" / "sparse_ift").glob("*.ya
 
 
 def options(*argv: str) -> TrainOptions:
-    return train.parse(TrainOptions, [*argv, "--data-dir", "x"], "")
+    return parse(TrainOptions, [*argv, "--data-dir", "x"], "")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -25,6 +25,10 @@ from .test_train_run import differing, load
         (["--teacher", "test_vit"], "leave --teacher and --teacher-checkpoint out"),
         (["--opt", "lamb"], "--opt lamb: optimizer Lamb computes on the host"),
         (["--opt", "nadam"], "cannot leave out an update on the device"),
+        (
+            ["--opt", "nadam", "--nonfinite-limit", "0", "--model", "test_revbifpn", "--model-kwargs", "exact=true"],
+            "(it has no `fused`), which exact mode's range check needs",
+        ),
     ],
 )
 def test_refusals_leave_nothing_behind(

@@ -136,6 +136,75 @@ def test_checkpoint_of_something_else(
     assert all(word in message for word in words), message
 
 
+SET_ANEW = {
+    "--weight-decay": (["0.25"], "weight_decay 2e-05", "0.25"),
+    "--opt-betas": (["0.8", "0.9"], "betas [0.9, 0.999]", "[0.8, 0.9]"),
+    "--opt-eps": (["0.125"], "eps 1e-08", "0.125"),
+}
+
+
+@pytest.mark.parametrize("flag", SET_ANEW)
+def test_other_settings_of_the_optimizer_than_the_checkpoints(
+    run_train: Trainer, trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, flag: str
+) -> None:
+    """They would be replaced by the checkpoint's: refused where they are given, kept where they are not."""
+    values, theirs, own = SET_ANEW[flag]
+    line = ["--model-kwargs", "act_layer=relu", "--resume", str(trained / "last.pth.tar"), "--experiment", "new"]
+    assert run_train(*line, flag, *values) == 2
+    message = sentence(capsys)
+    assert f"was trained with {theirs}, and {flag} would make it {own}; give what" in message
+    assert not (tmp_path / "new").exists()
+
+
+def test_settings_of_the_optimizer_that_are_not_given_stay(
+    run_train: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    line = ["--opt", "sgd", "--epochs", "1", "--checkpoint-hist", "1"]
+    assert run_train(*line, "--momentum", "0.75", "--weight-decay", "0.001") == 0
+    again = [*line, "--epochs", "2", "--resume", "auto"]
+    capsys.readouterr()
+    assert run_train(*again, "--momentum", "0.9") == 2  # its default, and given
+    assert "was trained with momentum 0.75, and --momentum would make it 0.9" in sentence(capsys)
+    assert run_train(*again) == 0
+    assert "momentum stays 0.75" in caplog.text
+    groups = torch.load(tmp_path / "run" / "last.pth.tar")["optimizer"]["param_groups"]
+    assert {group["momentum"] for group in groups} == {0.75}
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.001}
+
+
+def test_rates_that_no_schedule_would_bring_back(
+    run_train: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for schedule in ("none", "plateau"):
+        line = ["--sched", schedule, "--experiment", schedule]
+        assert run_train(*line, "--epochs", "1") == 0
+        capsys.readouterr()
+        assert run_train(*line, "--resume", "auto", "--lr", "0.5") == 2
+        assert "lr 0.003, and --lr would make it 0.5" in sentence(capsys)
+    assert run_train("--epochs", "1", "--experiment", "cosine") == 0
+    assert (
+        run_train("--experiment", "cosine", "--resume", "auto", "--lr", "0.001") == 0
+    )  # by the epoch: it takes effect
+
+
+@pytest.mark.parametrize("odd", ["lost", "one too many"])
+def test_the_state_of_an_optimizer_is_whole(
+    run_train: Trainer, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], odd: str
+) -> None:
+    checkpoint = torch.load(trained / "last.pth.tar")
+    state = checkpoint["optimizer"]
+    assert state["without_state"] == []
+    if odd == "lost":
+        del state["state"][3]
+    else:
+        state["without_state"] = [3]
+    torch.save(checkpoint, tmp_path / "odd.pth.tar")
+    line = ["--model-kwargs", "act_layer=relu", "--resume", str(tmp_path / "odd.pth.tar"), "--experiment", "new"]
+    assert run_train(*line) == 2
+    assert "optimizer.state[3] is " in sentence(capsys)
+    assert not (tmp_path / "new").exists()
+
+
 def test_weights_only_file_cannot_be_resumed(
     run_train: Trainer, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

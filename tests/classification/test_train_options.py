@@ -111,6 +111,61 @@ def test_mistakes_on_the_command_line(argv: list[str], words: list[str]) -> None
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+MASKS = ["--layers", "sparse_wide:0.75"]
+CHANGES = [
+    ["--sparsity-interval", "7"],
+    ["--sparsity-start", "0.5"],
+    ["--sparsity-end", "0.5"],
+    ["--sparsity-end", "0"],
+    ["--sparsity-drop-fraction", "0.1"],
+]
+
+
+@pytest.mark.parametrize("line", CHANGES, ids=" ".join)
+def test_what_changes_masks_needs_masks_that_change(line: list[str]) -> None:
+    for more in ([], MASKS, [*MASKS, "--sparsity-schedule", "static"], ["--keep-zeros"]):
+        with pytest.raises(UserError, match=rf"^{line[0]}: [0-9.]+ has no effect, .*leave {line[0]} out"):
+            options(*more, *line)
+    for schedule in ("set", "rigl"):
+        got = options(*MASKS, "--sparsity-schedule", schedule, *line)
+        assert getattr(got, line[0][2:].replace("-", "_")) == float(line[1])
+
+
+def test_a_recipe_may_say_how_masks_change_where_a_run_changes_them(tmp_path: Path) -> None:
+    config = write(tmp_path / "a.yaml", "sparsity_interval: 7\n")
+    assert options("-c", config, *MASKS).sparsity_interval == TrainOptions().sparsity_interval
+    assert options("-c", config, *MASKS, "--sparsity-schedule", "rigl").sparsity_interval == 7
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--aa rand-m9 --color-jitter 0.3", "--color-jitter: 0.3 has no effect, timm leaves it out with --aa rand-m9"),
+        ("--aa rand-m9 --color-jitter-prob 0.3", "--color-jitter-prob: 0.3 has no effect, timm leaves"),
+        ("--no-aug --reprob 0.3", "--reprob: 0.3 has no effect, --no-aug"),
+        ("--cutmix 1 --cutmix-minmax 0.2 0.8", "--cutmix: 1.0 has no effect, --cutmix-minmax wins over it"),
+        ("--crop-pad 4 --train-interpolation bicubic", "--train-interpolation: 'bicubic' has no effect, --crop-pad"),
+        ("--pretrained --initial-checkpoint a.pth", "--pretrained: True has no effect, --initial-checkpoint replaces"),
+        ("--worker-seeding part", "--worker-seeding: 'part' has no effect, images of folders"),
+        ("--opt sgd --opt-eps 0", "--opt-eps: 0.0 has no effect, --opt sgd has no eps"),
+        ("--warmup-epochs 0 --warmup-lr 0", "--warmup-lr: 0.0 has no effect, --warmup-epochs is 0"),
+        ("--decay-rate 0", "--decay-rate: 0.0 has no effect, --sched cosine"),
+        ("--lr-k-decay 2 --sched step", "--lr-k-decay: 2.0 has no effect, --sched step"),
+        ("--lr-k-decay 0", "--lr-k-decay: '0' was given where a number above 0"),  # all rates would be the lowest
+        ("--lr-k-decay 0 --sched step", "--lr-k-decay: '0' was given where a number above 0"),
+    ],
+)
+def test_no_option_without_an_effect(line: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        options(*line.split())
+    assert str(caught.value).startswith(words)
+
+
+@pytest.mark.parametrize("line", ["--aa 3a --color-jitter 0.3", "--crop-pad 4 --aa v0 --train-interpolation bicubic"])
+def test_options_that_have_an_effect_after_all(line: str) -> None:
+    options(*line.split())
+
+
 @pytest.mark.parametrize(
     "values",
     [

@@ -14,7 +14,7 @@ from classification.options import TrainOptions, ValidateOptions
 from classification.report import read_summary
 from revnets.layers import count_costs
 from revnets.pruning import densify, prune
-from revnets.training.options.parsing import options_of, read_yaml
+from revnets.training.options.parsing import options_of, parse, read_yaml
 
 from .short_runs import ROOT, Trainer
 from .test_train_errors import sentence
@@ -28,7 +28,7 @@ def test_every_recipe_parses(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith(("# python ", "# torchrun "))
     assert path.name in lines[0]
-    train.parse(TrainOptions, ["--config", str(path), "--data-dir", "x"], "").check()
+    parse(TrainOptions, ["--config", str(path), "--data-dir", "x"], "").check()
     read_yaml(
         path, options_of(ValidateOptions), frozenset(set(options_of(TrainOptions)) - set(options_of(ValidateOptions)))
     )

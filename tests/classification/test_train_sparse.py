@@ -19,6 +19,7 @@ from revnets.layers import count_costs
 from revnets.layers.sparse_ift import sparse
 from revnets.sparsity import sparse_layers
 from revnets.training.errors import UserError
+from revnets.training.options.parsing import parse
 
 from .short_runs import Trainer
 from .test_train_run import differing, load
@@ -112,7 +113,7 @@ def test_sparse_kernel(run_train: Trainer, tmp_path: Path, monkeypatch: pytest.M
 
 
 def built(*line: str) -> torch.nn.Module:
-    return build_model(train.parse(TrainOptions, ["--data-dir", "x", "--num-classes", "10", *line], ""))
+    return build_model(parse(TrainOptions, ["--data-dir", "x", "--num-classes", "10", *line], ""))
 
 
 def test_flops_are_met_at_the_size_of_the_run() -> None:
@@ -148,7 +149,7 @@ def test_layers_that_would_throw_pretrained_weights_away(tmp_path: Path) -> None
 
 def test_distribution_tells_the_flops(caplog: pytest.LogCaptureFixture) -> None:
     line = ["--data-dir", "x", "--model", "test_efficientnet", "--img-size", "32", "--layers", "sparse_parallel:0.75"]
-    options = train.parse(TrainOptions, [*line, "--sparsity-distribution", "erk"], "")
+    options = parse(TrainOptions, [*line, "--sparsity-distribution", "erk"], "")
     model = build_model(options)
     before = count_costs(model, (3, 32, 32)).sparse_flops
     with caplog.at_level("INFO"):

@@ -277,6 +277,24 @@ def test_the_proof_would_be_there(deployed: Callable[[str], Path], tmp_path: Pat
     assert proof.path.exists()
 
 
+def test_a_program_that_does_not_fit_is_no_traceback(
+    deployed: Callable[[str], Path],
+    tmp_path: Path,
+    proof: Proof,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Sealed by somebody, plain, and wrong: torch logs a traceback of its own, which nobody is to see."""
+
+    def change(found: Any, proof: Proof) -> None:
+        found["graph_module"]["graph"]["nodes"][0]["inputs"][0]["name"] = 7
+
+    evil = edited(deployed("torch"), tmp_path, in_program(change), proof)
+    with pytest.raises(ExportError, match=r"torch.export cannot open"):
+        load(evil)
+    assert "Traceback" not in "".join(capfd.readouterr()) + caplog.text
+
+
 def test_checks_that_are_source_are_left_out(deployed: Callable[[str], Path], tmp_path: Path, proof: Proof) -> None:
     def change(found: Any, proof: Proof) -> None:
         found["guards_code"] = [proof.code, f"{proof.code} is None"]

@@ -163,6 +163,9 @@ STOPS: dict[str, tuple[Change, str]] = {
     "crowds as text": (every("annotations", iscrowd="0"), "annotation 1 has iscrowd '0', expected 0 or 1"),
     "categories' ids as text": (first("categories", id="1"), "has id '1', expected a whole number"),
     "names as numbers": (first("categories", name=0), "has name 0, expected text"),
+    "a name with a zero byte": (first("images", file_name="a\0b.png"), r"file_name 'a.x00b.png', expected text"),
+    "half a letter in a name": (first("images", file_name="\ud8a0.png"), r"file_name '.ud8a0.png', expected text"),
+    "half a letter in a category": (first("categories", name="\udc00"), r"name '.udc00', expected text"),
     "unknown categories": (every("annotations", category_id=99), "no image with an object.*category that the file"),
     "image as text": (first("annotations", image_id="1"), "annotation 1 has image_id '1', but the images' ids are"),
     "a box of text": (first("annotations", bbox=["1", "2", "3", "4"]), "annotation 1 has bbox"),
@@ -171,7 +174,11 @@ STOPS: dict[str, tuple[Change, str]] = {
     "a negative width": (first("annotations", bbox=[9, 9, -3, 4]), "negative width"),
     "shares instead of pixels": (
         every("annotations", bbox=[0.1, 0.1, 0.3, 0.3]),
-        "no image with an object.*without area",
+        "no image with an object.*narrower or lower than one pixel",
+    ),
+    "areas of nothing": (
+        every("annotations", area=0),
+        r"no image with an object.*annotations with an 'area' of 0 or less, though their boxes have one",
     ),
     "annotations of nothing": (lambda content: content.update(annotations=None), "no list 'annotations'"),
     "a mask of three numbers": (first("annotations", segmentation=[[1, 2, 3]]), "annotation 1 has a segmentation"),

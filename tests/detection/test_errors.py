@@ -188,7 +188,10 @@ def test_what_mmdetection_skips_is_counted(own: Path, tmp_path: Path, caplog: py
     changed(own, change)
     check_data(read(str(tiny_config(tmp_path, own))), ["train"])
     said = " ".join(record.getMessage() for record in caplog.records)
-    assert "4 annotations with a box without area, or outside of its image are skipped (ids 1, 2, 3, 4)" in said
+    assert "2 annotations with a box narrower or lower than one pixel are skipped (ids 1, 2)" in said
+    assert "1 annotations with an 'area' of 0 or less, though their boxes have one" in said
+    assert "width x height) are skipped (ids 3)" in said
+    assert "1 annotations with a box outside of its image are skipped (ids 4)" in said
     assert "1 annotations of a category that the file does not list are skipped (ids 5)" in said
     assert "1 annotations of an image that the file does not list are skipped (ids 6)" in said
     assert "1 images with a side under 32 pixels are skipped (narrow.png)" in said

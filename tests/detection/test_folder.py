@@ -27,6 +27,21 @@ def test_a_folder_in_use_is_refused_unread(
         assert (folder / "epoch_1.pth").read_bytes() == b"being written"
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--resume", "--overwrite"], "--resume auto and --overwrite contradict each other"),
+        (["--resume", "a.pth", "--cfg-options", "load_from=b.pth"], "load_from of --cfg-options, which has no effect"),
+    ],
+)
+def test_options_that_exclude_each_other(
+    more: list[str], words: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert training.main([str(tiny), "--work-dir", str(tmp_path / "run"), *more]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", ["epoch_1.pth", "summary.json", "last_checkpoint", ".tmp-x", "best_x.pth"])
 def test_files_of_a_run_need_room(name: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run" / name).mkdir(parents=True)

@@ -1,6 +1,7 @@
 """The kernel against torch's dense convolutions; how it is built, and what happens where it cannot be."""
 
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -16,9 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from revnets.deploy.runners import torch_threads
-from revnets.kernels import build, plan
+from revnets.kernels import build, compressed, plan
 from revnets.kernels.build import ACTIVATIONS, Geometry, KernelUnavailable, kernel_problem
-from revnets.kernels.calls import ConvCall, MaxPoolCall, MeanCall
+from revnets.kernels.calls import ConvCall, MapCall, MaxPoolCall, MeanCall, ScaleCall
 from revnets.kernels.compressed import activate, compress, decompress
 
 from ..deploy.nets import pruned_weight
@@ -171,9 +172,13 @@ def test_inputs_of_other_types(dtype: torch.dtype) -> None:
     g = Geometry(4, 4)
     x, weight, bias, residual = operands(g, 2, 8, 8, 0.5, 0)
     call = ConvCall(g, *compress(weight), bias)
-    for pair in ((x.to(dtype), residual), (x, residual.to(dtype))):
-        with pytest.raises(ValueError, match=rf"input of {dtype} on cpu: expected torch.float32"):
+    for name, pair in (("input", (x.to(dtype), residual)), ("residual", (x, residual.to(dtype)))):
+        with pytest.raises(ValueError, match=rf"^{name} of {dtype} on cpu: expected torch.float32 .* \.float\(\)"):
             call(*pair)
+    with pytest.raises(ValueError, match=rf"^gates of {dtype} on cpu"):
+        ScaleCall()(x, torch.ones(2, 4, 1, 1).to(dtype))
+    with pytest.raises(ValueError, match=rf"^residual of {dtype} on cpu"):
+        pickle.loads(pickle.dumps(MapCall().plan(2)))(x, residual.to(dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         if dtype.is_floating_point:
             x = x.to(dtype)
@@ -181,6 +186,19 @@ def test_inputs_of_other_types(dtype: torch.dtype) -> None:
         else:
             with pytest.raises(ValueError, match=r"input of torch.int64"):
                 call(x.to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 8, 8), (2, 4, 1, 1), (2, 1, 8, 8), (8, 8)])
+@pytest.mark.parametrize("kernel", [pytest.param(True, marks=needs_kernel), False])
+def test_residuals_are_not_broadcast(shape: tuple[int, ...], kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the kernel and without it alike."""
+    if not kernel:
+        monkeypatch.setattr(compressed, "kernel_problem", lambda: "there is none")
+        monkeypatch.setattr(compressed, "warn_of_dense_path", lambda: None)
+    x, weight, bias, _ = operands(Geometry(4, 4), 2, 8, 8, 0.5, 0)
+    weights, numbers = compress(weight), ([1, 1], [1, 1], [0, 0], [1, 1], 1, "none")
+    with pytest.raises(ValueError, match=r"^residual of shape"):
+        torch.ops.revnets.sparse_conv2d(x, *weights, bias, torch.ones(shape), *numbers)
 
 
 @needs_kernel

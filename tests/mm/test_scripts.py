@@ -76,6 +76,44 @@ def test_images_without_a_size_are_seen(
     assert "images: ('CheckedCocoDataset', 1, 8)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["test.py", "./test.py", "own.py"])
+def test_names_are_mmdetections_before_they_are_files_of_this_folder(
+    name: str, line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What lies about in the folder, such as our own detection/test.py, is not run in its place."""
+    monkeypatch.chdir(tmp_path)
+    for file in ("test.py", "own.py"):
+        (tmp_path / file).write_text("print('of this folder')")
+    monkeypatch.setattr(sys, "argv", ["revnets.mm", name, "--help"])
+    if name == "test.py":
+        with pytest.raises(SystemExit):
+            main()
+        assert "MMDet test (and eval) a model" in capsys.readouterr().out
+    else:
+        assert main() == 0
+        assert capsys.readouterr().out == "of this folder\n"
+
+
+@pytest.mark.parametrize("content", [None, "model = dict("])
+def test_files_that_a_script_cannot_read(
+    content: str | None,
+    line: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content:
+        (tmp_path / "config.py").write_text(content)
+    monkeypatch.setattr(sys, "argv", ["revnets.mm", "test.py", "config.py", "none.pth"])
+    assert main() == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "test.py: " in said
+    assert said.endswith("; correct its arguments.\n")
+    assert "Traceback" not in said
+
+
 def test_a_work_folder_in_use_is_refused(
     line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

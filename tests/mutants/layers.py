@@ -61,7 +61,7 @@ FAULTS = (
         new="",
         tests=(
             "tests/layers/test_convert.py",
-            "tests/layers/test_members.py",
+            "tests/layers/sparse_ift/test_members.py",
         ),
     ),
     Fault(
@@ -71,7 +71,7 @@ FAULTS = (
         new="",
         tests=(
             "tests/layers/test_convert.py",
-            "tests/layers/test_members.py",
+            "tests/layers/sparse_ift/test_members.py",
         ),
     ),
     Fault(
@@ -121,17 +121,17 @@ FAULTS = (
     ),
     Fault(
         "fold-groups",
-        "revnets/layers/fold.py",
+        "revnets/layers/sparse_ift/doped.py",
         old='groups = getattr(u, "groups", 1)',
         new="groups = 1",
-        tests=("tests/layers/test_members.py",),
+        tests=("tests/layers/sparse_ift/test_members.py",),
     ),
     Fault(
         "parallel-shares",
         "revnets/layers/sparse_ift/parallel.py",
         old="kept = numel // count + (index < numel % count)",
         new="kept = numel // count",
-        tests=("tests/layers/test_members.py",),
+        tests=("tests/layers/sparse_ift/test_members.py",),
     ),
     Fault(
         "compact-dtype",

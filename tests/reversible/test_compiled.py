@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import revnets
 from revnets.reversible import AdditiveCoupling, RevSequential, RevSilo, compile_branches
-from revnets.reversible.compiled import branches, is_compiled
+from revnets.reversible.call import is_compiled
+from revnets.reversible.compiled import branches
 
 
 def branch() -> nn.Module:

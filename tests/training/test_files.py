@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import threading
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from revnets.training.files import (
     remove_all,
     whole_file,
     whole_folder,
+    write_csv,
+    write_json,
 )
 from revnets.training.places import make_folder
 
@@ -295,3 +298,14 @@ def test_all_files_are_removed_or_none(tmp_path: Path, monkeypatch: pytest.Monke
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "a", "b": "b", "c": "c"}
     remove_all([*paths, tmp_path / "missing"])
     assert not list(tmp_path.iterdir())
+
+
+def test_tables_have_the_columns_of_all_rows_or_those_asked_for(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"a": 1}, {"b": "x,y", "a": 2}]
+    assert write_csv(tmp_path / "table.csv", rows).read_text() == 'a,b\n1,\n2,"x,y"\n'
+    assert write_csv(tmp_path / "empty.csv", [], ("a", "b")).read_text() == "a,b\n"
+
+
+def test_json_is_json_whatever_the_numbers(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "found.json", {"loss": [float("nan"), 1.5], "inner": {"best": float("inf")}})
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {"loss": [None, 1.5], "inner": {"best": None}}

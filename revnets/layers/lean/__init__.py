@@ -1,4 +1,5 @@
-"""What layers that save memory compute: one operator per step of a layer, on CUDA one or two kernels of our own.
+"""Lean layers: norms, activations and convolutions that keep one tensor for the backward pass, where torch keeps more.
 
-Here live the operators (``ops``) and their Triton kernels; the layers that call them are ``norm_act`` and neighbours.
+``norm_act``, ``norm_act_conv``, ``conv`` and ``mbconv`` are what networks call. Below them are the operators (``ops``)
+and their Triton kernels: one operator per step of a layer, on CUDA one or two kernels of our own.
 """

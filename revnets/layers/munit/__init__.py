@@ -1,5 +1,5 @@
-"""FP8 convolutions of munit-scaled layers: who computes them (``fp8_conv``), the Triton kernels, what compiles of them.
+"""Munit-scaled layers and FP8: static scales in place of measured ones, products in FP8 or emulated.
 
-``fp8_conv`` holds the torch operators and is all that layers import; Triton is imported late, at the first convolution.
-Numbers are those of the emulation in ``layers.mus_functional``, to the order of the sums.
+``convert`` registers ``mus`` and ``mus_fp8``; ``layers`` are the modules, ``functional`` their arithmetic, ``optim``
+the rules of transfer; ``fp8`` and ``fp8_conv`` choose who multiplies. Triton is imported late, at the first product.
 """

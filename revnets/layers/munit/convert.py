@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..convert import Job, Skipped, put_layer
 from ..geometry import arguments
 from ..registry import LayerConfig, Spec, parse_layers, register_layer
 from ..sites import Site, Unsuitable
@@ -52,7 +53,7 @@ class MuSFp8Config(MuSConfig):
         backend: of the products: ``scaled_mm``, ``emulate``, or by default the best on the device.
         grad_scale: static factor around the quantisation of gradients, a power of two; by default 2^14, or 1 for
             float16.
-        auto: only layers that are faster in FP8, see ``fp8_break_even``. The others stay as they are; with ``init``,
+        auto: only layers that are faster in FP8, see ``break_even``. The others stay as they are; with ``init``,
             which takes the whole network, they are munit-scaled but not quantised.
         batch_size: for ``auto``: images per step and device.
         device: for ``auto``: where the network will be trained, or its kind, such as ``cuda sm90``; by default where
@@ -79,13 +80,13 @@ class MuSFp8Config(MuSConfig):
 
 
 @register_layer("mus", MuSConfig, network=True, everywhere=True, keeps_weights=True)
-def mus(job: Any, config: MuSConfig) -> nn.Module:
+def mus(job: Job, config: MuSConfig) -> nn.Module:
     """Munit-scaled layers in the usual precision: unit-variance weights, static scales (1/sqrt(fan-in) if hidden)."""
     return _scaled(job, config, "mus")
 
 
 @register_layer("mus_fp8", MuSFp8Config, network=True, everywhere=True, keeps_weights=True)
-def mus_fp8(job: Any, config: MuSFp8Config) -> nn.Module:
+def mus_fp8(job: Job, config: MuSFp8Config) -> nn.Module:
     """Munit-scaled layers that multiply in FP8 in training, too; first layer, classifier, grouped ones do not."""
     slow, by_triton = _slower_in_fp8(job, config) if config.auto else ({}, set())
     options: dict[str, Any] = {"backend": config.backend, "grad_scale": config.grad_scale}
@@ -97,7 +98,7 @@ def mus_fp8(job: Any, config: MuSFp8Config) -> nn.Module:
     return model
 
 
-def _note_padding(job: Any, model: nn.Module) -> None:
+def _note_padding(job: Job, model: nn.Module) -> None:
     """How many layers have zeros added to their channels, into the report."""
     layers = [m for name, m in model.named_modules() if name in job.names and isinstance(m, MunitScaled) and m.fp8]
     padded = sum(bool(padded_words(*layer.weight.shape[1::-1])) for layer in layers)
@@ -108,11 +109,9 @@ def _note_padding(job: Any, model: nn.Module) -> None:
 
 
 def _scaled(
-    job: Any, config: MuSConfig, kind: str, slow: Mapping[str, str] | None = None, fp8: bool = False, **options: Any
+    job: Job, config: MuSConfig, kind: str, slow: Mapping[str, str] | None = None, fp8: bool = False, **options: Any
 ) -> nn.Module:
     """Convert all layers but those in ``slow``, which gives reasons by name; see ``MuSFp8Config.auto``."""
-    from ..convert import Skipped, put_layer
-
     _check_network(job, config, kind)
     for name in job.names:
         reason = (slow or {}).get(name)
@@ -129,7 +128,7 @@ def _scaled(
     return job.report.model
 
 
-def _slower_in_fp8(job: Any, config: MuSFp8Config) -> tuple[dict[str, str], set[str]]:
+def _slower_in_fp8(job: Job, config: MuSFp8Config) -> tuple[dict[str, str], set[str]]:
     """Reasons, by name, why layers are left out by ``auto``, and the 1x1 convolutions that are for Triton; remarks go
     to the report.
     """
@@ -159,7 +158,7 @@ def _slower_in_fp8(job: Any, config: MuSFp8Config) -> tuple[dict[str, str], set[
     return found, by_triton
 
 
-def _check_network(job: Any, config: MuSConfig, kind: str) -> None:
+def _check_network(job: Job, config: MuSConfig, kind: str) -> None:
     """Refuse what cannot be munit-scaled as a whole."""
     model = type(job.model).__name__
     modules = dict(job.model.named_modules())

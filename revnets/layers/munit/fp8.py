@@ -21,7 +21,8 @@ E5M2 = torch.float8_e5m2
 
 BACKENDS = ("scaled_mm", "emulate")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_ALIGNMENT = 16  # of every dimension, for the products of GPUs
+ALIGNMENT = 16
+"""GPUs want every dimension of a product, and channels, to be multiples of it."""
 
 
 def quantize(x: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -152,7 +153,7 @@ def fp8_matmul(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype, backend: 
 
 def _padded(x: Tensor) -> Tensor:
     """With zeros below and on the right, up to multiples of 16."""
-    rows, columns = (-size % _ALIGNMENT for size in x.shape)
+    rows, columns = (-size % ALIGNMENT for size in x.shape)
     if not (rows or columns):
         return x
     bits = F.pad(x.view(torch.uint8), (0, columns, 0, rows))  # torch pads no FP8; zero is zero in all formats

@@ -18,10 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .fp8 import E4M3, E5M2, _count, quantize, resolve_backend
-
-ALIGNMENT = 16
-"""Channels are padded to a multiple of it."""
+from .fp8 import ALIGNMENT, E4M3, E5M2, _count, quantize, resolve_backend
 
 LEAST_CAPABILITY = (8, 9)
 """Compute capability from which on NVIDIA's GPUs have FP8 units: Ada; Hopper is 9.0."""
@@ -201,7 +198,7 @@ def padded_words(channels_in: int, channels_out: int) -> str:
 def fp8_conv2d(
     x: Tensor, weight: Tensor, scale: float, dtype: torch.dtype, geometry: Geometry, grad_scale: float
 ) -> Tensor:
-    r""":math:`s\, q(x) * q(W)`, with the gradients of ``mus_functional``, all three products on FP8 units by Triton.
+    r""":math:`s\, q(x) * q(W)`, with the gradients of ``functional``, all three products on FP8 units by Triton.
 
     Inputs that are not channels-last are brought there by the cast, which reads them in any case; what is returned, and
     the gradient, have the layout of ``x``. Kept for the backward pass: the quantised operands, a byte a number.

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .fp8_conv import ALIGNMENT
+from .fp8 import ALIGNMENT
 from .fp8_conv_kernels_triton import cast_maps, columns, product, sum_partials, weight_partials
 from .fp8_triton import _FORMATS, _on
 

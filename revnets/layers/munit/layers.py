@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..fold import folded_layer, plain_layer
 from ..sparse_ift.sparse import MaskedWeight
 from .fp8 import check_backend, check_floating, check_grad_scale
 from .fp8_conv import choose, padded_words
@@ -22,7 +23,7 @@ class MunitScaled(nn.Module):
         scale: :math:`\alpha`, see ``munit_scale``.
         fp8: whether products are in FP8: asked for, and the layer is hidden and not grouped.
         backend: of FP8 products.
-        grad_scale: static factor around the quantisation of gradients; None: see ``mus_functional.gradient_scale``.
+        grad_scale: static factor around the quantisation of gradients; None: see ``functional.gradient_scale``.
     """
 
     weight: nn.Parameter
@@ -268,3 +269,10 @@ class SparseMuSConv2d(_SparseMunitScaled, MuSConv2d):  # type: ignore[misc]
         >>> SparseMuSConv2d(16, 8, 2, sparsity=0.75, fp8=True).scale
         0.25
     """
+
+
+@folded_layer.register(MuSConv2d)
+@folded_layer.register(MuSLinear)
+def _folded(layer: Any) -> nn.Module:
+    """The scale baked in, and the zeros; nothing quantises any more."""
+    return plain_layer(layer, layer.effective_weight(), layer.bias)

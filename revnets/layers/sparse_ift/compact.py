@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ...sparsity.found import is_sparse
+from ...training.checkpoints.weights import unfit
+from ...training.files import write, writing
 
 FORMAT = "revnets-sparse-1"
 _VALUES, _PLACES = ".values", ".places"
@@ -37,9 +39,6 @@ def save_sparse(model: nn.Module, path: str | Path) -> Path:
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-
-    from ...profiling.report import write
-    from ...training.files import writing
 
     path = Path(path)
     if not path.parent.is_dir():
@@ -71,8 +70,6 @@ def load_sparse(model: nn.Module, path: str | Path) -> None:
             first one.
     """
     from safetensors import SafetensorError, safe_open
-
-    from ...training.checkpoints.weights import unfit
 
     path = Path(path)
     if not path.is_file():

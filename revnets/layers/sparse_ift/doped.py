@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ...sparsity.masks import check_sparsity
+from ..fold import folded_layer, plain_layer
 from ..geometry import Compound, arguments, described, factors, fans
 from ..lean.conv import conv
-from ..registry import SparseConfig, register_layer
-from ..sites import Site, Unsuitable
+from ..sites import Unsuitable
 from .sparse import sparse_kind
 
 
@@ -109,8 +109,18 @@ class SparseDopedLinear(_Doped):
     kind = nn.Linear
 
 
-@register_layer("sparse_doped", SparseConfig)
-def sparse_doped(site: Site, config: SparseConfig) -> nn.Module:
-    """A dense low-rank path and a full-size layer at density 1-s, summed (Sparse-IFT)."""
-    kind = SparseDopedConv2d if isinstance(site.layer, nn.Conv2d) else SparseDopedLinear
-    return kind(**arguments(site.layer), sparsity=config.sparsity, init_scale=config.init_scale)
+@folded_layer.register(SparseDopedConv2d)
+@folded_layer.register(SparseDopedLinear)
+def _folded(layer: Any) -> nn.Module:
+    """One dense layer: the low-rank path is part of the weight."""
+    full = layer.sparse
+    return plain_layer(full, full.weight + low_rank_weight(layer.u, layer.v), full.bias)
+
+
+@torch.no_grad()
+def low_rank_weight(u: Any, v: Any) -> Tensor:
+    """The weight of two layers in a row without anything between, the second pointwise: V times U, per group."""
+    groups = getattr(u, "groups", 1)
+    first = u.weight.reshape(groups, -1, u.weight[0].numel())
+    second = v.weight.reshape(groups, -1, first.shape[1])
+    return (second @ first).reshape(-1, *u.weight.shape[1:])

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...sparsity.masks import check_sparsity
-from ..geometry import ActLayer, NormLayer, Usual, WithNorms, arguments, described, factors, fans
+from ..fold import folded_layer
+from ..geometry import ActLayer, NormLayer, Usual, WithNorms, described, factors, fans
 from ..lean.conv import conv
 from ..lean.norm_act_conv import norm_act_conv
-from ..registry import SparseConfig, register_layer
-from ..sites import Site, Unsuitable
+from ..sites import Unsuitable
 from .sparse import sparse_kind
 
 
@@ -123,14 +123,7 @@ class SparseFactorizedLinear(_Factorized):
     kind, usual_norm, usual_act = nn.Linear, nn.LayerNorm, nn.GELU
 
 
-@register_layer("sparse_factorized", SparseConfig)
-def sparse_factorized(site: Site, config: SparseConfig) -> nn.Module:
-    """Two factors at density 1-s, wider inside than a low rank, norm and activation between them (Sparse-IFT)."""
-    kind = SparseFactorizedConv2d if isinstance(site.layer, nn.Conv2d) else SparseFactorizedLinear
-    return kind(
-        **arguments(site.layer),
-        sparsity=config.sparsity,
-        norm_layer=site.inner_norm,
-        act_layer=lambda: site.inner_act,
-        init_scale=config.init_scale,
-    )
+@folded_layer.register(SparseFactorizedConv2d)
+@folded_layer.register(SparseFactorizedLinear)
+def _folded(layer: Any) -> nn.Module:
+    return nn.Sequential(*(part for part in (layer.u, layer.norm, layer.act, layer.v) if part is not None))

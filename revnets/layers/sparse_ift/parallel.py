@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ...sparsity.masks import check_sparsity
+from ..fold import folded_layer, plain_layer
 from ..geometry import ActLayer, NormLayer, Usual, WithNorms, arguments
 from ..lean.conv import conv
 from ..lean.norm_act import norm_act
-from ..registry import SparseConfig, register_layer
-from ..sites import Site
 from .sparse import sparse_kind
 
 
@@ -125,27 +124,31 @@ class SparseParallelLinear(_Parallel):
     kind, usual_norm, usual_act = nn.Linear, nn.LayerNorm, nn.GELU
 
 
-@dataclass(frozen=True)
-class SparseParallelConfig(SparseConfig):
-    """Options of ``sparse_parallel``.
+@folded_layer.register(SparseParallelConv2d)
+@folded_layer.register(SparseParallelLinear)
+def _folded(layer: Any) -> nn.Module | None:
+    """One layer, where all branches are linear in eval mode."""
+    layers = [_linear_part(branch) for branch in layer.branches]
+    if any(layer is None for layer in layers):
+        return None
+    weight = torch.stack([layer.weight for layer in layers]).sum(0)
+    biases = [layer.bias for layer in layers if layer is not None and layer.bias is not None]
+    return plain_layer(layers[0], weight, torch.stack(biases).sum(0) if biases else None)
 
-    Args:
-        norm_only: branches take over the norm that follows the layer, and leave the activation to their sum.
-    """
 
-    norm_only: bool = False
-
-
-@register_layer("sparse_parallel", SparseParallelConfig)
-def sparse_parallel(site: Site, config: SparseParallelConfig) -> nn.Module:
-    """Branches at density 1-s, each with the norm and activation that follow the layer, summed (Sparse-IFT)."""
-    norm = site.take_norm()
-    act = None if config.norm_only else site.take_act()
-    kind = SparseParallelConv2d if isinstance(site.layer, nn.Conv2d) else SparseParallelLinear
-    return kind(
-        **arguments(site.layer),
-        sparsity=config.sparsity,
-        norm_layer=None if norm is None else lambda _: copy.deepcopy(norm),
-        act_layer=None if act is None else lambda: copy.deepcopy(act),
-        init_scale=config.init_scale,
-    )
+def _linear_part(branch: Branch) -> Any:
+    """The branch as one layer, a batch norm's running statistics folded in; None where it is not linear."""
+    if not (branch.act is None or isinstance(branch.act, nn.Identity)):
+        return None
+    norm: Any = branch.norm
+    if norm is None or isinstance(norm, nn.Identity):
+        return branch.layer
+    inner = getattr(norm, "act", None)
+    linear = isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats and isinstance(branch.layer, nn.Conv2d)
+    if not linear or not (inner is None or isinstance(inner, nn.Identity)):
+        return None
+    if norm.weight is None:
+        norm = nn.BatchNorm2d(norm.num_features, norm.eps).eval().to(norm.running_mean)
+        norm.running_mean, norm.running_var = branch.norm.running_mean, branch.norm.running_var  # type: ignore[union-attr]
+    layer: Any = branch.layer
+    return fuse_conv_bn_eval(layer, norm)

@@ -20,6 +20,8 @@ from ...kernels.training import (
     sparse_linear,
 )
 from ...sparsity.masks import check_sparsity, kept, mask_with_count
+from ..fold import folded_layer, plain_layer
+from ..sites import MASKED
 
 
 class _GatheredGrad(torch.autograd.Function):
@@ -190,6 +192,11 @@ class SparseConv2dSame(SparseConv2d):
         """Args: x: ``(N, C_in, H, W)``. Returns: ``(N, C_out, ceil(H / stride), ceil(W / stride))``."""
         return super().forward(pad_same(x, list(self.kernel_size), list(self.stride), list(self.dilation)))
 
+    @staticmethod
+    def plain_kind(padding_mode: str = "zeros", **settings: Any) -> nn.Module:
+        """Timm's own, which pads with zeros only."""
+        return Conv2dSame(**settings)
+
 
 class SparseLinear(MaskedWeight, nn.Linear):  # type: ignore[misc]
     """``nn.Linear`` of which a share of the weights is masked out.
@@ -217,6 +224,16 @@ class SparseLinear(MaskedWeight, nn.Linear):  # type: ignore[misc]
         return nn.functional.linear(x, self.effective_weight(), self.bias)
 
 
+MASKED.update((SparseConv2d, SparseConv2dSame, SparseLinear))
+
+
+@folded_layer.register(SparseConv2d)
+@folded_layer.register(SparseLinear)
+def _folded(layer: Any) -> nn.Module:
+    """Zeros baked in."""
+    return plain_layer(layer, layer.weight * layer.mask, layer.bias)
+
+
 def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
     """Have sparse 1x1 convolutions of stride 1, and linear layers, train on a kernel that skips zeros, on the CPU.
 
@@ -242,7 +259,7 @@ def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
     """
     if enabled:
         load_kernel()
-    layers = [module for module in model.modules() if type(module) in (SparseConv2d, SparseConv2dSame, SparseLinear)]
+    layers = [module for module in model.modules() if type(module) in MASKED]
     for layer in layers:
         layer.sparse_kernel = enabled and _served(layer)  # type: ignore[assignment]
     return sum(bool(layer.sparse_kernel) for layer in layers)

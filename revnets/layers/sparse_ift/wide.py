@@ -9,12 +9,14 @@ from typing import Any
 from torch import nn
 
 from ..accounting import count_costs
+from ..convert import Converted, Job, Skipped, replace_module
 from ..geometry import arguments
-from ..registry import SparseConfig, register_layer
+from ..registry import SparseConfig
 from ..sites import Unsuitable
 from ..trace import Trace, trace
 from .sparse import sparse_kind
-from .widen import Coupling, WidenError, widen
+from .widen import WidenError, widen
+from .widen_rules import couple
 
 LEAST_DENSITY = 0.5
 """The density that the search leaves to sparse layers is at least this part of ``1 - s``, or widths grow less."""
@@ -34,11 +36,16 @@ class _Wider:
         return (budget - self.fixed) / max(1, sum(flops for flops, _ in self.layers.values()))
 
 
-@register_layer("sparse_wide", SparseConfig, network=True)
-def sparse_wide(job: Any, config: SparseConfig) -> nn.Module:
-    """A network sqrt(1/(1-s)) times as wide whose layers are masked to the dense network's FLOPs (Sparse-IFT)."""
-    from ..convert import Converted, Skipped, replace_module
+def widened(job: Job, config: SparseConfig) -> nn.Module:
+    """A network sqrt(1/(1-s)) times as wide whose layers are masked to the dense network's FLOPs.
 
+    Args:
+        job: the network, its trace and the layers to convert.
+        config: their sparsity.
+
+    Raises:
+        Unsuitable: where no width is free, or no layer is left.
+    """
     recorded: Trace = job.surroundings.trace
     size = recorded.inputs[0].shape[1:]
     budget = count_costs(job.model, size, recorded).sparse_flops
@@ -73,10 +80,10 @@ def sparse_wide(job: Any, config: SparseConfig) -> nn.Module:
     return model
 
 
-def _maker(job: Any, size: tuple[int, ...]) -> Callable[[float], _Wider]:
+def _maker(job: Job, size: tuple[int, ...]) -> Callable[[float], _Wider]:
     """Makes the network wider by a factor: by its own ``widened(factor)``, or by following its widths."""
     own: Any = getattr(job.model, "widened", None)
-    coupling = None if own is not None else Coupling(job.model, job.surroundings.trace)
+    coupling = None if own is not None else couple(job.model, job.surroundings.trace)
     if coupling is not None and not coupling.shapes(coupling.widths.sizes(2.0)):
         reasons = sorted(set(coupling.widths.reasons.values()))
         raise Unsuitable(f"sparse_wide: no width of {type(job.model).__name__} is free: {'; '.join(reasons[:3])}")

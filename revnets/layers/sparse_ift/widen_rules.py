@@ -1,20 +1,18 @@
-"""How ops couple the widths of what goes in and what comes out: one function per op, for ``Coupling``."""
+"""How ops couple the widths of what goes in and what comes out: one function per op, which ``couple`` applies."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import nn
 
-from ..trace import Op, Value
+from ..trace import Op, Trace, Value
+from .coupling import Coupling, Rule
 from .widths import Form, is_number, number
 
-if TYPE_CHECKING:
-    from .widen import Coupling
-
-Rule = Callable[["Coupling", Op], list[list[Form]]]
 RULES: dict[str, Rule] = {}
 SAME = {"clone", "_to_copy", "detach", "alias", "lift_fresh", "contiguous", "as_strided_", "dropout", "cumsum", "flip"}
 SAME |= {"_softmax", "_safe_softmax", "_log_softmax", "roll", "bernoulli_", "copy_"}
@@ -29,6 +27,30 @@ POOLS = (
     "reflection_pad",
     "replication_pad",
 )
+
+
+def couple(model: nn.Module, recorded: Trace) -> Coupling:
+    """Every dimension of a trace in terms of free widths, by the rules of its ops; one without a rule fixes them.
+
+    Args:
+        model: the traced one.
+        recorded: its trace.
+    """
+    return Coupling(model, recorded, _rule_of)
+
+
+def _rule_of(op: Op) -> Rule:
+    if not op.inputs:
+        return lambda c, op: c.numbers(op.outputs)
+    if op.name in RULES:
+        return RULES[op.name]
+    if "scaled_dot_product" in op.name:
+        return attention
+    if op.name.startswith(POOLS):
+        return pool
+    if torch.Tag.pointwise in op.func.tags or op.name in SAME:
+        return pointwise
+    return Coupling.unknown
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:

@@ -5,7 +5,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ...reversible import RevSequential
 
 CHANGING = ("params", "lr", "initial_lr")  # of a group; the rest is captured as it is
 
@@ -32,6 +34,12 @@ def check_capturable(optimizer: torch.optim.Optimizer, watched: str = "") -> Non
             f"optimizer {kind.__name__} cannot leave out an update on the device (it has no `fused`), which {watched} "
             f"needs: {instead}, or train without capture"
         )
+
+
+def left_out_by(model: nn.Module) -> str:
+    """What in a model may have an update left out, in words; nothing where nothing does."""
+    exact = any(isinstance(m, RevSequential) and m.grid_bits is not None for m in model.modules())
+    return "exact mode's range check" if exact else ""
 
 
 def _fused(optimizer: torch.optim.Optimizer) -> bool:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ...reversible import RangeError, RevSequential
+from ...reversible import RangeError
 from ...reversible.mode import MODES
 from ...reversible.node import RangeGuard, captured
 from ..errors import one_line
@@ -21,7 +21,7 @@ from ..options.values import COUNT
 from ..processes import several
 from ..untouched import untouched
 from .cuda_graph import CudaGraph
-from .device_optimizer import DeviceOptimizer, check_capturable
+from .device_optimizer import DeviceOptimizer, check_capturable, left_out_by
 
 Loss = Callable[[Any, Tensor], Tensor]
 
@@ -249,9 +249,7 @@ class TrainingStep:
         Raises:
             ValueError: where the optimizer cannot do that on the device.
         """
-        exact = any(isinstance(m, RevSequential) and m.grid_bits is not None for m in self.model.modules())
-        why = "the loss scaler or the guard" if watched else "exact mode's range check" if exact else ""
-        check_capturable(self.optimizer, why)
+        check_capturable(self.optimizer, "the loss scaler or the guard" if watched else left_out_by(self.model))
         self._device_optimizer = DeviceOptimizer(self.optimizer, self._x.device)
         self._graph = CudaGraph(self._x.device) if capture else None
 

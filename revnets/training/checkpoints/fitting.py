@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...sparsity import SparsityController
 from ..errors import reason
-from .held import OPTIMIZER
+from .held import OPTIMIZER, WITHOUT_STATE
 from .schema import FLAG, NOTHING, TEXT, Array, Either, Items, Kind, Number, expected
 from .tree import Mismatch, Path
 
@@ -31,6 +31,7 @@ _RANGES: dict[str, Kind] = {
     "dampening": Number(0),
     "alpha": Number(0),
 }
+_SETTINGS = tuple(name for name in _RANGES if name not in ("lr", "initial_lr"))
 _SWITCH = Either((FLAG, NOTHING))
 _UNKNOWN = Either((NOTHING, FLAG, Number(finite=False)))  # where the run's own is None, as of `foreach`
 _STEP = Number(0)
@@ -71,12 +72,74 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], 
         raise Mismatch((*path, "param_groups"), "name a parameter twice, each of them once was expected")
     if stray := [key for key in state["state"] if key not in set(ids)]:
         raise Mismatch((*path, "state", stray[0]), "is of a parameter that is in no group, one of those was expected")
+    _check_whole(state, ids, path)
     needed = _needed(optimizer, groups, path)
     parameters = [(place, p) for place, group in enumerate(own) for p in group["params"]]
     for number, (place, parameter) in zip(ids, parameters, strict=True):
         if number in state["state"]:
             entry, like = state["state"][number], needed.get(_signature(place, parameter), {})
             _check_entry(entry, like, parameter, (*path, "state", number))
+
+
+def _check_whole(state: Mapping[str, Any], ids: Sequence[int], path: Path) -> None:
+    """Refuse a state that has entries for others than it says; one that says nothing is torch's own, or an older one.
+
+    A parameter without an entry is one that never got a gradient, or one whose entry was lost: only who wrote it knows.
+    """
+    if WITHOUT_STATE not in state:
+        return
+    said = set(state[WITHOUT_STATE])
+    if lost := [number for number in ids if number not in state["state"] and number not in said]:
+        raise Mismatch((*path, "state", lost[0]), "is missing, what a step has left for this parameter was expected")
+    if more := [number for number in ids if number in state["state"] and number in said]:
+        raise Mismatch((*path, "state", more[0]), f"is there, and {WITHOUT_STATE} says that it is not")
+
+
+def complete(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of an optimizer to be saved, which says which parameters it has nothing of; see ``check_optimizer``.
+
+    Example:
+        >>> used, unused = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+        >>> optimizer = torch.optim.AdamW([used, unused])
+        >>> used.square().sum().backward()
+        >>> optimizer.step()
+        >>> complete(optimizer.state_dict())["without_state"]
+        [1]
+    """
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    return {**state, WITHOUT_STATE: [number for number in numbers if number not in state["state"]]}
+
+
+def differences(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Any], more: Collection[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """Settings of a run that going on from a state would replace by those of the state, without a word.
+
+    Args:
+        optimizer: Of the run, with groups as those of the state; see ``check_optimizer``.
+        state: Of a ``state_dict()``.
+        more: Further settings to compare, besides weight decay, betas and the like; learning rates are schedules'.
+
+    Returns:
+        By name, the state's value and the run's, of the first group where they differ.
+
+    Example:
+        >>> layer = nn.Linear(1, 1)
+        >>> old, new = (torch.optim.SGD(layer.parameters(), 0.1, momentum) for momentum in (0.8, 0.9))
+        >>> differences(new, old.state_dict())
+        {'momentum': (0.8, 0.9)}
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    for group, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        for name in (*_SETTINGS, *more):
+            if name in group and name in own and _plain(group[name]) != _plain(own[name]):
+                found.setdefault(name, (_plain(group[name]), _plain(own[name])))
+    return found
+
+
+def _plain(value: Any) -> Any:
+    value = value.tolist() if isinstance(value, Tensor) else value
+    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def apart(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,8 @@ from .schema import (
     optional,
 )
 
+WITHOUT_STATE = "without_state"
+"""Under this name the state of an optimizer says which parameters have none, as those that never got a gradient."""
 AVERAGED = ("state_dict_ema", "model_ema")
 MAX_EPOCHS = 1_000_000
 FLOPS = "flops_of_all_phases"
@@ -121,7 +123,8 @@ OPTIMIZER = Record(
     {
         "state": Mapped(COUNT, Mapped(TEXT, ANYTHING)),
         "param_groups": Items(Record({"params": Items(COUNT)}, {})),
-    }
+    },
+    {WITHOUT_STATE: Items(COUNT)},
 )
 
 _SCALER: dict[str, Kind] = {

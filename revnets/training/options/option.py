@@ -52,6 +52,7 @@ def option(
     length: tuple[int, int] | None = None,
     ascending: bool = False,
     path: bool = False,
+    zero: bool = False,
     needs: Need | Sequence[Need] = (),
 ) -> Any:
     """A dataclass field that is also an option of the command line and a key of the YAML file.
@@ -68,6 +69,7 @@ def option(
         length: The fewest and the most values of a list.
         ascending: Whether the values of a list must not fall.
         path: Whether it names a file or a folder; `~` then stands for the home folder.
+        zero: Whether 0 is a value as others are, rather than off.
         needs: What it needs to have an effect.
     """
     metadata = {
@@ -78,6 +80,7 @@ def option(
         "length": length,
         "ascending": ascending,
         "path": path,
+        "zero": zero,
         "needs": (needs,) if isinstance(needs, Need) else tuple(needs),
     }
     if isinstance(default, (dict, list)):
@@ -108,6 +111,10 @@ class Option:
     def flag(self) -> str:
         """The option as it is written on the command line."""
         return "--" + self.name.replace("_", "-")
+
+    def off(self, value: Any) -> bool:
+        """Whether a value switches something off: nothing, false, none, and 0 where that is not a value like others."""
+        return not value and not (self.metadata["zero"] and isinstance(value, (int, float)))
 
     @property
     def choices(self) -> tuple[str, ...]:

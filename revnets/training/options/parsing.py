@@ -6,8 +6,9 @@ checks of the YAML file are both made from it.
 An option that has no effect is a mistake. An option names what it `needs`; where that is off, a value of its own that
 somebody set is refused, be it on the command line or in a file, unless a file or line over it switched off what it
 needs: a recipe with `mixup` and `mixup_prob` may be run with `--mixup 0`, and `mixup_prob` is then back at its default.
-Values that switch something off (0, false, none, nothing) are never refused, nor are options about the machine rather
-than the training (loader processes, pinned memory, what only several processes do): a recipe may move.
+Values that switch something off (false, none, nothing, and 0 where that is not one value among others) are never
+refused, nor are options about the machine rather than the training (loader processes, pinned memory, what only several
+processes do): a recipe may move.
 """
 
 from __future__ import annotations
@@ -223,7 +224,7 @@ def settled(schema: type[T], layers: Sequence[Layer]) -> T:
     states: list[Any] = [schema(**joined(layers[: number + 1])) for number in range(len(layers))]
     for number, layer in enumerate(layers):
         for name, value in layer.values.items():
-            if not layer.asked or not value or value == known[name].default:
+            if not layer.asked or known[name].off(value) or value == known[name].default:
                 continue
             lacking = [_lacking(known[name], state) for state in states[number:]]
             need, called = lacking[-1], f"{layer.where}: {name}" if layer.where else known[name].flag
@@ -235,7 +236,8 @@ def settled(schema: type[T], layers: Sequence[Layer]) -> T:
     idle = {
         name: known[name].default
         for name, value in joined(layers).items()
-        if value and _lacking(known[name], states[-1]) is not None  # what is switched off stays off
+        if not known[name].off(value)
+        and _lacking(known[name], states[-1]) is not None  # what is switched off stays off
     }
     return dataclasses.replace(states[-1], **idle)
 

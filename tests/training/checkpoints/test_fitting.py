@@ -7,7 +7,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from revnets.training.checkpoints.fitting import check_optimizer
+from revnets.training.checkpoints.fitting import check_optimizer, complete, differences
 from revnets.training.checkpoints.tree import Mismatch
 
 
@@ -83,6 +83,48 @@ def test_switches_of_a_state_do_not_replace_those_of_the_run(name: str) -> None:
         state["param_groups"][0][key] = not own[key]
         with pytest.raises(Mismatch, match=rf"param_groups\[0\]\.{key} is {not own[key]}, {own[key]}, as in this run"):
             check_optimizer(fresh, state)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_lacks_the_entries_only_that_it_says(name: str) -> None:
+    """Of every optimizer, as far as it has a state: what is lost is refused, what there never was is not."""
+    fresh = stepped(name, 0)
+    for steps in (0, 1):
+        state = complete(stepped(name, steps).state_dict())
+        check_optimizer(fresh, state)
+        for number in state["state"]:
+            rest = {key: entry for key, entry in state["state"].items() if key != number}
+            with pytest.raises(Mismatch, match=rf"^optimizer.state\[{number}\] is missing"):
+                check_optimizer(fresh, {**state, "state": rest})
+            check_optimizer(fresh, complete({**state, "state": rest}))
+            with pytest.raises(Mismatch, match=rf"^optimizer.state\[{number}\] is there"):
+                check_optimizer(fresh, {**state, "without_state": [number]})
+        fresh.load_state_dict(state)
+    with pytest.raises(Mismatch, match="without_state"):
+        check_optimizer(fresh, {**state, "without_state": "none"})
+
+
+def test_parameters_without_a_gradient_have_no_state() -> None:
+    used, unused = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    runs = [torch.optim.AdamW([unused, used]) for _ in range(2)]
+    used.square().sum().backward()
+    runs[0].step()
+    state = complete(runs[0].state_dict())
+    assert state["without_state"] == [0]
+    check_optimizer(runs[1], state)
+    with pytest.raises(Mismatch, match=r"state\[1\] is missing"):
+        check_optimizer(runs[1], {**state, "state": {}})
+
+
+def test_settings_that_a_state_would_replace() -> None:
+    layer = nn.Linear(2, 1)
+    options = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.05}
+    own = torch.optim.AdamW(layer.parameters(), **options)
+    assert differences(own, own.state_dict(), ("lr",)) == {}
+    other = torch.optim.AdamW(layer.parameters(), **{**options, "betas": (0.8, 0.95), "eps": 1e-6, "lr": 0.2})
+    found = {"betas": ([0.8, 0.95], [0.9, 0.95]), "eps": (1e-6, 1e-8)}
+    assert differences(own, other.state_dict()) == found
+    assert differences(own, other.state_dict(), ("lr",)) == {**found, "lr": (0.2, 0.1)}
 
 
 @pytest.mark.parametrize(("value", "fits"), [(None, True), (True, True), (False, True), (1.5, False), ("yes", False)])

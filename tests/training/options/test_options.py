@@ -35,6 +35,7 @@ class Recipe:
     blur: int = option(0, "pixels", low=0)
     blur_shape: str = option("box", "of the blur", needs=BLUR)
     blur_share: float = option(0.5, "of the images", needs=BLUR)
+    blur_steps: int | None = option(3, "of the blur", zero=True, needs=BLUR)
     order: str = option("up", "of the names", needs=LISTED)
 
 
@@ -145,6 +146,15 @@ def test_a_value_without_effect_is_refused(tmp_path: Path) -> None:
 def test_the_default_and_what_switches_off_are_never_refused() -> None:
     assert read("--blur-share", "0.5").blur_share == 0.5
     assert read("--blur-share", "0").blur_share == 0.0
+    assert read("--blur-steps", "none").blur_steps is None
+
+
+def test_a_zero_that_is_a_value_as_others_needs_an_effect(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--blur-steps: 0 has no effect, --blur is 0"):
+        read("--blur-steps", "0")
+    config = write(tmp_path / "a.yaml", "blur: 2\nblur_steps: 0\n")
+    assert read(*config).blur_steps == 0
+    assert read(*config, "--blur", "0").blur_steps == 3
 
 
 def test_a_line_over_a_recipe_may_switch_off_what_its_options_need(tmp_path: Path) -> None:
