@@ -4,14 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Threads that wait must not spin: on a busy machine two spinning threads are many times slower than one.
 export OMP_WAIT_POLICY ?= PASSIVE
-INSTALLED := $(VENV)/.installed
+# A marker for each set of extras that a target installs, into one and the same environment.
+INSTALLED := $(VENV)/.installed-dev
 
-.PHONY: help install quickstart quickstart-detection test test-slow test-compat test-kill test-asan test-mutants gpu lint format clean
+.PHONY: help install quickstart quickstart-detection lint docs test test-slow test-wheel test-compat test-kill test-asan
+.PHONY: test-mutants gpu format clean
 
 help:
 	@echo "make quickstart   install, train RevBiFPN on real digits, print accuracy and memory (CPU, minutes)"
 	@echo "make quickstart-detection   the same for a detector: Faster R-CNN finds the digits in scenes"
 	@echo "make test         lint, types and the quick tests;  make test-slow: the long ones"
+	@echo "make docs         the site of docs/, in output/site; warnings are errors"
+	@echo "make test-wheel   a wheel in an environment of its own: import, profile, train, detect"
 	@echo "make test-compat  the quick tests on other versions: make test-compat PYTHON=python3.13 TORCH=2.9"
 	@echo "make test-kill    50 runs killed at random moments, and compared with one that was let be"
 	@echo "make test-asan    the C++ kernel under AddressSanitizer (g++), at three widths of vectors"
@@ -21,16 +25,17 @@ help:
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml .ci/constraints.txt
+# The editable installation itself asks for setup.py, too. What is there already is left as it is.
+$(VENV)/.installed-%: pyproject.toml setup.py .ci/constraints.txt
 	@test -n "$(PYTHON)" || { echo "python3 (3.10 to 3.13) was not found on PATH: install it, or run make PYTHON=/path/to/python3"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable ".[$*]"
 	@touch $@
 
-quickstart: $(INSTALLED)
+quickstart: $(VENV)/.installed-quickstart
 	@$(BIN)/python -m classification.quickstart
 
-quickstart-detection: $(INSTALLED)
+quickstart-detection: $(VENV)/.installed-detection
 	@$(BIN)/python -m detection.quickstart
 
 lint: $(INSTALLED)
@@ -38,12 +43,19 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(INSTALLED)
+	$(BIN)/python -m mkdocs build --quiet --strict --site-dir output/site
+
 # One process per core, one thread each: threads of several processes on one core cost more than they bring.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses auto --maxprocesses 2 --dist loadfile
+
+# A fresh environment, 5 GB; BORROW=1 takes the packages of .venv instead, in a minute.
+test-wheel: $(INSTALLED)
+	$(BIN)/python -m tests.integration.wheel --folder output/wheel $(if $(BORROW),--borrow)
 
 # One environment per pair of versions, 5 GB each. torchvision names its torch exactly, so pip takes the one that fits.
 TORCH ?= 2.9
@@ -59,13 +71,14 @@ test-kill: $(INSTALLED)
 # Tensors lie in memory that the sanitizer watches: a read or write past one ends the run. Leaks are Python's affair.
 # The kernel is built before the tests: without one they would be skipped, and prove nothing.
 LIBRARY = $(shell g++ -print-file-name=$(1))
+# OpenVINO opens libraries in a way that the sanitizer ends the process for.
 test-asan: $(INSTALLED)
 	export REVNETS_CXX=g++ REVNETS_CACHE=$(CURDIR)/output/asan ASAN_OPTIONS=detect_leaks=0; \
 	export LD_PRELOAD="$(call LIBRARY,libasan.so) $(call LIBRARY,libstdc++.so)"; \
 	for width in "" -mno-avx512f -mno-avx; do \
 		export REVNETS_CXXFLAGS="-fsanitize=address -O1 -g1 $$width"; \
 		$(BIN)/python -c "from revnets.kernels.build import kernel_target; print('the kernel for', kernel_target())" && \
-		$(BIN)/python -m pytest -m "not slow" tests/kernels tests/deploy || exit; \
+		$(BIN)/python -m pytest -m "not slow" -k "not openvino" tests/kernels tests/deploy || exit; \
 	done
 
 # ONLY names areas or faults, JOBS how many copies are tried at once: make test-mutants ONLY=mm JOBS=2

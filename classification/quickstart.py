@@ -29,14 +29,14 @@ from revnets.training.progress import clock
 from .data import open_dataset, validation_loader
 from .digits import make_digits
 from .models import build_model, data_config, load_weights, read_checkpoint
-from .options import TrainOptions, ValidateOptions
+from .options import CONFIGS, TrainOptions, ValidateOptions
 from .report import Row, plot_rows
 from .runtime import start_runtime
 from .train import train
 from .validate import validate
 
 _logger = logging.getLogger("classification")
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "classification" / "quickstart.yaml"
+CONFIG = CONFIGS / "quickstart.yaml"
 
 
 @dataclasses.dataclass

@@ -29,7 +29,7 @@ from .captured import check_capture
 from .data import Splits
 from .journal import Journal
 from .loop import Training, train_epoch, validate
-from .options import TrainOptions
+from .options import CONFIGS, TrainOptions
 from .recovery import Position
 from .report import Row
 from .resuming import Asked
@@ -51,14 +51,19 @@ class Result:
     rows: list[Row]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script; returns its exit code: 2 after a user mistake."""
+def main(argv: Sequence[str] | None = None, program: str = "") -> int:
+    """Runs the script; returns its exit code: 2 after a user mistake.
+
+    Args:
+        argv: The arguments, `sys.argv[1:]` where None.
+        program: What was typed before them, where it was not the script.
+    """
 
     def run() -> Result:
-        layers = read_layers(TrainOptions, argv, DESCRIPTION, prog="train.py")
+        layers = read_layers(TrainOptions, argv, DESCRIPTION, prog=program or "train.py", ours=CONFIGS)
         return train(settled(TrainOptions, layers), joined(layers))
 
-    return guarded(run)
+    return guarded(run, program)
 
 
 def train(options: TrainOptions, given: Collection[str] | None = None) -> Result:

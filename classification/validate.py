@@ -28,7 +28,7 @@ from revnets.training.options.parsing import Layer, joined, options_of, read_lay
 from .data import check_labels, open_dataset, validation_loader
 from .loop import validate as measure
 from .models import build_model, check_batch_fits, check_model_fits, data_config, load_weights, read_checkpoint
-from .options import TrainOptions, ValidateOptions, from_checkpoint_args
+from .options import CONFIGS, TrainOptions, ValidateOptions, from_checkpoint_args
 from .report import table
 from .runtime import start_runtime
 
@@ -36,16 +36,22 @@ _logger = logging.getLogger("classification")
 DESCRIPTION = "Validate a timm model. With --checkpoint, the model is that of the training unless given."
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script; returns its exit code: 2 after a user mistake."""
-    return guarded(lambda: validate(argv))
+def main(argv: Sequence[str] | None = None, program: str = "") -> int:
+    """Runs the script; returns its exit code: 2 after a user mistake.
+
+    Args:
+        argv: The arguments, `sys.argv[1:]` where None.
+        program: What was typed before them, where it was not the script.
+    """
+    return guarded(lambda: validate(argv, program), program)
 
 
-def validate(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def validate(argv: Sequence[str] | None = None, program: str = "") -> dict[str, Any]:
     """Validates as the command line says, prints a table and writes the results file.
 
     Args:
         argv: The arguments, `sys.argv[1:]` where None.
+        program: What was typed before them, where it was not the script.
 
     Returns:
         The figures.
@@ -54,7 +60,8 @@ def validate(argv: Sequence[str] | None = None) -> dict[str, Any]:
         UserError: A mistake in the options, the data or the checkpoint.
     """
     training_only = frozenset(set(options_of(TrainOptions)) - set(options_of(ValidateOptions)))
-    layers = read_layers(ValidateOptions, argv, DESCRIPTION, prog="validate.py", ignored=training_only)
+    prog = program or "validate.py"
+    layers = read_layers(ValidateOptions, argv, DESCRIPTION, prog=prog, ignored=training_only, ours=CONFIGS)
     path = joined(layers).get("checkpoint")
     checkpoint = read_checkpoint(path, "--checkpoint") if path else None
     options = settled(ValidateOptions, [_trained_with(joined(layers), checkpoint), *layers])

@@ -15,6 +15,7 @@ import torch
 from revnets.training.errors import UserError, did_you_mean, one_line, refused, shown
 from revnets.training.options.parsing import Parser, argument
 from revnets.training.places import check_folder
+from revnets.training.recipes import find
 
 from .keys import check_keys
 from .noise import noise_kept_out
@@ -47,7 +48,7 @@ def parser(prog: str, description: str) -> Parser:
     """The options that training and testing share; spelled as MMDetection's tools spell them."""
     line = Parser(prog=prog, description=description, allow_abbrev=False)
     add, number = line.add_argument, functools.partial(argument, int, low=0)
-    add("config", type=PATH, help="a configuration of configs/detection/, or any of MMDetection's")
+    add("config", type=PATH, help="path of a configuration, or the name of one of ours")
     add("--work-dir", type=PATH, help="folder of the run (default: output/<name of the configuration>)")
     words = "values to set in the configuration; data_root=/path moves the whole data set"
     add("--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help=words)
@@ -83,7 +84,7 @@ def load(args: argparse.Namespace) -> Any:
     """
     cfg = read(args.config)
     _override(cfg, args.cfg_options)
-    name = Path(args.config).stem
+    name = Path(cfg.filename).stem
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("output") / name)
     try:
         check_folder(Path(cfg.work_dir))
@@ -94,17 +95,14 @@ def load(args: argparse.Namespace) -> Any:
 
 
 def read(path: str) -> Any:
-    """A configuration file alone.
+    """A configuration file alone, by its path or, if it is one of ours, by its name.
 
     Raises:
         UserError: MMDetection is missing, no such file, or a mistake in it.
     """
     if Config is Any:
-        raise UserError("MMDetection is not installed: pip install -e '.[detection]'")
-    if not Path(path).is_file():
-        known = {file.name: file for file in CONFIGS.glob("[!_]*/*.py")}
-        hint = did_you_mean(Path(path).name, known)
-        raise UserError(f"CONFIG: there is no file '{path}'{hint}; '{CONFIGS}' has ours.")
+        raise UserError("MMDetection is not installed: pip install 'revnets[detection]'")
+    path = str(find(path, CONFIGS, ".py", "CONFIG"))
     try:
         with noise_kept_out(verbose=False):
             for name in PARTS:

@@ -28,24 +28,30 @@ _logger = logging.getLogger("detection")
 DESCRIPTION = "Test a detector on MMEngine's runner. Options are those of MMDetection's tools/test.py, and some more."
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script; returns its exit code: 2 after a user mistake."""
-    return guarded(lambda: run_test(argv))
+def main(argv: Sequence[str] | None = None, program: str = "") -> int:
+    """Runs the script; returns its exit code: 2 after a user mistake.
+
+    Args:
+        argv: The arguments, `sys.argv[1:]` where None.
+        program: What was typed before them, where it was not the script.
+    """
+    return guarded(lambda: run_test(argv, program), program)
 
 
-def options() -> Any:
+def options(program: str = "") -> Any:
     """The command line."""
-    line = parser("test.py", DESCRIPTION)
+    line = parser(program or "test.py", DESCRIPTION)
     line.add_argument("checkpoint", type=PATH, help="of a run of train.py, or of MMDetection")
     line.add_argument("--classwise", action="store_true", help="AP of every class, too")
     return line
 
 
-def run_test(argv: Sequence[str] | None = None) -> dict[str, float]:
+def run_test(argv: Sequence[str] | None = None, program: str = "") -> dict[str, float]:
     """Tests as the command line says; results go to `<work-dir>/test/`.
 
     Args:
         argv: The arguments, `sys.argv[1:]` where None.
+        program: What was typed before them, where it was not the script.
 
     Returns:
         The metrics, as MMDetection names them.
@@ -53,7 +59,7 @@ def run_test(argv: Sequence[str] | None = None) -> dict[str, float]:
     Raises:
         UserError: A mistake in the options, the configuration, the data or the checkpoint.
     """
-    args = parse(options(), argv)
+    args = parse(options(program), argv)
     cfg = load(args)
     from .runner import Leftovers, build, progress
 

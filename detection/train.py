@@ -52,14 +52,19 @@ class Result:
     memory: dict[str, Any]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script; returns its exit code: 2 after a user mistake."""
-    return guarded(lambda: train(argv))
+def main(argv: Sequence[str] | None = None, program: str = "") -> int:
+    """Runs the script; returns its exit code: 2 after a user mistake.
+
+    Args:
+        argv: The arguments, `sys.argv[1:]` where None.
+        program: What was typed before them, where it was not the script.
+    """
+    return guarded(lambda: train(argv, program), program)
 
 
-def options() -> Any:
+def options(program: str = "") -> Any:
     """The command line."""
-    line = parser("train.py", DESCRIPTION)
+    line = parser(program or "train.py", DESCRIPTION)
     add, number = line.add_argument, functools.partial(argument, int, low=0)
     words = "go on from a checkpoint, in the middle of an epoch, too; auto or nothing: from the folder's last one"
     add("--resume", type=PATH, nargs="?", const="auto", metavar="CHECKPOINT", help=words)
@@ -74,11 +79,12 @@ def options() -> Any:
     return line
 
 
-def train(argv: Sequence[str] | None = None) -> Result:
+def train(argv: Sequence[str] | None = None, program: str = "") -> Result:
     """Trains as the command line says.
 
     Args:
         argv: The arguments, `sys.argv[1:]` where None.
+        program: What was typed before them, where it was not the script.
 
     Returns:
         The run's folder and its figures.
@@ -86,7 +92,7 @@ def train(argv: Sequence[str] | None = None) -> Result:
     Raises:
         UserError: A mistake in the options, the configuration, the data or a checkpoint.
     """
-    args = parse(options(), argv)
+    args = parse(options(program), argv)
     with contextlib.ExitStack() as held:
         return _train(load(args), args, held)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import operator
 import re
@@ -121,6 +122,15 @@ def sized(names: Sequence[str | None], sign: str) -> bool:
     return all(re.search(rf"{sign}\d[\dx]*(:\d+)?$", one) for one in names if one)
 
 
+SIZED = "where every MODEL has its own: take it out of one"
+PLAIN = "on networks without reversible parts: name one that has some"
+
+
+def reversible(names: Sequence[str | None]) -> bool:
+    """Whether some of the networks may have reversible parts: ours, and whatever a config or a sweep names."""
+    return any(word in name for name in names if name for word in ("revbifpn", ".py", "families"))
+
+
 class Command(TyperCommand):
     """A command that refuses options without effect, and those that are given twice."""
 
@@ -147,6 +157,59 @@ class Command(TyperCommand):
         return super().invoke(ctx)
 
 
+class Passing(Command):
+    """A command that leaves everything after its name to another parser as it is, ``--help`` and ``--`` included."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Reads nothing."""
+        ctx.params[self.params[0].name] = list(args)
+        return []
+
+
+def passing(function: Function) -> Function:
+    """Declare that a command's one argument, a list, is all that was typed after its name."""
+    function.__dict__["command"] = Passing
+    return function
+
+
+class Later(Command):
+    """A command of a table: its module is imported when it is called, or asked for its options.
+
+    Args:
+        name: of the command.
+        where: ``module:function``, the module within this package.
+        summary: one line of help, the first one of the function's docstring.
+    """
+
+    def __init__(self, name: str, where: str, summary: str) -> None:
+        self._where = where
+        self._real: Any = None
+        super().__init__(name=name, help=summary)
+
+    def real(self) -> Any:
+        """The command itself."""
+        if self._real is None:
+            module, _, function = self._where.partition(":")
+            found = getattr(importlib.import_module(f".{module}", __package__), function)
+            alone = typer.Typer(add_completion=False)
+            alone.command(self.name, cls=getattr(found, "command", Command))(found)
+            self._real = typer.main.get_command(alone)
+        return self._real
+
+    def make_context(self, info_name: Any, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Reads what was typed, as the command itself does."""
+        return self.real().make_context(info_name, args, parent, **extra)
+
+    @property
+    def params(self) -> list[Any]:
+        """Its options."""
+        options: list[Any] = self.real().params
+        return options
+
+    @params.setter
+    def params(self, nothing: Any) -> None: ...
+
+
 def _typed(option: str, value: Any) -> str:
     return f"--no-{_flag(option)[2:]}" if value is False else _flag(option)
 
@@ -163,11 +226,9 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Runs a command."""
-        from .kernels.build import KernelUnavailable
-
         try:
             return super().invoke(ctx)
-        except (ValueError, UserError, NotWritten, KernelUnavailable) as error:
+        except _mistakes() as error:
             fail(error)
 
     def main(self, *args: Any, standalone_mode: bool = True, **more: Any) -> Any:
@@ -186,6 +247,11 @@ class Commands(TyperGroup):
             _usage(error)
             code = USER_ERROR
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _mistakes() -> tuple[type[Exception], ...]:
+    kernels = sys.modules.get(f"{__package__}.kernels.build")  # where it was not imported, no kernel is missing
+    return (ValueError, UserError, NotWritten, *([kernels.KernelUnavailable] if kernels is not None else []))
 
 
 def _usage(error: Any) -> None:

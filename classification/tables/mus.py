@@ -20,11 +20,11 @@ from typing import Any
 from revnets.training.errors import UserError
 from revnets.training.options.parsing import parse
 
-from ..options import TrainOptions
+from ..options import CONFIGS, TrainOptions
 from ..report import Row
 from . import runner
 from .runner import Column, Outcomes, flag, mean, positive, same
-from .series import CONFIGS, Stage, at_once, digest_of, parts
+from .series import Stage, at_once, digest_of, parts
 
 RECIPES = CONFIGS / "mus"
 NETWORKS = ("revbifpn-s0", "mus-vit-tiny")

@@ -31,11 +31,11 @@ from revnets.training.options.parsing import argument, parse
 from ..data import class_names, open_dataset, validation_loader
 from ..loop import validate
 from ..models import build_model, data_config, load_weights
-from ..options import TrainOptions, as_dict
+from ..options import CONFIGS, TrainOptions, as_dict
 from ..runtime import start_runtime
 from . import runner
 from .runner import Column, Outcomes, flag, positive, same
-from .series import CONFIGS, Stage, digest, parts, read_stored
+from .series import Stage, digest, parts, read_stored
 
 _logger = logging.getLogger("classification")
 RECIPES = [str(CONFIGS / "prune" / f"cifar10_small_{name}.yaml") for name in ("resnet18", "revbifpn")]

@@ -26,7 +26,6 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 T = TypeVar("T")
 PACKAGE = __name__.rpartition(".tables.")[0]  # that train.py is in
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "classification"
 
 
 def read_stored(path: Path, use: Callable[[Any], T]) -> T | None:

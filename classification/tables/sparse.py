@@ -18,10 +18,10 @@ from typing import Any
 from revnets.training.errors import UserError
 from revnets.training.options.parsing import parse
 
-from ..options import TrainOptions
+from ..options import CONFIGS, TrainOptions
 from . import runner
 from .runner import Column, Outcomes, against, finite, flag, mean, same
-from .series import CONFIGS, Stage, at_once, digest_of, parts
+from .series import Stage, at_once, digest_of, parts
 
 CONFIG = CONFIGS / "sparse_ift" / "cifar10_small.yaml"
 MEMBERS = ("sparse_wide", "sparse_parallel", "sparse_factorized", "sparse_doped")

@@ -18,10 +18,10 @@ from typing import Any
 
 from revnets.training.options.parsing import argument, parse
 
-from ..options import TrainOptions, as_dict
+from ..options import CONFIGS, TrainOptions, as_dict
 from . import runner
 from .runner import Column, Outcomes, against, average, flag, mean, positive, same
-from .series import CONFIGS, Stage, digest, parts
+from .series import Stage, digest, parts
 
 CONFIG = CONFIGS / "prune" / "cifar10_small_resnet18.yaml"
 SCRATCH, DENSE = "none", "0"

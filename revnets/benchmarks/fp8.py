@@ -7,19 +7,24 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor, nn
 
+from ..arguments import number, path, text
 from ..layers import MuSConv2d, MuSLinear, fp8_products
 from ..layers.munit.break_even import KINDS, device_kind
 from ..layers.munit.fp8 import check_backend, resolve_backend
 from ..layers.munit.fp8_conv import choose
+from ..profiling.command import track
 from ..profiling.fake import ProfileError
 from ..profiling.memory import synchronize
 from ..training.errors import reason, refused
 from ..training.options.values import COUNT, find_device, words
+from ..training.places import check_file
 from .fp8_rows import OURS, PLAIN, TORCHAO, TRITON, Row, break_even, describe, print_rows, write_table
 
 __all__ = [
@@ -29,6 +34,7 @@ __all__ = [
     "TRITON",
     "Request",
     "Row",
+    "bench_fp8_command",
     "break_even",
     "describe",
     "measure_fp8",
@@ -338,3 +344,24 @@ def _timed(step: Callable[[], None], count: int, device: torch.device) -> float:
 def _count(step: Callable[[], None], device: torch.device) -> int:
     """Steps of one measurement."""
     return max(1, min(200, round(_BLOCK_SECONDS / max(_timed(step, 1, device), 1e-6))))
+
+
+def bench_fp8_command(
+    device: Annotated[str | None, text("cpu, cuda, ... (default: cuda where there is one)")] = None,
+    widths: Annotated[str | None, text("inputs and outputs of the layers (default: by device)")] = None,
+    rows: Annotated[str | None, text("of the products: images times pixels, or tokens")] = None,
+    kinds: Annotated[str, text("of layers: linear, 1x1 conv, 3x3 conv")] = "linear,1x1 conv,3x3 conv",
+    modes: Annotated[str, text("eager, compiled")] = "eager,compiled",
+    repeats: Annotated[int, number(COUNT, "timed rounds; their median counts")] = 7,
+    backend: Annotated[str | None, text("scaled_mm or emulate (default: the best)")] = None,
+    output: Annotated[Path | None, path("also write JSON, which mus_fp8:auto reads")] = None,
+) -> None:
+    """From which sizes on FP8 layers are faster than bfloat16 here: linear layers and convolutions, interleaved."""
+    if output is not None:
+        check_file(output)
+    request = parse(device or "", widths or "", rows or "", kinds, modes, repeats, backend)
+    typer.echo(f"measuring on {describe(request.device)}", err=True)
+    found = run(request, lambda work: track(list(work), "measuring"), lambda sentence: typer.echo(sentence, err=True))
+    print_rows(found, request.device, request.repeats)
+    if output is not None:
+        write_table(found, request.device, output)

@@ -10,22 +10,25 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+import typer
 from torch import Tensor, nn
 
+from ..arguments import argument, needs, number, path, text
 from ..deploy.compare import LAYERS, machine
 from ..deploy.runners import torch_threads
 from ..kernels.build import load_kernel
 from ..layers import SparseConv2d, convert, use_sparse_kernel
 from ..models.named import build_model, check_model
+from ..profiling.command import track
 from ..sparsity.masks import check_sparsity
 from ..training.errors import refused
 from ..training.files import write_csv, write_json
-from ..training.options.values import COUNT, THREADS, check_once
-from ..training.places import make_folder
+from ..training.options.values import COUNT, SPARSITY, THREADS, check_once
+from ..training.places import check_folder, make_folder
 
 DENSE, MASKED, KERNEL = "dense", "masked", "kernel"
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
@@ -61,8 +64,8 @@ class Request:
             raise ValueError("there is nothing to measure without a sparsity and a number of threads: give one of each")
         for sparsity in self.sparsities:
             check_sparsity(sparsity)
-        for number in self.threads:
-            THREADS.check("threads", number)
+        for count in self.threads:
+            THREADS.check("threads", count)
         for name in ("batch_size", "img_size", "repeats"):
             COUNT.check(name, getattr(self, name))
 
@@ -242,3 +245,29 @@ def save(layers: Sequence[Row], networks: Sequence[Row], folder: Path) -> list[P
         write_csv(folder / table, (asdict(row) for row in (*layers, *networks)), columns),
         write_json(folder / records, data),
     ]
+
+
+@needs("img_size", "models")
+def bench_sparse_training_command(
+    models: Annotated[list[str] | None, argument("any timm models; random weights", "MODEL")] = None,
+    sparsity: Annotated[str, text("of the masks, separated by commas")] = "0.7,0.8,0.9",
+    threads: Annotated[str, text("numbers of threads, separated by commas")] = "1",
+    img_size: Annotated[int, number(COUNT, "of the networks' images")] = 224,
+    batch_size: Annotated[int, number(COUNT, "images per step")] = 8,
+    repeats: Annotated[int, number(COUNT, "timed steps per case; their median counts")] = 15,
+    layers: Annotated[bool, typer.Option(help="single 1x1 convolutions as well")] = True,
+    output: Annotated[Path | None, path("folder for CSV and JSON")] = None,
+) -> None:
+    """Training steps on the CPU, dense, masked and on the kernel that skips zeros: interleaved, medians."""
+    shares = SPARSITY.read_list("--sparsity", sparsity)
+    counts = THREADS.read_list("--threads", threads)
+    request = Request(models or (), shares, counts, batch_size, img_size, repeats, layers)
+    if output is not None:
+        check_folder(output, FILES)
+    of_layers, of_networks = run(request, lambda work: track(list(work), "measuring"))
+    for title, rows in (("1x1 convolutions", of_layers), ("Whole networks", of_networks)):
+        if rows:
+            print_rows(title, rows)
+    if output is not None:
+        for file in save(of_layers, of_networks, output):
+            typer.echo(f"wrote {file}")

@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor, nn
 
+from ..arguments import argument, excludes, needs, number, path, text, without_effect
 from ..kernels.build import kernel_problem
 from ..models.named import build_model, check_model
 from ..profiling.command import track
@@ -23,7 +25,7 @@ from ..pruning.command import Source, calibration_batches, load_model
 from ..sparsity.masks import check_sparsity
 from ..training.errors import refused
 from ..training.files import write, write_json
-from ..training.options.values import COUNT, THREADS, check_choice, check_once
+from ..training.options.values import COUNT, POSITIVE, SEED, SHARE, THREADS, check_choice, check_once
 from ..training.places import check_exists, check_folder
 from .compare import COMPILED, EAGER, EXPLOITS, Measurement, compare, compare_layers, machine, speedups
 from .engines import ENGINES, Deployed, check_limits, deploy, get_engine, load, open_folder
@@ -237,8 +239,8 @@ def bench(request: BenchRequest) -> None:
     check_once("models", request.models)
     for name in request.models:
         check_model(name)
-    for number in request.threads:
-        THREADS.check("threads", number)
+    for count in request.threads:
+        THREADS.check("threads", count)
     if not (request.models and request.sparsities and request.threads):
         raise ExportError("there is nothing to measure: give a model, a sparsity and a number of threads at least")
     if request.output is not None:
@@ -341,3 +343,40 @@ def _say(what: Any) -> None:
         Console(width=170).print(what)
     else:
         Console(soft_wrap=True, highlight=False).print(what, markup=False)
+
+
+@needs("data", "int8", "eval_split")
+@needs("split", "int8")
+@needs("images", "int8")
+@needs("calibration", "int8")
+@excludes("tolerance", "int8")
+@excludes("max_density", "int8")
+@without_effect("max_density", "with --engine {engine}: choose sparse", lambda v: v["engine"] not in ("sparse", "auto"))
+def deploy_command(
+    model: Annotated[str, argument("any timm model", "MODEL")],
+    output: Annotated[Path, path("folder for the file")],
+    checkpoint: Annotated[Path | None, path("trained weights, such as pruned ones; else the published ones")] = None,
+    engine: Annotated[
+        str, text("torch, onnxruntime, openvino, sparse, or auto: the fastest of those installed")
+    ] = "auto",
+    int8: Annotated[bool, typer.Option(help="INT8 weights and activations, calibrated on --data")] = False,
+    data: Annotated[Path | None, path("folder or .tar file of images in class folders")] = None,
+    split: Annotated[str, text("folder or .tar file inside --data to calibrate on")] = "train",
+    images: Annotated[int, number(COUNT, "to calibrate on")] = 256,
+    calibration: Annotated[str, text("of INT8 activations: minmax, entropy, percentile")] = "minmax",
+    eval_split: Annotated[str | None, text("also measure top-1 on this one, such as validation")] = None,
+    img_size: Annotated[int | None, number(COUNT, "default: that of the training, or the published")] = None,
+    batch_size: Annotated[int | None, number(COUNT, "the only one that will be used (default: any)")] = None,
+    model_kwargs: Annotated[list[str] | None, text("KEY=VALUE for timm.create_model")] = None,
+    tolerance: Annotated[float, number(POSITIVE, "largest difference of outputs, relative to the largest")] = 1e-3,
+    max_density: Annotated[
+        float | None, number(SHARE, "of layers that engine sparse takes (default: those that are faster, measured)")
+    ] = None,
+    seed: Annotated[int, number(SEED, "which images are drawn")] = 0,
+) -> None:
+    """Write a trained network as a file for a fast engine, zeros exploited where that pays; verified against torch."""
+    kwargs = tuple(model_kwargs or ())
+    source = Source(model, data or Path(), output, checkpoint, split, img_size, kwargs, seed=seed)
+    checks = (eval_split or "", tolerance, max_density)
+    request = Request(engine, batch_size, int8, images, calibration, *checks)
+    run(source, request, with_data=data is not None)

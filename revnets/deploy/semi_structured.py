@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..arguments import number, text
 from ..training.errors import refused
 from ..training.options.values import COUNT
 from .compare import Measurement
@@ -83,8 +84,8 @@ def compare_semi_structured(
     Raises:
         ExportError: where there is no CUDA device.
     """
-    for name, number in (*(("widths", width) for width in widths), ("rows", rows), ("repeats", repeats)):
-        COUNT.check(name, number)
+    for name, value in (*(("widths", width) for width in widths), ("rows", rows), ("repeats", repeats)):
+        COUNT.check(name, value)
     if not torch.cuda.is_available():
         raise ExportError("2:4 sparsity is measured on a CUDA device, and there is none here")
     found = []
@@ -118,3 +119,15 @@ def _timed(functions: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
             torch.cuda.synchronize()
             times.append(start.elapsed_time(end) / 1e3)
     return [sorted(times[2:])[len(times[2:]) // 2] for times in seconds]
+
+
+def bench_two_to_four_command(
+    widths: Annotated[str, text("inputs and outputs of the layers")] = "1024,2048,4096,8192",
+    rows: Annotated[int, number(COUNT, "of the input: images times pixels, or tokens")] = 4096,
+    repeats: Annotated[int, number(COUNT, "timed calls per case; their median counts")] = 25,
+) -> None:
+    """Inference time of linear layers, dense and 2:4, on a GPU: interleaved, medians."""
+    from .command import print_measurements
+
+    sizes = COUNT.read_list("--widths", widths)
+    print_measurements("2:4 on the GPU, float16", compare_semi_structured(sizes, rows, repeats=repeats))

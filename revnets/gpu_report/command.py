@@ -5,10 +5,12 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
+from ..arguments import number, path, text
 from ..training.errors import reason
 from ..training.files import whole_file
 from ..training.options.values import POSITIVE, check_choice
@@ -97,7 +99,7 @@ def _finish(store: Store, report: Report, sections: list[Section], say: Callable
     store.save(report)
     wrote = [REPORT]
     for what, make in (
-        ("pictures", lambda: [path.name for path in draw(report, store.folder)]),
+        ("pictures", lambda: [file.name for file in draw(report, store.folder)]),
         (SUMMARY, lambda: _write_summary(store, report, sections)),
         ("tables", lambda: summary.print_report(report, sections)),
     ):
@@ -122,3 +124,15 @@ def _machine(report: Report) -> str:
 
     outcome = report.outcomes.get("a")
     return machine_of(outcome.rows) if outcome is not None and outcome.rows else report.machine
+
+
+def gpu_report_command(
+    output: Annotated[Path, path("folder for report.json, summary.md, pictures and the log")],
+    minutes: Annotated[float, number(POSITIVE, "for everything")] = 8.0,
+    sections: Annotated[str | None, text("some of a (machine) to h (detector), separated by commas")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on: only what is missing or failed")] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="small networks, few steps: a rehearsal")] = False,
+    device: Annotated[str | None, text("cpu or cuda (default: cuda)")] = None,
+) -> None:
+    """Everything that only a GPU shows, section by section, each in a process of its own; see docs/gpu.md."""
+    run(output, minutes, sections or "", resume, tiny, device or "", typer.echo)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+import typer
 from torch import Tensor, nn
 
+from ..arguments import PLAIN, SIZED, argument, needs, number, path, reversible, sized, text, without_effect
 from ..layers import convert, fp8_products
 from ..layers.munit.fp8 import check_grad_scale
 from ..layers.munit.layers import MunitScaled
@@ -22,7 +24,7 @@ from ..profiling.target import Setting, Target, as_job, training_loss
 from ..reversible import MODES
 from ..training.errors import reason, refused
 from ..training.files import write_json
-from ..training.options.values import COUNT, find_device, words
+from ..training.options.values import COUNT, POSITIVE, find_device, words
 from ..training.places import check_exists, check_folder, make_folder
 from .monitor import LAYERS, NumericsMonitor
 from .report import FILES, print_table
@@ -212,3 +214,31 @@ def _say(line: str) -> None:
     from rich.console import Console
 
     Console(soft_wrap=True, highlight=False).print(line, markup=False)
+
+
+@needs("split", "data")
+@without_effect("img_size", SIZED, lambda v: sized([v["model"]], "@"))
+@without_effect("batch_size", SIZED, lambda v: sized([v["model"]], ":"))
+@without_effect("exact", PLAIN, lambda v: not reversible([v["model"]]))
+def numerics_command(
+    model: Annotated[str, argument("NAME@SIZE:BATCH, any timm model", "MODEL")],
+    data: Annotated[
+        Path | None, path("folder or .tar file of class folders of images (default: random numbers)")
+    ] = None,
+    split: Annotated[str, text("folder or .tar file inside --data")] = "train",
+    layers: Annotated[str | None, text("convert first, such as mus_fp8")] = None,
+    batches: Annotated[int, number(COUNT, "batches to watch")] = 4,
+    img_size: Annotated[int | None, number(COUNT, "where MODEL has none")] = None,
+    batch_size: Annotated[int, number(COUNT, "where MODEL has none")] = 32,
+    mode: Annotated[str | None, text("memory mode (default: reversible where there is one)")] = None,
+    amp_dtype: Annotated[str | None, text("autocast to bfloat16 or float16")] = None,
+    grad_scale: Annotated[float, number(POSITIVE, "before the cast of gradients, for layers that have none")] = 1.0,
+    channels_last: Annotated[bool, typer.Option(help="memory layout of weights and images")] = True,
+    device: Annotated[str, text("cpu, cuda, ...")] = "cpu",
+    exact: Annotated[bool, typer.Option(help="exact mode of reversible networks")] = True,
+    output: Annotated[Path | None, path("folder for JSON, CSV and a picture")] = None,
+) -> None:
+    """Sizes of activations, weights and gradients layer by layer, and what a cast to FP8 flushes and clips of them."""
+    setting = Setting(device, channels_last, amp_dtype, exact, optimizer=None)
+    sizes = (img_size, batch_size, batches, grad_scale, output)
+    run(Request(model, data, split, layers or "", mode or "", *sizes), setting)

@@ -3,8 +3,11 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
+import typer
+
+from ..arguments import PLAIN, SIZED, argument, excludes, needs, number, path, reversible, sized, text, without_effect
 from ..reversible import MODES
 from ..training.options.values import COUNT, check_choice, check_once, find_device, words
 from ..training.places import check_folder, make_folder
@@ -14,7 +17,7 @@ from .fit import WHAT, DoesNotFitError, Fit, fit, parse_budget
 from .profile import profile
 from .target import Setting, Target, parse_targets
 
-__all__ = ["Request", "Setting", "run"]
+__all__ = ["Request", "Setting", "profile_command", "run"]
 
 T = TypeVar("T")
 
@@ -100,13 +103,13 @@ def choose_targets(
         COUNT.check("img_size", img_size)
     targets = []
     everywhere: set[str] = set()
-    for text in names:
-        found = parse_targets(text, setting, img_size, batch_size)
+    for name in names:
+        found = parse_targets(name, setting, img_size, batch_size)
         everywhere.update(t.mode for t in found)
         # a peer without any of these modes is still worth comparing: plain
         chosen = [t for t in found if not wanted or t.mode in wanted]
-        if not chosen and text == names[0]:
-            raise ProfileError(f"{text} has no mode {wanted[0]!r}, only {', '.join(t.mode for t in found)}")
+        if not chosen and name == names[0]:
+            raise ProfileError(f"{name} has no mode {wanted[0]!r}, only {', '.join(t.mode for t in found)}")
         targets += chosen or [t for t in found if t.mode == "store"]
     idle = [mode for mode in wanted if mode not in everywhere]
     if idle:
@@ -156,3 +159,52 @@ def _say(lines: Sequence[str]) -> None:
 
     for line in lines:
         Console(soft_wrap=True, highlight=False).print(line, markup=False)
+
+
+def _names(compare: list[str] | None) -> list[str]:
+    return " ".join(compare or []).replace(",", " ").split()
+
+
+@excludes("sweep", "fit")
+@excludes("measure", "sweep", "fit")
+@needs("fit_what", "fit")
+@without_effect(
+    "batch_size",
+    "with --fit, which looks for the batch: give one of them",
+    lambda v: v["fit"] and v["fit_what"] == "batch",
+)
+@without_effect(
+    "img_size",
+    "with --fit, which looks for the image: give one of them",
+    lambda v: v["fit"] and v["fit_what"] == "image",
+)
+@without_effect("img_size", SIZED, lambda v: sized([v["model"], *_names(v["compare"])], "@"))
+@without_effect("batch_size", SIZED, lambda v: sized([v["model"], *_names(v["compare"])], ":"))
+@without_effect("exact", PLAIN, lambda v: not reversible([v["model"], *_names(v["compare"]), v["sweep"]]))
+def profile_command(
+    model: Annotated[
+        str,
+        argument("NAME@SIZE:BATCH of timm, or an MMDetection CONFIG.py@800x1333:1", "MODEL"),
+    ],
+    img_size: Annotated[int | None, number(COUNT, "where MODEL has none (default: the published one)")] = None,
+    batch_size: Annotated[int, number(COUNT, "where MODEL has none")] = 8,
+    mode: Annotated[str | None, text("of these modes only, separated by commas")] = None,
+    amp_dtype: Annotated[str | None, text("autocast to bfloat16 or float16")] = None,
+    optimizer: Annotated[str, text("any of timm's, or none")] = "sgd",
+    channels_last: Annotated[bool, typer.Option(help="memory layout of weights and images")] = True,
+    device: Annotated[str, text("cpu, cuda, ...; to predict, it need not be here")] = "cpu",
+    exact: Annotated[bool, typer.Option(help="exact mode of reversible networks")] = True,
+    measure: Annotated[bool | None, typer.Option(help="run the step, too (default: where it takes seconds)")] = None,
+    compare: Annotated[list[str] | None, text('more networks: "resnet50 efficientnet_b7@600"')] = None,
+    fit: Annotated[str | None, text("what is the largest that fits 24GB (10^9 bytes) or 24GiB?")] = None,
+    fit_what: Annotated[str, text("the largest batch or image")] = "batch",
+    part: Annotated[str | None, text("of detectors only: backbone, neck (with backbone), detector")] = None,
+    sweep: Annotated[str | None, text("instead: some of families, depth, resolution; predicted only")] = None,
+    output: Annotated[Path | None, path("folder for JSON, CSV and pictures")] = None,
+) -> None:
+    """Memory, FLOPs and time of a training step: predicted without running it, measured beside it."""
+    names = [model, *(name for text in compare or [] for name in words("--compare", text))]
+    chosen = None if optimizer == "none" else optimizer
+    setting = Setting(device, channels_last, amp_dtype, exact, chosen)
+    wanted = (mode or "", measure, fit, fit_what, output, sweep or "", part or "")
+    run(Request(names, img_size, batch_size, *wanted), setting)

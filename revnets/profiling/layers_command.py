@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
+from ..arguments import argument, needs, number, path
 from ..layers.convert import ConversionReport, convert
 from ..layers.registry import layer_entry, list_layers
 from ..models.named import build_model, check_model
@@ -86,3 +87,18 @@ def _flops(report: ConversionReport) -> FlopsReport:
     else:
         training["converted"] = (after.average("dense"), after.recomputed)
     return FlopsReport(report.after, training, "image", report.before)
+
+
+@needs("img_size", "model")
+@needs("output", "model")
+def layers_command(
+    model: Annotated[str | None, argument("convert this one, any timm model", "[MODEL")] = None,
+    spec: Annotated[str | None, argument("such as sparse_wide:0.75", "SPEC]")] = None,
+    img_size: Annotated[int | None, number(COUNT, "to count FLOPs at (default: the published one)")] = None,
+    output: Annotated[Path | None, path("folder for FLOPs as CSV, JSON and a picture")] = None,
+) -> None:
+    """The layers that specs can name, or what one of them makes of a network: layer by layer, with FLOPs."""
+    if model is None:
+        print_layers()
+    else:
+        print_conversion(model, spec or "", img_size, output)

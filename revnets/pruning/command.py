@@ -7,11 +7,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor, nn
 
+from ..arguments import argument, number, path, text, without_effect
 from ..models._cached import drop_wrong_cache
 from ..models.named import check_model
 from ..models.small_stem import small_stem
@@ -20,7 +22,7 @@ from ..training.checkpoints.held import TRAINED
 from ..training.checkpoints.reading import in_file, options_in, read_checkpoint
 from ..training.checkpoints.weights import unfit
 from ..training.errors import reason, refused
-from ..training.options.values import COUNT, SEED, find_device
+from ..training.options.values import COUNT, FINITE, NOT_NEGATIVE, SEED, find_device, words
 from ..training.places import check_exists, check_file
 from .checkpoint import best_weights, save_weights
 from .densify import densify
@@ -138,12 +140,12 @@ def _trained(checkpoint: Mapping[str, Any], source: Source) -> dict[str, Any]:
 
 def _keywords(texts: Sequence[str]) -> dict[str, Any]:
     found = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
+    for pair in texts:
+        name, equals, value = pair.partition("=")
         if not (name and equals):
-            raise ValueError(f"model-kwargs {text!r}: expected KEY=VALUE, such as stem_stride=2")
+            raise ValueError(f"model-kwargs {pair!r}: expected KEY=VALUE, such as stem_stride=2")
         if name in found:
-            raise ValueError(f"model-kwargs {text!r}: {name} is given twice, give it once")
+            raise ValueError(f"model-kwargs {pair!r}: {name} is given twice, give it once")
         try:
             found[name] = json.loads(value)
         except json.JSONDecodeError:
@@ -232,3 +234,48 @@ def _readable(batches: Any) -> Iterator[tuple[Tensor, ...]]:
     """The batches of a loader; images that cannot be read are one sentence."""
     with refused("data: an image cannot be read", kind=ValueError):
         yield from batches
+
+
+@without_effect("damping", "with --method {method}: choose sparsegpt", lambda v: v["method"] != "sparsegpt")
+@without_effect("block_size", "with --method {method}: choose sparsegpt", lambda v: v["method"] != "sparsegpt")
+def prune_command(
+    model: Annotated[str, argument("any timm model", "MODEL")],
+    data: Annotated[Path, path("folder or .tar file of images in class folders, to calibrate on")],
+    output: Annotated[Path, path("pruned weights; beside them .json, .csv and .png tell what was done")],
+    checkpoint: Annotated[
+        Path | None, path("trained weights, also of train.py or pruned; else the published ones")
+    ] = None,
+    sparsity: Annotated[float | None, number(FINITE, "share of zeros, such as 0.7")] = None,
+    pattern: Annotated[str | None, text("instead of --sparsity: N:M, such as 2:4")] = None,
+    method: Annotated[str, text("sparsegpt, wanda or magnitude")] = "sparsegpt",
+    distribution: Annotated[str, text("of the sparsity: uniform, er, erk, global")] = "uniform",
+    exclude: Annotated[
+        str, text("layers to leave out: these rules, and patterns of names, separated by commas")
+    ] = "first,classifier,depthwise,squeeze_excite",
+    images: Annotated[int, number(COUNT, "to calibrate on")] = 1024,
+    split: Annotated[str | None, text("folder or .tar file inside --data (default: train, train.tar)")] = None,
+    img_size: Annotated[int | None, number(COUNT, "default: that of the training, or the published")] = None,
+    model_kwargs: Annotated[list[str] | None, text("KEY=VALUE for timm.create_model")] = None,
+    batch_size: Annotated[int, number(COUNT, "images per step")] = 64,
+    damping: Annotated[float, number(NOT_NEGATIVE, "of SparseGPT's Hessian, relative to its diagonal")] = 0.01,
+    block_size: Annotated[int, number(COUNT, "columns that SparseGPT takes at once")] = 128,
+    recalibrate: Annotated[bool, typer.Option(help="correct statistics of batch norms afterwards")] = True,
+    max_passes: Annotated[int, number(COUNT, "most passes over the images")] = 12,
+    seed: Annotated[int, number(SEED, "which images are drawn")] = 0,
+    device: Annotated[str, text("cpu, cuda, ...")] = "cpu",
+) -> None:
+    """Prune a trained network in one shot; what comes out loads into timm.create_model as before."""
+    sizes = (img_size, tuple(model_kwargs or ()), batch_size, seed, device)
+    run(
+        Source(model, data, output, checkpoint, split or "", *sizes),
+        images,
+        sparsity=sparsity,
+        pattern=pattern,
+        method=method,
+        distribution=distribution,
+        exclude=words("--exclude", exclude, blanks=False) if exclude else (),
+        damping=damping,
+        block_size=block_size,
+        recalibrate=recalibrate,
+        max_passes=max_passes,
+    )

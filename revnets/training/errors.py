@@ -81,11 +81,12 @@ def refused(what: str, fix: str = "", kind: type[Exception] = UserError) -> Iter
         raise kind(f"{what} ({reason(error)}); {fix}." if fix else f"{what}: {reason(error)}") from error
 
 
-def guarded(run: Callable[[], object]) -> int:
+def guarded(run: Callable[[], object], program: str = "") -> int:
     """Runs a script body and turns how it ended into an exit code.
 
     Args:
         run: The body; what it returns is ignored.
+        program: The command that runs it, whose first word begins its sentences.
 
     Returns:
         0, or 2 after a user mistake or a full disk (printed as one line), or 130 after Ctrl-C, or 75 after SIGTERM.
@@ -94,7 +95,7 @@ def guarded(run: Callable[[], object]) -> int:
     try:
         run()
     except (UserError, NotWritten) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"{program.partition(' ')[0] or 'error'}: {one_line(error)}", file=sys.stderr)
         return USER_ERROR
     except Terminated as ended:
         print(ended.message, file=sys.stderr)

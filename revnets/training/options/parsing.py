@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from ..errors import UserError, did_you_mean, shown
+from ..recipes import find
 from .option import SEED, Need, Option, convert, option, options_of
 from .yaml_files import load
 
@@ -158,6 +159,7 @@ def parse(
     *,
     prog: str | None = None,
     ignored: frozenset[str] = frozenset(),
+    ours: Path | None = None,
 ) -> T:
     """Reads the command line and the configuration file it names.
 
@@ -167,6 +169,7 @@ def parse(
         description: First line of `--help`.
         prog: Name of the script in messages.
         ignored: Keys of the YAML file that are known but not for this script.
+        ours: Folder of files that `--config` finds by name.
 
     Returns:
         An instance of `schema`.
@@ -174,7 +177,7 @@ def parse(
     Raises:
         UserError: An unknown option or key, a value that does not fit, or one that has no effect.
     """
-    return settled(schema, read_layers(schema, argv, description, prog=prog, ignored=ignored))
+    return settled(schema, read_layers(schema, argv, description, prog=prog, ignored=ignored, ours=ours))
 
 
 def read_layers(
@@ -184,6 +187,7 @@ def read_layers(
     *,
     prog: str | None = None,
     ignored: frozenset[str] = frozenset(),
+    ours: Path | None = None,
 ) -> list[Layer]:
     """Like `parse`, but only the values that the files and the command line set, the command line last."""
     known = options_of(schema)
@@ -197,7 +201,10 @@ def read_layers(
         raise UserError(f"unknown argument {shown(rest[0])}{hint}; `{parser.prog} --help` lists all options.")
     texts = vars(namespace)
     config = texts.pop("config", None)
-    layers = _file_layers(Path(os.path.expanduser(config)), known, ignored) if config is not None else []
+    layers = []
+    if config is not None:
+        path = Path(os.path.expanduser(config)) if ours is None else find(config, ours, ".yaml", "--config")
+        layers = _file_layers(path, known, ignored)
     from_line = {name: convert(known[name], value, known[name].flag) for name, value in texts.items()}
     return [*layers, Layer("", from_line)]
 
