@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import math
@@ -17,53 +16,21 @@ from timm.utils import AverageMeter, accuracy, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from revnets.numerics import NumericsMonitor
 from revnets.reversible import RangeError
 from revnets.sparsity import apply_masks
-from revnets.training.capture.step import TrainingStep
 from revnets.training.data.resumable import MODEL, seed_all
 from revnets.training.errors import UserError, one_line
-from revnets.training.guards.drift import DriftMonitor
-from revnets.training.guards.finite import FiniteGuard, SkippedByScaler
+from revnets.training.guards.finite import SkippedByScaler
 from revnets.training.guards.ranges import AgreedRangeError, ranges_agreed
 from revnets.training.memory import memory_words, peak_memory, reset_peak_memory
 from revnets.training.progress import Steps
 
 from .captured import captured_step
-from .data import TrainData
-from .options import TrainOptions
-from .recovery import Position, Recovery
+from .recovery import Position
 from .runtime import Runtime
-from .state import State
+from .training import Training
 
 _logger = logging.getLogger("classification")
-
-
-@dataclasses.dataclass(kw_only=True)
-class Training(State):
-    """A run: its state, and what changes it."""
-
-    options: TrainOptions
-    runtime: Runtime
-    loss: nn.Module
-    data: TrainData
-    recovery: Recovery
-    guard: FiniteGuard
-    drift: DriftMonitor
-    validation: Any = None  # loader of the images to validate on
-    epochs: int = 0  # of the whole schedule
-    numerics: NumericsMonitor | None = None  # where --numerics-interval asks for it
-    step: TrainingStep | None = None  # with --cuda-graph, once there was a batch
-    task: Any = None  # timm's training task around the model, where a teacher takes part
-
-    @property
-    def updates_per_epoch(self) -> int:
-        """Updates of the weights in an epoch."""
-        return -(-len(self.data.loader) // self.options.grad_accum_steps)
-
-    def updates_before(self, position: Position) -> int:
-        """Updates of the weights from the start of the run."""
-        return position.epoch * self.updates_per_epoch + -(-position.step // self.options.grad_accum_steps)
 
 
 class _Losses:

@@ -28,7 +28,7 @@ from revnets.training.progress import clock
 from .captured import check_capture
 from .data import Splits
 from .journal import Journal
-from .loop import Training, train_epoch, validate
+from .loop import train_epoch, validate
 from .options import CONFIGS, TrainOptions
 from .recovery import Position
 from .report import Row
@@ -36,6 +36,7 @@ from .resuming import Asked
 from .runtime import start_runtime
 from .setup import start_training
 from .start import Network
+from .training import Training
 
 _logger = logging.getLogger("classification")
 DESCRIPTION = "Train a timm model on images. Options keep the names of timm's own train.py."
