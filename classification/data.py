@@ -313,14 +313,9 @@ def _loader(
 ) -> Any:
     return create_loader(
         dataset,
-        input_size=config["input_size"],
         batch_size=options.batch_size,
         is_training=training,
-        interpolation=config["interpolation"],
-        mean=config["mean"],
-        std=config["std"],
-        crop_pct=config["crop_pct"],
-        crop_mode=config["crop_mode"],
+        **{name: config[name] for name in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")},
         num_workers=options.workers,
         distributed=runtime.distributed,
         pin_memory=options.pin_mem,

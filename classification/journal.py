@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from revnets.numerics import NumericsMonitor
 from revnets.pruning.checkpoint import FLOPS
-from revnets.training.captions import caption
 from revnets.training.mask_report import write_table
+from revnets.training.pictures import caption
 from revnets.training.processes import of_first, settle_buckets
 
 from .checkpoints import BEST, LAST, Saver

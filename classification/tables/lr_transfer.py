@@ -27,6 +27,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torchvision.transforms.functional import pil_to_tensor
 
 import revnets
 from revnets.training.data.splits import check_split
@@ -241,8 +242,7 @@ def _images(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     images, labels = torch.empty(wanted, 3, IMAGE_SIZE, IMAGE_SIZE), torch.empty(wanted, dtype=torch.long)
     for number, index in enumerate(order):
         image, label = dataset[index]
-        pixels = torch.frombuffer(bytearray(image.resize((IMAGE_SIZE, IMAGE_SIZE)).tobytes()), dtype=torch.uint8)
-        images[number] = (pixels.view(IMAGE_SIZE, IMAGE_SIZE, 3).permute(2, 0, 1) / 255 - mean) / std
+        images[number] = (pil_to_tensor(image.resize((IMAGE_SIZE, IMAGE_SIZE))) / 255 - mean) / std
         labels[number] = label
     return images, labels
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..training.captions import caption
 from ..training.files import write
+from ..training.pictures import caption
 from .predict import CATEGORIES
 from .profile import Row
 from .report import activations_per_image
