@@ -14,7 +14,7 @@ help:
 	@echo "make quickstart   install, train RevBiFPN on real digits, print accuracy and memory (CPU, minutes)"
 	@echo "make quickstart-detection   the same for a detector: Faster R-CNN finds the digits in scenes"
 	@echo "make test         lint, types and the quick tests;  make test-slow: the long ones"
-	@echo "make docs         the site of docs/, in output/site; warnings are errors"
+	@echo "make docs         the documentation as a site, in output/site: warnings are errors, nothing is fetched"
 	@echo "make test-wheel   a wheel in an environment of its own: import, profile, train, detect"
 	@echo "make test-compat  the quick tests on other versions: make test-compat PYTHON=python3.13 TORCH=2.9"
 	@echo "make test-kill    50 runs killed at random moments, and compared with one that was let be"
@@ -25,12 +25,14 @@ help:
 
 install: $(INSTALLED)
 
-# The editable installation itself asks for setup.py, too. What is there already is left as it is.
+# Some extras hold others: WITHIN_x are those that x brings.
+WITHIN_dev := quickstart detection deploy docs
+WITHIN_detection := quickstart
 $(VENV)/.installed-%: pyproject.toml setup.py .ci/constraints.txt
 	@test -n "$(PYTHON)" || { echo "python3 (3.10 to 3.13) was not found on PATH: install it, or run make PYTHON=/path/to/python3"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable ".[$*]"
-	@touch $@
+	@touch $@ $(patsubst %,$(VENV)/.installed-%,$(WITHIN_$*))
 
 quickstart: $(VENV)/.installed-quickstart
 	@$(BIN)/python -m classification.quickstart
@@ -43,8 +45,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(INSTALLED)
-	$(BIN)/python -m mkdocs build --quiet --strict --site-dir output/site
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # One process per core, one thread each: threads of several processes on one core cost more than they bring.
 test: lint
@@ -71,14 +73,14 @@ test-kill: $(INSTALLED)
 # Tensors lie in memory that the sanitizer watches: a read or write past one ends the run. Leaks are Python's affair.
 # The kernel is built before the tests: without one they would be skipped, and prove nothing.
 LIBRARY = $(shell g++ -print-file-name=$(1))
-# OpenVINO opens libraries in a way that the sanitizer ends the process for.
+# TBB (in OpenVINO) opens libraries in a way that the sanitizer ends the process for, unless it is told of it.
 test-asan: $(INSTALLED)
-	export REVNETS_CXX=g++ REVNETS_CACHE=$(CURDIR)/output/asan ASAN_OPTIONS=detect_leaks=0; \
+	export REVNETS_CXX=g++ REVNETS_CACHE=$(CURDIR)/output/asan ASAN_OPTIONS=detect_leaks=0 TBB_ENABLE_SANITIZERS=1; \
 	export LD_PRELOAD="$(call LIBRARY,libasan.so) $(call LIBRARY,libstdc++.so)"; \
 	for width in "" -mno-avx512f -mno-avx; do \
 		export REVNETS_CXXFLAGS="-fsanitize=address -O1 -g1 $$width"; \
 		$(BIN)/python -c "from revnets.kernels.build import kernel_target; print('the kernel for', kernel_target())" && \
-		$(BIN)/python -m pytest -m "not slow" -k "not openvino" tests/kernels tests/deploy || exit; \
+		$(BIN)/python -m pytest -m "not slow" tests/kernels tests/deploy || exit; \
 	done
 
 # ONLY names areas or faults, JOBS how many copies are tried at once: make test-mutants ONLY=mm JOBS=2

@@ -24,6 +24,7 @@ if not __package__:  # run by its path: Python then looks for modules in detecti
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from reporting that there is no GPU
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
+from revnets.training.capture.cuda_graph import CaptureError
 from revnets.training.errors import UserError, guarded, one_line
 from revnets.training.files import obstacle
 from revnets.training.lock import FolderLock
@@ -131,7 +132,7 @@ def _train(cfg: Any, args: argparse.Namespace, held: contextlib.ExitStack) -> Re
         try:
             with leftovers.removed(lambda: not started(runner)), first_step(runner, args.verbose):
                 runner.train()
-        except (NonFinite, RangeError, UnknownMetric) as error:
+        except (NonFinite, RangeError, UnknownMetric, CaptureError) as error:
             raise UserError(f"iteration {runner.iter}: {one_line(error)}.") from error
     return _finish(runner, cfg, args, told, memory.report)
 

@@ -16,13 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "CONTRIBUTING.md"
 MAP = re.compile(r"(<!-- map: [^\n]*-->\n)(.*?)(<!-- end of the map -->)", re.DOTALL)
 ROW = re.compile(r"^\| `([^`]+)/` \| (.+) \|$", re.MULTILINE)
-ORDER = [
-    *(f"revnets/{room}" for room in ("reversible", "sparsity", "kernels", "layers", "training", "models", "profiling")),
-    *(f"revnets/{room}" for room in ("pruning", "numerics", "deploy", "mm", "benchmarks", "gpu_report", "scripts")),
-    "classification",
-    "detection",
-]
-"""Rooms that a new one comes after."""
+CONTRACT = re.compile(r'id = "rooms".*?^layers = \[(.*?)^\]', re.MULTILINE | re.DOTALL)
 SECTIONS = ("reversible op", "layer", "model", "engine")
 
 
@@ -33,13 +27,22 @@ def first_sentence(folder: Path) -> str:
     return re.split(r"(?<=\.)\s", paragraph)[0].replace("``", "`")
 
 
+def order() -> list[str]:
+    """Rooms as the import contract has them, from the one that knows no other up."""
+    contract = CONTRACT.search((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert contract is not None
+    names = reversed(re.findall(r'"(\w+)"', contract[1]))
+    return [*(f"revnets/{name}" for name in names), "classification", "detection"]
+
+
 def rooms() -> dict[str, str]:
     """Folder and sentence of each package; folders within a room come after it."""
+    known = order()
     packages = [file.parent for top in ("revnets", "classification", "detection") for file in top_packages(top)]
     found = {folder.relative_to(ROOT).as_posix(): first_sentence(folder) for folder in packages}
 
     def place(name: str) -> tuple[int, str]:
-        room = next((number for number, room in enumerate(ORDER) if f"{name}/".startswith(f"{room}/")), len(ORDER))
+        room = next((number for number, room in enumerate(known) if f"{name}/".startswith(f"{room}/")), len(known))
         return room, name
 
     return {name: found[name] for name in sorted(found, key=place)}

@@ -24,8 +24,9 @@ from ..pruning import prune
 from ..pruning.command import Source, calibration_batches, load_model
 from ..sparsity.masks import check_sparsity
 from ..training.errors import refused
-from ..training.files import write, write_json
+from ..training.files import write_json
 from ..training.options.values import COUNT, POSITIVE, SEED, SHARE, THREADS, check_choice, check_once
+from ..training.pictures import save_figure
 from ..training.places import check_exists, check_folder
 from .compare import COMPILED, EAGER, EXPLOITS, Measurement, compare, compare_layers, machine, speedups
 from .engines import ENGINES, Deployed, check_limits, deploy, get_engine, load, open_folder
@@ -332,7 +333,7 @@ def _draw(folder: Path, found: Sequence[Measurement]) -> list[Path]:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    return [write(folder / "deploy.png", lambda temporary: figure.savefig(temporary, format="png", dpi=150))]
+    return [save_figure(figure, folder / "deploy.png", dpi=150)]
 
 
 def _say(what: Any) -> None:

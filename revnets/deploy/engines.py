@@ -154,6 +154,7 @@ ENGINES: Mapping[str, Engine] = {
         Engine("sparse", "any zeros of convolutions and linear layers", (), ".pt2", _write_sparse, open_torch),
     )
 }
+"""All that there are, by name; ``engine.missing()`` says why one cannot run here."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO, cast
 
 _PATIENCE = 300.0  # seconds for a command
 _MOMENT = 30.0  # seconds for a compiler to show that it is one
@@ -95,7 +96,7 @@ def _run(command: Sequence[str], seconds: float) -> None:
     except OSError as error:
         raise KernelUnavailable(str(error)) from error
     try:
-        text = _errors(process, seconds)
+        text = _errors(process, cast(IO[bytes], process.stderr), seconds)
     except subprocess.TimeoutExpired as error:
         raise CompilerHangs(f"{command[0]} has not ended within {seconds:g} seconds") from error
     finally:
@@ -108,11 +109,10 @@ def _run(command: Sequence[str], seconds: float) -> None:
         raise KernelUnavailable(next((line for line in lines if "error" in line), lines[0])[:300])
 
 
-def _errors(process: subprocess.Popen[bytes], seconds: float) -> str:
+def _errors(process: subprocess.Popen[bytes], pipe: IO[bytes], seconds: float) -> str:
     """The beginning of what it says until it ends; others that it has started may hold the pipe open after that."""
-    assert process.stderr is not None
     deadline, text = time.monotonic() + seconds, b""
-    with process.stderr as pipe, selectors.DefaultSelector() as selector:
+    with pipe, selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
         while time.monotonic() < deadline:
             ready = selector.select(0.05)

@@ -16,6 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import convert
 from ..reversible import MODES, set_mode
+from ..training.capture.graphed import GraphedPart
+from ..training.errors import did_you_mean
 from .norms import SYNCHRONISED, replace_norms
 from .pretrained import inner, load_pretrained
 
@@ -39,6 +41,9 @@ class TimmBackbone(BaseModule):
         mode: memory mode: ``"store"``, ``"checkpoint"`` (timm's own), and for reversible networks ``"reversible"``,
             their default, see ``revnets.set_mode``.
         layers: a spec of the layer registry, e.g. ``dict(type="sparse_parallel", sparsity=0.75)``.
+        cuda_graph: replay training passes on a GPU from CUDA graphs, a pair (forward, backward) for each shape of the
+            padded images: ``dict(max_graphs=4)`` (or True) shapes, others run eagerly. So pad to few shapes,
+            ``data_preprocessor=dict(pad_size_divisor=128)``. See ``revnets.training.capture.graphed``.
         init_cfg: ``dict(type="Pretrained", checkpoint=...)``; see ``revnets.mm.pretrained``. None: timm's own
             initialisation.
         **model_args: for the network's constructor, e.g. ``drop_path_rate=0.1``.
@@ -67,6 +72,7 @@ class TimmBackbone(BaseModule):
         mode: str | None = None,
         layers: str | Mapping[str, Any] | None = None,
         init_cfg: Mapping[str, Any] | list[Mapping[str, Any]] | None = None,
+        cuda_graph: bool | Mapping[str, Any] | None = None,
         **model_args: Any,
     ) -> None:
         super().__init__(init_cfg)
@@ -79,6 +85,7 @@ class TimmBackbone(BaseModule):
         self.out_channels: list[int] = self.net.feature_info.channels()
         self.strides: list[int] = self.net.feature_info.reduction()
         self.mode = _choose_mode(self.net, model_name, mode, with_cp)
+        max_graphs = _max_graphs(cuda_graph, model_name, self.net, self.mode)
         if norm_cfg is not None:
             self.net = replace_norms(self.net, norm_cfg)
             if norm_eval and norm_cfg["type"] in SYNCHRONISED:
@@ -94,6 +101,7 @@ class TimmBackbone(BaseModule):
                 f"frozen_stages={frozen_stages}: {model_name} has a stem (0) and stages 1 to {len(self._stages) - 1}; "
                 "-1 freezes nothing"
             )
+        self.graphs = GraphedPart(self.net, max_graphs, _warn) if max_graphs else None
         self.train()
 
     def init_weights(self) -> None:
@@ -111,7 +119,7 @@ class TimmBackbone(BaseModule):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Args: x: images ``(N, 3, H, W)``. Returns: one map ``(N, C, H / stride, W / stride)`` per level."""
-        return tuple(self.net(x))
+        return tuple(self.net(x)) if self.graphs is None else self.graphs(x)
 
     def train(self, mode: bool = True) -> "TimmBackbone":
         """Training or eval mode; frozen stages, and with ``norm_eval`` all batch norms, stay in eval mode."""
@@ -145,6 +153,7 @@ class RevBiFPN(TimmBackbone):
         mode: ``"reversible"`` (default), ``"checkpoint"`` or ``"store"``.
         exact: exact mode, see ``revnets.models.revbifpn.RevBiFPN``.
         layers: see ``TimmBackbone``.
+        cuda_graph: see ``TimmBackbone``.
         init_cfg: see ``TimmBackbone``.
         **model_args: see ``TimmBackbone``.
 
@@ -171,13 +180,14 @@ class RevBiFPN(TimmBackbone):
         exact: bool | int = True,
         layers: str | Mapping[str, Any] | None = None,
         init_cfg: Mapping[str, Any] | list[Mapping[str, Any]] | None = None,
+        cuda_graph: bool | Mapping[str, Any] | None = None,
         **model_args: Any,
     ) -> None:
         if arch not in ARCHS:
             raise ValueError(f"unknown arch {arch!r}: expected one of {', '.join(ARCHS)}")
         self.arch = arch
         args = (out_indices, frozen_stages, norm_eval, norm_cfg, with_cp, mode, layers, init_cfg)
-        super().__init__(ARCHS[arch], *args, exact=exact, **model_args)
+        super().__init__(ARCHS[arch], *args, cuda_graph, exact=exact, **model_args)
 
 
 def _features(
@@ -217,6 +227,36 @@ def _choose_mode(net: nn.Module, name: str, mode: str | None, with_cp: bool) -> 
         except (AttributeError, AssertionError, NotImplementedError) as error:
             raise ValueError(f"{name} has no checkpointing: use with_cp=False, mode='store'") from error
     return mode
+
+
+def _max_graphs(cuda_graph: bool | Mapping[str, Any] | None, name: str, net: nn.Module, mode: str) -> int:
+    """How many shapes are captured; 0: none.
+
+    Raises:
+        ValueError: for what is no such number, and for what no graph can hold.
+    """
+    if cuda_graph is None or cuda_graph is False:
+        return 0
+    settings = {"max_graphs": 4} | ({} if cuda_graph is True else dict(cuda_graph))
+    unknown = [key for key in settings if key != "max_graphs"]
+    if unknown:
+        raise ValueError(
+            f"cuda_graph: {unknown[0]!r} is no setting of it{did_you_mean(unknown[0], ['max_graphs'])}: expected "
+            "dict(max_graphs=4); shapes are the data preprocessor's, pad_size_divisor"
+        )
+    count = settings["max_graphs"]
+    if type(count) is not int or count < 1:
+        raise ValueError(f"cuda_graph: max_graphs={count!r}: expected a whole number from 1 on, or cuda_graph=None")
+    if mode == "checkpoint" and not any(vars(m).get("mode") in MODES for m in net.modules()):
+        raise ValueError(
+            f"cuda_graph: {name} recomputes by torch's checkpoint, which asks generators for their state, and no graph "
+            'can hold that: use mode="store" and with_cp=False, or leave cuda_graph out'
+        )
+    return count
+
+
+def _warn(text: str) -> None:
+    print_log(text, "current", logging.WARNING)
 
 
 def _stages(net: nn.Module, name: str, model_args: dict[str, Any]) -> list[list[nn.Parameter]]:

@@ -10,6 +10,7 @@ from mmengine.registry import HOOKS
 from torch import nn
 
 from ..sparsity import SparsityController, apply_masks
+from ..training.capture.graphed import GraphedPart
 from ..training.checkpoints.reading import CheckpointError
 from ..training.mask_report import draw_picture, write_table
 from .training_flops import RunFlops
@@ -53,6 +54,14 @@ class SparsityHook(Hook):
         optimizer = getattr(wrapper, "optimizer", None)
         if optimizer is None:
             raise ValueError("SparsityHook: one optimizer was expected, not several (OptimWrapperDict)")
+        graphed = [
+            name for name, m in runner.model.named_modules() if isinstance(getattr(m, "graphs", None), GraphedPart)
+        ]
+        if graphed and self.schedule != "static":
+            raise ValueError(
+                f"SparsityHook: schedule {self.schedule!r} changes masks between the steps that a CUDA graph repeats: "
+                f"leave cuda_graph of {graphed[0]} out, or use 'static'"
+            )
         steps = -(-runner.max_iters // getattr(wrapper, "_accumulative_counts", 1))
         self.controller = SparsityController(runner.model, optimizer, self.schedule, total_steps=steps, **self.options)
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..training.files import write, write_csv
-from ..training.pictures import caption
+from ..training.files import write_csv
+from ..training.pictures import caption, save_figure
 
 Record = dict[str, Any]
 FILES = TABLE, PICTURE = "numerics.csv", "numerics.png"
@@ -138,7 +138,7 @@ def draw_picture(records: Sequence[Record], folder: Path, title: str) -> Path:
     for panel in axes:
         panel.grid(alpha=0.3)
     axes[0].legend(fontsize="small", ncols=2)
-    return write(folder / PICTURE, lambda path: figure.savefig(path, format="png", dpi=120))
+    return save_figure(figure, folder / PICTURE)
 
 
 def _column(records: Sequence[Record], key: str) -> list[float]:

@@ -25,9 +25,9 @@ def bench_command(
     modes: Annotated[str | None, text("of these modes only, separated by commas")] = None,
     ablate: Annotated[bool, typer.Option(help="also each part of our work left out, in reversible mode")] = False,
     compiled: Annotated[bool, typer.Option(help="also with compiled branches; compiling takes minutes")] = False,
-    launches: Annotated[bool, typer.Option(help="instead: count operator calls, and kernels of what is compiled")] = (
-        False
-    ),
+    launches: Annotated[
+        bool, typer.Option(help="instead: count operator calls, and kernels, also of what is compiled")
+    ] = (False),
     output: Annotated[Path | None, path("also write the figures as JSON")] = None,
 ) -> None:
     """Step time and activation memory of networks in their memory modes, in one interleaved run."""

@@ -1,18 +1,22 @@
 """Launches of a training step, network by network and mode by mode: a small network on a GPU waits for little else."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..training.options.values import find_device, refused
 from .ablation import COMPILED, VARIANTS
 from .bench import Case
+from .cuda_launches import count_cuda_kernels
 from .fake import ProfileError
 from .launches import Kernels, Launches, count_kernels, count_launches
 from .profile import describe
 from .report import save_json
-from .target import Setting
+from .target import Job, Setting
 
 LARGEST = 6
 """Kinds of calls in the table."""
@@ -20,11 +24,21 @@ LARGEST = 6
 
 @dataclass(frozen=True)
 class LaunchRow:
-    """What was counted for a case: its operators or, where it is compiled, its kernels."""
+    """What was counted for a case: its operators or, where it is compiled, its kernels.
+
+    Attributes:
+        case: of the bench.
+        launches: operator calls.
+        kernels: of compiled branches, in place of ``launches``.
+        on_cuda: kernels that CUDA would run, see ``cuda_launches``; None where they are not counted.
+        why_not: in a sentence.
+    """
 
     case: Case
     launches: Launches = field(default_factory=Launches)
     kernels: Kernels | None = None
+    on_cuda: Counter[str] | None = None
+    why_not: str = ""
 
     @property
     def total(self) -> int:
@@ -60,8 +74,19 @@ def run(
             if case.variant == COMPILED:
                 rows.append(LaunchRow(case, kernels=count_kernels(job.model, job.x, job.loss_fn)))
             else:
-                rows.append(LaunchRow(case, count_launches(job.model, job.x, job.loss_fn)))
+                launches = count_launches(job.model, job.x, job.loss_fn)
+                rows.append(LaunchRow(case, launches, None, *_on_cuda(job, setting)))
     return rows
+
+
+def _on_cuda(job: Job, setting: Setting) -> tuple[Counter[str] | None, str]:
+    """Kernels on CUDA with Triton, or why they are not counted."""
+    if setting.amp_dtype is not None and not torch.cuda.is_available():
+        return None, "without CUDA torch has no autocast for it: leave out --amp"
+    try:
+        return count_cuda_kernels(job.model, job.x, job.loss_fn), ""
+    except ProfileError as error:
+        return None, str(error)
 
 
 def ratios(rows: Sequence[LaunchRow]) -> Iterator[tuple[LaunchRow, float | None]]:
@@ -85,10 +110,12 @@ def print_rows(rows: Sequence[LaunchRow], setting: Setting) -> None:
     table = Table(
         title=f"Launches of one training step, forward and backward ({describe(setting)})",
         caption="calls: operators that run something, one of ours counting once; torch's own: the same with ours taken "
-        "apart; floor: convolutions and products of matrices among them, which no fusion takes away",
+        "apart; floor: convolutions and products of matrices among them, which no fusion takes away; on CUDA: counted "
+        "with fake tensors, our Triton kernels each, any other operator as one, a gradient of a convolution as one",
     )
     words = ("network", "mode", "variant", "largest kinds")
-    for column in (*words[:3], "calls or kernels", "x store", "torch's own", "floor", words[3]):
+    numbers = ("calls or kernels", "x store", "torch's own", "floor", "kernels on CUDA (Triton)")
+    for column in (*words[:3], *numbers, words[3]):
         table.add_column(column, justify="left" if column in words else "right")
     for row, ratio in ratios(rows):
         target, eager = row.case.target, row.kernels is None
@@ -100,9 +127,15 @@ def print_rows(rows: Sequence[LaunchRow], setting: Setting) -> None:
             "-" if ratio is None else f"{ratio:.3f}",
             f"{row.launches.kernels.total():,}" if eager else "-",
             f"{row.launches.floor:,}" if eager else "-",
+            "-" if row.on_cuda is None else f"{row.on_cuda.total():,}",
             ", ".join(f"{name.rpartition('.')[2]} {count:,}" for name, count in row.kinds()[:LARGEST]),
         )
-    Console(width=180).print(table)
+    console = Console(width=200)
+    console.print(table)
+    for row in rows:
+        if row.why_not:
+            line = f"{row.case.target}, {row.case.target.mode_name}: kernels on CUDA are not counted: {row.why_not}"
+            console.print(line, markup=False, highlight=False)
 
 
 def save(rows: Sequence[LaunchRow], setting: Setting, path: Path) -> None:
@@ -113,6 +146,7 @@ def save(rows: Sequence[LaunchRow], setting: Setting, path: Path) -> None:
             "total": row.total,
             "times_store": ratio,
             "floor": row.launches.floor if row.kernels is None else None,
+            "on_cuda": None if row.on_cuda is None else {"total": row.on_cuda.total(), **row.on_cuda},
             **{name: dict(count) for name, count in vars(row.kernels or row.launches).items()},
         }
         for row, ratio in ratios(rows)

@@ -19,6 +19,7 @@ from .memory import mean_square
 aten = torch.ops.aten
 _WITHOUT_KERNEL = {  # besides views: memory is taken, numbers are asked for, no kernel runs
     aten.empty.memory_format,
+    aten.as_strided_.default,
     aten.empty_like.default,
     aten.empty_strided.default,
     aten.new_empty.default,
@@ -27,6 +28,11 @@ _WITHOUT_KERNEL = {  # besides views: memory is taken, numbers are asked for, no
     torch.ops.prim.device.default,
 }
 _PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.linear, aten.matmul, aten.mv, aten.addmv, aten.dot}
+
+
+def is_launch(func: Any) -> bool:
+    """Whether an operator runs something: views and empty tensors do not."""
+    return not (func.is_view or func in _WITHOUT_KERNEL)
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class LaunchCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         parts = DECOMPOSED.get(func)
-        counted = not (func.is_view or func in _WITHOUT_KERNEL)
+        counted = is_launch(func)
         if counted and not self._inside:
             self.launches.calls[str(func._overloadpacket)] += 1
         if parts is None or self._inside:

@@ -5,8 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..training.files import write
-from ..training.pictures import caption
+from ..training.pictures import caption, save_figure
 from .predict import CATEGORIES
 from .profile import Row
 from .report import activations_per_image
@@ -26,10 +25,6 @@ def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Any, Any]:
     axes = figure.add_subplot()
     axes.set(title=caption(title), xlabel=xlabel, ylabel=ylabel)
     return figure, axes
-
-
-def _save(figure: Any, path: Path) -> Path:
-    return write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 
 
 def timeline(row: Row, folder: Path) -> Path:
@@ -53,10 +48,8 @@ def timeline(row: Row, folder: Path) -> Path:
     axes.axhline(p.peak_bytes / 1e6, color="black", linewidth=0.8, label=f"peak {p.peak_bytes / 1e6:.1f} MB")
     axes.set_xlim(0, len(p.timeline))
     axes.legend(loc="lower right", fontsize="small")
-    return _save(
-        figure,
-        folder / f"timeline_{t.title.replace(' + ', '-').replace(' ', '_')}_{t.img_size}_{t.batch_size}_{t.mode}.png",
-    )
+    name = t.title.replace(" + ", "-").replace(" ", "_")
+    return save_figure(figure, folder / f"timeline_{name}_{t.img_size}_{t.batch_size}_{t.mode}.png", dpi=150)
 
 
 def sweep(kind: str, rows: Sequence[Row], folder: Path) -> Path:
@@ -85,7 +78,7 @@ def sweep(kind: str, rows: Sequence[Row], folder: Path) -> Path:
         axes.set_ylim(bottom=0)
     axes.grid(which="both", alpha=0.3)
     axes.legend(fontsize="small")
-    return _save(figure, folder / f"{kind}.png")
+    return save_figure(figure, folder / f"{kind}.png", dpi=150)
 
 
 _HORIZONTAL: dict[str, tuple[str, Callable[[Row], float]]] = {

@@ -12,7 +12,8 @@ from torch import nn
 from ..layers.accounting import ModelCost
 from ..sparsity.accounting import run_flops, step_flops
 from ..sparsity.schedules import SCHEDULES, Schedule
-from ..training.files import write, write_csv, write_json
+from ..training.files import write_csv, write_json
+from ..training.pictures import save_figure
 
 FILES = TABLE, FIGURES, PICTURE = "flops.csv", "flops.json", "flops.png"
 PREFIXES = {"P": 1e15, "T": 1e12, "G": 1e9}
@@ -140,7 +141,7 @@ class FlopsReport:
         left, right = figure.subplots(1, 2, width_ratios=(3, 1))
         self._draw_layers(left)
         self._draw_training(right)
-        return write(folder / PICTURE, lambda path: figure.savefig(path, format="png", dpi=120))
+        return save_figure(figure, folder / PICTURE)
 
     def _draw_layers(self, axis: Any) -> None:
         groups = self.groups()

@@ -25,7 +25,11 @@ RULES: Mapping[str, str] = {
     "depthwise": "convolutions that filter every channel by itself",
     "squeeze_excite": "layers of squeeze-and-excite",
 }
+"""Which layers a word of ``exclude`` leaves out."""
+
 DEFAULT_EXCLUDE = tuple(RULES)
+"""What ``prune`` leaves out where nothing else is said."""
+
 Layers = dict[str, nn.Module]
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from ..layers.convert import Skipped
-from ..training.files import write, write_csv, write_json
+from ..training.files import write_csv, write_json
+from ..training.pictures import save_figure
 
 
 @dataclass
@@ -150,7 +151,7 @@ class PruningReport:
         paths = [write_json(stem.with_suffix(".json"), found), write_csv(stem.with_suffix(".csv"), rows)]
         picture = self._figure()
         if picture is not None:
-            paths.append(write(stem.with_suffix(".png"), lambda path: picture.savefig(path, format="png", dpi=120)))
+            paths.append(save_figure(picture, stem.with_suffix(".png")))
         return paths
 
     def _figure(self) -> Any:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 METHODS = ("sparsegpt", "wanda", "magnitude")
+"""How ``prune`` chooses weights."""
+
 _MOST_DAMPING = 1e4
 
 

@@ -6,6 +6,7 @@ to the bit, whatever the precision in which the branch was computed.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -69,7 +70,12 @@ def _sub_rounded_owned(x: Tensor, value: Tensor, constant: float) -> None:
     x.sub_(value.add_(constant).sub_(constant))
 
 
-@operator("max_abs(Tensor x) -> Tensor")
+@operator("max_abs(Tensor[] xs) -> Tensor")
+def max_abs_of_each(xs: Sequence[Tensor]) -> Tensor:
+    """Largest magnitudes, ``(len(xs), parts)``: the largest of a row is that of one map."""
+    return torch.stack([_max_abs(x) for x in xs])[:, None]
+
+
 def _max_abs(x: Tensor) -> Tensor:
     if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         x = x.permute(0, 2, 3, 1)  # contiguous: reduces several times faster on CPU
@@ -156,9 +162,12 @@ def sub_rounded_(x: Tensor, value: Tensor, grid_bits: int, owned: bool = False) 
     subtract(x, value, rounding_constant(grid_bits, x.dtype))
 
 
-def max_abs(x: Tensor) -> Tensor:
-    """Largest magnitude in ``x`` as a 0-d tensor on its device; NaN when ``x`` holds one."""
-    return calls.max_abs(x.detach())
+def max_abs(*xs: Tensor) -> Tensor:
+    """Largest magnitudes of maps of one type, ``(len(xs), parts)`` on their device: that of a map is its row's largest.
+
+    NaN where there is one.
+    """
+    return calls.max_abs([x.detach() for x in xs])
 
 
 def check_range(value: float, grid_bits: int, dtype: torch.dtype, where: str) -> None:

@@ -1,11 +1,11 @@
 """The autograd node of one op, and the tape that hands rebuilt activations from node to node."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import ReversibleError
 from .grid import check_range, grid_limit, max_abs
@@ -114,7 +114,7 @@ class OpNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
-        _check_versions(ctx)
+        _check_parameters(ctx)
         op, tape = ctx.op, ctx.tape
         ys, grad_ys = tape.take(ctx.index, ctx.name)
         needs_input_grad = ctx.needs_input_grad[5 : 5 + ctx.num_inputs]
@@ -143,18 +143,33 @@ def _saved_outputs(ctx: Any) -> Tensors:
         ) from error
 
 
-def _check_versions(ctx: Any) -> None:
+def _check_parameters(ctx: Any) -> None:
     present = {id(p) for p in parameters_of(ctx.op)}
     if any(id(p) not in present or not p.requires_grad for p in ctx.parameters):
         raise ReversibleError(
             f"{ctx.name}: its parameters were replaced or frozen between forward and backward (functional_call?), so "
             'the recomputed activations would have no gradient for them: use set_mode("store")'
         )
-    for parameter, version in zip(ctx.parameters, ctx.versions, strict=True):
+    check_versions(ctx.name, ctx.op, ctx.parameters, ctx.versions)
+
+
+def check_versions(where: str, module: nn.Module, parameters: Sequence[Tensor], versions: Sequence[int]) -> None:
+    """Refuse a backward pass that would recompute activations with other weights.
+
+    Args:
+        where: it is, for the error.
+        module: whose parameters they are.
+        parameters: that were used in the forward pass.
+        versions: that they had there.
+
+    Raises:
+        ReversibleError: naming the first that was changed in place.
+    """
+    for parameter, version in zip(parameters, versions, strict=True):
         if parameter._version != version:
-            name = next((n for n, p in ctx.op.named_parameters() if p is parameter), "a parameter")
+            name = next((n for n, p in module.named_parameters() if p is parameter), "a parameter")
             raise ReversibleError(
-                f"{ctx.name}: parameter {name} was changed in place between forward and backward (an optimizer step?), "
+                f"{where}: parameter {name} was changed in place between forward and backward (an optimizer step?), "
                 "so the recomputed activations would differ: call backward before changing weights"
             )
 
@@ -165,23 +180,22 @@ class RangeGuard:
     On CPU all are checked at the end of the forward pass. Elsewhere the maxima go to pinned memory while the device
     works on, and are checked when the backward pass arrives; within ``range_checks_put_off``, when the caller wants it.
     Within ``captured`` they stay on the device, for the caller to look at.
-
-    Attributes:
-        maxima: of the outputs in the order of the ops, on their device; within ``captured`` only.
     """
 
     def __init__(self, grid_bits: int) -> None:
         self.grid_bits = grid_bits
-        self._seen: list[tuple[str, torch.dtype, Tensor]] = []
-        self.maxima: Tensor | None = None
+        self._seen: list[tuple[str, torch.dtype]] = []  # of every map that was watched
+        self._parts: list[Tensor] = []  # its largest magnitudes
+        self._maxima: Tensor | None = None
         self._host: Tensor | None = None
         self._event: Any = None
 
     def watch(self, where: str, values: Tensors) -> None:
         """Note the largest magnitudes of the outputs of an op."""
-        for value in values:
-            if not is_fake(value) and value.device.type != "meta":
-                self._seen.append((where, value.dtype, max_abs(value)))
+        for dtype in dict.fromkeys(value.dtype for value in values if value.device.type != "meta"):
+            alike = [value for value in values if value.dtype == dtype]
+            self._seen += [(where, dtype)] * len(alike)
+            self._parts.append(max_abs(*alike))
 
     def arm(self, outputs: Tensors) -> None:
         """Check the maxima (CPU), or have them copied and checked when the backward pass reaches ``outputs``.
@@ -191,12 +205,31 @@ class RangeGuard:
         """
         if not self._seen:
             return
-        maxima, device = torch.stack([m for _, _, m in self._seen]), self.device  # float32 and float64 do not mix
+        maxima = self._largest()
+        if is_fake(maxima):
+            return
         if active.captured:
-            self.maxima = maxima
+            self._maxima = maxima
             if active.guards is not None:
                 active.guards.append(self)
             return
+        self._arm(outputs, maxima)
+
+    def arm_replayed(self, outputs: Tensors) -> None:
+        """Have what a replay of a captured forward pass found checked, as ``arm`` does for the pass itself.
+
+        Args:
+            outputs: of this replay.
+
+        Raises:
+            RangeError: see ``arm``.
+        """
+        again = RangeGuard(self.grid_bits)
+        again._seen, again._parts = list(self._seen), list(self._parts)
+        again._arm(outputs, self.maxima)
+
+    def _arm(self, outputs: Tensors, maxima: Tensor) -> None:
+        device = maxima.device
         self._host = maxima.to("cpu", non_blocking=True)
         if device.type == "cpu" and active.guards is None:
             return self.settle()
@@ -210,9 +243,26 @@ class RangeGuard:
             active.guards.append(self)
 
     @property
+    def maxima(self) -> Tensor:
+        """Of the outputs in the order of the ops, on their device.
+
+        Raises:
+            ReversibleError: for a guard that was not armed within ``captured``.
+        """
+        if self._maxima is None:
+            raise ReversibleError("a range guard keeps its maxima on the device within captured() only: arm it there")
+        return self._maxima
+
+    @property
     def device(self) -> torch.device:
         """Of what was watched, and is not yet checked."""
-        return self._seen[0][2].device
+        return self._parts[0].device
+
+    def _largest(self) -> Tensor:
+        """One number per map that was watched."""
+        parts = max(m.shape[1] for m in self._parts)
+        together = torch.cat([m.expand(-1, parts) for m in self._parts])  # float32 and float64 do not mix
+        return together.amax(1) if parts > 1 else together.flatten()
 
     def settle(self, _: Any = None) -> None:
         """Raise for the first value out of range, once the copy has arrived.
@@ -225,7 +275,7 @@ class RangeGuard:
         if self._event is not None:
             self._event.synchronize()
         self.check(self._host.tolist())
-        self._host, self._seen = None, []
+        self._host, self._seen, self._parts = None, [], []
 
     def check(self, values: list[float]) -> None:
         """Raise for the first of these largest magnitudes, in the order of the ops, that is out of range.
@@ -233,12 +283,11 @@ class RangeGuard:
         Raises:
             RangeError: naming the op, the value, and the grid that would hold it.
         """
-        for (where, dtype, _), value in zip(self._seen, values, strict=True):
+        for (where, dtype), value in zip(self._seen, values, strict=True):
             check_range(value, self.grid_bits, dtype, where)
 
     def kept(self) -> Tensor:
         """Whether all ``maxima`` are in range, as a 0-d tensor on their device."""
-        assert self.maxima is not None
         return (self.maxima <= grid_limit(self.grid_bits, self.maxima.dtype)).all()
 
 

@@ -169,7 +169,8 @@ class Step:
             xs: its inputs, equal to the bit to those of the forward pass (or nearly, without exact mode).
             needs_grad: whether gradients of ``xs`` are wanted.
             dense_grad: hand the branch its gradient without gaps in memory, as autograd's sum of two gradients is:
-                kernels may round differently on strided input.
+                kernels may round differently on strided input. Not where its last step is an autograd function with
+                ``takes_gaps = True``.
 
         Returns:
             its value, without graph, and a function that takes the value's gradient to the gradients of ``xs``
@@ -181,7 +182,7 @@ class Step:
         modules = tree(module)
         with torch.enable_grad(), _without_hooks(modules), replaying(self.records[key], modules):
             value = call(module, *inputs)
-            output = _DenseGrad.apply(value) if dense_grad and value.requires_grad else value
+            output = _DenseGrad.apply(value) if dense_grad and _minds_gaps(value) else value
             graph: list[tuple[_Output, Any]] = [(_Output(output), self.in_use(modules))]
             del output
         if value.is_leaf or value._is_view():  # may be an input or a parameter in disguise
@@ -242,6 +243,12 @@ class _Output:
 def _memory(x: Tensor) -> int | None:
     """Which memory a tensor lies in; None for sparse ones."""
     return x.untyped_storage()._cdata if x.layout == torch.strided else None
+
+
+def _minds_gaps(value: Tensor) -> bool:
+    """Whether the function that made a value wants its gradient without gaps."""
+    function = getattr(value.grad_fn, "_forward_cls", None)
+    return value.requires_grad and not getattr(function, "takes_gaps", False)
 
 
 class _DenseGrad(torch.autograd.Function):

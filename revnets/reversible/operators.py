@@ -4,6 +4,8 @@ An operator is torch's own kernels in a row, to be read where it is defined; on 
 A step of a network is so many launches, and small networks wait for launches rather than for arithmetic.
 """
 
+import functools
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +33,7 @@ def operator(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = signature.partition("(")[0]
         _LIBRARY.define(signature)
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, _in_precision(function), "CompositeExplicitAutograd")
         torch.library.register_fake(f"revnets::{name}", function, lib=_LIBRARY)
         registered = getattr(torch.ops.revnets, name).default
         DECOMPOSED[registered] = function
@@ -45,14 +47,42 @@ def _called(function: Callable[..., Any], registered: Callable[..., Any]) -> Cal
     """The operator; on a CPU that nobody watches, its function: torch's way to it costs tens of microseconds."""
 
     def call(x: Any, *rest: Any) -> Any:
-        if torch.compiler.is_compiling() or x.device.type != "cpu" or torch._C._len_torch_dispatch_stack():
+        if torch.compiler.is_compiling():
             return registered(x, *rest)
-        return function(x, *rest)
+        kind = (x[0] if isinstance(x, list) else x).device.type
+        watched = torch._C._len_torch_dispatch_stack()
+        if watched and torch.is_autocast_enabled(kind):
+            _outside.precision = kind, torch.get_autocast_dtype(kind)
+            try:
+                return registered(x, *rest)
+            finally:
+                _outside.precision = None
+        return registered(x, *rest) if watched or kind != "cpu" else function(x, *rest)
 
     return call
 
 
+class _Outside(threading.local):
+    precision: tuple[str, torch.dtype] | None = None
+
+
+_outside = _Outside()
+"""Autocast of whoever calls an operator: within a dispatch mode that somebody watches with, torch has it off."""
+
+
+def _in_precision(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def run(*args: Any, **named: Any) -> Any:
+        precision = _outside.precision
+        if precision is None or torch.is_autocast_enabled(precision[0]):
+            return function(*args, **named)
+        with torch.autocast(precision[0], dtype=precision[1], cache_enabled=False):
+            return function(*args, **named)
+
+    return run
+
+
 def implement(name: str, function: Callable[..., Any]) -> None:
     """Replace an operator's implementation on CUDA; fake tensors get none of its launches."""
-    _LIBRARY.impl(name, function, "CUDA")
+    _LIBRARY.impl(name, _in_precision(function), "CUDA")
     ON_CUDA[getattr(torch.ops.revnets, name).default] = function

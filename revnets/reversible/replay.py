@@ -83,6 +83,11 @@ def once(compute: Callable[[], Any], owner: nn.Module | None = None) -> Any:
     return value
 
 
+def is_recomputed() -> bool:
+    """Whether a branch is running of which nothing is kept until it is computed again: it may be that time now."""
+    return active.inside_branch
+
+
 # --- generators ------------------------------------------------------------------------------------------------------
 
 _RngState = dict[torch.device, Tensor]

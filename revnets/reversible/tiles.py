@@ -34,6 +34,11 @@ def layout(t: Tensor) -> tuple[int, int, int]:
     return t.stride(0), t.stride(1), t.stride(3) if t.shape[3] > 1 else t.stride(2) if t.shape[2] > 1 else 1
 
 
+def sizes(t: Tensor) -> tuple[int, int]:
+    """Channels and pixels."""
+    return t.shape[1], t.shape[2] * t.shape[3]
+
+
 def like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An empty map without gaps, channels-last where ``x`` is."""
     channels_last = x.stride(1) == 1
@@ -45,6 +50,29 @@ def like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def blocks(t: Tensor) -> dict[str, int]:
     """A tile whose fast direction is the one that lies together in memory."""
     return {"BLOCK_C": 32, "BLOCK_P": 32} if layout(t)[1] == 1 else {"BLOCK_C": 2, "BLOCK_P": 512}
+
+
+def row_blocks(t: Tensor, pixels: str = "BLOCK_R", large: bool = False) -> dict[str, int]:
+    """A tile of channels and rows, which are the pixels of all samples.
+
+    Args:
+        t: the map.
+        pixels: what the side of the rows is called.
+        large: whether several programs share the rows of a channel; else few channels make for many programs.
+    """
+    most = (32, 64) if large else (8, 256)
+    block_c, rows = most if layout(t)[1] == 1 else (2, 512)
+    return {"BLOCK_C": block_c, pixels: min(rows, max(16, power_of_2(t.shape[0] * t.shape[2] * t.shape[3])))}
+
+
+def power_of_2(number: int) -> int:
+    """The next one that is no less.
+
+    Example:
+        >>> [power_of_2(n) for n in (1, 2, 3, 17)]
+        [1, 2, 4, 32]
+    """
+    return 1 << (number - 1).bit_length()
 
 
 def loops(t: Tensor, block_p: int, at_most: int | None = None) -> int:

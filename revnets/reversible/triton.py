@@ -1,4 +1,4 @@
-"""The stream's rounding, addition and subtraction in one Triton kernel, for CUDA and Triton's interpreter.
+"""Exact mode's kernels in Triton, for CUDA and Triton's interpreter: the stream's rounding and adding, its range.
 
 Imported on first use only, by ``cuda.py``.
 """
@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from .tiles import blocks, grid, layout, on
 
 
 @triton.jit
-def _stream_kernel(  # type: ignore[no-untyped-def]
+def stream_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     value_ptr,
     out_ptr,
@@ -45,17 +42,24 @@ def _stream_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + n * o_n + c * o_c + p * o_p, x, mask=inside)
 
 
-def stream(x: Tensor, value: Tensor, out: Tensor, constant: float, subtract: bool) -> None:
-    """``out = x + r`` or ``x - r``; ``out`` may be ``x`` itself.
-
-    Args:
-        x: float32, see ``tiles.suits``.
-        value: as large, in any precision that the kernels know.
-        out: float32.
-        constant: see ``grid.rounding_constant``.
-        subtract: or add.
-    """
-    block = blocks(x)
-    sizes = (x.shape[1], x.shape[2] * x.shape[3], *layout(x), *layout(value), *layout(out))
-    with on(x.device):
-        _stream_kernel[grid(x, block)](x, value, out, constant, *sizes, SUBTRACT=subtract, **block)
+@triton.jit
+def max_abs_kernel(  # type: ignore[no-untyped-def]
+    out_ptr, a_ptr, b_ptr, c_ptr, d_ptr, a_size, b_size, c_size, d_size, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Largest magnitudes of up to four float32 maps without gaps, each by PARTS: ``(4, PARTS)``; NaN is larger."""
+    part, which = tl.program_id(0), tl.program_id(1)
+    x_ptr, size = a_ptr, tl.zeros((), tl.int64) + a_size
+    if which == 1:
+        x_ptr, size = b_ptr, tl.zeros((), tl.int64) + b_size
+    if which == 2:
+        x_ptr, size = c_ptr, tl.zeros((), tl.int64) + c_size
+    if which == 3:
+        x_ptr, size = d_ptr, tl.zeros((), tl.int64) + d_size
+    largest = tl.zeros((BLOCK,), tl.int32)
+    start = part.to(tl.int64) * BLOCK
+    while start < size:
+        i = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + i, mask=i < size, other=0.0)
+        largest = tl.maximum(largest, tl.abs(x).to(tl.int32, bitcast=True))  # in the order of the numbers, NaN above
+        start += PARTS * BLOCK
+    tl.store(out_ptr + which * PARTS + part, tl.max(largest, axis=0).to(tl.float32, bitcast=True))

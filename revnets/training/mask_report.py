@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from ..sparsity import SparsityController
-from .files import write, write_csv
+from .files import write_csv
+from .pictures import save_figure
 
 TABLE, PICTURE = "sparsity.csv", "sparsity.png"
 COLUMNS = ("step", "layer", "weights", "active", "density", "fraction", "exchanged", "changed")
@@ -58,7 +59,7 @@ def draw_picture(controller: SparsityController, folder: Path, title: str = "") 
     left, right = figure.subplots(1, 2)
     _draw_density(left, controller)
     _draw_changes(right, controller)
-    return write(folder / PICTURE, lambda path: figure.savefig(path, format="png", dpi=120))
+    return save_figure(figure, folder / PICTURE)
 
 
 def _draw_density(axis: Any, controller: SparsityController) -> None:

@@ -1,14 +1,11 @@
 """SIGTERM: the cluster wants the machine back. The run saves where it is and ends with a code of its own."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 TERMINATED = 75  # sysexits' EX_TEMPFAIL, try again later; a shell says 143 of any process that dies of SIGTERM
 TOGETHER = 8  # steps between two times that several processes ask each other
@@ -47,7 +44,7 @@ class Termination:
         self._before: Any = None
         self._steps = 0
 
-    def __enter__(self) -> Termination:
+    def __enter__(self) -> "Termination":
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._note)
         return self
@@ -69,8 +66,6 @@ class Termination:
             device: Where the process group's backend works.
             now: Ask at once.
         """
-        import torch  # late: `revnets --help` needs none
-
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self.requested
         self._steps += 1

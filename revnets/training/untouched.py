@@ -12,7 +12,9 @@ from .data.resumable import apart
 
 
 @contextmanager
-def untouched(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, scaler: Any = None) -> Iterator[None]:
+def untouched(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, x: Tensor, scaler: Any = None
+) -> Iterator[None]:
     """Within, train as you like: afterwards all is as before, to the bit and in the same memory.
 
     Weights, gradients, buffers such as running statistics, the optimizer's state and groups, the scale of a loss
@@ -20,7 +22,7 @@ def untouched(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, sca
 
     Args:
         model: that is trained.
-        optimizer: of its weights.
+        optimizer: of its weights, or None.
         x: an input.
         scaler: ``torch.amp.GradScaler``, or None.
 
@@ -32,8 +34,8 @@ def untouched(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, sca
         >>> layer.weight.item() == before
         True
     """
-    state = {p: dict(values) for p, values in optimizer.state.items()}
-    groups = [dict(group) for group in optimizer.param_groups]
+    state = {p: dict(values) for p, values in optimizer.state.items()} if optimizer is not None else {}
+    groups = [dict(group) for group in optimizer.param_groups] if optimizer is not None else []
     gradients = [(p, p.grad) for p in model.parameters()]
     buffers = [(m._buffers, dict(m._buffers)) for m in model.modules()]
     everything = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
@@ -51,9 +53,10 @@ def untouched(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, sca
                 tensor.copy_(value)
         for p, grad in gradients:
             p.grad = grad
-        for group, former in zip(optimizer.param_groups, groups, strict=True):
-            group.update(former)
-        optimizer.state.clear()
-        optimizer.state.update(state)
+        if optimizer is not None:
+            for group, former in zip(optimizer.param_groups, groups, strict=True):
+                group.update(former)
+            optimizer.state.clear()
+            optimizer.state.update(state)
         if scale:
             scaler.load_state_dict(scale)

@@ -10,7 +10,7 @@ FAULTS = (
         new="x[:, :, ::right, ::down]",
         tests=(
             "tests/layers/munit/test_fp8.py",
-            "tests/layers/munit/test_layers.py",
+            "tests/layers/munit/test_functional.py",
         ),
     ),
     Fault(
@@ -18,7 +18,7 @@ FAULTS = (
         "revnets/layers/munit/functional.py",
         old="g if g is None else g.mul_(scale / grad_scale).to(dtype)",
         new="g if g is None else g.mul_(scale).to(dtype)",
-        tests=("tests/layers/munit/test_layers.py",),
+        tests=("tests/layers/munit/test_functional.py",),
     ),
     Fault(
         "mus-memory-format",
@@ -26,7 +26,7 @@ FAULTS = (
         old="last = maps and x.stride(1) == 1",
         new="last = False",
         tests=(
-            "tests/layers/munit/test_layers.py",
+            "tests/layers/munit/test_functional.py",
             "tests/layers/munit/test_fp8.py",
         ),
     ),
@@ -35,7 +35,7 @@ FAULTS = (
         "revnets/layers/munit/functional.py",
         old="return 1.0 if dtype == torch.float16 else GRAD_SCALE",
         new="return GRAD_SCALE",
-        tests=("tests/layers/munit/test_layers.py",),
+        tests=("tests/layers/munit/test_functional.py",),
     ),
     Fault(
         "fp8-clip-scaled",
@@ -44,7 +44,7 @@ FAULTS = (
         new="top = torch.finfo(dtype).max",
         tests=(
             "tests/layers/munit/test_fp8.py",
-            "tests/layers/munit/test_layers.py",
+            "tests/layers/munit/test_functional.py",
         ),
     ),
     Fault(
@@ -52,7 +52,7 @@ FAULTS = (
         "revnets/layers/munit/optim.py",
         old='depthwise = own == 1 and getattr(module, "groups", 1) > 1',
         new="depthwise = own == 1",
-        tests=("tests/layers/munit/test_layers.py",),
+        tests=("tests/layers/munit/test_optim.py",),
     ),
     Fault(
         "widen-split-attrs",
@@ -138,6 +138,6 @@ FAULTS = (
         "revnets/layers/sparse_ift/compact.py",
         old="torch.zeros(tensor.shape, dtype=values.dtype)",
         new="torch.zeros(tensor.shape)",
-        tests=("tests/layers/test_convert.py",),
+        tests=("tests/layers/sparse_ift/test_compact.py",),
     ),
 )

@@ -53,7 +53,7 @@ def test_mistakes_name_the_command(name: str) -> None:
 
 
 def test_an_end_by_sigterm_keeps_its_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def train(options: Any) -> None:
+    def train(options: Any, *more: Any) -> None:
         raise Terminated(f"{options.data_dir}: saved")
 
     monkeypatch.setattr(scripts.script("classification.train"), "train", train)

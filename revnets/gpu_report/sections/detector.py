@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from ...profiling.profile import measured_step
 from ...profiling.target import Setting, parse_targets
@@ -13,6 +16,7 @@ from ..registry import REPORT, Column, Context, Row, Skipped
 from ..rows import row_by_row
 
 _MODES = ("reversible", "store", "checkpoint")
+_CAPTURED = "reversible, backbone captured"
 _PRECISIONS = ("bfloat16", "float32")
 _SHOWN = "configs/detection/coco/retinanet_revbifpn-s1_1x_coco.py"
 _CONFIG = """
@@ -35,6 +39,8 @@ def _plan(tiny: bool) -> list[Row]:
             amp = " --amp-dtype bfloat16" if precision == "bfloat16" else ""
             command = f"revnets profile {_SHOWN}@800x1333:2 --part detector --mode {mode} --device cuda --measure{amp}"
             rows.append({"mode": mode, "precision": precision, "command": command})
+        here = "revnets gpu-report --sections h --output DIR"
+        rows.append({"mode": _CAPTURED, "precision": precision, "command": here})
     return rows
 
 
@@ -72,10 +78,21 @@ def measure(context: Context) -> Iterator[Row]:
 def _figures(name: str, row: Row, device: str) -> Row:
     setting = Setting(device, True, "bfloat16" if row["precision"] == "bfloat16" else None, True, "sgd")
     targets = parse_targets(name, setting)
-    (target,) = (t for t in targets if t.part == "detector" and t.mode == row["mode"])
+    captured = row["mode"] == _CAPTURED
+    mode = _MODES[0] if captured else row["mode"]
+    (target,) = (t for t in targets if t.part == "detector" and t.mode == mode)
+    if captured:
+        target = replace(target, options=(("model.backbone.cuda_graph", True),))
     step, resident = measured_step(target, setting)
     return {
         "step_ms": 1e3 * step.seconds,
         "allocated_mb": (step.peak_bytes + resident) / 1e6,
         "reserved_mb": None if step.reserved_bytes is None else step.reserved_bytes / 1e6,
+        "note": _note(device) if captured else None,
     }
+
+
+def _note(device: str) -> str:
+    if torch.device(device).type != "cuda":
+        return "no graphs on this device: the same step, eagerly"
+    return "two launches for the backbone; memory of graphs counts as reserved"

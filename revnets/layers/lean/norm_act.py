@@ -1,6 +1,6 @@
 """Batch norm followed by an activation, keeping one tensor for the backward pass where autograd keeps two or three."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,9 @@ from ...reversible.operators import calls
 from ...reversible.replay import once
 from . import cuda  # noqa: F401 - registers the operators and their kernels
 from .activations import ACTIVATIONS, name_of
+from .ops import dense
+
+__all__ = ["dense", "has_hooks", "in_forward", "is_lean", "lean_layers", "norm_act", "uses_lean_layers"]
 
 
 def norm_act(x: Tensor, norm: nn.Module, act: nn.Module | None = None) -> Tensor:
@@ -36,8 +39,9 @@ def norm_act(x: Tensor, norm: nn.Module, act: nn.Module | None = None) -> Tensor
     if not is_lean(norm, act):
         x = norm(x)
         return x if act is None else act(x)
-    mean, var = once(lambda: update_statistics(x, norm), owner=norm)
-    return _NormAct.apply(x, norm.weight, norm.bias, mean, var, norm.eps, name_of(act))
+    fresh: list[Tensor] = []
+    mean, var = once(lambda: in_forward(calls.batch_norm_act_, x, norm, act, fresh), owner=norm)
+    return _NormAct.apply(x, norm.weight, norm.bias, mean, var, norm.eps, name_of(act), fresh)
 
 
 class _Lean:
@@ -90,27 +94,58 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def update_statistics(x: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of the batch ``(C,)``; the running ones move once."""
+def in_forward(
+    operator: Callable[..., Sequence[Tensor]],
+    x: Tensor,
+    norm: Any,
+    act: nn.Module | None,
+    fresh: list[Tensor],
+    *rest: Any,
+) -> Sequence[Tensor]:
+    """What an operator makes of ``x`` in the forward pass, with the batch's statistics; the running ones move once.
+
+    Args:
+        operator: gives a map, and small tensors that the recomputation needs.
+        x: the norm's input.
+        norm: usual batch norm.
+        act: activation.
+        fresh: where the map is left.
+        rest: more arguments of the operator.
+
+    Returns:
+        The small tensors, mean and biased variance ``(C,)`` first.
+    """
     if x.numel() == x.shape[1]:
         raise ValueError(
             f"batch norm in training needs more than one value per channel, got input of shape {tuple(x.shape)}: "
             "use a larger batch or image, or norm.eval()"
         )
-    running = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-    return calls.batch_stats_(x.detach(), *running, norm.momentum)
+    running = (norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum)
+    value, *kept = operator(x.detach(), norm.weight, norm.bias, norm.eps, name_of(act), *running, *rest)
+    fresh.append(value)
+    return kept
 
 
 class _NormAct(torch.autograd.Function):
-    """act(batch_norm(x)) with given batch statistics, which are functions of x."""
+    """act(batch_norm(x)) with given statistics of the batch, which are functions of x; ``fresh`` may have it."""
+
+    takes_gaps = True  # of its gradient: the operator sees to them
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, act: str
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        act: str,
+        fresh: list[Tensor],
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, mean, var)
         ctx.eps, ctx.act = eps, act
-        return calls.norm_act(x, weight, bias, mean, var, eps, act)
+        return fresh.pop() if fresh else calls.norm_act(x, weight, bias, mean, var, eps, act)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -120,19 +155,8 @@ class _NormAct(torch.autograd.Function):
             y = ACTIVATIONS[ctx.act].value(y, inplace=True)
             inputs = (x, weight, bias)
             found = iter(torch.autograd.grad(y, [t for t in inputs if t.requires_grad], grad, create_graph=True))
-            return *(next(found) if t.requires_grad else None for t in inputs), None, None, None, None
+            return *(next(found) if t.requires_grad else None for t in inputs), *[None] * 5
         needed = ctx.needs_input_grad[:3]
         norm = (x, weight, bias, mean, var, ctx.eps, ctx.act)
-        found = iter(calls.norm_act_backward(dense(grad), *norm, needed))
-        return *(next(found) if wanted else None for wanted in needed), None, None, None, None
-
-
-def dense(x: Tensor) -> Tensor:
-    """``x`` without gaps in memory (half of a tensor's channels has them), in its own memory format.
-
-    Kernels are slow on tensors with gaps, or copy them each time; and some round differently.
-    """
-    if torch.ops.aten.is_non_overlapping_and_dense(x):
-        return x
-    channels_last = x.dim() == 4 and x.stride(1) == 1
-    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        found = iter(calls.norm_act_backward(grad, *norm, needed))
+        return *(next(found) if wanted else None for wanted in needed), *[None] * 5

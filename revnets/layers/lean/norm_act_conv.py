@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ...kernels.training import Structure
 from ...reversible.operators import calls as lean
-from ...reversible.replay import once, tree
+from ...reversible.replay import is_recomputed, once, tree
 from .activations import ACTIVATIONS, name_of
 from .conv import conv_grads, convolved, is_plain_conv, structure_of, weight_of
-from .norm_act import dense, has_hooks, is_lean, norm_act, update_statistics
+from .cuda import is_small
+from .norm_act import dense, has_hooks, in_forward, is_lean, norm_act
 
 
 def norm_act_conv(x: Tensor, norm: nn.Module, act: nn.Module, se: SEModule | None, conv: nn.Module) -> Tensor:
@@ -22,8 +23,9 @@ def norm_act_conv(x: Tensor, norm: nn.Module, act: nn.Module, se: SEModule | Non
     .. math:: h = act(norm(x)), \qquad p = h \cdot gate(mean_{HW}(h)), \qquad y = conv(p)
 
     Training keeps ``x`` and the statistics; ``p``, which autograd keeps for the convolution, is computed again in the
-    backward pass. In a recomputed branch the mean of ``h`` is reused as well. Modules other than ``nn.Conv2d``, timm's
-    squeeze-and-excite and the pairs that ``norm_act`` knows, and modules with hooks, are simply called.
+    backward pass. In a recomputed branch the mean of ``h`` and the gate are reused as well. Modules other than
+    ``nn.Conv2d``, timm's squeeze-and-excite and the pairs that ``norm_act`` knows, and modules with hooks, are simply
+    called.
 
     Args:
         x: ``(N, C, H, W)``.
@@ -43,11 +45,12 @@ def norm_act_conv(x: Tensor, norm: nn.Module, act: nn.Module, se: SEModule | Non
     if not (is_lean(norm, act) and is_plain_conv(conv) and (se is None or _is_plain_se(se))):
         x = norm_act(x, norm, act)
         return conv(x if se is None else se(x))
-    mean, var = once(lambda: update_statistics(x, norm), owner=norm)
     structure = structure_of(conv, x)
     settings = _Settings(norm.eps, name_of(act), se, conv, structure)  # type: ignore[arg-type]
-    norm_tensors = (x, norm.weight, norm.bias, mean, var)
-    return _NormActConv.apply(*norm_tensors, settings, weight_of(conv, structure), conv.bias, *_gate_parameters(se))
+    layers = _gate_parameters(se)
+    operator, more = (lean.batch_norm_act_, ()) if se is None else (lean.batch_norm_act_se_, settings.gating(layers))
+    kept = once(lambda: in_forward(operator, x, norm, act, settings.fresh, *more), owner=norm)
+    return _NormActConv.apply(x, norm.weight, norm.bias, settings, kept, weight_of(conv, structure), conv.bias, *layers)
 
 
 def _gate_parameters(se: SEModule | None) -> tuple[Tensor | None, ...]:
@@ -62,15 +65,30 @@ def _is_plain_se(se: SEModule) -> bool:
 
 
 class _Settings:
-    """What the function needs besides tensors."""
+    """What the function needs besides tensors; ``fresh`` has what the convolution reads, in the forward pass."""
 
     def __init__(self, eps: float, act: str, se: SEModule | None, conv: nn.Conv2d, structure: Structure | None) -> None:
         self.eps, self.act, self.conv, self.structure = eps, act, conv, structure
         self.gate_acts: tuple[Any, ...] = () if se is None else (name_of(se.act), name_of(se.gate))
+        self.fresh: list[Tensor] = []
+
+    def gating(self, layers: Sequence[Tensor | None]) -> tuple[Any, ...]:
+        """The operators' arguments ``Gate``."""
+        return *layers, *self.gate_acts
+
+    def keeps_read(self, x: Tensor) -> bool:
+        """Whether what the convolution reads is kept for the backward pass, in place of a launch that repeats it.
+
+        In a branch that is computed again the backward pass follows at once, and what is small may be held until then.
+        A pointwise convolution is the branch's last: its backward pass holds its input, output and both gradients, no
+        less than what is held until then with its input. A CPU, where nothing is launched, holds less.
+        """
+        last = self.conv.kernel_size == (1, 1) and x.device.type != "cpu"
+        return is_recomputed() and (last or is_small(x))
 
 
 class _NormActConv(torch.autograd.Function):
-    """Keeps x and, of squeeze-and-excite, one number per sample and channel."""
+    """Keeps x and, of squeeze-and-excite, two numbers per sample and channel."""
 
     @staticmethod
     def forward(
@@ -78,30 +96,36 @@ class _NormActConv(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
-        mean: Tensor,
-        var: Tensor,
         settings: _Settings,
+        kept: Sequence[Tensor],
         conv_weight: Tensor,
         conv_bias: Tensor | None,
         *gate_parameters: Tensor | None,
     ) -> Tensor:
-        norm = (x, weight, bias, mean, var, settings.eps, settings.act)
-        p, *gated = _gated(norm, gate_parameters, settings) if gate_parameters else [lean.norm_act(*norm)]
-        ctx.save_for_backward(x, weight, bias, mean, var, conv_weight, conv_bias, *gate_parameters, *gated)
-        ctx.settings = settings
+        norm, gated = (x, weight, bias, *kept[:2], settings.eps, settings.act), kept[3:]
+        if settings.fresh:
+            p = settings.fresh.pop()
+        else:
+            p = lean.norm_act_gated(*norm, *gated) if gated else lean.norm_act(*norm)
+        read = p if settings.keeps_read(x) else None
+        ctx.save_for_backward(x, weight, bias, conv_weight, conv_bias, read, *kept, *gate_parameters)
+        ctx.settings, ctx.few = settings, len(kept)
         return convolved(p, conv_weight, conv_bias, settings.conv, settings.structure)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, bias, mean, var, conv_weight, conv_bias, *rest = ctx.saved_tensors
-        settings, needed, gate_parameters = ctx.settings, ctx.needs_input_grad, rest[:4]
+        x, weight, bias, conv_weight, conv_bias, p, *rest = ctx.saved_tensors
+        settings, needed = ctx.settings, ctx.needs_input_grad
+        (mean, var, *gated), gate_parameters = rest[: ctx.few], rest[ctx.few :]
         if torch.is_grad_enabled():  # create_graph=True
             return _differentiable_grads(settings, grad, x, weight, bias, conv_weight, conv_bias, gate_parameters)
-        pooled, gate = rest[4:] or (None, None)
+        pooled, gate = gated or (None, None)
         norm, grad = (x, weight, bias, mean, var, settings.eps, settings.act), dense(grad)
-        y, p = lean.norm_act_again(*norm, gate)
+        y = x[:0]
+        if p is None:
+            y, p = lean.norm_act_again(*norm, gate)
         conv = (settings.conv, settings.structure)
-        wanted = (True, needed[6], needed[7])
+        wanted = (True, *needed[5:7])
         if grad.device.type == "cpu":  # one gradient after the other needs less memory
             of_conv = [*conv_grads(grad, p, conv_weight, conv[0], (False, *wanted[1:]), conv[1])[1:]]
             del p
@@ -111,33 +135,17 @@ class _NormActConv(torch.autograd.Function):
             grad_h, *of_conv = conv_grads(grad, p, conv_weight, conv[0], wanted, conv[1])
             del p
         del grad
-        grad_mean, gate_grads = None, []
-        if gate is not None:
-            gating = (gate, pooled, *gate_parameters, *settings.gate_acts)
-            grad_mean, *gate_grads = lean.se_backward(grad_h, *norm, y, *gating)
-            gate_grads = [g if wanted else None for g, wanted in zip(gate_grads, needed[8:], strict=True)]
-        found = lean.norm_act_backward_(grad_h, *norm, y, gate, grad_mean, needed[:3])
+        if gate is None:
+            gate_grads, found = [], lean.norm_act_backward_(grad_h, *norm, y, needed[:3])
+        else:
+            gating = (gate, pooled, *settings.gating(gate_parameters))
+            both = lean.norm_act_se_backward_(grad_h, *norm, y, *gating, needed[:3])
+            gate_grads = [g if wanted else None for g, wanted in zip(both[:4], needed[7:], strict=True)]
+            found = both[4:]
         if len(found) < sum(needed[:3]):
             found.insert(0, grad_h)
         of_norm = iter(found)
-        return *(next(of_norm) if wanted else None for wanted in needed[:3]), None, None, None, *of_conv, *gate_grads
-
-
-def _gated(norm: tuple[Any, ...], gate_parameters: Sequence[Any], settings: _Settings) -> tuple[Tensor, ...]:
-    """What the convolution reads, the mean over the pixels, and the gate; in a recomputed branch the mean is reused."""
-    fresh: list[Tensor] = []
-
-    def mean() -> Tensor:
-        h, pooled = lean.norm_act_mean(*norm)
-        fresh.append(h)
-        return pooled
-
-    pooled = once(mean)
-    gating = (pooled, *gate_parameters, *settings.gate_acts)
-    if fresh:
-        return fresh[0], pooled, lean.se_scale_(fresh[0], *gating)
-    p, gate = lean.norm_act_se(*norm, *gating)
-    return p, pooled, gate
+        return *(next(of_norm) if wanted else None for wanted in needed[:3]), None, None, *of_conv, *gate_grads
 
 
 def _differentiable_grads(
@@ -165,4 +173,4 @@ def _differentiable_grads(
     wanted = [t for t in inputs if t is not None and t.requires_grad]
     found = iter(torch.autograd.grad(y, wanted, grad.to(y.dtype), create_graph=True))
     grads = [next(found) if t is not None and t.requires_grad else None for t in inputs]
-    return *grads[:3], None, None, None, *grads[3:]
+    return *grads[:3], None, None, *grads[3:]

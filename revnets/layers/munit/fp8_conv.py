@@ -1,8 +1,4 @@
-"""FP8 convolutions: who computes one, decided here alone; and those of Triton, as torch operators with their gradients.
-
-The operators are opaque to ``torch.compile`` and know the shapes of what they return. Their maps are ``(N, H, W, C')``
-in FP8, channels padded with zeros to a multiple of 16.
-"""
+"""FP8 convolutions: who computes one, decided here alone; and those of Triton, with their gradients."""
 
 from __future__ import annotations
 
@@ -13,21 +9,27 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .fp8 import ALIGNMENT, E4M3, E5M2, _count, quantize, resolve_backend
+from .fp8 import ALIGNMENT, E4M3, E5M2, _count, resolve_backend
+from .fp8_conv_ops import (
+    Geometry,
+    conv_input_gradient,
+    conv_output,
+    conv_weight_gradient,
+    flattened,
+    fp8_maps,
+    output_size,
+    wrong,
+)
 
 LEAST_CAPABILITY = (8, 9)
 """Compute capability from which on NVIDIA's GPUs have FP8 units: Ada; Hopper is 9.0."""
 
 MAXIMUM = 2**30
 """Pixels that a batch may have, on either side of a convolution: kernels count them in 32 bits."""
-
-Geometry = tuple[list[int], list[int], list[int]]
-"""Stride, padding, dilation, each down and right."""
 
 
 # --- who computes ----------------------------------------------------------------------------------------------------
@@ -125,7 +127,7 @@ def _problem(kind: str, index: int | None) -> str | None:
         if kind != "cuda" and not (kind == "cpu" and interpreted()):
             return f"the kernels are for CUDA devices, not for {kind}"
         with _disable_current_modes():
-            return _wrong(torch.device(kind) if index is None else torch.device(kind, index))
+            return wrong(torch.device(kind) if index is None else torch.device(kind, index))
     except ImportError:
         return "Triton is not installed"
     except Exception as error:  # whatever a compiler on a user's machine may raise
@@ -142,40 +144,13 @@ def _too_old(index: int | None) -> str | None:
     return f"FP8 units came with compute capability {least}, this device has {here}"
 
 
-def _wrong(device: torch.device) -> str | None:
-    """What is wrong with the three products of a small convolution on this device, if anything is."""
-    generator = torch.Generator().manual_seed(0)
-    shapes, geometry = ((2, 24, 9, 7), (40, 24, 3, 3), (2, 40, 5, 4)), ([2, 2], [1, 1], [1, 1])
-    x, weight, grad = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
-    maps, taps, back = (_maps(t, E4M3, 1.0) for t in (x, weight, weight.transpose(0, 1)))
-    grads, kind = _maps(grad, E5M2, 1.0), (torch.float32, True)
-    got = (
-        _output(maps, taps, *geometry, 1.0, *kind),
-        _input_gradient(grads, back, *geometry, 1.0, list(x.shape), *kind),
-        _weight_gradient(grads, maps, *geometry, 1.0, list(weight.shape), *kind),
-    )
-    operands = (quantize(t, dtype).double() for t, dtype in ((grad, E5M2), (x, E4M3), (weight, E4M3)))
-    exact_grad, exact_x, exact_weight = operands
-    expected = (
-        F.conv2d(exact_x, exact_weight, None, *geometry),
-        *torch.ops.aten.convolution_backward(
-            *(exact_grad, exact_x, exact_weight, None, *geometry, False, [0, 0], 1, [True, True, False])
-        )[:2],
-    )
-    for name, a, b in zip(("output", "input gradient", "weight gradient"), got, expected, strict=True):
-        error = ((a.double() - b).norm() / b.norm()).item()
-        if not error < 1e-3:
-            return f"its {name} is off by {error:.1e} in the kernels' trial"
-    return None
-
-
 def can_convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Whether the kernels take such an operand: not an empty one, nor one of more than ``MAXIMUM`` pixels.
 
     The others are emulated, which also says what is wrong with a map that is smaller than the kernel.
     """
     n, _, *size = x.shape
-    out = _output_size(size, weight.shape[2:], *geometry)
+    out = output_size(size, weight.shape[2:], *geometry)
     return bool(x.numel()) and min(out) > 0 and n * max(size[0] * size[1], out[0] * out[1]) <= MAXIMUM
 
 
@@ -196,7 +171,7 @@ def padded_words(channels_in: int, channels_out: int) -> str:
 
 
 def fp8_conv2d(
-    x: Tensor, weight: Tensor, scale: float, dtype: torch.dtype, geometry: Geometry, grad_scale: float
+    x: Tensor, weight: Tensor, scale: float, grad_scale: float, dtype: torch.dtype, geometry: Geometry
 ) -> Tensor:
     r""":math:`s\, q(x) * q(W)`, with the gradients of ``functional``, all three products on FP8 units by Triton.
 
@@ -207,11 +182,11 @@ def fp8_conv2d(
         x: ``(N, C, H, W)``, not empty.
         weight: ``(outputs, C, k, k)``.
         scale: s.
+        grad_scale: static factor around the quantisation of gradients.
         dtype: of the result.
         geometry: stride, padding, dilation.
-        grad_scale: static factor around the quantisation of gradients.
     """
-    return _Conv2d.apply(x, weight, scale, dtype, geometry, grad_scale, torch.is_grad_enabled())
+    return _Conv2d.apply(x, weight, (scale, grad_scale), dtype, flattened(geometry), torch.is_grad_enabled())
 
 
 class _Conv2d(torch.autograd.Function):
@@ -222,166 +197,40 @@ class _Conv2d(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
-        scale: float,
+        scales: tuple[float, float],
         dtype: torch.dtype,
-        geometry: Geometry,
-        grad_scale: float,
+        flat: list[int],
         trains: bool,
     ) -> Tensor:
-        last = _channels_last(x)
-        maps, taps = _maps(x, E4M3, 1.0), _maps(weight, E4M3, 1.0)
+        (scale, grad_scale), last = scales, _channels_last(x)
+        maps, taps = fp8_maps(x, E4M3, 1.0), fp8_maps(weight, E4M3, 1.0)
         kind = "triton, padded" if padded_words(weight.shape[1], weight.shape[0]) else "triton"
         _count(kind)
         if trains:
             for_x, for_weight = ctx.needs_input_grad[:2]
             ctx.save_for_backward(
-                _maps(weight.transpose(0, 1), E4M3, 1.0) if for_x else None, maps if for_weight else None
+                fp8_maps(weight.transpose(0, 1), E4M3, 1.0) if for_x else None, maps if for_weight else None
             )
             formats = (list(x.shape), x.dtype, last), (list(weight.shape), weight.dtype, _channels_last(weight))
-            ctx.settings = (scale / grad_scale, grad_scale, geometry, kind, *formats)
-        return _output(maps, taps, *geometry, scale, dtype, last)
+            ctx.settings = (scale / grad_scale, grad_scale, flat, kind, *formats)
+        return conv_output(maps, taps, flat, scale, dtype, last)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         taps, maps = ctx.saved_tensors
-        scale, grad_scale, geometry, kind, for_x, for_weight = ctx.settings
-        grads = _maps(grad, E5M2, grad_scale)
+        scale, grad_scale, flat, kind, for_x, for_weight = ctx.settings
+        grads = fp8_maps(grad, E5M2, grad_scale)
         grad_x = grad_weight = None
         if taps is not None:
             _count(kind)
-            grad_x = _input_gradient(grads, taps, *geometry, scale, *for_x)
+            grad_x = conv_input_gradient(grads, taps, flat, scale, *for_x)
         if maps is not None:
             _count(kind)
-            grad_weight = _weight_gradient(grads, maps, *geometry, scale, *for_weight)
-        return grad_x, grad_weight, None, None, None, None, None
+            grad_weight = conv_weight_gradient(grads, maps, flat, scale, *for_weight)
+        return grad_x, grad_weight, None, None, None, None
 
 
 def _channels_last(x: Tensor) -> bool:
     """By the strides, as weights of 1x1 kernels are contiguous either way."""
     return x.stride(1) == 1 and x.stride(3) != 1
-
-
-def _empty(shape: Sequence[int], dtype: torch.dtype, last: bool, like: Tensor) -> Tensor:
-    memory_format = torch.channels_last if last else torch.contiguous_format
-    return torch.empty(tuple(shape), dtype=dtype, device=like.device, memory_format=memory_format)
-
-
-def _laid_out(y: Tensor, last: bool) -> Tensor:
-    """Channels-last as the kernels write, which is quicker than scattered numbers, or copied to contiguous memory."""
-    return y if last else _empty(y.shape, y.dtype, False, y).copy_(y)
-
-
-# --- operators -------------------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("revnets::fp8_maps", mutates_args=())
-def _maps(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
-    """Clip, cast, pad: ``(N, C, H, W)`` of any strides to ``(N, H, W, C')``."""
-    from .fp8_conv_triton import cast
-
-    return cast(x, dtype, scale)
-
-
-@_maps.register_fake
-def _(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
-    n, c, h, w = x.shape
-    return x.new_empty((n, h, w, -(-c // ALIGNMENT) * ALIGNMENT), dtype=dtype)
-
-
-@torch.library.custom_op("revnets::fp8_conv2d", mutates_args=())
-def _output(
-    maps: Tensor,
-    taps: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    scale: float,
-    dtype: torch.dtype,
-    last: bool,
-) -> Tensor:
-    """Of ``(N, H, W, C')`` and ``(outputs, k, k, C')``."""
-    from .fp8_conv_triton import convolve
-
-    y = _empty(_output_shape(maps, taps, stride, padding, dilation), dtype, True, maps)
-    convolve(maps, taps, y, (stride, padding, dilation), scale)
-    return _laid_out(y, last)
-
-
-@_output.register_fake
-def _(
-    maps: Tensor,
-    taps: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    scale: float,
-    dtype: torch.dtype,
-    last: bool,
-) -> Tensor:
-    return _empty(_output_shape(maps, taps, stride, padding, dilation), dtype, last, maps)
-
-
-def _output_shape(maps: Tensor, taps: Tensor, *geometry: Sequence[int]) -> list[int]:
-    return [maps.shape[0], taps.shape[0], *_output_size(maps.shape[1:3], taps.shape[1:3], *geometry)]
-
-
-def _output_size(size: Sequence[int], kernel: Sequence[int], *geometry: Sequence[int]) -> list[int]:
-    sizes = zip(size, kernel, *geometry, strict=True)
-    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
-
-
-@torch.library.custom_op("revnets::fp8_conv2d_input", mutates_args=())
-def _input_gradient(
-    grads: Tensor,
-    taps: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    scale: float,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    last: bool,
-) -> Tensor:
-    """Of ``(N, H', W', outputs')`` and ``(C, k, k, outputs')``."""
-    from .fp8_conv_triton import convolve_backward
-
-    grad_x = _empty(shape, dtype, True, grads)
-    convolve_backward(grads, taps, grad_x, (stride, padding, dilation), scale)
-    return _laid_out(grad_x, last)
-
-
-@torch.library.custom_op("revnets::fp8_conv2d_weight", mutates_args=())
-def _weight_gradient(
-    grads: Tensor,
-    maps: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    scale: float,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    last: bool,
-) -> Tensor:
-    """Of ``(N, H', W', outputs')`` and ``(N, H, W, C')``."""
-    from .fp8_conv_triton import convolve_weight
-
-    grad_weight = _empty(shape, dtype, last, grads)
-    convolve_weight(grads, maps, grad_weight, (stride, padding, dilation), scale)
-    return grad_weight
-
-
-@_input_gradient.register_fake
-@_weight_gradient.register_fake
-def _(
-    grads: Tensor,
-    other: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    scale: float,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    last: bool,
-) -> Tensor:
-    return _empty(shape, dtype, last, grads)

@@ -31,6 +31,7 @@ from .fp8 import (
     without_autocast,
 )
 from .fp8_conv import can_convolve, choose, fp8_conv2d
+from .fp8_conv_ops import Geometry
 
 Ints = int | Sequence[int]
 ROLES = ("input", "hidden", "output")
@@ -190,24 +191,30 @@ def mus_conv2d(
     how = choose(weight.shape, geometry[1], x.device, dtype, **options).how if fp8 else "plain"
     if how == "plain":
         return F.conv2d(x, weight * scale, bias, stride, padding, dilation, groups)
+    y = _fp8_conv2d(how, x, weight, (scale, gradient_scale(grad_scale, dtype)), dtype, geometry)
+    return y if bias is None else y + bias.to(dtype)[:, None, None]
+
+
+def _fp8_conv2d(
+    how: str, x: Tensor, weight: Tensor, scales: tuple[float, float], dtype: torch.dtype, geometry: Geometry
+) -> Tensor:
+    """By what was chosen; what the kernels do not take is emulated."""
     if x.dim() != 4 or x.shape[1] != weight.shape[1]:
         raise ValueError(
             f"mus_conv2d: input of shape {tuple(x.shape)} for a weight of shape {tuple(weight.shape)}: "
             f"expected (N, {weight.shape[1]}, H, W)"
         )
-    gamma = gradient_scale(grad_scale, dtype)
+    if how == "triton" and can_convolve(x, weight, geometry):
+        return fp8_conv2d(x, weight, *scales, dtype, geometry)
     if how == "scaled_mm":
         (down, right), last = geometry[0], x.stride(1) == 1
         if (down, right) != (1, 1):
             x = x[:, :, ::down, ::right].contiguous(
                 memory_format=torch.channels_last if last else torch.contiguous_format
             )
-        y = _Linear.apply(x, weight.flatten(1), scale, how, dtype, True, gamma, torch.is_grad_enabled())
-    elif how == "triton" and can_convolve(x, weight, geometry):
-        y = fp8_conv2d(x, weight, scale, dtype, geometry, gamma)
-    else:
-        y = _Conv2d.apply(x, weight, scale, dtype, geometry, gamma)
-    return y if bias is None else y + bias.to(dtype)[:, None, None]
+        scale, gamma = scales
+        return _Linear.apply(x, weight.flatten(1), scale, how, dtype, True, gamma, torch.is_grad_enabled())
+    return _Conv2d.apply(x, weight, scales, dtype, geometry)
 
 
 def _result_dtype(x: Tensor) -> torch.dtype:
@@ -292,27 +299,21 @@ class _Conv2d(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        scale: float,
-        dtype: torch.dtype,
-        geometry: tuple[list[int], ...],
-        grad_scale: float,
+        ctx: Any, x: Tensor, weight: Tensor, scales: tuple[float, float], dtype: torch.dtype, geometry: Geometry
     ) -> Tensor:
         _count("emulate, convolution")
         wide, (stride, padding, dilation) = torch.promote_types(dtype, torch.float32), geometry
         x8, weight8 = quantize(x, E4M3), quantize(weight, E4M3)
         ctx.save_for_backward(x8, weight8)
-        ctx.settings = (scale, grad_scale, wide, geometry, x.dtype, weight.dtype)
+        ctx.settings = (scales, wide, geometry, x.dtype, weight.dtype)
         with without_autocast(x.device):
-            return F.conv2d(x8.to(wide), weight8.to(wide), None, stride, padding, dilation).mul_(scale).to(dtype)
+            return F.conv2d(x8.to(wide), weight8.to(wide), None, stride, padding, dilation).mul_(scales[0]).to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        scale, grad_scale, wide, geometry, *dtypes = ctx.settings
+        (scale, grad_scale), wide, geometry, *dtypes = ctx.settings
         operands = (t.to(wide) for t in (quantize(grad, E5M2, grad_scale), x, weight))
         needed = [*ctx.needs_input_grad[:2], False]
         with without_autocast(grad.device):
@@ -322,4 +323,4 @@ class _Conv2d(torch.autograd.Function):
         grads = (
             g if g is None else g.mul_(scale / grad_scale).to(dtype) for g, dtype in zip(found[:2], dtypes, strict=True)
         )
-        return *grads, None, None, None, None
+        return *grads, None, None, None

@@ -22,6 +22,14 @@ from revnets.layers import MuSConv2d, mus_conv2d, quantize
 from revnets.layers.munit import fp8, fp8_conv
 from revnets.layers.munit.fp8 import E4M3, E5M2, fp8_products
 from revnets.layers.munit.fp8_conv import Choice, can_convolve, choose, padded_words
+from revnets.layers.munit.fp8_conv_ops import (
+    conv_input_gradient,
+    conv_output,
+    conv_weight_gradient,
+    fp8_maps,
+    three_products,
+    wrong,
+)
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 SCALE, GRAD_SCALE = 0.37, 2.0**6
@@ -102,17 +110,22 @@ def off(a: Tensor, b: Tensor) -> float:
 
 
 def check(case: dict[str, Any], bound: float = 1e-5) -> None:
-    """All three products; float16 and bfloat16 round the results, so those are compared with the emulation's."""
+    """All three products: the sums themselves, in float32 whatever the operands are, and what is rounded of them."""
     x, weight, geometry = operands(case)
     fp8_products(reset=True)
     *got, grad = products(x, weight, geometry, "scaled_mm")
     count = fp8_products(reset=True)
     assert sum(n for name, n in count.items() if name.startswith("triton")) == 3, count
     *emulated, _ = products(x, weight, geometry, "emulate", grad)
-    for name, a, b, c in zip(("y", "dx", "dw"), got, exact(x, weight, geometry, grad), emulated, strict=True):
-        assert a.dtype == c.dtype, (name, case)
+    wide = got
+    if x.dtype != torch.float32:
+        wide = [*three_products(x.detach(), weight.detach(), grad, geometry, SCALE, GRAD_SCALE)]
+    for name, a, w, b, c in zip(("y", "dx", "dw"), got, wide, exact(x, weight, geometry, grad), emulated, strict=True):
+        assert w.dtype == torch.float32
+        assert off(w, b) < bound, (name, case, off(w, b))
+        assert a.dtype == c.dtype == x.dtype, (name, case)
         assert a.shape == c.shape, (name, case)
-        assert off(a, b) < (bound if a.dtype == torch.float32 else 4e-3), (name, case, off(a, b))
+        assert torch.equal(a, w.to(a.dtype)), (name, case)  # one rounding, that of the result's type
         assert off(a, c.double()) < (bound if a.dtype == torch.float32 else 1e-3), (name, case, off(a, c))
 
 
@@ -217,14 +230,14 @@ def compiled_and_autocast() -> None:
     for a, b in pairs:
         assert a.dtype == torch.float32
         assert off(a, b) < 1e-5
-    maps, taps = fp8_conv._maps(x.detach(), E4M3, 1.0), fp8_conv._maps(layer.weight.detach(), E4M3, 1.0)
-    back = fp8_conv._maps(layer.weight.detach().transpose(0, 1), E4M3, 1.0)
-    grads8, pairs2, kinds = fp8_conv._maps(y.detach(), E5M2, 1.0), ([2, 2], [1, 1], [1, 1]), (BF16, True)
+    maps, taps = fp8_maps(x.detach(), E4M3, 1.0), fp8_maps(layer.weight.detach(), E4M3, 1.0)
+    back = fp8_maps(layer.weight.detach().transpose(0, 1), E4M3, 1.0)
+    grads8, flat, kinds = fp8_maps(y.detach(), E5M2, 1.0), [2, 2, 1, 1, 1, 1], (BF16, True)
     for op, arguments in (
-        (fp8_conv._maps, (x.detach().bfloat16(), E4M3, 2.0)),
-        (fp8_conv._output, (maps, taps, *pairs2, 0.5, *kinds)),
-        (fp8_conv._input_gradient, (grads8, back, *pairs2, 0.5, [2, 8, 7, 6], *kinds)),
-        (fp8_conv._weight_gradient, (grads8, maps, *pairs2, 0.5, [24, 8, 3, 3], *kinds)),
+        (fp8_maps, (x.detach().bfloat16(), E4M3, 2.0)),
+        (conv_output, (maps, taps, flat, 0.5, *kinds)),
+        (conv_input_gradient, (grads8, back, flat, 0.5, [2, 8, 7, 6], *kinds)),
+        (conv_weight_gradient, (grads8, maps, flat, 0.5, [24, 8, 3, 3], *kinds)),
     ):
         torch.library.opcheck(op, arguments, test_utils=("test_faketensor",))
 
@@ -234,11 +247,11 @@ def kept_and_counted() -> None:
     x, weight, geometry = operands({"sizes": (1, 16, 5, 5), "outputs": 32, "kernel": (3, 3)})
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
-        fp8_conv.fp8_conv2d(x, weight, 1.0, torch.float32, geometry, 1.0)
+        fp8_conv.fp8_conv2d(x, weight, 1.0, 1.0, torch.float32, geometry)
         assert sum(t.numel() * t.element_size() for t in kept) == x.numel() + weight.numel()
         kept.clear()
         with torch.no_grad():
-            fp8_conv.fp8_conv2d(x, weight, 1.0, torch.float32, geometry, 1.0)
+            fp8_conv.fp8_conv2d(x, weight, 1.0, 1.0, torch.float32, geometry)
         assert not kept
     fp8_products(reset=True)
     layer = MuSConv2d(16, 32, 3, fp8=True, backend="scaled_mm")
@@ -288,7 +301,7 @@ def trial() -> None:
     right = fp8_conv_triton.convolve
     for factor, problem in ((1.01, "its output is off by 1.0e-02"), (1.0, None)):
         fp8_conv_triton.convolve = lambda x, w, y, g, scale, factor=factor: right(x, w, y, g, factor * scale)
-        found = fp8_conv._wrong(torch.device("cpu"))
+        found = wrong(torch.device("cpu"))
         assert found is None if problem is None else found.startswith(problem), found
 
 
@@ -428,8 +441,10 @@ def test_on_this_gpu(kind: torch.dtype, last: bool, monkeypatch: pytest.MonkeyPa
         x, weight, geometry = operands({**case, "dilation": (dilation,) * 2, "dtype": kind, "last": last})
         x, weight = (t.detach().cuda().requires_grad_() for t in (x, weight))
         *got, grad = products(x, weight, geometry, "scaled_mm")
-        for a, b in zip(got, exact(x, weight, geometry, grad), strict=True):
-            assert off(a, b) < (1e-3 if kind == torch.float32 else 4e-3)
+        wide = three_products(x.detach(), weight.detach(), grad, geometry, SCALE, GRAD_SCALE)
+        for a, w, b in zip(got, wide, exact(x, weight, geometry, grad), strict=True):
+            assert off(w, b) < 1e-3
+            assert torch.equal(a, w.to(a.dtype))
         for tile in fp8_conv_triton.TILES:
             monkeypatch.setattr(fp8_conv_triton, "_tile", lambda launch, device, key, tile=tile: tile)
             again = products(x, weight, geometry, "scaled_mm", grad)[:3]
