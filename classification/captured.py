@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
@@ -13,9 +11,7 @@ from revnets.training.errors import UserError, one_line
 
 from .options import TrainOptions
 from .runtime import Runtime
-
-if TYPE_CHECKING:
-    from .loop import Training
+from .training import Training
 
 
 def check_capture(options: TrainOptions, runtime: Runtime) -> None:

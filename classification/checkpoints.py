@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import os
 import re
 import stat
@@ -12,15 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler, get_state_dict, unwrap_model
-from torch import nn
 
-from revnets.sparsity import SparsityController
 from revnets.training.checkpoints.fitting import complete
 from revnets.training.checkpoints.integrity import first_whole
 from revnets.training.checkpoints.reading import read_file
 from revnets.training.files import TEMPORARY, duplicate, whole_file, writing
-from revnets.training.guards.finite import FiniteGuard
+
+from .state import State
 
 _logger = logging.getLogger("classification")
 PATTERN, LAST, BEST, RECOVERY = "*.pth.tar", "last.pth.tar", "model_best.pth.tar", "recovery.pth.tar"
@@ -28,64 +27,34 @@ _OF_EPOCH = re.compile(r"checkpoint-\d{1,9}\.pth\.tar")
 PATIENCE = ("num_bad_epochs", "cooldown_counter")  # of torch's ReduceLROnPlateau
 
 
-class Saver(CheckpointSaver):
-    """timm's saver of the last and the best epochs, writing plain values only.
+class Saver:
+    """Saves the last and the best epochs, under the names and in the ranks of timm's, as plain values only.
 
     timm stores its options as an `argparse.Namespace`, which `torch.load(weights_only=True)` refuses. Here the file
     holds tensors, numbers, text, lists and dictionaries only, also the schedule and the list of the best epochs, and
     takes its name once it is complete.
 
     Args:
-        model: Wrapped or not.
-        optimizer: Its optimizer.
+        state: Of the run.
         args: The options, as plain values.
-        scheduler: timm's, or None.
-        model_ema: The running mean of the weights, or None.
-        amp_scaler: The loss scaler, or None.
-        sparsity: What changes the masks, or None.
         folder: Of the run.
         decreasing: Whether a lower metric is better.
         max_history: How many of the best epochs to keep.
-        guard: Counts updates that were left out, or None.
     """
 
-    checkpoint_files: list[tuple[str, Any]]  # and their metrics, the best first
-    best_epoch: int | None
-    best_metric: float | None
-
     def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        args: Mapping[str, Any],
-        scheduler: Any,
-        model_ema: ModelEmaV3 | None,
-        amp_scaler: NativeScaler | None,
-        sparsity: SparsityController | None,
-        folder: Path,
-        decreasing: bool,
-        max_history: int,
-        guard: FiniteGuard | None = None,
+        self, state: State, args: Mapping[str, Any], folder: Path, *, decreasing: bool, max_history: int
     ) -> None:
-        super().__init__(
-            model,
-            optimizer,
-            args=dict(args),
-            model_ema=model_ema,
-            amp_scaler=amp_scaler,
-            checkpoint_dir=str(folder),
-            recovery_dir=str(folder),
-            decreasing=decreasing,
-            max_history=max_history,
-        )
-        self.scheduler = scheduler
-        self.sparsity, self.guard = sparsity, guard
+        self.state, self.args, self.folder = state, dict(args), folder
+        self.decreasing, self.max_history = decreasing, max_history
+        self.checkpoint_files: list[tuple[str, Any]] = []  # and their metrics, the best first
+        self.best_epoch: int | None = None
+        self.best_metric: float | None = None
         self.extra: dict[str, float] = {}  # further numbers to store
-        self.folder = folder
 
     def save_checkpoint(
         self, epoch: int, metric: float | None = None, processes: Sequence[Mapping[str, Any]] = ()
-    ) -> tuple[float | None, int | None]:
+    ) -> None:
         """Saves after an epoch.
 
         Args:
@@ -93,16 +62,12 @@ class Saver(CheckpointSaver):
             metric: Ranks it; None: only the last.
             processes: What each of several has of its own.
 
-        Returns:
-            The best metric and its epoch.
-
         Raises:
             NotWritten: There is no space, say.
         """
-        self._save(str(self.folder / LAST), epoch, metric, processes=processes)
+        self._save(self.folder / LAST, epoch, metric, processes=processes)
         self.place(self.folder / LAST, epoch, metric)
         _remove(self.folder / RECOVERY)
-        return self.best_metric, self.best_epoch
 
     def save_position(self, position: Mapping[str, Any], processes: Sequence[Mapping[str, Any]] = ()) -> None:
         """Saves in the middle of an epoch; there is only the latest such file.
@@ -114,7 +79,7 @@ class Saver(CheckpointSaver):
         Raises:
             NotWritten: There is no space, say.
         """
-        self._save(str(self.folder / RECOVERY), position["epoch"] - 1, position=position, processes=processes)
+        self._save(self.folder / RECOVERY, position["epoch"] - 1, position=position, processes=processes)
 
     def place(self, path: Path, epoch: int, metric: float | None) -> None:
         """Gives a file of a finished epoch the other names that it deserves; a run that was killed in it can repeat it.
@@ -126,38 +91,47 @@ class Saver(CheckpointSaver):
         """
         if metric is not None and not math.isfinite(metric):
             metric = None
-        mine = (self._checkpoint_path(epoch), metric)
+        mine = (self._of_epoch(epoch), metric)
         files = [file for file in self.checkpoint_files if file[0] != mine[0]]
         ranked = [file for file in [*files, mine] if file[1] is not None]
         ranked.sort(key=lambda file: file[1] or 0.0, reverse=not self.decreasing)
         files = [*ranked, *(file for file in [mine, *files] if file[1] is None)]
         self.checkpoint_files = files[: self.max_history]
-        if metric is not None and (self.best_metric is None or self.cmp(metric, self.best_metric)):
-            self.best_epoch, self.best_metric = epoch, metric
+        self._rank(epoch, metric)
         names = [LAST, *([BEST] if epoch == self.best_epoch else [])]
         names += [os.path.basename(mine[0])] if mine in self.checkpoint_files else []
         for name in names:
-            self._duplicate(str(path), str(self.folder / name))
+            duplicate(path, self.folder / name)
         for file, _ in files[self.max_history :]:
             _remove(Path(file))
 
+    def _of_epoch(self, epoch: int) -> str:
+        return str(self.folder / f"checkpoint-{epoch}.pth.tar")
+
+    def _rank(self, epoch: int, metric: float | None) -> None:
+        """Takes the epoch for the best one where it is."""
+        better = operator.lt if self.decreasing else operator.gt
+        if metric is not None and (self.best_metric is None or better(metric, self.best_metric)):
+            self.best_epoch, self.best_metric = epoch, metric
+
     def _save(
         self,
-        save_path: str,
+        path: Path,
         epoch: int,
         metric: float | None = None,
         position: Mapping[str, Any] | None = None,
         processes: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        state: dict[str, Any] = {
+        run = self.state
+        content: dict[str, Any] = {
             "epoch": epoch,
             "arch": self.args["model"],
             "version": 2,  # timm: `epoch` is the finished one
             "args": self.args,
             "metric": metric,
             **self.extra,
-            "state_dict": get_state_dict(self.model, unwrap_model),
-            "optimizer": complete(self.optimizer.state_dict()),
+            "state_dict": run.plain.state_dict(),
+            "optimizer": complete(run.optimizer.state_dict()),
             "history": {
                 "files": [[os.path.basename(file), value] for file, value in self.checkpoint_files],
                 "best_epoch": self.best_epoch,
@@ -165,25 +139,22 @@ class Saver(CheckpointSaver):
             },
         }
         if position is not None:
-            state["position"] = dict(position)
+            content["position"] = dict(position)
         if processes:
-            state["processes"] = list(processes)
-        if self.scheduler is not None:
-            state["scheduler"] = {**_plain(self.scheduler.state_dict()), **_patience(self.scheduler)}
-        if self.model_ema is not None:
-            state["state_dict_ema"] = get_state_dict(self.model_ema, unwrap_model)
-        if self.amp_scaler is not None:
-            state[self.amp_scaler.state_dict_key] = self.amp_scaler.state_dict()
-        if self.sparsity is not None:
-            state["sparsity"] = self.sparsity.state_dict()
-        if self.guard is not None:
-            state["guard"] = self.guard.state_dict()
+            content["processes"] = list(processes)
+        if run.scheduler is not None:
+            content["scheduler"] = {**_plain(run.scheduler.state_dict()), **_patience(run.scheduler)}
+        if run.ema is not None:
+            content["state_dict_ema"] = run.ema.module.state_dict()
+        if run.scaler is not None:
+            content[run.scaler.state_dict_key] = run.scaler.state_dict()
+        if run.sparsity is not None:
+            content["sparsity"] = run.sparsity.state_dict()
+        if run.guard is not None:
+            content["guard"] = run.guard.state_dict()
         failures = (OSError, RuntimeError)  # torch's writer has an error of its own
-        with writing(save_path, failures), whole_file(Path(save_path)) as path, path.open("wb") as file:
-            torch.save(state, file)
-
-    def _duplicate(self, src: str, dst: str) -> None:
-        duplicate(Path(src), Path(dst))
+        with writing(path, failures), whole_file(path) as temporary, temporary.open("wb") as file:
+            torch.save(content, file)
 
     def restore_history(self, checkpoint: Mapping[str, Any], path: Path, newest: bool) -> None:
         """Takes the list of the best epochs from a checkpoint, without files that are gone.
@@ -199,24 +170,22 @@ class Saver(CheckpointSaver):
         history = history if isinstance(history, Mapping) else {}
         here = os.path.realpath(path.parent) == os.path.realpath(self.folder)
         ranked = _ranked(history.get("files")) if here else {}
-        entries = [(os.path.join(self.checkpoint_dir, name), metric) for name, metric in ranked.items()]
+        entries = [(str(self.folder / name), metric) for name, metric in ranked.items()]
         self.checkpoint_files = [entry for entry in entries if _is_file(Path(entry[0]))]
         self.best_epoch, self.best_metric = history.get("best_epoch"), _number(history.get("best_metric"))
         if checkpoint.get("position") is not None:
             return  # of after the epoch
         epoch, metric = checkpoint["epoch"], checkpoint.get("metric")
-        metric = metric if metric is not None and math.isfinite(metric) else None
+        metric = metric if metric is not None and math.isfinite(metric) else None  # nothing would be better than NaN
         if newest:
             self.place(path, epoch, metric)
             return
-        metric = metric if metric is None or math.isfinite(metric) else None  # nothing would ever be better than NaN
-        own = self._checkpoint_path(epoch)
+        own = self._of_epoch(epoch)
         if metric is not None and os.path.exists(own) and own not in dict(self.checkpoint_files):
             self.checkpoint_files.append((own, metric))
             sign = 1 if self.decreasing else -1
             self.checkpoint_files.sort(key=lambda file: (file[1] is None, sign * (file[1] or 0.0)))
-        if metric is not None and (self.best_metric is None or self.cmp(metric, self.best_metric)):
-            self.best_epoch, self.best_metric = epoch, metric
+        self._rank(epoch, metric)
 
 
 def _ranked(files: Any) -> dict[str, float | None]:

@@ -19,9 +19,9 @@ from revnets.training.data.resumable import BATCH, Batches, Items, apart, resuma
 from revnets.training.errors import UserError, one_line, refused
 
 from .images import Images
-from .options import DataOptions, TrainOptions, ValidateOptions
+from .options import DataOptions, TrainOptions, ValidateOptions, renamed
 from .runtime import Runtime
-from .sources import class_map, find_source
+from .sources import check_apart, class_map, find_source
 
 _logger = logging.getLogger("classification")
 
@@ -159,6 +159,35 @@ def open_dataset(options: DataOptions, split: str, training: bool, **more: Any) 
     return Images(dataset, mode) if isinstance(dataset, ImageDataset) else dataset
 
 
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """The two data sets of a training, whose classes are the same."""
+
+    training: Any
+    validation: Any
+
+    @classmethod
+    def of(cls, options: TrainOptions) -> Splits:
+        """Opens both.
+
+        Raises:
+            UserError: One is not there or not whole, they overlap, or their classes differ.
+        """
+        check_apart(options)
+        more = {"repeats": options.epoch_repeats, "seed": options.seed}
+        training = open_dataset(options, options.train_split, training=True, **more)
+        validation = open_dataset(options, options.val_split, training=False)
+        check_same_classes(training, validation)
+        return cls(training, validation)
+
+    def counted(self, options: TrainOptions) -> TrainOptions:
+        """The options with the number of the classes, where they do not give one and it can be known."""
+        names = class_names(self.training)
+        if options.num_classes is None and names is not None:
+            return dataclasses.replace(options, num_classes=len(names))
+        return options
+
+
 def _warn_of_unmapped(class_map: Mapping[str, int], source: Mapping[str, Any], flag: str) -> None:
     """Says which classes' images `--class-map` leaves out, and which of its classes have none."""
     found = class_names(create_dataset("", **source)) or []
@@ -227,26 +256,13 @@ def train_data(
         raise UserError(f"--batch-size: {len(dataset)} training images do not fill one batch of {needed}; lower it.")
     if options.aug_splits > 1:
         dataset = AugMixDataset(dataset, num_splits=options.aug_splits)
-    mixing = _mixup_arguments(options, num_classes) if options.mixes else None
+    mixing = _mixing(options, num_classes) if options.mixes else None
     prefetch = not options.no_prefetcher
     collate = SeededMixup(**mixing) if mixing and prefetch else None
-    augmentation = {
-        "no_aug": options.no_aug,
-        "train_crop_mode": options.train_crop_mode,
-        "scale": options.scale,
-        "ratio": options.ratio,
-        "hflip": options.hflip,
-        "vflip": options.vflip,
-        "color_jitter": options.color_jitter,
-        "color_jitter_prob": options.color_jitter_prob,
-        "auto_augment": options.aa,
-        "num_aug_repeats": options.aug_repeats if runtime.distributed else 0,
-        "num_aug_splits": options.aug_splits,
-        "re_prob": options.reprob,
-        "re_mode": options.remode,
-        "re_count": options.recount,
-        "re_split": options.resplit,
-    }
+    same = ("no_aug", "train_crop_mode", "scale", "ratio", "hflip", "vflip", "color_jitter", "color_jitter_prob")
+    erasing = {"re_prob": "reprob", "re_mode": "remode", "re_count": "recount", "re_split": "resplit"}
+    augmentation = renamed(options, *same, auto_augment="aa", num_aug_splits="aug_splits", **erasing)
+    augmentation["num_aug_repeats"] = options.aug_repeats if runtime.distributed else 0
     if options.train_interpolation and not options.no_aug:
         config = {**config, "interpolation": options.train_interpolation}
     with refused("augmentation: timm refuses it", "correct --aa, --scale or --ratio"):
@@ -297,14 +313,9 @@ def _loader(
 ) -> Any:
     return create_loader(
         dataset,
-        input_size=config["input_size"],
         batch_size=options.batch_size,
         is_training=training,
-        interpolation=config["interpolation"],
-        mean=config["mean"],
-        std=config["std"],
-        crop_pct=config["crop_pct"],
-        crop_mode=config["crop_mode"],
+        **{name: config[name] for name in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")},
         num_workers=options.workers,
         distributed=runtime.distributed,
         pin_memory=options.pin_mem,
@@ -316,14 +327,8 @@ def _loader(
     )
 
 
-def _mixup_arguments(options: TrainOptions, num_classes: int) -> dict[str, Any]:
-    return {
-        "mixup_alpha": options.mixup,
-        "cutmix_alpha": options.cutmix,
-        "cutmix_minmax": options.cutmix_minmax,
-        "prob": options.mixup_prob,
-        "switch_prob": options.mixup_switch_prob,
-        "mode": options.mixup_mode,
-        "label_smoothing": options.smoothing,
-        "num_classes": num_classes,
-    }
+def _mixing(options: TrainOptions, num_classes: int) -> dict[str, Any]:
+    """The arguments of `Mixup`."""
+    alphas = {"mixup_alpha": "mixup", "cutmix_alpha": "cutmix", "label_smoothing": "smoothing", "mode": "mixup_mode"}
+    chances = {"prob": "mixup_prob", "switch_prob": "mixup_switch_prob"}
+    return {**renamed(options, "cutmix_minmax", **alphas, **chances), "num_classes": num_classes}

@@ -6,7 +6,6 @@ python -m classification.digits --data-dir output/digits --size 32
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,14 +13,11 @@ from pathlib import Path
 if not __package__:  # run by its path, see train.py
     sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "classification"
 
-import numpy as np
 from PIL import Image
 
-from revnets.training.digits import digit_scans
-from revnets.training.errors import UserError, guarded
-from revnets.training.files import whole_folder
-from revnets.training.options.option import option
-from revnets.training.options.parsing import SEED, parse
+from revnets.training.data.digits import digit_scans, grey, make_once
+from revnets.training.errors import guarded
+from revnets.training.options.parsing import SEED, option, parse
 
 MARKER = "digits.json"
 
@@ -63,32 +59,15 @@ def make_digits(root: Path, size: int = 32, seed: int = 42, limit: int | None = 
     Raises:
         UserError: scikit-learn is missing, or the folder holds something else.
     """
-    settings = {"size": size, "seed": seed, "limit": limit}
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        if _marker(root) == settings:
-            return root
-        raise UserError(
-            f"--data-dir: '{root}' holds other files than digits with {settings}; delete it or give another folder."
-        )
-    with whole_folder(root) as temporary:
+
+    def fill(folder: Path) -> None:
         for split, (scans, labels) in digit_scans(seed).items():
             for index, (scan, label) in enumerate(list(zip(scans, labels, strict=True))[:limit]):
-                _write(temporary / split / str(label) / f"{index:04d}.png", scan, size)
-        (temporary / MARKER).write_text(json.dumps(settings), encoding="utf-8")
-    return root
+                path = folder / split / str(label) / f"{index:04d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                grey(scan).resize((size, size), Image.Resampling.BICUBIC).convert("RGB").save(path)
 
-
-def _marker(root: Path) -> object:
-    try:
-        return json.loads((root / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def _write(path: Path, scan: np.ndarray, size: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grey = Image.fromarray(np.rint(scan * (255 / 16)).astype(np.uint8))  # the scans count ink from 0 to 16
-    grey.resize((size, size), Image.Resampling.BICUBIC).convert("RGB").save(path)
+    return make_once(root, "digits", MARKER, {"size": size, "seed": seed, "limit": limit}, fill)
 
 
 if __name__ == "__main__":

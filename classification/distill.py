@@ -16,9 +16,10 @@ from revnets.training.checkpoints.foreign import reaching_argument, reaching_nam
 from revnets.training.errors import UserError, one_line
 
 from .models import build_model, check_model_fits, data_config, load_weights, read_checkpoint
-from .options import ModelOptions, TrainOptions, from_checkpoint_args
+from .options import ModelOptions, TrainOptions, from_checkpoint_args, renamed
 from .runtime import Runtime
 
+WEIGHTS = {"task_weight": "distill_task", "logit_weight": "distill_logits", "feature_weight": "distill_features"}
 _logger = logging.getLogger("classification")
 
 
@@ -50,11 +51,7 @@ def distillation(options: TrainOptions, runtime: Runtime, model: nn.Module, loss
             model,
             teacher,
             loss,
-            layers=options.distill_layers,
-            task_weight=options.distill_task,
-            logit_weight=options.distill_logits,
-            feature_weight=options.distill_features,
-            temperature=options.distill_temperature,
+            **renamed(options, layers="distill_layers", temperature="distill_temperature", **WEIGHTS),
             device=runtime.device,
         )
         task.normalize(own, config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import math
@@ -13,60 +12,25 @@ from typing import Any
 
 import torch
 from timm.models import model_parameters
-from timm.utils import AverageMeter, ModelEmaV3, NativeScaler, accuracy, dispatch_clip_grad
+from timm.utils import AverageMeter, accuracy, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from revnets.numerics import NumericsMonitor
 from revnets.reversible import RangeError
-from revnets.sparsity import SparsityController, apply_masks
-from revnets.training.capture.step import TrainingStep
+from revnets.sparsity import apply_masks
 from revnets.training.data.resumable import MODEL, seed_all
 from revnets.training.errors import UserError, one_line
-from revnets.training.guards.drift import DriftMonitor
-from revnets.training.guards.finite import FiniteGuard, SkippedByScaler
+from revnets.training.guards.finite import SkippedByScaler
 from revnets.training.guards.ranges import AgreedRangeError, ranges_agreed
 from revnets.training.memory import memory_words, peak_memory, reset_peak_memory
 from revnets.training.progress import Steps
 
 from .captured import captured_step
-from .data import TrainData
-from .options import TrainOptions
-from .recovery import Position, Recovery
+from .recovery import Position
 from .runtime import Runtime
+from .training import Training
 
 _logger = logging.getLogger("classification")
-
-
-@dataclasses.dataclass
-class Training:
-    """Everything that changes during a run, and what it is changed with."""
-
-    options: TrainOptions
-    runtime: Runtime
-    model: nn.Module  # wrapped under torchrun
-    optimizer: torch.optim.Optimizer
-    loss: nn.Module
-    data: TrainData
-    scheduler: Any
-    scaler: NativeScaler | None
-    ema: ModelEmaV3 | None
-    recovery: Recovery
-    guard: FiniteGuard
-    drift: DriftMonitor
-    sparsity: SparsityController | None = None  # where there are sparse layers
-    numerics: NumericsMonitor | None = None  # where --numerics-interval asks for it
-    step: TrainingStep | None = None  # with --cuda-graph, once there was a batch
-    task: Any = None  # timm's training task around the model, where a teacher takes part
-
-    @property
-    def updates_per_epoch(self) -> int:
-        """Updates of the weights in an epoch."""
-        return -(-len(self.data.loader) // self.options.grad_accum_steps)
-
-    def updates_before(self, position: Position) -> int:
-        """Updates of the weights from the start of the run."""
-        return position.epoch * self.updates_per_epoch + -(-position.step // self.options.grad_accum_steps)
 
 
 class _Losses:
@@ -216,7 +180,7 @@ def _eager_step(run: Training, images: Tensor, target: Tensor, group: int, due: 
 
 def _loss_again(run: Training, images: Tensor, target: Tensor) -> Tensor:
     with run.runtime.autocast():
-        return run.loss(_unwrapped(run.model)(images), target)
+        return run.loss(run.plain(images), target)
 
 
 def _backward(run: Training, loss: Tensor, due: bool) -> bool:
@@ -236,10 +200,6 @@ def _backward(run: Training, loss: Tensor, due: bool) -> bool:
         dispatch_clip_grad(parameters, value=clip, mode=options.clip_mode)
     run.optimizer.step()
     return True
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _without_exchange(model: nn.Module, due: bool) -> AbstractContextManager[Any]:

@@ -246,6 +246,17 @@ def check_shared(options: TrainOptions | ValidateOptions) -> None:
         )
 
 
+def renamed(options: TrainOptions, *same: str, **names: str) -> dict[str, Any]:
+    """Values of options as arguments of a library.
+
+    Args:
+        options: All options.
+        *same: Those that are called alike there.
+        **names: Of the others, by what the library calls them.
+    """
+    return {theirs: getattr(options, ours) for theirs, ours in {**dict(zip(same, same, strict=True)), **names}.items()}
+
+
 def as_dict(options: TrainOptions | ValidateOptions) -> dict[str, Any]:
     """The options as plain values that YAML and `torch.load(weights_only=True)` can read."""
     return dataclasses.asdict(options)

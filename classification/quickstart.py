@@ -21,23 +21,22 @@ import torch
 from torch import Tensor, nn
 
 from revnets.training.errors import UserError, guarded
-from revnets.training.files import whole_file
-from revnets.training.memory import MB
+from revnets.training.memory import MB, MODES, peaks
 from revnets.training.options.parsing import option, parse
+from revnets.training.pictures import new_figure, save_figure
 from revnets.training.progress import clock
 
 from .data import open_dataset, validation_loader
 from .digits import make_digits
 from .models import build_model, data_config, load_weights, read_checkpoint
-from .options import TrainOptions, ValidateOptions
+from .options import CONFIGS, TrainOptions, ValidateOptions
 from .report import Row, plot_rows
 from .runtime import start_runtime
 from .train import train
 from .validate import validate
 
 _logger = logging.getLogger("classification")
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "classification" / "quickstart.yaml"
-MODES = ("reversible", "store")
+CONFIG = CONFIGS / "quickstart.yaml"
 
 
 @dataclasses.dataclass
@@ -70,17 +69,8 @@ def quickstart(options: QuickstartOptions) -> str:
     start = time.perf_counter()
     output = Path(options.output)
     data = make_digits(output / "data", limit=options.limit)
-    line = [
-        "--config",
-        str(CONFIG),
-        "--data-dir",
-        str(data),
-        "--output",
-        str(output),
-        "--experiment",
-        "train",
-        "--overwrite",
-    ]
+    line = ["--config", str(CONFIG), "--data-dir", str(data), "--output", str(output), "--experiment", "train"]
+    line += ["--overwrite"]
     line += ["--model", options.model] if options.model else []
     line += ["--epochs", str(options.epochs), "--warmup-epochs", "0"] if options.epochs else []
     settings = parse(TrainOptions, line, "", prog="quickstart.py")
@@ -143,14 +133,12 @@ def final_line(
     picture: Path | None,
 ) -> str:
     """What came out, in plain words."""
-    reversible, store = (memory[mode] / MB for mode in MODES)
     right = round(figures["top1"] * figures["images"] / 100)
     saved = f"; picture: {picture}" if picture else ""
     return (
         f"Done in {clock(seconds)}: {model} reads {right} of {figures['images']:.0f} handwritten digits it has never "
         f"seen correctly ({figures['top1']:.1f}% accuracy); the activations of one training step on "
-        f"{settings.batch_size} images peak at {reversible:.1f} MB in reversible mode and {store:.1f} MB when stored, "
-        f"{store / reversible:.1f} times as much{saved}."
+        f"{settings.batch_size} images {peaks(memory)}{saved}."
     )
 
 
@@ -166,12 +154,9 @@ def draw(output: Path, rows: Sequence[Row], memory: Mapping[str, int], settings:
     Returns:
         The file, or None where matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        _logger.info("no quickstart.png: matplotlib is not installed (pip install matplotlib)")
+    figure = new_figure(output / "quickstart.png", (13, 4))
+    if figure is None:
         return None
-    figure = Figure(figsize=(13, 4), layout="constrained")
     figure.suptitle(f"{settings.model} on handwritten digits")
     left, middle, right = figure.subplots(1, 3)
     plot_rows(left, rows, {"train_loss": "training", "eval_loss": "validation"}, "loss")
@@ -179,9 +164,7 @@ def draw(output: Path, rows: Sequence[Row], memory: Mapping[str, int], settings:
     bars = right.bar(list(memory), [value / MB for value in memory.values()], color=["C2", "C7"])
     right.bar_label(bars, fmt="%.1f MB")
     right.set_ylabel(f"peak activation memory, {settings.batch_size} images, MB")
-    with whole_file(output / "quickstart.png") as path:
-        figure.savefig(path, dpi=120, format="png")
-    return output / "quickstart.png"
+    return save_figure(figure, output / "quickstart.png")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from timm.utils import ModelEmaV3
 from torch import nn
 
 from revnets.training.errors import UserError
@@ -54,13 +53,11 @@ class OwnState:
 
     Args:
         runtime: Device and processes.
-        model: Not wrapped.
-        ema: The running mean of the weights, or None.
+        networks: The model, not wrapped, and the running mean of its weights; see `State`.
     """
 
-    def __init__(self, runtime: Runtime, model: nn.Module, ema: ModelEmaV3 | None) -> None:
-        self._runtime = runtime
-        self._modules = {"model": model, **({} if ema is None else {"ema": ema.module})}
+    def __init__(self, runtime: Runtime, networks: Mapping[str, nn.Module]) -> None:
+        self._runtime, self._modules = runtime, networks
 
     def gather(self, here: Position) -> list[dict[str, Any]]:
         """What differs from the first process, of each, for the process that writes; all must call it."""

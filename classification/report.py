@@ -13,7 +13,8 @@ import yaml
 from rich.table import Column, Table
 
 from revnets.training.errors import UserError, one_line
-from revnets.training.files import whole_file
+from revnets.training.files import whole_file, write_csv
+from revnets.training.pictures import new_figure, save_figure
 
 _logger = logging.getLogger("classification")
 SUMMARY, ARGS = "summary.csv", "args.yaml"
@@ -38,11 +39,7 @@ class Summary:
     def add(self, row: Row) -> None:
         """Appends an epoch and writes the file."""
         self.rows.append(row)
-        names = list(dict.fromkeys(name for each in self.rows for name in each))
-        with whole_file(self.path) as path, path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=names, restval="")
-            writer.writeheader()
-            writer.writerows({**row, "epoch": int(row["epoch"])} for row in self.rows)
+        write_csv(self.path, [{**each, "epoch": int(each["epoch"])} for each in self.rows])
 
 
 def read_summary(path: Path) -> list[Row]:
@@ -93,14 +90,9 @@ def draw_curves(folder: Path, rows: Sequence[Row], title: str) -> Path | None:
     Returns:
         The file, or None where matplotlib is not installed (said in one line).
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        _logger.info(
-            "no curves.png: matplotlib is not installed (pip install matplotlib); the figures are in summary.csv"
-        )
+    figure = new_figure(folder / "curves.png", (11, 7), "; the figures are in summary.csv")
+    if figure is None:
         return None
-    figure = Figure(figsize=(11, 7), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(2, 2)
     plot_rows(axes[0, 0], rows, {"train_loss": "training", "eval_loss": "validation"}, "loss")
@@ -117,9 +109,7 @@ def draw_curves(folder: Path, rows: Sequence[Row], title: str) -> Path | None:
         right = axes[1, 1].twinx()
         names = {name: name.removeprefix("train_").removesuffix("_mb").replace("_", " ") for name in memory}
         plot_rows(right, rows, names, "memory, MB", style="--")
-    with whole_file(folder / "curves.png") as path:
-        figure.savefig(path, dpi=120, format="png")
-    return folder / "curves.png"
+    return save_figure(figure, folder / "curves.png")
 
 
 def plot_rows(axis: Any, rows: Sequence[Row], names: Mapping[str, str], label: str, style: str = "-") -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3, NativeScaler
-from torch import nn
 
 from revnets.sparsity import SparsityController
 from revnets.training.checkpoints.fitting import (
@@ -24,11 +22,12 @@ from revnets.training.checkpoints.fitting import (
 from revnets.training.checkpoints.held import RUN
 from revnets.training.checkpoints.reading import CheckpointError, check, in_file, named, read_checkpoint
 from revnets.training.errors import UserError, one_line
-from revnets.training.guards.finite import FiniteGuard
+from revnets.training.options.parsing import options_of
 
 from .checkpoints import PATIENCE
 from .models import fitting_weights
 from .options import TrainOptions
+from .state import State
 
 _logger = logging.getLogger("classification")
 SETTINGS = {  # of groups of parameters, and the options that set them; of others it is --opt-kwargs
@@ -49,17 +48,22 @@ class Asked:
     options: TrainOptions
     given: Collection[str]
 
-    def check(
-        self, optimizer: torch.optim.Optimizer, scheduler: Any, state: Mapping[str, Any], path: str | Path
-    ) -> None:
+    @classmethod
+    def of(cls, options: TrainOptions, given: Collection[str] | None) -> Asked:
+        """Where it is not known which were given, those that are not at their default."""
+        known = options_of(TrainOptions).values()
+        changed = [each.name for each in known if getattr(options, each.name) != each.default]
+        return cls(options, changed if given is None else given)
+
+    def check(self, run: State, state: Mapping[str, Any], path: str | Path) -> None:
         """Refuses options of the optimizer that the state of a checkpoint would replace without a word.
 
         Raises:
             UserError: Naming both values.
         """
         options = self.options
-        kept = ("lr",) if scheduler is None else ("initial_lr",) if hasattr(scheduler, "lr_scheduler") else ()
-        found = differences(optimizer, state, (*kept, *options.opt_kwargs))
+        kept = ("lr",) if run.scheduler is None else ("initial_lr",) if hasattr(run.scheduler, "lr_scheduler") else ()
+        found = differences(run.optimizer, state, (*kept, *options.opt_kwargs))
         for name, (theirs, own) in found.items():
             names = ("opt_kwargs",) if name in options.opt_kwargs else SETTINGS.get(name, ("opt_kwargs",))
             if name == "weight_decay" and options.mus_base_width is not None:
@@ -111,14 +115,10 @@ def check_steps(checkpoint: Mapping[str, Any], steps: int) -> None:
 def resume(
     path: Path,
     name: str,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    scheduler: Any,
-    model_ema: ModelEmaV3 | None,
-    amp_scaler: NativeScaler | None,
-    sparsity: SparsityController | None,
-    guard: FiniteGuard | None = None,
+    state: State,
     steps: int | None = None,
+    *,
+    optimizer: bool = True,
     asked: Asked | None = None,
 ) -> dict[str, Any]:
     """Brings everything back to where a checkpoint was written; all of it is checked before any is used.
@@ -129,14 +129,9 @@ def resume(
     Args:
         path: The checkpoint.
         name: Of the model.
-        model: Not wrapped.
-        optimizer: None leaves it as it is.
-        scheduler: timm's, or None.
-        model_ema: The running mean of the weights, or None.
-        amp_scaler: The loss scaler, or None.
-        sparsity: What changes the masks, or None.
-        guard: Counts updates that were left out, or None.
+        state: Of the run, its model not wrapped.
         steps: Batches of an epoch; None: any.
+        optimizer: Whether the optimizer goes on, too; else it stays as it is.
         asked: Options, those of the optimizer to be as in the checkpoint; None: none were given.
 
     Returns:
@@ -146,45 +141,66 @@ def resume(
         UserError: Not readable, not of a training, of another model, or with an entry that is odd or does not fit;
             nothing has changed.
     """
-    checkpoint, what = read_run(path, name), named(path, "--resume")
+    checkpoint = read_run(path, name)
     if steps is not None:
         check_steps(checkpoint, steps)
-    averaged = checkpoint.get("state_dict_ema") or checkpoint["state_dict"]
-    weights = fitting_weights(model, checkpoint["state_dict"], what, name)
-    ema = {} if model_ema is None else fitting_weights(model_ema.module, averaged, f"{what} (EMA)", name)
-    with in_file(path, "--resume"):
-        check_finite(model, weights, ("state_dict",))
-        _check_processes(checkpoint.get("processes", []), model, model_ema)
-        if optimizer is not None:
-            _check_optimizer(optimizer, checkpoint["optimizer"], path)
+    weights = _fitting_weights(path, name, state, checkpoint)
+    if optimizer:
+        with in_file(path, "--resume"):
+            _check_optimizer(state.optimizer, checkpoint["optimizer"], path)
             if asked is not None:
-                asked.check(optimizer, scheduler, checkpoint["optimizer"], path)
-        if model_ema is not None:
-            check_finite(model_ema.module, ema, ("state_dict_ema",))
-    if sparsity is not None:
-        _check_sparsity(sparsity, checkpoint, weights, path)
+                asked.check(state, checkpoint["optimizer"], path)
+    if state.sparsity is not None:
+        _check_sparsity(state.sparsity, checkpoint, weights["model"], path)
     try:
-        model.load_state_dict(weights)
-        if optimizer is not None:
-            optimizer.load_state_dict(apart(checkpoint["optimizer"]))
-        if model_ema is not None:
-            model_ema.module.load_state_dict(ema)
-        if amp_scaler is not None and checkpoint.get(amp_scaler.state_dict_key):
-            amp_scaler.load_state_dict(checkpoint[amp_scaler.state_dict_key])
-        if sparsity is not None:
-            sparsity.load_state_dict(checkpoint["sparsity"])
+        _load(state, weights, checkpoint, optimizer)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        what = named(path, "--resume")
         raise CheckpointError(f"{what}: torch refuses it: {one_line(error)}; give another checkpoint.") from error
-    if scheduler is not None and "best" in checkpoint.get("scheduler", {}):
-        scheduler.load_state_dict(checkpoint["scheduler"])
-        for counter in PATIENCE:
-            if counter in checkpoint["scheduler"]:  # not in older ones
-                setattr(scheduler.lr_scheduler, counter, checkpoint["scheduler"][counter])
-    if guard is not None:
-        guard.load_state_dict(checkpoint.get("guard", {}))
+    _load_counters(state, checkpoint)
     within = f" and {checkpoint['position']['step']} batches" if checkpoint.get("position") is not None else ""
     _logger.info(f"resumed from '{path}', {checkpoint['epoch'] + 1} epochs{within} done")
     return checkpoint
+
+
+def _fitting_weights(
+    path: Path, name: str, state: State, checkpoint: Mapping[str, Any]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights of each network, which fit it and are finite, as are the statistics of each process."""
+    what, keys = named(path, "--resume"), {"model": "state_dict", "ema": "state_dict_ema"}
+    found = {}
+    for kind, network in state.networks.items():
+        stored = checkpoint.get(keys[kind]) or checkpoint["state_dict"]
+        found[kind] = fitting_weights(network, stored, what if kind == "model" else f"{what} (EMA)", name)
+    with in_file(path, "--resume"):
+        for kind, network in state.networks.items():
+            check_finite(network, found[kind], (keys[kind],))
+            for rank, own in enumerate(checkpoint.get("processes", [])):
+                check_buffers(network, own["buffers"].get(kind, {}), ("processes", rank, "buffers", kind))
+    return found
+
+
+def _load(state: State, weights: Mapping[str, Any], checkpoint: Mapping[str, Any], optimizer: bool) -> None:
+    """Puts what was checked into its place."""
+    for kind, network in state.networks.items():
+        network.load_state_dict(weights[kind])
+    if optimizer:
+        state.optimizer.load_state_dict(apart(checkpoint["optimizer"]))
+    if state.scaler is not None and checkpoint.get(state.scaler.state_dict_key):
+        state.scaler.load_state_dict(checkpoint[state.scaler.state_dict_key])
+    if state.sparsity is not None:
+        state.sparsity.load_state_dict(checkpoint["sparsity"])
+
+
+def _load_counters(state: State, checkpoint: Mapping[str, Any]) -> None:
+    """What a `plateau` schedule and the guard have counted."""
+    if state.scheduler is not None and "best" in checkpoint.get("scheduler", {}):
+        state.scheduler.load_state_dict(checkpoint["scheduler"])
+        for counter in PATIENCE:
+            if counter in checkpoint["scheduler"]:  # not in older ones
+                setattr(state.scheduler.lr_scheduler, counter, checkpoint["scheduler"][counter])
+    if state.guard is not None:
+        state.guard.load_state_dict(checkpoint.get("guard", {}))
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], path: Path) -> None:
@@ -196,13 +212,6 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any],
             "--layer-decay, or --no-resume-opt."
         )
     check_optimizer(optimizer, state)
-
-
-def _check_processes(processes: Sequence[Mapping[str, Any]], model: nn.Module, model_ema: ModelEmaV3 | None) -> None:
-    modules = {"model": model, **({} if model_ema is None else {"ema": model_ema.module})}
-    for rank, own in enumerate(processes):
-        for name, module in modules.items():
-            check_buffers(module, own["buffers"].get(name, {}), ("processes", rank, "buffers", name))
 
 
 def _check_sparsity(

@@ -17,19 +17,64 @@ from revnets.training.guards.drift import DriftMonitor
 from revnets.training.guards.finite import FiniteGuard
 
 from .captured import check_optimizer
+from .data import Splits, check_labels, train_data, validation_loader
 from .distill import distillation
-from .loop import Training
-from .models import data_config
-from .options import TrainOptions
+from .options import TrainOptions, renamed
 from .recovery import Recovery
 from .runtime import Runtime
 from .sparse import start_sparse_kernel, start_sparsity
-from .trial import try_optimizer, try_schedule, try_step
+from .start import Network
+from .training import Training
+from .trial import try_optimizer, try_schedule, try_step, try_transforms
 
 
-def start_training(options: TrainOptions, runtime: Runtime, model: nn.Module, data: Any) -> tuple[Training, int]:
-    """Optimizer, loss, schedule, loss scaler and EMA; and the number of epochs of the schedule."""
+def start_training(options: TrainOptions, runtime: Runtime, network: Network, splits: Splits) -> Training:
+    """Loaders, optimizer, loss, schedule, loss scaler, masks and EMA: a run that can begin.
+
+    Args:
+        options: All options.
+        runtime: Device and processes.
+        network: To train.
+        splits: To train and validate on.
+
+    Raises:
+        UserError: The data, or timm, cannot do what an option asks for.
+    """
+    model, size = network.model, network.config["input_size"]
+    check_labels(splits.training, network.num_classes)
+    data = train_data(options, runtime, splits.training, network.config, network.num_classes)
+    validation = validation_loader(options, runtime, splits.validation, network.config)
+    for dataset in (data.loader.dataset, validation.dataset):
+        try_transforms(dataset, "L" if size[0] == 1 else "RGB", size[-2:])
     lr = options.lr if options.lr is not None else _learning_rate(options, runtime)
+    optimizer, loss = _optimizer(options, runtime, model, lr), _loss(options)
+    recovery = Recovery(runtime, options.recovery_interval, data.batches is not None)
+    try_step(options, runtime, model, loss, size)
+    run = Training(
+        options=options,
+        runtime=runtime,
+        model=model,
+        optimizer=optimizer,
+        loss=loss,
+        data=data,
+        validation=validation,
+        scaler=runtime.scaler(),
+        recovery=recovery,
+        guard=FiniteGuard(model, options.nonfinite_limit),
+        drift=DriftMonitor(model, options.drift_interval),
+    )
+    _schedule(run, lr)
+    start_sparse_kernel(options, model, runtime.device)
+    run.sparsity = start_sparsity(options, model, optimizer, run.epochs * run.updates_per_epoch)
+    if options.teacher or options.teacher_checkpoint:
+        run.task = distillation(options, runtime, model, run.loss)
+    if options.model_ema:  # a copy of the model, with its masks
+        device = torch.device("cpu") if options.model_ema_force_cpu else None
+        run.ema = ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=options.model_ema_warmup, device=device)
+    return run
+
+
+def _optimizer(options: TrainOptions, runtime: Runtime, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     if options.opt not in list_optimizers() and options.opt.split("_")[-1] not in list_optimizers():
         hint = did_you_mean(options.opt, list_optimizers())
         raise UserError(
@@ -47,47 +92,30 @@ def start_training(options: TrainOptions, runtime: Runtime, model: nn.Module, da
     try_optimizer(options, runtime, arguments)
     trained = _trained(model, options, lr)
     with refused(f"--opt: {options.opt} refuses its arguments", "correct --opt-kwargs or --layer-decay"):
-        optimizer = create_optimizer_v2(trained, **arguments)
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(trained, **arguments)
     check_optimizer(options, optimizer, model)
-    recovery = Recovery(runtime, options.recovery_interval, data.batches is not None)
-    guard, drift = FiniteGuard(model, options.nonfinite_limit), DriftMonitor(model, options.drift_interval)
-    loss, scaler = _loss(options), runtime.scaler()
-    try_step(options, runtime, model, loss, data_config(options, model)["input_size"])
-    run = Training(options, runtime, model, optimizer, loss, data, None, scaler, None, recovery, guard, drift)
-    schedule = _schedule(options, run.updates_per_epoch)
+    return optimizer
+
+
+def _schedule(run: Training, lr: float) -> None:
+    """Gives a run its schedule, and the number of epochs of that."""
+    options, updates = run.options, run.updates_per_epoch
+    arguments = schedule_arguments(options, updates)
     with refused(f"--sched: timm refuses '{options.sched}'", "give cosine, say"):
-        run.scheduler, epochs = create_scheduler_v2(optimizer, **schedule)
+        run.scheduler, epochs = create_scheduler_v2(run.optimizer, **arguments)
+        run.epochs = int(epochs)
     if options.sched != "none" and run.scheduler is None:
         raise UserError(f"--sched: timm knows no schedule '{options.sched}'; give cosine, step, poly or none, say.")
-    try_schedule(options, lr, schedule, run.updates_per_epoch)
-    start_sparse_kernel(options, model, runtime.device)
-    run.sparsity = start_sparsity(options, model, optimizer, int(epochs) * run.updates_per_epoch)
-    if options.teacher or options.teacher_checkpoint:
-        run.task = distillation(options, runtime, model, run.loss)
-    if options.model_ema:  # a copy of the model, with its masks
-        device = torch.device("cpu") if options.model_ema_force_cpu else None
-        run.ema = ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=options.model_ema_warmup, device=device)
-    return run, int(epochs)
+    try_schedule(options, lr, arguments, updates)
 
 
-def _schedule(options: TrainOptions, updates: int) -> dict[str, Any]:
+def schedule_arguments(options: TrainOptions, updates: int) -> dict[str, Any]:
     """The arguments of `create_scheduler_v2`."""
+    same = ("sched", "decay_epochs", "decay_milestones", "decay_rate", "cooldown_epochs", "patience_epochs", "min_lr")
+    cycles = {"cycle_mul": "lr_cycle_mul", "cycle_decay": "lr_cycle_decay", "cycle_limit": "lr_cycle_limit"}
     return {
-        "sched": options.sched,
-        "num_epochs": options.epochs,
-        "decay_epochs": options.decay_epochs,
-        "decay_milestones": options.decay_milestones,
-        "cooldown_epochs": options.cooldown_epochs,
-        "patience_epochs": options.patience_epochs,
-        "decay_rate": options.decay_rate,
-        "min_lr": options.min_lr,
-        "warmup_lr": options.warmup_lr,
-        "warmup_epochs": options.warmup_epochs,
-        "warmup_prefix": options.warmup_prefix,
-        "cycle_mul": options.lr_cycle_mul,
-        "cycle_decay": options.lr_cycle_decay,
-        "cycle_limit": options.lr_cycle_limit,
-        "k_decay": options.lr_k_decay,
+        **renamed(options, *same, "warmup_lr", "warmup_epochs", "warmup_prefix"),
+        **renamed(options, num_epochs="epochs", k_decay="lr_k_decay", **cycles),
         "plateau_mode": "min" if options.eval_metric == "loss" else "max",
         "step_on_epochs": not options.sched_on_updates,
         "updates_per_epoch": updates,

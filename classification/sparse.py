@@ -22,6 +22,7 @@ from .models import data_config
 from .options import SparsityOptions, TrainOptions
 
 _logger = logging.getLogger("classification")
+CONTROLLED = ("schedule", "interval", "start", "end", "drop_fraction", "distribution")
 FILES = (TABLE, PICTURE, *FLOPS_FILES)
 
 
@@ -54,14 +55,9 @@ def start_sparsity(
         controller = SparsityController(
             model,
             optimizer,
-            options.sparsity_schedule,
             total_steps=updates,
-            interval=options.sparsity_interval,
-            start=options.sparsity_start,
-            end=options.sparsity_end,
-            drop_fraction=options.sparsity_drop_fraction,
-            distribution=options.sparsity_distribution,
             seed=options.seed,
+            **{name: getattr(options, f"sparsity_{name}") for name in CONTROLLED},
         )
     except ValueError as error:
         raise UserError(f"--sparsity-...: {one_line(error)}.") from error

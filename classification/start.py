@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from revnets.pruning import densify, keep_zeros
@@ -14,10 +16,47 @@ from revnets.pruning.checkpoint import best_weights, flops_of
 from revnets.sparsity import sparse_layers
 from revnets.training.errors import UserError, one_line
 
-from .models import load_weights, read_checkpoint
+from .models import build_model, check_batch_fits, check_model_fits, data_config, load_weights, read_checkpoint
 from .options import TrainOptions
+from .runtime import Runtime
 
 _logger = logging.getLogger("classification")
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A model on its device that takes the images, and what is known of it."""
+
+    model: nn.Module
+    config: dict[str, Any]  # timm's data configuration
+    num_classes: int
+    flops_before: float  # that its weights have cost so far
+
+    @classmethod
+    def of(cls, options: TrainOptions, runtime: Runtime) -> Network:
+        """Builds it, with the weights to start from.
+
+        Raises:
+            UserError: It cannot be built, does not fit images or memory, or has no such weights or switches.
+        """
+        model = build_model(options)
+        before = load_start(options, model)
+        if options.grad_checkpointing:
+            try:
+                model.set_grad_checkpointing(enable=True)  # type: ignore[operator]
+            except (AttributeError, AssertionError) as error:
+                raise UserError(f"--grad-checkpointing: {options.model} has no such switch; leave it out.") from error
+        model.to(device=runtime.device, memory_format=runtime.memory_format)  # type: ignore[call-overload]
+        config = data_config(options, model)
+        check_batch_fits(options.batch_size, config["input_size"], runtime.device)
+        check_model_fits(model, config["input_size"], options.num_classes, options.model)
+        if options.sync_bn:
+            if runtime.device.type == "cpu":
+                raise UserError(
+                    "--sync-bn: torch has it for GPUs only; leave it out, --dist-bn reduce averages the statistics."
+                )
+            model = convert_sync_batchnorm(model) if runtime.distributed else model
+        return cls(model, config, options.num_classes or int(getattr(model, "num_classes", 1000)), before)
 
 
 def load_start(options: TrainOptions, model: nn.Module) -> float:

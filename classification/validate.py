@@ -6,9 +6,7 @@ python classification/validate.py --data-dir /data/imagenet --model resnet18 --p
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,7 +21,7 @@ from rich.console import Console
 import revnets  # noqa: F401  (registers its models with timm)
 from revnets.training.checkpoints.foreign import reaching_argument, reaching_name
 from revnets.training.errors import UserError, guarded
-from revnets.training.files import NotWritten, whole_file, writing
+from revnets.training.files import NotWritten, write_csv, write_json, writing
 from revnets.training.memory import memory_words, peak_memory
 from revnets.training.options.parsing import Layer, joined, options_of, read_layers, settled
 
@@ -170,13 +168,10 @@ def _write(path: Path, results: Mapping[str, Any]) -> None:
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            if path.suffix == ".json":
-                json.dump(dict(results), file, indent=2)
-            else:
-                writer = csv.DictWriter(file, fieldnames=list(results))
-                writer.writeheader()
-                writer.writerow(results)
+        if path.suffix == ".json":
+            write_json(path, results)
+        else:
+            write_csv(path, [results])
     except NotWritten as error:
         raise UserError(f"--results-file: {error}.") from error
 

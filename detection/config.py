@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import os
 from collections.abc import Sequence
@@ -46,29 +47,16 @@ RUNNER_KEYS = (  # of MMEngine's Runner, which a configuration need not have
 def parser(prog: str, description: str) -> Parser:
     """The options that training and testing share; spelled as MMDetection's tools spell them."""
     line = Parser(prog=prog, description=description, allow_abbrev=False)
-    line.add_argument("config", type=PATH, help="path of a configuration, or the name of one of ours")
-    line.add_argument("--work-dir", type=PATH, help="folder of the run (default: output/<name of the configuration>)")
-    line.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=DictAction,
-        default={},
-        metavar="KEY=VALUE",
-        help="values to set in the configuration; data_root=/path moves the whole data set",
-    )
-    line.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], help="default: pytorch under torchrun")
-    line.add_argument("--local-rank", "--local_rank", type=argument(int, low=0, high=1 << 20), help=argparse.SUPPRESS)
-    line.add_argument(
-        "--draw",
-        type=argument(int, low=0, high=1000),
-        default=3,
-        metavar="N",
-        help="images to draw predictions on (default: 3)",
-    )
-    line.add_argument("--no-check", action="store_true", help="do not look at all annotations and image files first")
-    line.add_argument(
-        "--verbose", action="store_true", help="MMEngine's whole log in the terminal, not only in its file"
-    )
+    add, number = line.add_argument, functools.partial(argument, int, low=0)
+    add("config", type=PATH, help="path of a configuration, or the name of one of ours")
+    add("--work-dir", type=PATH, help="folder of the run (default: output/<name of the configuration>)")
+    words = "values to set in the configuration; data_root=/path moves the whole data set"
+    add("--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help=words)
+    add("--launcher", choices=["none", "pytorch", "slurm", "mpi"], help="default: pytorch under torchrun")
+    add("--local-rank", "--local_rank", type=number(high=1 << 20), help=argparse.SUPPRESS)
+    add("--draw", type=number(high=1000), default=3, metavar="N", help="images to draw predictions on (default: 3)")
+    add("--no-check", action="store_true", help="do not look at all annotations and image files first")
+    add("--verbose", action="store_true", help="MMEngine's whole log in the terminal, not only in its file")
     return line
 
 

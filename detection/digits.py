@@ -18,9 +18,8 @@ if not __package__:  # run by its path, see train.py
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from revnets.training.digits import digit_scans
+from revnets.training.data.digits import digit_scans, grey, make_once
 from revnets.training.errors import UserError, guarded
-from revnets.training.files import whole_folder
 from revnets.training.options.parsing import SEED, Parser, argument
 
 MARKER = "scenes.json"
@@ -82,26 +81,14 @@ def make_scenes(root: Path, options: SceneOptions | None = None) -> Path:
     settings = dataclasses.asdict(options)
     if options.size < 2 * SIDE[1] or min(options.train, options.val, options.test) < 1 or options.seed < 0:
         raise UserError(f"scenes of {settings}: expected at least one per split, of {2 * SIDE[1]} or more pixels.")
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        if _marker(root) == settings:
-            return root
-        raise UserError(
-            f"--data-dir: '{root}' holds other files than scenes with {settings}; delete it or give another folder."
-        )
-    with whole_folder(root) as temporary:
+
+    def fill(folder: Path) -> None:
         for number, (split, scans, labels) in enumerate(_splits(options.seed)):
-            (temporary / split).mkdir()
-            coco = _write_split(temporary / split, getattr(options, split), scans, labels, options, number)
-            (temporary / f"{split}.json").write_text(json.dumps(coco), encoding="utf-8")
-        (temporary / MARKER).write_text(json.dumps(settings), encoding="utf-8")
-    return root
+            (folder / split).mkdir()
+            coco = _write_split(folder / split, getattr(options, split), scans, labels, options, number)
+            (folder / f"{split}.json").write_text(json.dumps(coco), encoding="utf-8")
 
-
-def _marker(root: Path) -> object:
-    try:
-        return json.loads((root / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    return make_once(root, "scenes", MARKER, settings, fill)
 
 
 def _splits(seed: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
@@ -191,8 +178,7 @@ def _contrasting(random: np.random.Generator, ground: np.ndarray) -> np.ndarray:
 
 def _cut_out(scan: np.ndarray, side: int) -> np.ndarray:
     """Opacity `(h, w)` of a scan enlarged to `side`, without its empty border."""
-    grey = Image.fromarray(np.rint(scan * (255 / 16)).astype(np.uint8))
-    opacity = np.asarray(grey.resize((side, side), Image.Resampling.BICUBIC)) / 255
+    opacity = np.asarray(grey(scan).resize((side, side), Image.Resampling.BICUBIC)) / 255
     rows, columns = (np.flatnonzero((opacity >= INK).any(axis)) for axis in (1, 0))
     return opacity[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 

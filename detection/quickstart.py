@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from revnets.training.errors import UserError, guarded
-from revnets.training.memory import MB
+from revnets.training.memory import MODES, peaks
 from revnets.training.options.parsing import Parser, argument
 from revnets.training.progress import clock
 
@@ -33,7 +33,6 @@ from .train import train
 
 CONFIG = CONFIGS / "digits" / "faster-rcnn_revbifpn-s0_digits.py"
 DATA = Path("data/digits-scenes")
-MODES = ("reversible", "store")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,25 +124,21 @@ class _Losses(nn.Module):
 def final_line(metrics: Mapping[str, float], memory: Mapping[str, int], seconds: float, picture: Path) -> str:
     """What came out, in plain words."""
     ap, ap50 = (metrics.get(f"coco/bbox_{key}", 0.0) for key in ("mAP", "mAP_50"))  # none where nothing was found
-    reversible, store = (memory[mode] / MB for mode in MODES)
     found = f"; picture: {picture}" if picture.is_file() else ""
     return (
         f"Done in {clock(seconds)}: Faster R-CNN on RevBiFPN-S0 finds and reads handwritten digits it has never seen "
         f"with AP50 {ap50:.3f} (COCO AP {ap:.3f}); the activations of one "
-        f"training step of the whole detector peak at {reversible:.1f} MB in reversible mode and {store:.1f} MB when "
-        f"stored, {store / reversible:.1f} times as much{found}."
+        f"training step of the whole detector {peaks(memory)}{found}."
     )
 
 
 def _options() -> argparse.ArgumentParser:
     line = Parser(prog="quickstart.py", description="RevBiFPN finds digits.", allow_abbrev=False)
-    line.add_argument(
-        "--output", type=PATH, default="output/quickstart-detection", help="folder for the run and the picture"
-    )
+    folder = "output/quickstart-detection"
+    line.add_argument("--output", type=PATH, default=folder, help="folder for the run and the picture")
     line.add_argument("--data-dir", type=PATH, default=str(DATA), help="folder for the scenes")
-    line.add_argument(
-        "--scenes", type=argument(int, low=1, high=100_000), help="use so many scenes to train on (for quick tests)"
-    )
+    scenes = argument(int, low=1, high=100_000)
+    line.add_argument("--scenes", type=scenes, help="use so many scenes to train on (for quick tests)")
     line.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="see detection/train.py")
     return line
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +12,11 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from revnets.training.files import whole_file
+from revnets.training.files import write_json
+from revnets.training.pictures import new_figure, save_figure
 
 from .progress import name
 
-_logger = logging.getLogger("detection")
 SUMMARY, PICTURE = "summary.json", "predictions.png"
 SHOWN = 0.3  # least score of a box in the picture
 
@@ -52,17 +49,7 @@ def show(title: str, metrics: Mapping[str, float], more: Mapping[str, object]) -
 
 def write_summary(folder: Path, values: Mapping[str, Any]) -> Path:
     """Writes `summary.json`; numbers that are none, such as a metric without data, are null."""
-    with whole_file(folder / SUMMARY) as path:
-        path.write_text(json.dumps(_finite(values), indent=2) + "\n", encoding="utf-8")
-    return folder / SUMMARY
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return write_json(folder / SUMMARY, values)
 
 
 def draw(model: Any, dataset: Any, count: int, folder: Path) -> Path | None:
@@ -79,16 +66,13 @@ def draw(model: Any, dataset: Any, count: int, folder: Path) -> Path | None:
     """
     if count < 1:
         return None
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        _logger.info(f"no {PICTURE}: matplotlib is not installed (pip install matplotlib)")
-        return None
     from mmengine.dataset import pseudo_collate
 
     classes = dataset.metainfo.get("classes", ())
     chosen = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int).tolist()
-    figure = Figure(figsize=(4 * len(chosen), 8), layout="constrained")
+    figure = new_figure(folder / PICTURE, (4 * len(chosen), 8))
+    if figure is None:
+        return None
     axes = figure.subplots(2, len(chosen), squeeze=False)
     model.eval()
     for column, index in enumerate(chosen):
@@ -104,9 +88,7 @@ def draw(model: Any, dataset: Any, count: int, folder: Path) -> Path | None:
         _picture(axes[1, column], sample.img_path, boxes, truth, [_class(classes, each) for each in truth])
     axes[0, 0].set_ylabel(f"found (score at least {SHOWN})")
     axes[1, 0].set_ylabel("there")
-    with whole_file(folder / PICTURE) as path:
-        figure.savefig(path, dpi=120, format="png")
-    return folder / PICTURE
+    return save_figure(figure, folder / PICTURE)
 
 
 def _class(classes: Sequence[str], label: int) -> str:

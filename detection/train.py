@@ -66,29 +66,17 @@ def main(argv: Sequence[str] | None = None, program: str = "") -> int:
 def options(program: str = "") -> Any:
     """The command line."""
     line = parser(program or "train.py", DESCRIPTION)
-    line.add_argument(
-        "--resume",
-        type=PATH,
-        nargs="?",
-        const="auto",
-        metavar="CHECKPOINT",
-        help="go on from a checkpoint, in the middle of an epoch, too; auto or nothing: from the folder's last one",
-    )
-    line.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
-    line.add_argument("--amp", action="store_true", help="bfloat16 mixed precision")
-    line.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the global batch")
-    line.add_argument("--tensorboard", action="store_true", help="write events for TensorBoard, too")
-    line.add_argument(
-        "--seed",
-        type=argument(int, low=0, high=SEED),
-        help="of everything random (default: the configuration's, else 0)",
-    )
-    line.add_argument(
-        "--save-every",
-        type=argument(int, low=0, high=1 << 31),
-        metavar="N",
-        help="also save in the middle of an epoch, every N iterations; 0: do not (default: 1000)",
-    )
+    add, number = line.add_argument, functools.partial(argument, int, low=0)
+    words = "go on from a checkpoint, in the middle of an epoch, too; auto or nothing: from the folder's last one"
+    add("--resume", type=PATH, nargs="?", const="auto", metavar="CHECKPOINT", help=words)
+    add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    add("--amp", action="store_true", help="bfloat16 mixed precision")
+    add("--auto-scale-lr", action="store_true", help="scale the learning rate with the global batch")
+    add("--tensorboard", action="store_true", help="write events for TensorBoard, too")
+    words = "of everything random (default: the configuration's, else 0)"
+    add("--seed", type=number(high=SEED), help=words)
+    words = "also save in the middle of an epoch, every N iterations; 0: do not (default: 1000)"
+    add("--save-every", type=number(high=1 << 31), metavar="N", help=words)
     return line
 
 

@@ -11,9 +11,7 @@ training loss of the last steps compares them. Finished proxies are skipped.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import json
 import logging
 import math
 import sys
@@ -24,28 +22,29 @@ from typing import Any
 
 import timm
 import torch
-from rich.console import Console
-from rich.table import Table
 from timm.data import create_dataset
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torchvision.transforms.functional import pil_to_tensor
 
 import revnets
 from revnets.training.data.splits import check_split
-from revnets.training.errors import UserError, guarded, one_line
-from revnets.training.files import whole_file
-from revnets.training.options.parsing import SEED, Parser, argument
-from revnets.training.pictures import new_figure, save_figure
+from revnets.training.errors import UserError, one_line
+from revnets.training.files import write_csv, write_json
+from revnets.training.options.parsing import argument
 from revnets.training.progress import clock
 
-from .series import positive, read_stored, writable
+from . import runner
+from .runner import Column, Outcomes, flag, positive, same
+from .series import read_stored
 
 _logger = logging.getLogger("classification")
 RULES = ("with", "without")
 MODEL = "mus_vit_tiny_patch16_224"
 IMAGE_SIZE = 32
+_POWER = argument(int, low=-60, high=60)
 _MEAN, _STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
@@ -69,92 +68,132 @@ class Best:
     vertex: float
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script; returns its exit code: 2 after a user mistake."""
-    return guarded(lambda: run(_arguments(argv)))
+def _power(name: str, digits: str) -> Column:
+    headings = {"lr": "best lr", "vertex": "vertex of the parabola"}
+    return Column(headings[name], lambda found, _: f"2^{math.log2(getattr(found[0], name)):{digits}}")
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="lr_transfer", description="Learning rates across widths.", allow_abbrev=False)
-    parser.add_argument(
-        "--data",
-        type=argument(str, path=True),
-        default="../shared/data/cifar10/train.tar",
-        help="class folders, or a .tar of them",
+class Table(runner.Table):
+    """The best learning rate of every width, with and without the rules."""
+
+    prog = "lr_transfer"
+    description = "Learning rates across widths."
+    picture = "lr_transfer.png"
+    options = (
+        flag(
+            "--data",
+            type=argument(str, path=True),
+            default="../shared/data/cifar10/train.tar",
+            help="class folders, or a .tar of them",
+        ),
+        flag("--widths", type=positive, nargs="+", default=[64, 128, 256, 512]),
+        flag("--head-width", type=positive, default=32, help="of attention; wider networks have more heads"),
+        flag("--highest", type=_POWER, default=-4, help="binary logarithm of the highest learning rate"),
+        flag("--lowest", type=_POWER, default=-10, help="binary logarithm of the lowest learning rate"),
+        flag("--steps", type=positive, default=150),
+        flag("--average", type=positive, default=20, help="last steps whose mean loss counts"),
+        flag("--batch-size", type=positive, default=64),
+        flag("--depth", type=positive, default=2),
+        flag("--patch-size", type=positive, default=8),
+        flag("--layers", default="mus", help="mus or mus_fp8"),
+        flag("--opt", default="lion", help="any Adam-like optimizer of timm"),
+        flag("--weight-decay", type=argument(float, low=0), default=0.0, help="share of a weight per step"),
+        flag("--base-width", type=positive, default=64, help="width at which both ways are the same"),
+        flag("--seed", type=runner.seed, default=0),
     )
-    parser.add_argument(
-        "--output", type=argument(str, path=True), default="output/lr_transfer", help="folder of the results"
+    columns = (
+        Column("rules", same("rules")),
+        Column("width", same("width")),
+        _power("lr", ".4g"),
+        Column("loss", same("loss", ".4f")),
+        _power("vertex", ".4g"),
     )
-    parser.add_argument("--widths", type=positive, nargs="+", default=[64, 128, 256, 512])
-    parser.add_argument("--head-width", type=positive, default=32, help="of attention; wider networks have more heads")
-    parser.add_argument(
-        "--highest",
-        type=argument(int, low=-60, high=60),
-        default=-4,
-        help="binary logarithm of the highest learning rate",
-    )
-    parser.add_argument(
-        "--lowest",
-        type=argument(int, low=-60, high=60),
-        default=-10,
-        help="binary logarithm of the lowest learning rate",
-    )
-    parser.add_argument("--steps", type=positive, default=150)
-    parser.add_argument("--average", type=positive, default=20, help="last steps whose mean loss counts")
-    parser.add_argument("--batch-size", type=positive, default=64)
-    parser.add_argument("--depth", type=positive, default=2)
-    parser.add_argument("--patch-size", type=positive, default=8)
-    parser.add_argument("--layers", default="mus", help="mus or mus_fp8")
-    parser.add_argument("--opt", default="lion", help="any Adam-like optimizer of timm")
-    parser.add_argument("--weight-decay", type=argument(float, low=0), default=0.0, help="share of a weight per step")
-    parser.add_argument("--base-width", type=positive, default=64, help="width at which both ways are the same")
-    parser.add_argument("--seed", type=argument(int, low=0, high=SEED), default=0)
-    return parser.parse_args(argv)
+    curves: dict[Proxy, list[float]]
+    losses: dict[Proxy, float]
 
+    def check(self) -> None:
+        """Refuses widths and rates that cannot be.
 
-def run(args: argparse.Namespace) -> list[Best]:
-    """Trains what is missing, writes `lr_transfer.csv`, `.json` and `.png`, and prints the best learning rates.
+        Raises:
+            UserError: Naming the option.
+        """
+        args = self.args
+        if args.highest - args.lowest < 2:
+            raise UserError(f"--lowest: {args.lowest} to {args.highest} are fewer than three learning rates; lower it.")
+        if bad := [width for width in args.widths if width % args.head_width]:
+            raise UserError(
+                f"--widths: {bad[0]} is no multiple of --head-width {args.head_width}; correct one of them."
+            )
 
-    Raises:
-        UserError: No data, or widths or layers that cannot be.
-    """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if args.highest - args.lowest < 2:
-        raise UserError(f"--lowest: {args.lowest} to {args.highest} are fewer than three learning rates; lower it.")
-    if bad := [width for width in args.widths if width % args.head_width]:
-        raise UserError(f"--widths: {bad[0]} is no multiple of --head-width {args.head_width}; correct one of them.")
-    output = writable(args.output)
-    rates = [2.0**power for power in range(args.lowest, args.highest + 1)]
-    proxies = [Proxy(rules, width, lr) for width in sorted(args.widths) for lr in rates for rules in RULES]
-    curves = _trained(args, output, proxies)
-    losses = {proxy: _final(curve, args) for proxy, curve in curves.items()}
-    found = [best(rules, width, losses) for rules in RULES for width in sorted(args.widths)]
-    _write(output, args, losses, curves, found)
-    draw(output / "lr_transfer.png", losses, found, args)
-    _show(found)
-    return found
+    def outcomes(self) -> Iterator[Best]:
+        """Trains all proxies first."""
+        args, widths = self.args, sorted(self.args.widths)
+        rates = [2.0**power for power in range(args.lowest, args.highest + 1)]
+        proxies = [Proxy(rules, width, lr) for width in widths for lr in rates for rules in RULES]
+        self.curves = self._trained(proxies)
+        self.losses = {proxy: _final(curve, args) for proxy, curve in self.curves.items()}
+        yield from [best(rules, width, self.losses) for rules in RULES for width in widths]
 
+    def _trained(self, proxies: Sequence[Proxy]) -> dict[Proxy, list[float]]:
+        """The training losses of all proxies, from files where they are there."""
+        args, folder = self.args, self.output / "proxies"
+        folder.mkdir(exist_ok=True)
+        paths = {proxy: folder / f"{_name(args, proxy)}.json" for proxy in proxies}
+        known = {path: curve for path in paths.values() if (curve := _stored(path)) is not None}
+        missing = {path: proxy for proxy, path in paths.items() if path not in known}  # one where no rule changes it
+        data = _images(args) if missing else None
+        start, done, total = time.perf_counter(), 0, sum(map(_cost, missing.values()))
+        for number, (path, proxy) in enumerate(missing.items(), start=1):
+            assert data is not None
+            known[path] = train_proxy(args, proxy, data)
+            write_json(path, known[path])
+            done += _cost(proxy)
+            rest = (time.perf_counter() - start) / done * (total - done)
+            loss = _final(known[path], args)
+            words = f"{proxy.rules} rules, width {proxy.width}, lr 2^{math.log2(proxy.lr):g}: {loss:.4f}"
+            _logger.info(f"{number}/{len(missing)} ({100 * done / total:.0f}% of the work, ETA {clock(rest)}) {words}")
+        return {proxy: known[path] for proxy, path in paths.items()}
 
-def _trained(args: argparse.Namespace, output: Path, proxies: Sequence[Proxy]) -> dict[Proxy, list[float]]:
-    """The training losses of all proxies, from files where they are there."""
-    folder = output / "proxies"
-    folder.mkdir(exist_ok=True)
-    paths = {proxy: folder / f"{_name(args, proxy)}.json" for proxy in proxies}
-    known = {path: curve for path in paths.values() if (curve := _stored(path)) is not None}
-    missing = {path: proxy for proxy, path in paths.items() if path not in known}  # one where the rules change nothing
-    data = _images(args) if missing else None
-    start, done, total = time.perf_counter(), 0, sum(map(_cost, missing.values()))
-    for number, (path, proxy) in enumerate(missing.items(), start=1):
-        assert data is not None
-        curve = train_proxy(args, proxy, data)
-        with whole_file(path) as temporary:
-            temporary.write_text(json.dumps([loss if math.isfinite(loss) else None for loss in curve]))
-        known[path] = curve
-        done += _cost(proxy)
-        rest = (time.perf_counter() - start) / done * (total - done)
-        words = f"{proxy.rules} rules, width {proxy.width}, lr 2^{math.log2(proxy.lr):g}: {_final(curve, args):.4f}"
-        _logger.info(f"{number}/{len(missing)} ({100 * done / total:.0f}% of the work, ETA {clock(rest)}) {words}")
-    return {proxy: known[path] for proxy, path in paths.items()}
+    def write(self, done: Outcomes) -> None:
+        """Writes `lr_transfer.csv` and `lr_transfer.json`, of all proxies; losses that are not finite become null."""
+        rows = [{**dataclasses.asdict(proxy), "loss": loss} for proxy, loss in self.losses.items()]
+        finite = [{**row, "loss": row["loss"] if math.isfinite(row["loss"]) else None} for row in rows]
+        write_csv(self.output / "lr_transfer.csv", finite)
+        content = {
+            "settings": {**vars(self.args), "model": MODEL},
+            "best": [dataclasses.asdict(each) for each in done],
+            "moved": {r: dict(zip(("grid", "vertex"), moved(done, r), strict=True)) for r in {b.rules for b in done}},
+            "proxies": [{**row, "curve": curve} for row, curve in zip(rows, self.curves.values(), strict=True)],
+        }
+        write_json(self.output / "lr_transfer.json", content)
+
+    def draw(self, figure: Any, done: Outcomes) -> None:
+        """Loss over learning rate, a curve per width, with the rules on the left and without them on the right."""
+        args = self.args
+        figure.set_size_inches(10, 4.4)
+        for axis, rules in zip(figure.subplots(1, 2, sharey=True), RULES, strict=True):
+            for number, width in enumerate(sorted(args.widths)):
+                points = [(p.lr, loss) for p, loss in self.losses.items() if (p.rules, p.width) == (rules, width)]
+                axis.plot(*zip(*points, strict=True), ".-", color=f"C{number}", label=f"width {width}")
+                (top,) = [each for each in done if (each.rules, each.width) == (rules, width)]
+                axis.plot([top.lr], [top.loss], "*", color=f"C{number}", markersize=13)
+            grid, vertex = moved(done, rules)
+            title = f"{rules} the transfer rules: best moves by {grid:+.0f} grid steps ({vertex:+.1f})"
+            axis.set_title(title, fontsize="medium")
+            axis.set_xscale("log", base=2)
+            axis.set_xlabel("learning rate")
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize="small")
+        figure.axes[0].set_ylabel(f"training loss, mean of steps {args.steps - args.average + 1} to {args.steps}")
+        figure.suptitle(f"mus_vit, {args.depth} blocks, {args.layers}, {args.opt}, {args.steps} steps on CIFAR-10")
+
+    def words(self, done: Outcomes) -> list[str]:
+        """How far the best rate moves."""
+        moves = {rules: moved(done, rules) for rules in RULES}
+        return [
+            f"{rules} the rules, the best rate moves by {grid:+.0f} grid steps ({vertex:+.2f} by vertex)"
+            for rules, (grid, vertex) in moves.items()
+        ]
 
 
 def _stored(path: Path) -> list[float] | None:
@@ -203,8 +242,7 @@ def _images(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     images, labels = torch.empty(wanted, 3, IMAGE_SIZE, IMAGE_SIZE), torch.empty(wanted, dtype=torch.long)
     for number, index in enumerate(order):
         image, label = dataset[index]
-        pixels = torch.frombuffer(bytearray(image.resize((IMAGE_SIZE, IMAGE_SIZE)).tobytes()), dtype=torch.uint8)
-        images[number] = (pixels.view(IMAGE_SIZE, IMAGE_SIZE, 3).permute(2, 0, 1) / 255 - mean) / std
+        images[number] = (pil_to_tensor(image.resize((IMAGE_SIZE, IMAGE_SIZE))) / 255 - mean) / std
         labels[number] = label
     return images, labels
 
@@ -252,9 +290,6 @@ def _batches(data: tuple[Tensor, Tensor], size: int) -> Iterator[tuple[Tensor, T
     return zip(data[0].split(size), data[1].split(size), strict=True)
 
 
-# --- results ---------------------------------------------------------------------------------------------------------
-
-
 def best(rules: str, width: int, losses: dict[Proxy, float]) -> Best:
     """The best learning rate of a width.
 
@@ -284,68 +319,5 @@ def moved(found: Sequence[Best], rules: str) -> tuple[float, float]:
     return max(grid, key=abs, default=0.0), max(vertices, key=abs, default=0.0)
 
 
-def _write(
-    output: Path,
-    args: argparse.Namespace,
-    losses: dict[Proxy, float],
-    curves: dict[Proxy, list[float]],
-    found: Sequence[Best],
-) -> None:
-    """Writes `lr_transfer.csv` and `lr_transfer.json`; losses that are not finite become empty or null."""
-    rows = [{**dataclasses.asdict(p), "loss": loss if math.isfinite(loss) else None} for p, loss in losses.items()]
-    with (
-        whole_file(output / "lr_transfer.csv") as path,
-        path.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    for row, curve in zip(rows, curves.values(), strict=True):
-        row["curve"] = [loss if math.isfinite(loss) else None for loss in curve]
-    content = {
-        "settings": {**vars(args), "model": MODEL},
-        "best": [dataclasses.asdict(each) for each in found],
-        "moved": {rules: dict(zip(("grid", "vertex"), moved(found, rules), strict=True)) for rules in RULES},
-        "proxies": rows,
-    }
-    with whole_file(output / "lr_transfer.json") as path:
-        path.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
-
-
-def draw(path: Path, losses: dict[Proxy, float], found: Sequence[Best], args: argparse.Namespace) -> None:
-    """Draws loss over learning rate, a curve per width, with the rules on the left and without them on the right."""
-    figure = new_figure(path, (10, 4.4))
-    if figure is None:
-        return
-    for axis, rules in zip(figure.subplots(1, 2, sharey=True), RULES, strict=True):
-        for number, width in enumerate(sorted(args.widths)):
-            points = [(p.lr, loss) for p, loss in losses.items() if (p.rules, p.width) == (rules, width)]
-            axis.plot(*zip(*points, strict=True), ".-", color=f"C{number}", label=f"width {width}")
-            (top,) = [each for each in found if (each.rules, each.width) == (rules, width)]
-            axis.plot([top.lr], [top.loss], "*", color=f"C{number}", markersize=13)
-        grid, vertex = moved(found, rules)
-        title = f"{rules} the transfer rules: best moves by {grid:+.0f} grid steps ({vertex:+.1f})"
-        axis.set_title(title, fontsize="medium")
-        axis.set_xscale("log", base=2)
-        axis.set_xlabel("learning rate")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
-    figure.axes[0].set_ylabel(f"training loss, mean of steps {args.steps - args.average + 1} to {args.steps}")
-    figure.suptitle(f"mus_vit, {args.depth} blocks, {args.layers}, {args.opt}, {args.steps} steps on CIFAR-10")
-    save_figure(figure, path)
-
-
-def _show(found: Sequence[Best]) -> None:
-    table = Table("rules", "width", "best lr", "loss", "vertex of the parabola")
-    for each in found:
-        on_grid, between = (f"2^{math.log2(value):.4g}" for value in (each.lr, each.vertex))
-        table.add_row(each.rules, str(each.width), on_grid, f"{each.loss:.4f}", between)
-    console = Console()
-    console.print(table)
-    for rules in RULES:
-        grid, vertex = moved(found, rules)
-        console.print(f"{rules} the rules, the best rate moves by {grid:+.0f} grid steps ({vertex:+.2f} by vertex)")
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(Table.main())

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import logging
 import math
 import sys
@@ -19,29 +18,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from revnets.deploy import ENGINES, ExportError, accuracy, load, quantize
 from revnets.pruning import METHODS, Pattern, prune
 from revnets.pruning.checkpoint import read_weights, save_weights
 from revnets.pruning.command import draw_batches
-from revnets.training.errors import UserError, guarded, one_line
-from revnets.training.files import whole_file
-from revnets.training.options.parsing import SEED, Parser, argument, parse
-from revnets.training.pictures import new_figure, save_figure
+from revnets.training.errors import UserError, one_line
+from revnets.training.files import write_json
+from revnets.training.options.parsing import argument, parse
 
 from ..data import class_names, open_dataset, validation_loader
 from ..loop import validate
 from ..models import build_model, data_config, load_weights
-from ..options import TrainOptions, as_dict
+from ..options import CONFIGS, TrainOptions, as_dict
 from ..runtime import start_runtime
-from .series import Stage, digest, part_of, positive, read_stored, share_of_zeros, writable, write_table
+from . import runner
+from .runner import Column, Outcomes, flag, positive, same
+from .series import Stage, digest, parts, read_stored
 
 _logger = logging.getLogger("classification")
-RECIPES = Path(__file__).resolve().parents[2] / "configs" / "classification" / "prune"
-CONFIGS = [str(RECIPES / f"cifar10_small_{name}.yaml") for name in ("resnet18", "revbifpn")]
+RECIPES = [str(CONFIGS / "prune" / f"cifar10_small_{name}.yaml") for name in ("resnet18", "revbifpn")]
 DENSE, TRAINED_ON, ONE_SHOT, AGAIN = "dense", "dense, trained on", "one-shot", "pruned again"
 RETRAINED, DISTILLED, INT8 = "retrained", "distilled", "INT8"
 
@@ -62,43 +59,6 @@ class Line:
     train_flops: float = 0.0  # of the stage
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script; returns its exit code: 2 after a user mistake."""
-    return guarded(lambda: run(_arguments(argv)))
-
-
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="prune_table", description="Targets x methods x stages.", allow_abbrev=False)
-    parser.add_argument("--configs", nargs="+", default=CONFIGS, help="recipes of the dense networks")
-    parser.add_argument("--dense", nargs="+", default=[], help="their checkpoints, where they are trained already")
-    parser.add_argument(
-        "--output",
-        type=argument(str, path=True),
-        default="output/prune_table",
-        help="folder of the runs and of the table",
-    )
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--targets", nargs="+", type=_target, default=["0.5", "0.6", "0.7", "0.8", "2:4"])
-    parser.add_argument("--recover", nargs="*", type=_target, default=["0.7"], help="targets to train to")
-    parser.add_argument(
-        "--steps",
-        nargs="*",
-        type=share_of_zeros,
-        default=[0.5],
-        help="sparsities to train at on the way to a larger one",
-    )
-    parser.add_argument("--images", type=positive, default=20000, help="training images, equally many of each class")
-    parser.add_argument("--val-images", type=positive, help="validation images; all where not given")
-    parser.add_argument("--calibration", type=positive, default=256, help="images to prune and quantise on")
-    parser.add_argument("--epochs", type=positive, help="of the dense networks; those of the recipes where not given")
-    parser.add_argument("--recover-epochs", type=positive, help="of each stage; a third of the dense where not given")
-    parser.add_argument(
-        "--recover-lr", type=argument(float, low=0), default=0.3, help="of the dense network's learning rate"
-    )
-    parser.add_argument("--seed", type=argument(int, low=0, high=SEED), default=0)
-    return parser.parse_args(argv)
-
-
 def _target(text: str) -> str:
     try:
         if ":" in text:
@@ -110,26 +70,78 @@ def _target(text: str) -> str:
     return text
 
 
-def run(args: argparse.Namespace) -> list[Line]:
-    """Trains and prunes what is missing, then writes `table.csv`, `table.json`, `table.png` and prints the table.
+def _against_dense(found: Outcomes, lines: runner.Lines) -> str:
+    every = (line for (line,) in lines.values())
+    dense = next(line.top1 for line in every if line.stage == DENSE and line.network == found[0].network)
+    return f"{found[0].top1 - dense:+.2f}"
 
-    Raises:
-        UserError: No data, a recipe that is none, or a run that failed.
-    """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    torch.set_num_threads(1)  # as the trainings
-    if args.dense and len(args.dense) != len(args.configs):
-        raise UserError(f"--dense: {len(args.dense)} checkpoints for {len(args.configs)} recipes; give one for each.")
-    output = writable(args.output)
-    lines: list[Line] = []
-    for index, config in enumerate(args.configs):
-        network = Network(args, config, output, args.dense[index] if args.dense else None)
-        for line in network.lines():
-            lines.append(line)
-            write_table(lines, output)
-    draw_table(lines, output / "table.png")
-    Console(width=140).print(as_table(lines))
-    return lines
+
+class Table(runner.Table):
+    """Every network at every stage of its life."""
+
+    prog = "prune_table"
+    description = "Targets x methods x stages."
+    title = "Pruned networks (FLOPs: theoretical, without multiplications by zeros)"
+    options = (
+        flag("--configs", nargs="+", default=RECIPES, help="recipes of the dense networks"),
+        flag("--dense", nargs="+", default=[], help="their checkpoints, where they are trained already"),
+        flag("--methods", nargs="+", choices=METHODS, default=list(METHODS)),
+        flag("--targets", nargs="+", type=_target, default=["0.5", "0.6", "0.7", "0.8", "2:4"]),
+        flag("--recover", nargs="*", type=_target, default=["0.7"], help="targets to train to"),
+        flag(
+            "--steps",
+            nargs="*",
+            type=runner.share_of_zeros,
+            default=[0.5],
+            help="sparsities to train at on the way to a larger one",
+        ),
+        flag("--images", type=positive, default=20000, help="training images, equally many of each class"),
+        flag("--val-images", type=positive, help="validation images; all where not given"),
+        flag("--calibration", type=positive, default=256, help="images to prune and quantise on"),
+        flag("--epochs", type=positive, help="of the dense networks; those of the recipes where not given"),
+        flag("--recover-epochs", type=positive, help="of each stage; a third of the dense where not given"),
+        flag("--recover-lr", type=argument(float, low=0), default=0.3, help="of the dense network's learning rate"),
+        flag("--seed", type=runner.seed, default=0),
+    )
+    columns = (
+        Column("network", same("network")),
+        Column("method", same("method")),
+        Column("target", same("target")),
+        Column("stage", same("stage")),
+        Column("top-1, %", same("top1", ".2f")),
+        Column("against dense", _against_dense),
+        Column("sparsity", same("sparsity", ".3f")),
+        Column("FLOPs", same("sparse_share", ".3f")),
+        Column("error", same("error", ".3g")),
+        Column("s", same("seconds", ".1f")),
+    )
+
+    def check(self) -> None:
+        """Refuses checkpoints that are not one for each recipe.
+
+        Raises:
+            UserError: Naming both numbers.
+        """
+        dense, configs = self.args.dense, self.args.configs
+        if dense and len(dense) != len(configs):
+            raise UserError(f"--dense: {len(dense)} checkpoints for {len(configs)} recipes; give one for each.")
+        torch.set_num_threads(1)  # as the trainings
+
+    def outcomes(self) -> Iterator[Line]:
+        """One network after the other."""
+        for index, config in enumerate(self.args.configs):
+            dense = self.args.dense[index] if self.args.dense else None
+            yield from Network(self.args, config, self.output, dense).lines()
+
+    def draw(self, figure: Any, done: Outcomes) -> None:
+        """Accuracy over sparsity for each network."""
+        networks = list(dict.fromkeys(line.network for line in done))
+        figure.set_size_inches(6 * len(networks), 4.5)
+        for axis, network in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
+            _draw_network(axis, [line for line in done if line.network == network])
+            axis.set(title=network.rpartition("-")[0], xlabel="sparsity of the pruned layers", ylabel="top-1, %")
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize="small", loc="lower left")
 
 
 class Network:
@@ -140,24 +152,18 @@ class Network:
         options = parse(TrainOptions, ["--config", config, "--seed", str(args.seed)], "")
         source = Path(options.data_dir)
         made = output / f"data-{args.images}-{args.val_images or 'all'}-{digest({'from': str(source.resolve())})}"
-        made.mkdir(exist_ok=True)
-        train, val = (part_of(source / split, made / split, images) for split, images in self._splits(options))
+        parts(options, made, args.images, args.val_images)
         epochs = args.epochs or options.epochs
         self.more = ("--data-dir", str(made), "--seed", str(args.seed))
-        self.options = dataclasses.replace(
-            options, data_dir=str(made), train_split=train.name, val_split=val.name, epochs=epochs, log_interval=1 << 30
-        )
+        self.options = dataclasses.replace(options, data_dir=str(made), epochs=epochs, log_interval=1 << 30)
         self.name = f"{Path(config).stem}-{digest(as_dict(self.options))}"
         self.given = Path(dense) if dense else None
         self.runtime = start_runtime(self.options)
-        val_set = open_dataset(self.options, val.name, training=False)
+        val_set = open_dataset(self.options, options.val_split, training=False)
         self.options = dataclasses.replace(self.options, num_classes=len(class_names(val_set) or []) or None)
         self.data = data_config(self.options, self.model(None))
         self.loader = validation_loader(self.options, self.runtime, val_set, self.data)
         self.recover_epochs = args.recover_epochs or max(1, round(epochs / 3))
-
-    def _splits(self, options: TrainOptions) -> tuple[tuple[str, int | None], ...]:
-        return (options.train_split, self.args.images), (options.val_split, self.args.val_images)
 
     def model(self, weights: Path | None) -> nn.Module:
         """The plain network, with weights of a file."""
@@ -247,7 +253,7 @@ class Network:
                     path.parent,
                     path.stem,
                     self.args.calibration,
-                    max_error=math.inf,
+                    max_error=1e9,  # however large it is, the table says it
                 )
                 top1 = accuracy(load(made.path), self.loader)
             except ExportError as error:
@@ -281,41 +287,17 @@ class Network:
 def _stored(path: Path, make: Callable[[], Line]) -> Line:
     """The line that is stored beside a file, or a new one where either is missing."""
     beside = path.with_suffix(".line.json")
-    if path.exists() and (found := read_stored(beside, lambda content: Line(**content))):
+    if path.exists() and (found := read_stored(beside, _read)):
         return found
     line = make()
-    with whole_file(beside) as temporary:
-        temporary.write_text(json.dumps(dataclasses.asdict(line)), encoding="utf-8")
+    write_json(beside, dataclasses.asdict(line))
     _logger.info(f"{path.stem}: top-1 {line.top1:.2f}%")
     return line
 
 
-def as_table(lines: Sequence[Line]) -> Table:
-    """All lines, with the accuracy against dense."""
-    columns = ("network", "method", "target", "stage", "top-1, %", "against dense", "sparsity", "FLOPs", "error", "s")
-    table = Table(*columns, title="Pruned networks (FLOPs: theoretical, without multiplications by zeros)")
-    dense = {line.network: line.top1 for line in lines if line.stage == DENSE}
-    for line in lines:
-        table.add_row(
-            *(line.network, line.method, line.target, line.stage, f"{line.top1:.2f}"),
-            *(f"{line.top1 - dense[line.network]:+.2f}", f"{line.sparsity:.3f}", f"{line.sparse_share:.3f}"),
-            *(f"{line.error:.3g}", f"{line.seconds:.1f}"),
-        )
-    return table
-
-
-def draw_table(lines: Sequence[Line], path: Path) -> None:
-    """Draws accuracy over sparsity for each network; says so where matplotlib is not installed."""
-    networks = list(dict.fromkeys(line.network for line in lines))
-    figure = new_figure(path, (6 * len(networks), 4.5))
-    if figure is None:
-        return
-    for axis, network in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
-        _draw_network(axis, [line for line in lines if line.network == network])
-        axis.set(title=network.rpartition("-")[0], xlabel="sparsity of the pruned layers", ylabel="top-1, %")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize="small", loc="lower left")
-    save_figure(figure, path)
+def _read(content: Any) -> Line:
+    values: dict[str, Any] = {name: math.nan if value is None else value for name, value in dict(content).items()}
+    return Line(**values)
 
 
 def _draw_network(axis: Any, lines: Sequence[Line]) -> None:
@@ -338,4 +320,4 @@ def _draw_network(axis: Any, lines: Sequence[Line]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(Table.main())

@@ -8,29 +8,22 @@ Every run is a process of train.py with one thread; finished runs are skipped an
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import logging
 import math
-import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from revnets.training.errors import UserError, guarded
+from revnets.training.errors import UserError
 from revnets.training.options.parsing import parse
-from revnets.training.pictures import new_figure, save_figure
 
-from ..options import TrainOptions
-from .series import Stage, at_once, digest_of, series_parser, share_of_zeros, subset, writable, write_rows
+from ..options import CONFIGS, TrainOptions
+from . import runner
+from .runner import Column, Outcomes, against, finite, flag, mean, same
+from .series import Stage, at_once, digest_of, parts
 
-_logger = logging.getLogger("classification")
-ROOT = Path(__file__).resolve().parents[2]
-CONFIG = ROOT / "configs" / "classification" / "sparse_ift" / "cifar10_small.yaml"
+CONFIG = CONFIGS / "sparse_ift" / "cifar10_small.yaml"
 MEMBERS = ("sparse_wide", "sparse_parallel", "sparse_factorized", "sparse_doped")
 SCHEDULES = ("static", "set", "rigl")
 
@@ -45,102 +38,84 @@ class Outcome:
     train_flops: float
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script; returns its exit code: 2 after a user mistake."""
-    return guarded(lambda: run(_arguments(argv)))
+def _range(found: Outcomes, _: runner.Lines) -> str:
+    top1 = finite(found, "top1")
+    return f"{min(top1):.2f} to {max(top1):.2f}"
 
 
-def names(compared: str) -> list[str]:
-    """The lines of the table: dense, every member with RigL, and one member with the other schedules."""
-    return ["dense", *(f"{m}-rigl" for m in MEMBERS), *(f"{compared}-{s}" for s in SCHEDULES if s != "rigl")]
+class Table(runner.Table):
+    """Dense, every member with RigL, and one member with the other schedules."""
 
-
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    prog = "sparse_table"
     description = "Seeds x members x schedules on one recipe."
-    parser = series_parser("sparse_table", description, "output/sparse_table", images=10000)
-    parser.add_argument("--config", default=str(CONFIG), help="recipe of all runs")
-    parser.add_argument("--sparsity", type=share_of_zeros, default=0.75)
-    parser.add_argument("--compared", choices=MEMBERS, default="sparse_wide", help="member with every schedule")
-    parser.add_argument("--runs", nargs="+", help="lines of the table; all where not given")
-    return parser.parse_args(argv)
+    options = (
+        *runner.series(images=10000),
+        flag("--config", default=str(CONFIG), help="recipe of all runs"),
+        flag("--sparsity", type=runner.share_of_zeros, default=0.75),
+        flag("--compared", choices=MEMBERS, default="sparse_wide", help="member with every schedule"),
+        flag("--runs", nargs="+", help="lines of the table; all where not given"),
+    )
+    columns = (
+        Column("network", same("name")),
+        Column("seeds", runner.count),
+        Column("top-1, mean %", mean("top1")),
+        Column("± std", runner.spread),
+        Column("lowest to highest", _range),
+        Column("against dense", against("dense")),
+        Column("training TFLOPs", mean("train_flops", ".4f", 1e12)),
+    )
 
+    def check(self) -> None:
+        """Refuses lines that there are none of.
 
-def run(args: argparse.Namespace) -> list[Outcome]:
-    """Trains what is missing, then writes `table.csv` and `table.png` and prints the table.
+        Raises:
+            UserError: Naming one.
+        """
+        known = {f"{m}-{s}" for m in MEMBERS for s in SCHEDULES} | {"dense"}
+        if unknown := [name for name in self.args.runs or () if name not in known]:
+            raise UserError(f"--runs: '{unknown[0]}' was given where one of {', '.join(sorted(known))} was expected.")
+        self.recipe = parse(TrainOptions, ["--config", self.args.config], "")
+        self.epochs = self.args.epochs or self.recipe.epochs
 
-    Raises:
-        UserError: An unknown line, no data, or a run that failed.
-    """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    lines = args.runs or names(args.compared)
-    known = {f"{m}-{s}" for m in MEMBERS for s in SCHEDULES} | {"dense"}
-    if unknown := [line for line in lines if line not in known]:
-        raise UserError(f"--runs: '{unknown[0]}' was given where one of {', '.join(sorted(known))} was expected.")
-    options = parse(TrainOptions, ["--config", args.config], "")
-    epochs = args.epochs or options.epochs
-    output, digest = writable(args.output), digest_of(options)
-    made = output / f"data-{args.images}-{digest}"
-    data = subset(Path(options.data_dir), options.train_split, options.val_split, args.images, made)
-    wanted = [(line, seed) for seed in args.seeds for line in lines]  # a whole comparison first, then the next seed
-    done = at_once(args.jobs, lambda pair: _train(args, data, epochs, digest, *pair), wanted)
-    write_rows(done, output / "table.csv")
-    draw_table(done, output / "table.png", f"{options.model}, {args.images} images, {epochs} epochs")
-    Console(width=140).print(as_table(done))
-    return done
+    def names(self) -> list[str]:
+        """The lines of the table."""
+        others = [f"{self.args.compared}-{schedule}" for schedule in SCHEDULES if schedule != "rigl"]
+        return self.args.runs or ["dense", *(f"{member}-rigl" for member in MEMBERS), *others]
 
+    def outcomes(self) -> Iterator[Outcome]:
+        """A whole comparison first, then the next seed."""
+        options, images = self.recipe, self.args.images
+        made = self.output / f"data-{images}-{digest_of(options)}"
+        data = parts(options, made, images)
+        wanted = [(name, seed) for seed in self.args.seeds for name in self.names()]
+        yield from at_once(self.args.jobs, lambda pair: self._trained(data, *pair), wanted)
 
-def _train(args: argparse.Namespace, data: Path, epochs: int, digest: str, line: str, seed: int) -> Outcome:
-    name = f"{line}-{args.sparsity:g}-{args.images}x{epochs}-seed{seed}-{digest}"
-    more = ["--data-dir", str(data), "--seed", str(seed)]
-    if line != "dense":
-        member, schedule = line.rsplit("-", 1)
-        more += ["--layers", f"{member}:{args.sparsity:g}", "--sparsity-schedule", schedule]
-    row = Stage(name, args.config, Path(args.output), epochs, tuple(more)).run()
-    return Outcome(line, seed, row["eval_top1"], row.get("train_flops", math.nan))
+    def _trained(self, data: Path, line: str, seed: int) -> Outcome:
+        args = self.args
+        name = f"{line}-{args.sparsity:g}-{args.images}x{self.epochs}-seed{seed}-{digest_of(self.recipe)}"
+        more = ["--data-dir", str(data), "--seed", str(seed)]
+        if line != "dense":
+            member, schedule = line.rsplit("-", 1)
+            more += ["--layers", f"{member}:{args.sparsity:g}", "--sparsity-schedule", schedule]
+        row = Stage(name, args.config, self.output, self.epochs, tuple(more)).run()
+        return Outcome(line, seed, row["eval_top1"], row.get("train_flops", math.nan))
 
+    def line(self, outcome: Outcome) -> str:
+        """The network."""
+        return outcome.name
 
-def grouped(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
-    """The outcomes by line of the table."""
-    found: dict[str, list[Outcome]] = {}
-    for each in outcomes:
-        found.setdefault(each.name, []).append(each)
-    return found
-
-
-def as_table(outcomes: Sequence[Outcome]) -> Table:
-    """Mean, spread and training FLOPs by line, against dense."""
-    columns = ("network", "seeds", "top-1, mean %", "± std", "lowest to highest", "against dense", "training TFLOPs")
-    table = Table(*columns)
-    lines = grouped(outcomes)
-    dense = statistics.mean(o.top1 for o in lines["dense"]) if "dense" in lines else math.nan
-    for name, found in lines.items():
-        top1 = [o.top1 for o in found]
-        std = statistics.stdev(top1) if len(top1) > 1 else math.nan
-        mean = statistics.mean(top1)
-        flops = statistics.mean(o.train_flops for o in found) / 1e12
-        spread = f"{min(top1):.2f} to {max(top1):.2f}"
-        table.add_row(
-            name, str(len(found)), f"{mean:.2f}", f"{std:.2f}", spread, f"{mean - dense:+.2f}", f"{flops:.4f}"
-        )
-    return table
-
-
-def draw_table(outcomes: Sequence[Outcome], path: Path, title: str) -> None:
-    """Draws every run as a point and every mean as a bar; says so where matplotlib is not installed."""
-    figure = new_figure(path, (8, 4.5))
-    if figure is None:
-        return
-    axis: Any = figure.subplots()
-    lines = grouped(outcomes)
-    for i, found in enumerate(lines.values()):
-        axis.plot([i] * len(found), [o.top1 for o in found], "o", color="C0", alpha=0.6)
-        mean = statistics.mean(o.top1 for o in found)
-        axis.plot([i - 0.3, i + 0.3], [mean, mean], color="C1", linewidth=2)
-    axis.set_xticks(range(len(lines)), list(lines), rotation=20, ha="right", fontsize="small")
-    axis.set(title=title, ylabel="top-1, %")
-    axis.grid(axis="y", alpha=0.3)
-    save_figure(figure, path)
+    def draw(self, figure: Any, done: Outcomes) -> None:
+        """Every run as a point and every mean as a bar."""
+        axis, lines = figure.subplots(), self.lines(done)
+        for i, found in enumerate(lines.values()):
+            axis.plot([i] * len(found), [o.top1 for o in found], "o", color="C0", alpha=0.6)
+            middle = runner.average(found, "top1")
+            axis.plot([i - 0.3, i + 0.3], [middle, middle], color="C1", linewidth=2)
+        axis.set_xticks(range(len(lines)), list(lines), rotation=20, ha="right", fontsize="small")
+        title = f"{self.recipe.model}, {self.args.images} images, {self.epochs} epochs"
+        axis.set(title=title, ylabel="top-1, %")
+        axis.grid(axis="y", alpha=0.3)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(Table.main())

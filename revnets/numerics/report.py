@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..training.captions import caption
 from ..training.files import write_csv
-from ..training.pictures import save_figure
+from ..training.pictures import caption, save_figure
 
 Record = dict[str, Any]
 FILES = TABLE, PICTURE = "numerics.csv", "numerics.png"

@@ -5,8 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..training.captions import caption
-from ..training.pictures import save_figure
+from ..training.pictures import caption, save_figure
 from .predict import CATEGORIES
 from .profile import Row
 from .report import activations_per_image

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 
 import torch
 
 MB = 1e6
+MODES = ("reversible", "store")  # that the quickstarts compare
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -48,3 +50,18 @@ def physical_memory(device: torch.device) -> int | None:
 def memory_words(memory: dict[str, float]) -> str:
     """Peak memory for the log."""
     return ", ".join(f"{name.removesuffix('_mb').replace('_', ' ')} {value:,.0f} MB" for name, value in memory.items())
+
+
+def peaks(activations: Mapping[str, int]) -> str:
+    """What reversible parts save, in the words of a quickstart.
+
+    Args:
+        activations: Peak of their bytes in each of `MODES`.
+
+    Example:
+        >>> peaks({"reversible": 1_000_000, "store": 4_000_000})
+        'peak at 1.0 MB in reversible mode and 4.0 MB when stored, 4.0 times as much'
+    """
+    reversible, store = (activations[mode] / MB for mode in MODES)
+    ratio = store / reversible
+    return f"peak at {reversible:.1f} MB in reversible mode and {store:.1f} MB when stored, {ratio:.1f} times as much"

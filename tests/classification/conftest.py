@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,13 @@ def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     more = ["--model-ema", "--model-ema-decay", "0.5", "--model-kwargs", "act_layer=relu"]
     assert train.main([*SHORT, "--data-dir", str(digits), "--output", str(output), *more]) == 0
     return output / "run"
+
+
+@pytest.fixture
+def tars(digits: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        with tarfile.open(folder / f"{split}.tar", "w") as file:
+            file.add(digits / split, arcname=split)
+    return folder

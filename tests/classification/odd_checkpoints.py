@@ -15,6 +15,7 @@ from torch import nn
 from classification.checkpoints import Saver
 from classification.recovery import Position
 from classification.resuming import resume
+from classification.state import State
 from revnets.layers.sparse_ift.sparse import SparseLinear
 from revnets.sparsity import SparsityController
 from revnets.training.guards.finite import FiniteGuard
@@ -36,19 +37,17 @@ class Run:
         self.scaler._scaler.scale(torch.ones(()))
         self.sparsity = SparsityController(self.model, self.optimizer, "set", total_steps=100, interval=1)
         self.guard = FiniteGuard(self.model)
-        self.saver = Saver(
-            self.model,
-            self.optimizer,
-            {"model": "net", "mean": None, "img_size": 32},
-            self.scheduler,
-            self.ema,
-            self.scaler,
-            self.sparsity,
-            folder,
-            False,
-            2,
-            self.guard,
+        self.state = State(
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            scaler=self.scaler,
+            ema=self.ema,
+            sparsity=self.sparsity,
+            guard=self.guard,
         )
+        args = {"model": "net", "mean": None, "img_size": 32}
+        self.saver = Saver(self.state, args, folder, decreasing=False, max_history=2)
         for _ in range(2):
             self.step()
 
@@ -72,8 +71,7 @@ class Run:
 
     def resume(self, path: Path) -> dict[str, Any]:
         """As train.py does."""
-        parts = (self.optimizer, self.scheduler, self.ema, self.scaler, self.sparsity, self.guard)
-        return resume(path, "net", self.model, *parts, steps=STEPS)
+        return resume(path, "net", self.state, STEPS)
 
     def go_on(self, checkpoint: dict[str, Any]) -> None:
         """What follows on a resumption; it must not fail."""

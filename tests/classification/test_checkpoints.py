@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from classification.checkpoints import LAST, Saver
+from classification.state import State
 
 Metrics = list[float | None]
 METRICS = st.sampled_from([None, math.nan, math.inf, -math.inf, 0.0, 1.0, 1.0, 2.0, 3.0])
@@ -19,7 +20,8 @@ METRICS = st.sampled_from([None, math.nan, math.inf, -math.inf, 0.0, 1.0, 1.0, 2
 def saver(folder: Path, decreasing: bool, keep: int) -> Saver:
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return Saver(model, optimizer, {"model": "line"}, None, None, None, None, folder, decreasing, keep)
+    state = State(model=model, optimizer=optimizer)
+    return Saver(state, {"model": "line"}, folder, decreasing=decreasing, max_history=keep)
 
 
 def ranked(metrics: Metrics, decreasing: bool) -> list[int]:

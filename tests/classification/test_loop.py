@@ -11,10 +11,11 @@ from timm.utils import NativeScaler
 from torch import Tensor, nn
 
 from classification.data import TrainData
-from classification.loop import Training, train_epoch, validate
+from classification.loop import train_epoch, validate
 from classification.options import TrainOptions
 from classification.recovery import Position, Recovery
 from classification.runtime import Runtime
+from classification.training import Training
 from revnets.training.guards.drift import DriftMonitor
 from revnets.training.guards.finite import FiniteGuard
 

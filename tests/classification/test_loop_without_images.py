@@ -34,5 +34,5 @@ def test_a_batch_that_memory_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_another_number_of_processes_is_said(before: int, said: bool, caplog: pytest.LogCaptureFixture) -> None:
     processes = [{"buffers": {}, "loss": [1.0, 2.0]}] * before
     begin = Position(1, 2, 3.0, 4.0)
-    assert OwnState(ALONE, nn.BatchNorm1d(1), None).restore({"processes": processes}, begin) == begin
+    assert OwnState(ALONE, {"model": nn.BatchNorm1d(1)}).restore({"processes": processes}, begin) == begin
     assert ("is of 2 processes, now there are 1" in caplog.text) == said

@@ -15,6 +15,7 @@ import torch
 from classification.checkpoints import Saver
 from classification.folder import RunFolder, writes
 from classification.options import TrainOptions
+from classification.state import State
 from revnets.training import lock
 from revnets.training.errors import UserError
 from revnets.training.lock import FolderLock
@@ -208,7 +209,8 @@ def test_half_written_files_stay_where_nobody_can_say_whose_they_are(
 def saver(folder: Path) -> Saver:
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return Saver(model, optimizer, {"model": "x"}, None, None, None, None, folder, False, 1)
+    state = State(model=model, optimizer=optimizer)
+    return Saver(state, {"model": "x"}, folder, decreasing=False, max_history=1)
 
 
 ODD = {

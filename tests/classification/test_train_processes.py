@@ -17,12 +17,13 @@ DRIVER = """
 import os, sys
 sys.path.insert(0, os.getcwd())
 import torch
-from classification import checkpoints, loop, train
+from classification import loop, train
 from revnets.reversible import RevSequential
+from revnets.training.checkpoints import integrity
 
 folder, name, stop, hidden, far, *line = sys.argv[1:]
 stop, rank, steps = int(stop), int(os.environ["RANK"]), 0
-step, validate, damage = loop._step, train._validated, checkpoints.damage
+step, validate, damage = loop._step, train._validated, integrity.damage
 
 def stopped(run, images, target, number, total):
     global stop, steps
@@ -38,8 +39,8 @@ def stopped(run, images, target, number, total):
         for hook in hooks:
             hook.remove()
 
-def noted(run, loader, end):
-    found = validate(run, loader, end)
+def noted(run, end):
+    found = validate(run, end)
     states = {"model": run.model.module.state_dict(), "ema": run.ema.module.state_dict(), "metrics": found}
     torch.save(states, f"{folder}/{name}-{end.epoch}-{rank}.pt")
     return found
@@ -47,7 +48,7 @@ def noted(run, loader, end):
 def partly(path):
     return "not all of it is there" if rank == 1 and path.name in hidden.split(",") else damage(path)
 
-loop._step, train._validated, checkpoints.damage = stopped, noted, partly
+loop._step, train._validated, integrity.damage = stopped, noted, partly
 sys.exit(train.main([*line, "--output", folder, "--experiment", name, "--resume", "auto"]))
 """
 

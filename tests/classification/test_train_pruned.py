@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +12,11 @@ import torch
 from classification import train, validate
 from classification.options import TrainOptions, ValidateOptions
 from classification.report import read_summary
-from classification.tables import prune as prune_table
-from classification.tables import spdf as spdf_table
-from classification.tables.series import part_of
 from revnets.layers import count_costs
 from revnets.pruning import densify, prune
-from revnets.training.errors import UserError
-from revnets.training.options.parsing import options_of, read_yaml
+from revnets.training.options.parsing import options_of, parse, read_yaml
 
 from .short_runs import ROOT, Trainer
-from .test_sparse_recipes import tars  # noqa: F401 - a fixture
 from .test_train_errors import sentence
 from .test_train_run import differing, load
 
@@ -35,7 +28,7 @@ def test_every_recipe_parses(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith(("# python ", "# torchrun "))
     assert path.name in lines[0]
-    train.parse(TrainOptions, ["--config", str(path), "--data-dir", "x"], "").check()
+    parse(TrainOptions, ["--config", str(path), "--data-dir", "x"], "").check()
     read_yaml(
         path, options_of(ValidateOptions), frozenset(set(options_of(TrainOptions)) - set(options_of(ValidateOptions)))
     )
@@ -142,79 +135,3 @@ def test_mistakes_write_nothing(
     assert run_train(*(word.format(trained=trained / "last.pth.tar") for word in more)) == 2
     assert words in sentence(capsys)
     assert not list(tmp_path.iterdir())
-
-
-def test_parts_of_a_data_set(tars: Path, tmp_path: Path) -> None:  # noqa: F811
-    def named(path: Path) -> set[str]:
-        import tarfile
-
-        with tarfile.open(path) as file:
-            return {str(Path(name).parent.name) for name in file.getnames()}
-
-    half = part_of(tars / "train.tar", tmp_path / "half.tar", None, lambda names: names[:5])
-    assert named(half) == set("01234")
-    few = part_of(tars / "train.tar", tmp_path / "few.tar", 20)
-    assert named(few) == set("0123456789")
-    with pytest.raises(UserError, match="--images: 5 was given"):
-        part_of(tars / "train.tar", tmp_path / "none.tar", 5)
-    with pytest.raises(UserError, match=r"no \.tar file"):
-        part_of(tars / "other.tar", tmp_path / "none.tar", 20)
-
-
-def recipe(tars: Path, folder: Path) -> Path:  # noqa: F811
-    path = folder / "recipe.yaml"
-    path.write_text(
-        f"data_dir: {tars}\ntrain_split: train.tar\nval_split: validation.tar\nmodel: test_resnet\nimg_size: 32\n"
-        "batch_size: 10\nworkers: 0\nwarmup_epochs: 0\nlr: 0.01\ndevice: cpu\n"
-    )
-    return path
-
-
-@pytest.mark.slow
-def test_table_of_pruning_runs_what_is_missing(
-    tars: Path,  # noqa: F811
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    out = tmp_path / "out"
-    line = ["--configs", str(recipe(tars, tmp_path)), "--output", str(out), "--images", "20", "--calibration", "20"]
-    line += ["--targets", "0.7", "2:4", "--methods", "sparsegpt", "magnitude", "--epochs", "1"]
-    assert prune_table.main(line) == 0
-    rows = json.loads((out / "table.json").read_text())
-    stages = [(row["stage"], row["target"]) for row in rows[5:]]
-    assert [row["stage"] for row in rows[:5]] == ["dense", *["one-shot"] * 4]
-    steps = [("one-shot", "0.5"), ("retrained", "0.5"), ("pruned again", "0.7"), ("retrained", "0.7")]
-    assert stages == [*steps, ("distilled", "0.7"), ("dense, trained on", "-"), ("INT8", "-"), ("INT8", "0.7")]
-    half, both = (
-        load(next(out.glob(f"*{end}")) / "last.pth.tar")["state_dict"]
-        for end in ("0.5-20-retrained-1x0.3", "distilled-1x0.3")
-    )
-    assert zeros(half)
-    for name, mask in zeros(half).items():
-        assert (both[name] == 0)[mask].all(), "zeros stay in the second step"
-    *stages, trained_on = (row["train_flops"] for row in rows if row["train_flops"] and row["stage"] != "dense")
-    assert trained_on == pytest.approx(3 * rows[0]["train_flops"])  # one epoch for each of the stages
-    assert len(stages) == 3
-    assert max(stages) < rows[0]["train_flops"]
-    assert (out / "table.png").read_bytes().startswith(b"\x89PNG")
-    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.pth.tar")}
-    assert prune_table.main(line) == 0
-    assert stamps == {path: path.stat().st_mtime_ns for path in out.rglob("*.pth.tar")}
-    assert "distilled" in capsys.readouterr().out
-    assert prune_table.main([*line, "--targets", "1.5"]) == 2
-    assert "'1.5' was given" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_table_of_sparse_pretraining(tars: Path, tmp_path: Path) -> None:  # noqa: F811
-    out = tmp_path / "out"
-    line = ["--config", str(recipe(tars, tmp_path)), "--output", str(out), "--images", "10", "--finetune-images", "10"]
-    line += ["--epochs", "1", "--finetune-epochs", "1", "--seeds", "0", "1", "--sparsities", "0", "0.75"]
-    assert spdf_table.main(line) == 0
-    rows = json.loads((out / "table.json").read_text())
-    assert [(row["sparsity"], row["seed"]) for row in rows] == [(s, k) for k in (0, 1) for s in ("none", "0", "0.75")]
-    dense, sparse = (row["pretrain_flops"] for row in rows[1:3])
-    assert 0.25 < sparse / dense < 0.5
-    shutil.rmtree(out / next(path.name for path in out.glob("finetune-0.75*seed0*") if path.is_dir()))
-    assert spdf_table.main(line) == 0
-    assert json.loads((out / "table.json").read_text()) == rows

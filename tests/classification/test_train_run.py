@@ -52,7 +52,7 @@ def test_files_of_a_run(trained: Path) -> None:
 
 def test_a_folder_may_have_any_name(run_train: Trainer, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="pictures need it")
-    name = "$\\frac$"  # a formula to matplotlib; odd characters: tests/training/test_captions.py
+    name = "$\\frac$"  # a formula to matplotlib; odd characters: tests/training/test_pictures.py
     assert run_train("--epochs", "1", "--experiment", name) == 0
     assert (tmp_path / name / "curves.png").stat().st_size > 0
 

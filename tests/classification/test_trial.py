@@ -15,7 +15,7 @@ from torchvision import transforms
 
 from classification.options import TrainOptions
 from classification.runtime import Runtime, start_runtime
-from classification.setup import _schedule
+from classification.setup import schedule_arguments
 from classification.train import epoch_seed
 from classification.trial import try_optimizer, try_schedule, try_step, try_transforms
 from revnets.training.errors import UserError
@@ -60,13 +60,13 @@ def test_usual_optimizers_pass(opt: str) -> None:
 def test_schedules_that_fail_after_an_epoch(values: dict[str, Any], on_updates: bool) -> None:
     options = with_(sched_on_updates=on_updates, **values)
     with pytest.raises(UserError, match="--sched"):
-        try_schedule(options, 0.1, _schedule(options, 5), 5)
+        try_schedule(options, 0.1, schedule_arguments(options, 5), 5)
 
 
 @pytest.mark.parametrize("sched", ["cosine", "tanh", "step", "multistep", "poly", "plateau", "none"])
 def test_usual_schedules_pass_and_long_ones_are_sampled(sched: str) -> None:
     options = with_(sched=sched, epochs=2000, warmup_epochs=5, sched_on_updates=sched != "plateau")
-    try_schedule(options, 0.1, _schedule(options, 10_000), 10_000)
+    try_schedule(options, 0.1, schedule_arguments(options, 10_000), 10_000)
 
 
 def fails_now_and_then(image: Any) -> Any:

@@ -10,9 +10,12 @@ import pytest
 import timm
 import torch
 
-from classification import train, validate
-from classification.options import as_dict
+from classification import validate
+from classification.data import check_same_classes, class_names, open_dataset
+from classification.models import build_model
+from classification.options import TrainOptions, as_dict
 from classification.report import read_summary
+from revnets.training.options.parsing import parse
 
 from .short_runs import ROOT, TINY
 
@@ -49,8 +52,8 @@ def test_model_without_checkpoint(digits: Path) -> None:
 
 def test_other_size_than_that_of_the_conversion(digits: Path, tmp_path: Path) -> None:
     line = [*TINY, "--model", "test_resnet", "--num-classes", "10", "--layers", "sparse_wide:0.75"]
-    options = train.parse(train.TrainOptions, [*line, "--data-dir", str(digits)], "")
-    torch.save({"state_dict": train.build_model(options).state_dict(), "args": as_dict(options)}, tmp_path / "net.pth")
+    options = parse(TrainOptions, [*line, "--data-dir", str(digits)], "")
+    torch.save({"state_dict": build_model(options).state_dict(), "args": as_dict(options)}, tmp_path / "net.pth")
     line = ["--checkpoint", str(tmp_path / "net.pth"), "--data-dir", str(digits), "--img-size", "160"]
     assert validate.validate(line)["img_size"] == 160
 
@@ -80,12 +83,12 @@ def test_tar_files_are_read_as_splits(tmp_path: Path) -> None:
     if not data.is_dir():
         pytest.skip(f"no CIFAR-10 at {data}: the reading of .tar splits is not tested")
     line = ["--config", str(ROOT / "configs" / "classification" / "cifar10.yaml"), "--data-dir", str(data)]
-    options = train.parse(train.TrainOptions, line, "")
-    train_set = train.open_dataset(options, options.train_split, training=True)
-    val_set = train.open_dataset(options, options.val_split, training=False)
-    train.check_same_classes(train_set, val_set)
+    options = parse(TrainOptions, line, "")
+    train_set = open_dataset(options, options.train_split, training=True)
+    val_set = open_dataset(options, options.val_split, training=False)
+    check_same_classes(train_set, val_set)
     assert (len(train_set), len(val_set)) == (50_000, 10_000)
-    assert train.class_names(train_set)[0] == "airplane"  # type: ignore[index]
+    assert class_names(train_set)[0] == "airplane"  # type: ignore[index]
 
 
 def test_weights_in_a_published_layout_are_renamed(

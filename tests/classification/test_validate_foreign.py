@@ -11,9 +11,9 @@ import torch
 
 from classification import distill, validate
 from classification.options import TrainOptions, as_dict
-from classification.train import parse
 from revnets.training.checkpoints.foreign import reaching_argument, reaching_name
 from revnets.training.errors import UserError
+from revnets.training.options.parsing import parse
 
 from .short_runs import TINY
 

@@ -40,14 +40,14 @@ FAULTS = (
     ),
     Fault(
         "loop-updates-before",
-        "classification/loop.py",
+        "classification/training.py",
         old="+ -(-position.step // self.options.grad_accum_steps)",
         new="+ position.step // self.options.grad_accum_steps",
         tests=("tests/classification/test_loop.py",),
     ),
     Fault(
         "loop-updates-per-epoch",
-        "classification/loop.py",
+        "classification/training.py",
         old="return -(-len(self.data.loader) // self.options.grad_accum_steps)",
         new="return len(self.data.loader) // self.options.grad_accum_steps",
         tests=("tests/classification/test_loop.py",),

@@ -19,7 +19,7 @@ FAULTS = (
     ),
     Fault(
         "report-infinite",
-        "detection/report.py",
+        "revnets/training/files.py",
         old="isinstance(value, float) and not math.isfinite(value)",
         new="isinstance(value, float) and value != value",
         tests=("tests/detection/test_figures.py",),

@@ -8,28 +8,54 @@ from pathlib import Path
 
 import pytest
 
-from classification.tables import lr_transfer, series
+from classification.options import TrainOptions
+from classification.tables import lr_transfer, series, sparse
 from classification.tables import prune as prune_table
+from classification.tables.series import part_of
 from revnets.training.errors import UserError
 
 
-def test_data_that_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(series, "part_of", lambda source, made, images: made)
-    for place in ("old", "new"):
-        (tmp_path / place).mkdir()
-        for split in ("train.tar", "val.tar"):
-            with tarfile.open(tmp_path / place / split, "w"):
-                pass
-        made = series.subset(tmp_path / place, "train.tar", "val.tar", 4, tmp_path / "made")
-        assert (made / "val.tar").resolve() == (tmp_path / place / "val.tar").resolve()
-        (tmp_path / place / "val.tar").unlink()  # the link leads nowhere now
+def test_data_are_taken_once(tmp_path: Path) -> None:
+    """Also where they were, in an older version, a link to what has moved since."""
+    made, options = (
+        tmp_path / "made",
+        TrainOptions(data_dir=str(tmp_path), train_split="train.tar", val_split="val.tar"),
+    )
+    for split in ("train.tar", "val.tar"):
+        with tarfile.open(tmp_path / split, "w") as file:
+            for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png"):
+                file.addfile(tarfile.TarInfo(name))
+    made.mkdir()
+    (made / "val.tar").symlink_to(tmp_path / "gone.tar")
+    assert series.parts(options, made, 2) == made
+    counts = {}
+    for split in ("train.tar", "val.tar"):
+        with tarfile.open(made / split) as file:
+            counts[split] = len(file.getnames())
+    assert counts == {"train.tar": 2, "val.tar": 4}
+    (tmp_path / "train.tar").unlink()
+    series.parts(options, made, 2)
 
 
-def test_an_output_that_is_a_file(tmp_path: Path) -> None:
+def test_an_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"^--output: the output folder '.*file' cannot be used"):
-        series.writable(str(tmp_path / "file"))
-    assert series.writable(str(tmp_path / "a" / "b")).is_dir()
+    assert sparse.Table.main(["--output", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err.startswith("error: --output: the output folder '")
+
+
+def test_parts_of_a_data_set(tars: Path, tmp_path: Path) -> None:
+    def named(path: Path) -> set[str]:
+        with tarfile.open(path) as file:
+            return {str(Path(name).parent.name) for name in file.getnames()}
+
+    half = part_of(tars / "train.tar", tmp_path / "half.tar", None, lambda names: names[:5])
+    assert named(half) == set("01234")
+    few = part_of(tars / "train.tar", tmp_path / "few.tar", 20)
+    assert named(few) == set("0123456789")
+    with pytest.raises(UserError, match="--images: 5 was given"):
+        part_of(tars / "train.tar", tmp_path / "none.tar", 5)
+    with pytest.raises(UserError, match=r"no \.tar file"):
+        part_of(tars / "other.tar", tmp_path / "none.tar", 20)
 
 
 DAMAGED = ["", "[1, ", "{", "3", "null", '{"a": 1}', "[[1]]", '["a"]', "[" * 10_000, "\ud800"]

@@ -151,10 +151,12 @@ def detections(folder: Path) -> None:
 
 def checkpoint(folder: Path) -> None:
     from classification.checkpoints import Saver
+    from classification.state import State
 
     model = torch.nn.Linear(500, 500)
     optimizer = torch.optim.SGD(model.parameters())
-    Saver(model, optimizer, {"model": "linear"}, None, None, None, None, folder, False, 1).save_checkpoint(0, 1.0)
+    state = State(model=model, optimizer=optimizer)
+    Saver(state, {"model": "linear"}, folder, decreasing=False, max_history=1).save_checkpoint(0, 1.0)
 
 
 def pruned(folder: Path) -> None:
