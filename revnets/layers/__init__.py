@@ -10,6 +10,7 @@ from .convert import ConversionReport, convert
 from .fold import fold
 from .lean.conv import conv
 from .lean.mbconv import MBConv
+from .lean.network import is_lean, make_lean
 from .lean.norm_act import lean_layers, norm_act
 from .lean.norm_act_conv import norm_act_conv
 from .munit import convert as mus_convert
@@ -53,9 +54,11 @@ __all__ = [
     "fold",
     "fp8_products",
     "gradient_scale",
+    "is_lean",
     "lean_layers",
     "list_layers",
     "load_sparse",
+    "make_lean",
     "members",
     "munit_scale",
     "mus_conv2d",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .accounting import ModelCost, count_costs
 from .registry import Part, Spec, parse_layers
-from .sites import Filter, Site, Surroundings, Unsuitable
+from .sites import LEFT_OUT, Filter, Site, Surroundings, Unsuitable
 from .trace import Trace, TraceError, trace
 
 
@@ -91,12 +91,14 @@ class Job:
         surroundings: its data flow.
         names: of the layers that may be converted.
         report: where converted layers, skipped ones and remarks are noted.
+        input_size: of one example.
     """
 
     model: nn.Module
     surroundings: Surroundings
     names: list[str]
     report: ConversionReport
+    input_size: tuple[int, ...]
 
 
 def convert(
@@ -183,18 +185,22 @@ def _input_size(model: nn.Module, given: Sequence[int] | None) -> tuple[int, ...
 
 def _apply(part: Part, report: ConversionReport, filter: Filter | None, recorded: Trace) -> None:
     surroundings = Surroundings(report.model, recorded)
+    size = tuple(recorded.inputs[0].shape[1:])
     names = []
     for name, module in report.model.named_modules():
         if not isinstance(module, (nn.Conv2d, nn.Linear)):
             continue
-        reason = surroundings.reason_to_keep(name, filter, part.entry.everywhere)
-        reason = reason or surroundings.reason_by_config(name, part.config)
+        if part.entry.whole:
+            reason = None if filter is None or filter(module, name) else LEFT_OUT
+        else:
+            reason = surroundings.reason_to_keep(name, filter, part.entry.everywhere)
+            reason = reason or surroundings.reason_by_config(name, part.config)
         if reason is None:
             names.append(name)
         else:
             report.skipped.append(Skipped(name, reason))
     if part.entry.network:
-        report.model = part.entry.make(Job(report.model, surroundings, names, report), part.config)
+        report.model = part.entry.make(Job(report.model, surroundings, names, report, size), part.config)
         return
     for name in names:
         _convert_site(part, report, surroundings, name)

@@ -60,6 +60,7 @@ class Entry:
         config: class of its options.
         make: the registered function.
         network: whether ``make`` changes a whole network rather than one layer.
+        whole: whether it changes no layer, so that no layer can be unsuitable.
         everywhere: whether the first layer, the classifier and sparse layers are converted, too.
         keeps_weights: whether converted layers keep the weights that they had.
         summary: first line of its docstring.
@@ -69,6 +70,7 @@ class Entry:
     config: type[LayerConfig]
     make: Callable[..., Any]
     network: bool
+    whole: bool
     everywhere: bool
     keeps_weights: bool
     summary: str
@@ -100,6 +102,7 @@ def register_layer(
     network: bool = False,
     everywhere: bool = False,
     keeps_weights: bool = False,
+    whole: bool = False,
 ) -> Callable[[Made], Made]:
     """Register a function under ``name``; its first docstring line is what ``revnets layers`` shows.
 
@@ -110,6 +113,8 @@ def register_layer(
         everywhere: whether it takes the first layer, the classifier (``site.role`` tells them from the others) and
             sparse layers, too.
         keeps_weights: whether converted layers keep the weights that they had; others are newly initialised.
+        whole: with ``network``, whether no layer changes, but how the network runs: all that the filter lets through
+            are given to the function.
 
     The function takes ``(site, config)`` and returns the module to put there, or raises ``Unsuitable`` with the reason
     why the layer stays as it is; see ``revnets.layers.sites.Site``. With ``network=True`` it takes ``(job, config)``
@@ -131,7 +136,7 @@ def register_layer(
 
     def register(make: Made) -> Made:
         summary = (make.__doc__ or "").strip().split("\n")[0]
-        _ENTRIES[name] = Entry(name, config, make, network, everywhere, keeps_weights, summary)
+        _ENTRIES[name] = Entry(name, config, make, network, whole, everywhere, keeps_weights, summary)
         return make
 
     return register

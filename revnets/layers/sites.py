@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from .registry import SparseConfig
 from .trace import Call, Trace
 
+LEFT_OUT = "left out by the filter"
 Filter = Callable[[nn.Module, str], bool]
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 MASKED: set[type[nn.Module]] = set()
@@ -204,7 +205,7 @@ class Surroundings:
         if not masked and type(layer) not in (nn.Conv2d, nn.Linear, *also):
             return f"{type(layer).__name__} is neither nn.Conv2d nor nn.Linear itself"
         if filter is not None and not filter(layer, name):
-            return "left out by the filter"
+            return LEFT_OUT
         calls = len(self._calls.get(name, []))
         if calls == 0:
             return "it is not called in the forward pass"

@@ -128,18 +128,22 @@ def trace(model: nn.Module, input_size: Sequence[int], batch_size: int = 1) -> T
     twin, names = _meta_twin(model)
     x = torch.empty(batch_size, *input_size, device="meta", dtype=_dtype(model))
     recorder = _Recorder(names)
-    with _watched(twin, recorder):
-        try:
-            with torch.no_grad(), recorder:
-                outputs = twin(x)
-        except Exception as error:  # whatever a model may raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0] + recorder.place()
-            raise TraceError(type(model).__name__, tuple(x.shape), reason) from error
+    try:
+        with _watched(twin, recorder), torch.no_grad(), recorder:
+            outputs = twin(x)
+    except Exception as error:  # whatever a model may raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0] + recorder.place()
+        raise TraceError(type(model).__name__, tuple(x.shape), reason) from error
     return Trace(recorder.ops, recorder.calls, [recorder.value(x)], recorder.values(outputs))
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def meta_twin(model: nn.Module) -> nn.Module:
+    """A copy of the model without memory, in eval mode."""
+    return _meta_twin(model)[0]
 
 
 def _meta_twin(model: nn.Module) -> tuple[nn.Module, dict[int, tuple[str, Tensor]]]:
@@ -153,7 +157,9 @@ def _meta_twin(model: nn.Module) -> tuple[nn.Module, dict[int, tuple[str, Tensor
             twin = nn.Parameter(twin, tensor.requires_grad)
         memo[id(tensor)] = twin
         names[id(twin)] = (name, twin)
-    return copy.deepcopy(model, memo).eval(), names
+    twin_model = copy.deepcopy(model, memo)
+    twin_model.eval()  # whose result is None for MMDetection's networks
+    return twin_model, names
 
 
 class _watched:

@@ -1,7 +1,7 @@
 """What ``revnets profile`` does, from names to tables and files."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -15,11 +15,12 @@ from . import plots, report, sweep
 from .fake import ProfileError
 from .fit import WHAT, DoesNotFitError, Fit, fit, parse_budget
 from .profile import profile
-from .target import Setting, Target, parse_targets
+from .target import LEAN, Setting, Target, parse_targets
 
 __all__ = ["Request", "Setting", "profile_command", "run"]
 
 T = TypeVar("T")
+_SAME = {"plain": "store"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def choose_targets(
 
     Args:
         names: ``NAME[@SIZE][:BATCH]``.
-        modes: separated by commas or blanks; none for all.
+        modes: separated by commas or blanks; none for all but ``lean``. ``plain`` is another word for ``store``.
         setting: of the networks.
         img_size: where a name has none; by default the published size.
         batch_size: where a name has none.
@@ -96,7 +97,7 @@ def choose_targets(
     Raises:
         ProfileError: for what does not exist.
     """
-    wanted = words("mode", modes, MODES) if modes else []
+    wanted = [_SAME.get(mode, mode) for mode in words("mode", modes, (*MODES, LEAN, *_SAME))] if modes else []
     check_once("networks", names)
     COUNT.check("batch_size", batch_size)
     if img_size is not None:
@@ -105,6 +106,8 @@ def choose_targets(
     everywhere: set[str] = set()
     for name in names:
         found = parse_targets(name, setting, img_size, batch_size)
+        if LEAN in wanted:
+            found += [replace(t, mode=LEAN) for t in found if t.mode == "store" and type(t) is Target]
         everywhere.update(t.mode for t in found)
         # a peer without any of these modes is still worth comparing: plain
         chosen = [t for t in found if not wanted or t.mode in wanted]

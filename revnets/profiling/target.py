@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers.lean.network import make_lean
 from ..models.named import build_model, check_model
 from ..reversible import MODES
 from ..training.errors import refused
@@ -20,7 +21,9 @@ from ..training.options.values import COUNT, find_device
 from .fake import ProfileError
 from .memory import mean_square
 
-MODE_NAMES = {"store": "plain", "checkpoint": "own checkpointing"}  # for networks without our modes
+MODE_NAMES = {"store": "plain", "checkpoint": "own checkpointing", "lean": "lean"}  # for networks without our modes
+LEAN = "lean"
+"""Everything is stored that is not cheap to compute again: a mode of every network, which is shown when asked for."""
 
 EXTRA_SILOS = (0, 2, 4, 8)
 """Depths of the sweep."""
@@ -90,7 +93,8 @@ class Target:
         name: known to timm.
         img_size: side of the images, pixels.
         batch_size: images per step.
-        mode: see ``revnets.reversible.MODES``; others know ``"store"`` (plain) and ``"checkpoint"`` (their own).
+        mode: see ``revnets.reversible.MODES``; others know ``"store"`` (plain) and ``"checkpoint"`` (their own); and
+            all know ``LEAN``.
         options: for the network's constructor.
         part: of detectors, see ``revnets.mm.detectors``.
     """
@@ -175,6 +179,8 @@ def create(name: str, img_size: int, setting: Setting, options: tuple[tuple[str,
 
 def set_mode(model: Any, mode: str) -> bool:
     """Switch the memory mode; False where the network has no such mode."""
+    if mode == LEAN:
+        return set_mode(model, "store") and make_lean(model) is model
     if hasattr(model, "set_mode"):
         model.set_mode(mode)
         return True

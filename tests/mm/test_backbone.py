@@ -1,5 +1,6 @@
 """Backbones for MMDetection: timm's features on the same weights, frozen stages, norms, memory modes, weights."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 pytest.importorskip("mmdet", reason="MMDetection is not installed: pip install 'revnets[detection]'")
 
 import revnets.mm
+from revnets.layers import is_lean
 from revnets.mm.backbone import RevBiFPN, TimmBackbone
 from revnets.profiling import predict_training_step
 
@@ -308,3 +310,25 @@ def test_names_are_registered() -> None:
     from mmdet.registry import MODELS
 
     assert all(MODELS.get(name) is getattr(revnets.mm, name) for name in ("RevBiFPN", "TimmBackbone", "RevBiFPNNeck"))
+
+
+LEAN = [
+    {"type": "TimmBackbone", "model_name": "test_resnet", "out_indices": (1, 2), "frozen_stages": 1},
+    {"type": "ResNet", "depth": 18, "base_channels": 8, "stem_channels": 8, "frozen_stages": 1, "norm_eval": True},
+]
+
+
+@pytest.mark.parametrize("config", LEAN, ids=["timm", "mmdet"])
+def test_lean(config: dict[str, Any]) -> None:
+    plain = build(**config)
+    if config["type"] == "TimmBackbone":
+        lean = build(**config, layers="lean")
+        lean.load_state_dict(plain.state_dict())
+    else:
+        lean = revnets.convert(copy.deepcopy(plain), "lean", input_size=(3, 64, 64)).model
+    plain.train()  # which returns nothing in MMDetection
+    lean.train()
+    assert any(is_lean(module) for module in lean.modules())
+    expected = gradients(plain, images(64))
+    for name, grad in gradients(lean, images(64)).items():
+        assert (grad is None and expected[name] is None) or torch.equal(grad, expected[name]), name

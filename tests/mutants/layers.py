@@ -75,6 +75,20 @@ FAULTS = (
         ),
     ),
     Fault(
+        "lean-version-unchecked",
+        "revnets/layers/lean/nodes.py",
+        old="        if tensor._version != self.version:\n",
+        new="        if False:\n",
+        tests=("tests/layers/lean/test_network.py",),
+    ),
+    Fault(
+        "lean-shared-in-place",
+        "revnets/layers/lean/nodes.py",
+        old="not self.stays and self.readers <= 1\n",
+        new="not self.stays\n",
+        tests=("tests/layers/lean/test_network.py",),
+    ),
+    Fault(
         "norm-act-momentum",
         "revnets/layers/lean/norm_act.py",
         old="        and norm.momentum is not None\n",

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from revnets.cli import app
+from revnets.layers import is_lean
 from revnets.profiling.ablation import AS_IT_IS, VARIANTS
 from revnets.profiling.bench import Case, Row, make_cases, ratios
 from revnets.profiling.target import Setting, Target
@@ -23,6 +24,20 @@ def test_cases() -> None:
         make_cases(["revbifpn_s9"], "", SETTING)
     with pytest.raises(ValueError, match="expected NAME@SIZE:BATCH"):
         make_cases(["resnet18@big"], "", SETTING)
+
+
+def test_lean_is_a_mode_of_every_network_when_asked_for() -> None:
+    cases = make_cases(["resnet18", "test_revbifpn@64:2"], "plain,lean", SETTING)
+    assert [(c.target.name, c.target.mode_name) for c in cases] == [
+        ("resnet18", "plain"),
+        ("resnet18", "lean"),
+        ("test_revbifpn", "store"),
+        ("test_revbifpn", "lean"),
+    ]
+    job = make_cases(["test_resnet@64:2"], "lean", SETTING)[0].target.build(SETTING, "meta")
+    assert is_lean(job.network)
+    with pytest.raises(ValueError, match=r"unknown mode 'leen'.*did you mean 'lean'"):
+        make_cases(["resnet18"], "leen", SETTING)
 
 
 def test_ablation_leaves_out_one_thing_at_a_time() -> None:

@@ -1,0 +1,237 @@
+"""Which operators are cheap enough to run twice, and how each is run again without what it did besides its value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...reversible.replay import is_fake
+
+aten = torch.ops.aten
+
+Again = Callable[..., Tensor]
+"""Computes an operator's first result again, from the same arguments."""
+
+MOVES = {
+    "_to_copy",
+    "cat",
+    "channel_shuffle",
+    "clone",
+    "constant_pad_nd",
+    "flip",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "reflection_pad2d",
+    "repeat",
+    "replication_pad2d",
+    "roll",
+    "stack",
+    "upsample_nearest2d",
+    "_upsample_nearest_exact2d",
+}
+"""Copies of elements to other places, precisions or layouts."""
+
+ELEMENTWISE = {"gelu_", "hardswish", "hardswish_", "log_sigmoid_forward", "where"}
+"""Elementwise operators that torch does not tag so; it tags all others."""
+
+CONSTANT = {"fill", "fill_", "zero", "zero_", "ones_like", "zeros_like", "full_like", "empty_like"}
+"""What depends on no tensor's values is memory to be written to, perhaps by kernels that torch does not know of."""
+
+NORMS = {"native_layer_norm", "native_group_norm", "_fused_rms_norm", "batch_norm_elemt", "_softmax", "_log_softmax"}
+"""Run again as they are; their statistics are part of it."""
+
+BATCH_NORMS = {
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+    "_batch_norm_with_update",
+    "cudnn_batch_norm",
+    "miopen_batch_norm",
+}
+"""Batch norms: in training they move running statistics, and their results are value, mean and 1 / deviation."""
+
+VIEWS_WITHOUT_ALIAS = {"_unsafe_view", "_reshape_alias"}
+
+
+def name_of(func: Any) -> str:
+    """An operator's name without namespace and overload.
+
+    Example:
+        >>> name_of(torch.ops.aten.add_.Tensor)
+        'add_'
+    """
+    return str(func._schema.name).removeprefix("aten::")
+
+
+def writes(func: Any) -> tuple[int | str, ...]:
+    """Places (or names) of the arguments that an operator writes to.
+
+    Example:
+        >>> writes(torch.ops.aten.add_.Tensor), writes(torch.ops.aten.add.out), writes(torch.ops.aten.add.Tensor)
+        ((0,), ('out',), ())
+    """
+    return tuple(
+        argument.name if argument.kwarg_only else place
+        for place, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
+def is_view(func: Any) -> bool:
+    """Whether the results are views of the first argument."""
+    arguments = func._schema.arguments
+    if not arguments or not func._schema.name.startswith("aten::"):
+        return False
+    alias = arguments[0].alias_info
+    return (alias is not None and not alias.is_write) or name_of(func) in VIEWS_WITHOUT_ALIAS
+
+
+def cheap(func: Any) -> Again | None:
+    """How an operator's value is computed again; None where it draws, is no elementwise work, or is not known.
+
+    Example:
+        >>> x = torch.tensor([-1.0, 2.0])
+        >>> cheap(torch.ops.aten.relu_.default)(x), x
+        (tensor([0., 2.]), tensor([-1.,  2.]))
+        >>> cheap(torch.ops.aten.mm.default) is None
+        True
+    """
+    name = name_of(func)
+    if (
+        not func._schema.name.startswith("aten::")
+        or name.startswith("_foreach")
+        or torch.Tag.nondeterministic_seeded in func.tags
+    ):
+        return None
+    if name in NORMS or name in BATCH_NORMS:  # in training, a batch norm is run again by ``batch_norm``
+        return lambda *args, **kwargs: _first(func(*args, **kwargs))
+    if name in CONSTANT or not (torch.Tag.pointwise in func.tags or name in ELEMENTWISE or name in MOVES):
+        return None
+    if not writes(func):
+        return lambda *args, **kwargs: _first(func(*args, **kwargs))
+    return _out_of_place(func, name)
+
+
+def _out_of_place(func: Any, name: str) -> Again | None:
+    """The operator that returns what this one writes into its first argument."""
+    if writes(func) != (0,) or not name.endswith("_"):
+        return None
+    again = getattr(getattr(aten, name[:-1], None), func._overloadname, None)
+    if again is None or len(again._schema.arguments) < len(func._schema.arguments):
+        return None
+
+    def compute(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = again(x, *args, **kwargs)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
+
+    return compute
+
+
+def in_place(func: Any) -> Any:
+    """The operator that writes into its first argument what ``func`` returns; ``func`` itself, if it is such a one."""
+    name = name_of(func)
+    if name in BATCH_NORMS or name in NORMS or name in MOVES:
+        return None
+    if writes(func) == (0,):
+        return func
+    found = getattr(getattr(aten, name + "_", None), func._overloadname, None)
+    return found if found is not None and writes(found) == (0,) else None
+
+
+def is_batch_norm(func: Any) -> bool:
+    """Whether this is a batch norm with or without training."""
+    return name_of(func) in BATCH_NORMS
+
+
+def normalises_by_batch(func: Any, args: Sequence[Any]) -> bool:
+    """Whether this batch norm takes the statistics of its batch."""
+    names = [argument.name for argument in func._schema.arguments]
+    return "training" not in names or bool(args[names.index("training")])
+
+
+def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor) -> Tensor:
+    """``(x - mean) * invstd * weight + bias``, on a CPU with the bits of torch's kernel for training.
+
+    That kernel multiplies by ``invstd * weight`` and adds ``bias - mean * invstd * weight``. The one for evaluation
+    does so, too, with ``1 / sqrt(var + eps)``: which is 1 here, and the weight has the factor already.
+
+    Example:
+        >>> x, weight, bias = torch.randn(4, 3, 5, 5), torch.randn(3), torch.randn(3)
+        >>> y, mean, invstd = torch.ops.aten.native_batch_norm(x, weight, bias, None, None, True, 0.1, 1e-5)
+        >>> torch.equal(y, batch_norm(x, weight, bias, mean, invstd))
+        True
+    """
+    if x.is_cuda and not is_fake(x):
+        return torch.batch_norm_elemt(x, weight, bias, mean, invstd, 0.0)
+    scale = invstd if weight is None else (invstd * weight).to(weight.dtype)
+    shift = torch.zeros_like(scale) if bias is None else bias
+    ones = torch.ones_like(scale)
+    return _first(aten.native_batch_norm(x, scale, shift, mean.to(scale.dtype), ones, False, 0.0, 0.0))
+
+
+class Code(NamedTuple):
+    """A shorter form of a result that holds less than its type has room for.
+
+    Attributes:
+        result: which one of the operator's.
+        fits: whether the arguments (of the operator) allow for it.
+        encode: the result, and the operator's arguments, to the short form.
+        decode: the short form, and dtype, shape and strides of the result, to that.
+        other: another result, from the operator's argument and this result; or None.
+    """
+
+    result: int
+    fits: Callable[..., bool]
+    encode: Callable[..., Tensor]
+    decode: Callable[..., Tensor]
+    other: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+def _pack(mask: Tensor, *_: Any) -> Tensor:
+    """Eight of 0 or 1 to a byte, in the order of memory."""
+    flat = mask.as_strided((mask.numel(),), (1,)).to(torch.uint8)
+    columns = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(8, -1)
+    packed = columns[0].clone()
+    for bit in range(1, 8):
+        packed.bitwise_or_(columns[bit] << bit)
+    return packed
+
+
+def _unpack(packed: Tensor, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    mask = torch.empty_strided(shape, stride, dtype=dtype, device=packed.device)
+    columns = torch.stack([(packed >> bit) & 1 for bit in range(8)])
+    mask.as_strided((mask.numel(),), (1,)).copy_(columns.view(-1)[: mask.numel()])
+    return mask
+
+
+def _is_dense(x: Tensor, *_: Any, **__: Any) -> bool:
+    return bool(torch.ops.aten.is_non_overlapping_and_dense(x))
+
+
+def _few_pixels(x: Tensor, *_: Any, **__: Any) -> bool:
+    return x.dim() >= 3 and x.shape[-1] * x.shape[-2] < 2**31
+
+
+def _short_index(index: Tensor, x: Tensor, *_: Any) -> Tensor:
+    return index.to(torch.int16 if x.shape[-1] * x.shape[-2] < 2**15 else torch.int32)
+
+
+def _long_index(short: Tensor, dtype: torch.dtype, *_: Any) -> Tensor:
+    return short.to(dtype)
+
+
+def _picked(x: Tensor, index: Tensor) -> Tensor:
+    return x.flatten(-2).gather(-1, index.flatten(-2)).view(index.shape)
+
+
+CODES = {
+    "bernoulli_": Code(0, _is_dense, _pack, _unpack),
+    "max_pool2d_with_indices": Code(1, _few_pixels, _short_index, _long_index, _picked),
+}
+"""Dropout's noise as bits, and the places of maxima, numbers of pixels, in as few bytes as those take."""
+
+
+def _first(results: Any) -> Tensor:
+    return results if isinstance(results, Tensor) else results[0]
