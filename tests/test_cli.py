@@ -62,7 +62,7 @@ def test_a_close_name_is_offered() -> None:
     result = CliRunner().invoke(app, ["profil"])
     assert result.exit_code == 2
     assert result.stderr.startswith("revnets: ")
-    assert "'profile'" in result.stderr
+    assert "'profile'? `" in result.stderr
 
 
 def test_the_group_is_one_of_typer() -> None:
