@@ -1,10 +1,12 @@
 """The ``revnets`` command: its commands by name, each in the room that it is about, imported when it is called."""
 
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 
 from .arguments import Commands, Later
+from .version import __version__
 
 COMMANDS = {
     "profile": (
@@ -89,8 +91,18 @@ app = typer.Typer(
 )
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"revnets {__version__}, torch {version('torch')}, timm {version('timm')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _main() -> None:
+def _main(
+    say_version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
     """Memory-efficient vision backbones: profile, train, prune and deploy them."""
 
 
