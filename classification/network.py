@@ -1,4 +1,4 @@
-"""What a training starts from: weights of another one, whose masks, zeros and classifier may be different."""
+"""The network of a training, and the weights that it starts from, whose masks, zeros and classifier may be others."""
 
 from __future__ import annotations
 

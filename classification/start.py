@@ -19,11 +19,11 @@ from revnets.training.guards.finite import FiniteGuard
 from .captured import check_optimizer
 from .data import Splits, check_labels, train_data, validation_loader
 from .distill import distillation
+from .network import Network
 from .options import TrainOptions, renamed
 from .recovery import Recovery
 from .runtime import Runtime
 from .sparse import start_sparse_kernel, start_sparsity
-from .start import Network
 from .training import Training
 from .trial import try_optimizer, try_schedule, try_step, try_transforms
 
