@@ -1,8 +1,9 @@
 """The ``revnets`` command: its commands by name, each in the room that it is about, imported when it is called."""
 
-from importlib.metadata import version
 from typing import Annotated, Any
 
+import timm
+import torch
 import typer
 
 from .arguments import Commands, Later
@@ -93,7 +94,7 @@ app = typer.Typer(
 
 def _say_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"revnets {__version__}, torch {version('torch')}, timm {version('timm')}")
+        typer.echo(f"revnets {__version__}, torch {torch.__version__}, timm {timm.__version__}")
         raise typer.Exit
 
 
