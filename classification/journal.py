@@ -20,13 +20,13 @@ from revnets.training.processes import of_first, settle_buckets
 from .checkpoints import BEST, LAST, Saver
 from .data import Splits
 from .folder import RunFolder
+from .network import Network
 from .options import TrainOptions, as_dict
 from .recovery import OwnState, Position
 from .report import Row, Summary, draw_curves, write_args
 from .resuming import Asked, resume
 from .runtime import Runtime
 from .sparse import RunFlops, draw_sparsity, sparsity_words
-from .start import Network
 from .training import Training
 
 _logger = logging.getLogger("classification")

@@ -29,13 +29,13 @@ from .captured import check_capture
 from .data import Splits
 from .journal import Journal
 from .loop import train_epoch, validate
+from .network import Network
 from .options import CONFIGS, TrainOptions
 from .recovery import Position
 from .report import Row
 from .resuming import Asked
 from .runtime import start_runtime
-from .setup import start_training
-from .start import Network
+from .start import start_training
 from .training import Training
 
 _logger = logging.getLogger("classification")

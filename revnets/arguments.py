@@ -132,7 +132,7 @@ def reversible(names: Sequence[str | None]) -> bool:
 
 
 class Command(TyperCommand):
-    """A command that refuses options without effect, and those that are given twice."""
+    """A command that refuses options without effect, and those given twice; its mistakes end with one sentence."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Reads what was typed."""
@@ -147,6 +147,13 @@ class Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Runs it, once the options that were typed are known to count."""
+        try:
+            self._refuse_idle(ctx)
+            return super().invoke(ctx)
+        except _mistakes() as error:
+            fail(error)
+
+    def _refuse_idle(self, ctx: Any) -> None:
         for rule in getattr(self.callback, "rules", ()):
             source = ctx.get_parameter_source(rule.option)
             if source is None or source.name not in ("COMMANDLINE", "ENVIRONMENT"):
@@ -154,11 +161,10 @@ class Command(TyperCommand):
             if rule.idle(ctx.params):
                 flag = _typed(rule.option, ctx.params[rule.option])
                 fail(f"{flag} has no effect {rule.why.format_map(ctx.params)}, or leave {flag} out")
-        return super().invoke(ctx)
 
 
-class Passing(Command):
-    """A command that leaves everything after its name to another parser as it is, ``--help`` and ``--`` included."""
+class Passing(TyperCommand):
+    """A command that leaves what follows its name, ``--help`` and ``--`` included, and all mistakes to a script."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Reads nothing."""
@@ -224,13 +230,6 @@ def _flag(option: str) -> str:
 class Commands(TyperGroup):
     """Commands whose mistakes end with one sentence and exit code 2; other exceptions are bugs, and show."""
 
-    def invoke(self, ctx: Any) -> Any:
-        """Runs a command."""
-        try:
-            return super().invoke(ctx)
-        except _mistakes() as error:
-            fail(error)
-
     def main(self, *args: Any, standalone_mode: bool = True, **more: Any) -> Any:
         """Reads the command line and runs what it says."""
         run: Any = super().main
@@ -260,7 +259,8 @@ def _usage(error: Any) -> None:
         error.show()
         return
     program = getattr(getattr(error, "ctx", None), "command_path", "revnets")
-    _say(f"{str(error.format_message()).rstrip('. ')}; `{program} --help` lists what there is")
+    words = str(error.format_message()).rstrip(". ")
+    _say(f"{words}{'' if words.endswith('?') else ';'} `{program} --help` lists what there is")
 
 
 def fail(error: object) -> NoReturn:

@@ -1,10 +1,13 @@
 """The ``revnets`` command: its commands by name, each in the room that it is about, imported when it is called."""
 
-from typing import Any
+from typing import Annotated, Any
 
+import timm
+import torch
 import typer
 
 from .arguments import Commands, Later
+from .version import __version__
 
 COMMANDS = {
     "profile": (
@@ -89,8 +92,18 @@ app = typer.Typer(
 )
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"revnets {__version__}, torch {torch.__version__}, timm {timm.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _main() -> None:
+def _main(
+    say_version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
     """Memory-efficient vision backbones: profile, train, prune and deploy them."""
 
 

@@ -10,6 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from revnets import __version__
 from revnets.cli import COMMANDS, app
 
 HEAVY = ("mmdet", "matplotlib", "revnets.deploy", "revnets.profiling", "revnets.gpu_report", "revnets.scripts.command")
@@ -62,7 +63,13 @@ def test_a_close_name_is_offered() -> None:
     result = CliRunner().invoke(app, ["profil"])
     assert result.exit_code == 2
     assert result.stderr.startswith("revnets: ")
-    assert "'profile'" in result.stderr
+    assert "'profile'? `" in result.stderr
+
+
+def test_version() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"revnets {__version__}, torch ")
 
 
 def test_the_group_is_one_of_typer() -> None:

@@ -76,7 +76,7 @@ def _power(name: str, digits: str) -> Column:
 class Table(runner.Table):
     """The best learning rate of every width, with and without the rules."""
 
-    prog = "lr_transfer"
+    folder = "lr_transfer"
     description = "Learning rates across widths."
     picture = "lr_transfer.png"
     options = (

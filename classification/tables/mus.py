@@ -96,7 +96,7 @@ def _against_mus(found: Outcomes, lines: runner.Lines) -> str:
 class Table(runner.Table):
     """Every variant of the layers, and the munit-scaled ones with twice the learning rate."""
 
-    prog = "mus_table"
+    folder = "mus_table"
     description = "Standard, munit-scaled and FP8 layers on the same network, over seeds."
     picture = "curves.png"
     options = (

@@ -79,7 +79,7 @@ def _against_dense(found: Outcomes, lines: runner.Lines) -> str:
 class Table(runner.Table):
     """Every network at every stage of its life."""
 
-    prog = "prune_table"
+    folder = "prune_table"
     description = "Targets x methods x stages."
     title = "Pruned networks (FLOPs: theoretical, without multiplications by zeros)"
     options = (

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import math
 import statistics
+import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -61,7 +62,7 @@ class Table:
         args: Of its command line.
     """
 
-    prog: ClassVar[str]  # also the name of its folder
+    folder: ClassVar[str]  # within output/
     description: ClassVar[str]
     options: ClassVar[tuple[Flag, ...]]
     title: ClassVar[str | None] = None
@@ -77,14 +78,21 @@ class Table:
         """Runs the script; returns its exit code: 2 after a user mistake."""
 
         def run() -> None:
-            parser = Parser(prog=cls.prog, description=cls.description, allow_abbrev=False)
-            path, folder = argument(str, path=True), f"output/{cls.prog}"
+            command = f"python -m {cls._module()}"
+            parser = Parser(prog=command, description=cls.description, allow_abbrev=False)
+            path, folder = argument(str, path=True), f"output/{cls.folder}"
             parser.add_argument("--output", type=path, default=folder, help="folder of the runs and of the table")
             for name, how in cls.options:
                 parser.add_argument(name, **how)
             cls(parser.parse_args(argv)).run()
 
         return guarded(run)
+
+    @classmethod
+    def _module(cls) -> str:
+        """Its name, also where it is run as the main one."""
+        spec = sys.modules[cls.__module__].__spec__
+        return spec.name if spec is not None else cls.__module__
 
     def check(self) -> None:
         """What can be refused before anything is written.

@@ -46,7 +46,7 @@ def _range(found: Outcomes, _: runner.Lines) -> str:
 class Table(runner.Table):
     """Dense, every member with RigL, and one member with the other schedules."""
 
-    prog = "sparse_table"
+    folder = "sparse_table"
     description = "Seeds x members x schedules on one recipe."
     options = (
         *runner.series(images=10000),

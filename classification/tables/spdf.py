@@ -54,7 +54,7 @@ def _of_dense(*names: str) -> Callable[[Outcomes, runner.Lines], str]:
 class Table(runner.Table):
     """Sparsities of the pre-training, and none at all."""
 
-    prog = "spdf_table"
+    folder = "spdf_table"
     description = "Sparsities x seeds, then dense."
     options = (
         flag("--config", default=str(CONFIG), help="recipe of all trainings"),

@@ -37,7 +37,6 @@ __all__ = [
     "bench_fp8_command",
     "break_even",
     "describe",
-    "measure_fp8",
     "parse",
     "print_rows",
     "run",
@@ -45,12 +44,7 @@ __all__ = [
 ]
 
 MODES = ("eager", "compiled")
-Size = tuple[str, int, int]
-"""Kind, rows, width."""
-
 _SIDES = (56, 16)  # of the maps, pixels: the first that divides the rows into whole maps, or the last
-_LARGE = (("1x1 conv", 64 * 56 * 56, 256), ("3x3 conv", 64 * 56 * 56, 256))  # a ResNet's first stage, batch size 64
-_WIDEST_CONV = 2048
 _BLOCK_SECONDS = 0.02  # of one measurement at least, so that the clock and launches do not count
 
 
@@ -129,59 +123,8 @@ def run(
         progress: wraps the list of sizes.
         say: gets a sentence for every layer that could not be measured.
     """
-    return _run(
-        request, [(k, r, w) for k in request.kinds for r in request.rows for w in request.widths], progress, say
-    )
-
-
-def measure_fp8(sizes: Sequence[int], device: torch.device | str, tiny: bool) -> list[Row]:
-    """What ``revnets gpu-report`` measures: square linear layers, 1x1 and 3x3 convolutions, eager, in bfloat16.
-
-    Linear layers have 8192 rows; so have convolutions, as 32 maps of 16 x 16, up to 2048 channels; besides, both have
-    256 channels at 56 x 56 and batch size 64. ``write_table`` makes of the rows what ``mus_fp8:auto`` reads.
-
-    Args:
-        sizes: widths, such as 512 to 8192.
-        device: where.
-        tiny: one small size of each kind in place of ``sizes``, once: seconds on a CPU.
-
-    Returns:
-        ``Row``s, plain data by ``dataclasses.asdict``. On a device without FP8 units those of ``"mus_fp8"`` are marked
-        ``emulated``, and their times say nothing of FP8. A layer that cannot be measured is left out, with a warning.
-
-    Raises:
-        ProfileError: for a size that does not fit, or a device that is not here.
-
-    Example:
-        >>> rows = measure_fp8([512], "cpu", tiny=True)  # doctest: +SKIP
-        >>> {row.kind for row in rows}  # doctest: +SKIP
-        {'linear', '1x1 conv', '3x3 conv'}
-    """
-    with refused("measure_fp8", kind=ProfileError):
-        found = find_device(str(device), here=True)
-    widths, rows, repeats = ([32], [64], 1) if tiny else (list(sizes), [8192], 5)
-    request = Request(found, widths, rows, modes=("eager",), repeats=repeats)
-    return _run(request, [*_sizes(request), *(() if tiny else _LARGE)], iter, warnings.warn)
-
-
-def _sizes(request: Request) -> list[Size]:
-    return [
-        (kind, rows, width)
-        for kind in request.kinds
-        for rows in request.rows
-        for width in request.widths
-        if kind == "linear" or width <= _WIDEST_CONV
-    ]
-
-
-def _run(
-    request: Request,
-    sizes: Sequence[Size],
-    progress: Callable[[Iterable[Any]], Iterable[Any]],
-    say: Callable[[str], Any],
-) -> list[Row]:
     found: list[Row] = []
-    for kind, rows, width in progress(sizes):
+    for kind, rows, width in progress([(k, r, w) for k in request.kinds for r in request.rows for w in request.widths]):
         found += _measure(request, kind, rows, width, say)
     return found
 

@@ -111,7 +111,7 @@ def write_table(rows: Sequence[Row], device: torch.device | str, path: Path) -> 
     """Write what ``mus_fp8:auto`` reads as a table, complete or not at all.
 
     Args:
-        rows: of ``run`` or ``measure_fp8``.
+        rows: of ``run``.
         device: where they were measured.
         path: of the JSON file.
     """

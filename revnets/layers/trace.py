@@ -101,14 +101,6 @@ class Trace:
             found[op.module] = found.get(op.module, 0) + op.flops
         return found
 
-    def consumers(self) -> dict[int, list[Op]]:
-        """Which ops read a value."""
-        found: dict[int, list[Op]] = {}
-        for op in self.ops:
-            for value in op.inputs:
-                found.setdefault(value.number, []).append(op)
-        return found
-
 
 def trace(model: nn.Module, input_size: Sequence[int], batch_size: int = 1) -> Trace:
     """Run ``model`` once in eval mode on the meta device and record it; the model itself is left as it is.

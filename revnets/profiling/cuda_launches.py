@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..reversible.cuda import WATCHERS
 from .fake import ProfileError, explain, fake_input, fake_twin, new_fake_mode
-from .kernels import FAKE_KERNELS, decomposition
+from .kernel_memory import FAKE_KERNELS, decomposition
 from .launches import is_launch
 from .memory import mean_square
 

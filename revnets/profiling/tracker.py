@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .flops import count_flops
-from .kernels import FAKE_KERNELS, decomposition, temporary_bytes
+from .kernel_memory import FAKE_KERNELS, decomposition, temporary_bytes
 
 aten = torch.ops.aten
 

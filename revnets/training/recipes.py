@@ -9,7 +9,7 @@ from .errors import UserError, did_you_mean, shown
 
 
 def find(text: str, ours: Path, suffix: str, origin: str) -> Path:
-    """The file of this path or, where nothing is there, ours of this name.
+    """The file of this path or, where there is none, ours of this name.
 
     A name is the path within our folder (or, as in a checkout, within `configs/`), or its last part where only one file
     has it; the suffix may be left out. Folders with an underscore hold parts of others, which are no names.
@@ -24,7 +24,8 @@ def find(text: str, ours: Path, suffix: str, origin: str) -> Path:
         UserError: There is neither, or several have the name.
     """
     path = os.path.expanduser(text)
-    if os.path.lexists(path):
+    folder = os.path.isdir(path)  # of that name by chance, as that of the data set may be
+    if os.path.lexists(path) and not folder:
         return Path(path)
     files = sorted(file for file in ours.rglob(f"*{suffix}") if not file.relative_to(ours).parts[0].startswith("_"))
     names = {file.relative_to(ours).with_suffix("").as_posix(): file for file in files}
@@ -32,6 +33,8 @@ def find(text: str, ours: Path, suffix: str, origin: str) -> Path:
     found = [name for name in names if wanted in (name, name.rpartition("/")[2])]
     if len(found) == 1 or wanted in found:
         return names[wanted if wanted in found else found[0]]
+    if folder and not found:
+        return Path(path)  # its reader says what is wrong
     if found:
         raise UserError(f"{origin}: {shown(text)} is the name of several files: {', '.join(found)}; give one of these.")
     short = {name.rpartition("/")[2] for name in names}

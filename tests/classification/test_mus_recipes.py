@@ -11,7 +11,7 @@ from classification.models import build_model
 from classification.options import TrainOptions, ValidateOptions
 from classification.tables import mus as mus_table
 from revnets.layers import MuSConv2d, MuSLinear
-from revnets.training.options.parsing import options_of, parse, read_yaml
+from revnets.training.options.parsing import options_of, parse, read_layers
 
 from .short_runs import Trainer
 
@@ -44,7 +44,7 @@ def test_recipes(path: Path) -> None:
         assert any(module.fp8 for module in scaled) == (more != [] and "mus_fp8" in more[-1])
         assert model(torch.ones(2, 3, 32, 32)).shape == (2, 10)
     ignored = frozenset(set(options_of(TrainOptions)) - set(options_of(ValidateOptions)))
-    read_yaml(path, options_of(ValidateOptions), ignored)
+    read_layers(ValidateOptions, ["--config", str(path)], "", ignored=ignored)
 
 
 @pytest.mark.parametrize("network", [pytest.param("revbifpn-s0", marks=SLOW), "mus-vit-tiny"])

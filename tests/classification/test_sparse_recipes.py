@@ -12,7 +12,7 @@ from torch import nn
 from classification.models import build_model
 from classification.options import TrainOptions, ValidateOptions
 from revnets.training.errors import UserError
-from revnets.training.options.parsing import options_of, parse, read_yaml
+from revnets.training.options.parsing import options_of, parse, read_layers
 
 from .short_runs import ROOT, Trainer
 
@@ -36,7 +36,7 @@ def test_every_recipe_parses_with_every_member_and_schedule(path: Path) -> None:
             assert ("sparse_" in got.layers) == ("''" not in more)
             assert got.sparsity_schedule in ("rigl", "set", "static")
     ignored = frozenset(set(options_of(TrainOptions)) - set(options_of(ValidateOptions)))
-    read_yaml(path, options_of(ValidateOptions), ignored)
+    read_layers(ValidateOptions, ["--config", str(path)], "", ignored=ignored)
 
 
 def test_stem_of_small_images() -> None:

@@ -11,7 +11,7 @@ import yaml
 
 from classification.options import TrainOptions, ValidateOptions, as_dict
 from revnets.training.errors import UserError
-from revnets.training.options.parsing import options_of, parse, read_yaml
+from revnets.training.options.parsing import options_of, parse, read_layers
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "classification"
 
@@ -196,7 +196,7 @@ def test_every_shipped_config_parses_and_starts_with_its_command(path: Path) -> 
     got.check()
     assert "mode" in got.model_kwargs
     trained_only = frozenset(set(options_of(TrainOptions)) - set(options_of(ValidateOptions)))
-    read_yaml(path, options_of(ValidateOptions), trained_only)  # validate.py reads the same files
+    read_layers(ValidateOptions, ["--config", str(path)], "", ignored=trained_only)  # validate.py reads the same files
 
 
 def test_imagenet_recipes_follow_the_table_of_variants() -> None:

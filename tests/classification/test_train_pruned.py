@@ -14,7 +14,7 @@ from classification.options import TrainOptions, ValidateOptions
 from classification.report import read_summary
 from revnets.layers import count_costs
 from revnets.pruning import densify, prune
-from revnets.training.options.parsing import options_of, parse, read_yaml
+from revnets.training.options.parsing import options_of, parse, read_layers
 
 from .short_runs import ROOT, Trainer
 from .test_train_errors import sentence
@@ -29,9 +29,8 @@ def test_every_recipe_parses(path: Path) -> None:
     assert lines[0].startswith(("# python ", "# torchrun "))
     assert path.name in lines[0]
     parse(TrainOptions, ["--config", str(path), "--data-dir", "x"], "").check()
-    read_yaml(
-        path, options_of(ValidateOptions), frozenset(set(options_of(TrainOptions)) - set(options_of(ValidateOptions)))
-    )
+    trained_only = frozenset(set(options_of(TrainOptions)) - set(options_of(ValidateOptions)))
+    read_layers(ValidateOptions, ["--config", str(path)], "", ignored=trained_only)
 
 
 def pruned(folder: Path, classes: int = 10) -> Path:

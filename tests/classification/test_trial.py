@@ -15,7 +15,7 @@ from torchvision import transforms
 
 from classification.options import TrainOptions
 from classification.runtime import Runtime, start_runtime
-from classification.setup import schedule_arguments
+from classification.start import schedule_arguments
 from classification.train import epoch_seed
 from classification.trial import try_optimizer, try_schedule, try_step, try_transforms
 from revnets.training.errors import UserError

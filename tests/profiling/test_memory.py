@@ -39,7 +39,7 @@ def test_memory_does_not_grow_with_depth() -> None:
 
 @pytest.mark.slow
 def test_s0_at_224_pixels() -> None:
-    """Issue 2: at most 6.0 MB per sample (published code: 7.45)."""
+    """At most 6.0 MB per sample (published code: 7.45)."""
     model = timm.create_model("revbifpn_s0").train()
     x = torch.randn(8, 3, 224, 224).to(memory_format=torch.channels_last)
     measured = measure_training_step(model.to(memory_format=torch.channels_last), x)

@@ -61,6 +61,16 @@ def test_an_end_by_sigterm_keeps_its_code(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert (result.exit_code, result.stderr) == (TERMINATED, f"{tmp_path}: saved\n")
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_faults_of_a_script_are_not_taken_for_mistakes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def main(argv: list[str], program: str) -> int:
+        raise ValueError("a fault of ours")
+
+    monkeypatch.setattr(scripts.script(SCRIPTS[name]), "main", main)
+    result = CliRunner().invoke(app, [name])
+    assert isinstance(result.exception, ValueError)
+
+
 def test_scripts_of_a_checkout_lie_beside_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT])
     module = scripts.script("classification.digits")

@@ -44,6 +44,14 @@ def test_a_file_wins_over_a_name(ours: Path, monkeypatch: pytest.MonkeyPatch, tm
     assert find("dangling", ours, ".yaml", "--config") == Path("dangling")
 
 
+def test_a_folder_does_not_win_over_a_name(ours: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("plain", "other"):
+        (tmp_path / name).mkdir()
+    assert find("plain", ours, ".yaml", "--config") == ours / "plain.yaml"
+    assert find("other", ours, ".yaml", "--config") == Path("other")  # whoever reads it says what is wrong
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -40,34 +40,10 @@ __all__ = [
     "options_of",
     "parse",
     "read_layers",
-    "read_yaml",
     "settled",
 ]
 T = TypeVar("T")
 EFFECT = "An option that has no effect is an error: what it needs is off, or another one wins over it."
-
-
-def read_yaml(path: Path, known: Mapping[str, Option], ignored: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """Reads a configuration and the ones it builds on.
-
-    A key `base: other.yaml` names the file to start from, relative to the file that says so. Mappings such as
-    `model_kwargs` are joined key by key, all else is replaced.
-
-    Args:
-        path: The YAML file.
-        known: The options it may set.
-        ignored: Further keys that other scripts read.
-
-    Returns:
-        The checked values.
-
-    Raises:
-        UserError: No such file, not YAML, an unknown key, or a value that does not fit.
-    """
-    values: dict[str, Any] = {}
-    for layer in _file_layers(path, known, ignored):
-        values = _joined(values, layer.values)
-    return values
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ DONE = [Outcome("dense", 50.0, [1.0]), Outcome("sparse", 60.0), Outcome("dense",
 
 
 class Table(runner.Table):
-    prog = "some_table"
+    folder = "some_table"
     description = "Some."
     options = (flag("--count", type=runner.positive, default=4),)
     columns = (
@@ -71,3 +71,5 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert Table.main(["--count", "0", "--output", str(tmp_path / "a")]) == 2
     assert "--count: '0'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+    assert Table.main(["--cuont", "1"]) == 2
+    assert f"`python -m {__name__} --help`" in capsys.readouterr().err
