@@ -1,6 +1,6 @@
 """A step of the quickstart under several ways to wait for threads, on a quiet machine and beside a busy process.
 
-    python -m tests.integration.threads [--rounds 3]
+    python -m tests.integration.threads [--rounds 3] [--batch-size 32 --img-size 32]
 
 The ways take turns; each step time is the median of a process's steps, each row the median of its rounds.
 """
@@ -21,16 +21,19 @@ WAYS: dict[str, dict[str, str]] = {
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 STEPS = 4
-STEP = f"""
-import statistics, time
+STEP = """
+import statistics, sys, time
 import timm, torch
 import revnets
-model = timm.create_model("revbifpn_s0", num_classes=10, stem_stride=2, mode="reversible").train()
+batch, size, steps = map(int, sys.argv[1:])
+stem = 2 if size < 64 else 4
+model = timm.create_model("revbifpn_s0", num_classes=10, mode="reversible", stem_stride=stem).train()
 model = model.to(memory_format=torch.channels_last)
-images, target = torch.randn(32, 3, 32, 32).to(memory_format=torch.channels_last), torch.randint(10, (32,))
+images = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
+target = torch.randint(10, (batch,))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 taken = []
-for _ in range({STEPS} + 1):
+for _ in range(steps + 1):
     start = time.perf_counter()
     optimizer.zero_grad()
     torch.nn.functional.cross_entropy(model(images), target).backward()
@@ -40,11 +43,15 @@ print(statistics.median(taken[1:]))
 """
 
 
-def step_time(way: dict[str, str]) -> float:
+def step_time(way: dict[str, str], batch: int, size: int) -> float:
     """Seconds per step, of a process of its own."""
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
     done = subprocess.run(
-        [sys.executable, "-c", STEP], env={**plain, **way}, check=True, capture_output=True, text=True
+        [sys.executable, "-c", STEP, str(batch), str(size), str(STEPS)],
+        env={**plain, **way},
+        check=True,
+        capture_output=True,
+        text=True,
     )
     return float(done.stdout)
 
@@ -52,14 +59,16 @@ def step_time(way: dict[str, str]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--img-size", type=int, default=32)
+    asked = parser.parse_args()
     found: dict[tuple[str, bool], list[float]] = {}
-    for _ in range(rounds):
+    for _ in range(asked.rounds):
         for busy in (False, True):
             other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
             try:
                 for name, way in WAYS.items():
-                    found.setdefault((name, busy), []).append(step_time(way))
+                    found.setdefault((name, busy), []).append(step_time(way, asked.batch_size, asked.img_size))
             finally:
                 if other is not None:
                     other.kill()
