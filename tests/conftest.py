@@ -1,5 +1,6 @@
 """What keeps tests from seeing each other, and the devices that they run on."""
 
+import gc
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -25,3 +26,11 @@ def _nothing_of_mmengine_left() -> Iterator[None]:
         sys.modules["mmengine.logging"].MMLogger._instance_dict.clear()
     if "mmengine.registry" in sys.modules:
         sys.modules["mmengine.registry"].DefaultScope._instance_dict.clear()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _little_to_collect() -> Iterator[None]:
+    """What a file of tests imported and cached stays: looking through it at each collection takes most of their time."""
+    yield
+    gc.collect()
+    gc.freeze()
