@@ -30,7 +30,7 @@ def _nothing_of_mmengine_left() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _little_to_collect() -> Iterator[None]:
-    """What a file of tests imported and cached stays: looking through it at each collection takes most of their time."""
+    """What a file of tests imported and cached stays: looking through it at each collection takes long."""
     yield
     gc.collect()
     gc.freeze()
