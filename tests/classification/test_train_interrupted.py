@@ -31,7 +31,7 @@ def terminate_at(monkeypatch: pytest.MonkeyPatch, place: str, call: int) -> None
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
         if calls[0] == call:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return real(*args, **kwargs)
 
     monkeypatch.setattr(loop, place, counted)

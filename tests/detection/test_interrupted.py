@@ -24,7 +24,7 @@ class Told:
         def forward(model: Any, inputs: torch.Tensor, mode_: str = "tensor") -> Any:
             calls[0] += mode_ == mode
             if mode_ == mode and calls[0] == call:
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
             return real(model, inputs, mode_)
 
         monkeypatch.setattr(

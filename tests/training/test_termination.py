@@ -1,6 +1,5 @@
 """SIGTERM is noted while it matters and kills otherwise."""
 
-import os
 import signal
 import threading
 
@@ -13,8 +12,8 @@ def test_noted_within_the_block_only() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with Termination() as termination:
         assert not termination.agreed()
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)  # Slurm and torchrun each send one
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # Slurm and torchrun each send one
         assert termination.agreed()
     assert signal.getsignal(signal.SIGTERM) is before
 
