@@ -14,6 +14,8 @@ from .registry import Part, Spec, parse_layers
 from .sites import LEFT_OUT, Filter, Site, Surroundings, Unsuitable
 from .trace import Trace, TraceError, trace
 
+WHOLE = "(the network)"  # what a report calls a model that is converted as one
+
 
 @dataclass(frozen=True)
 class Converted:
@@ -54,7 +56,7 @@ class ConversionReport:
 
     def __str__(self) -> str:
         lines = [f"converted {len(self.converted)} layers, skipped {len(self.skipped)}"]
-        lines += [f"  {c.name}: {c.kind}" + (f" ({c.note})" if c.note else "") for c in self.converted]
+        lines += [f"  {c.name or WHOLE}: {c.kind}" + (f" ({c.note})" if c.note else "") for c in self.converted]
         lines += [f"  {s.name}: skipped, {s.reason}" for s in self.skipped]
         return "\n".join([*lines, *self.notes, self.summary()])
 
@@ -76,7 +78,7 @@ class ConversionReport:
         for column in ("layer", "became", "remark"):
             table.add_column(column)
         for one in self.converted:
-            table.add_row(one.name, one.kind, one.note)
+            table.add_row(one.name or WHOLE, one.kind, one.note)
         for other in self.skipped:
             table.add_row(other.name, "-", other.reason)
         return table
