@@ -181,8 +181,28 @@ def keep_statistics(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def inner_grad(grad, gate, grad_mean, y, pixels, ACT: tl.constexpr, GATED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The gradient of the norm's output y, from that of ``act(y) * gate`` and of the mean of ``act(y)``."""
+def grad_tile(  # type: ignore[no-untyped-def]
+    grad_ptr,
+    x_ptr,
+    gate_ptr,
+    grad_mean_ptr,
+    at_grad,
+    at_x,
+    at_gate,
+    inside,
+    mean,
+    scale,
+    bias,
+    pixels,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """A tile's input less the mean, and the gradient of the norm's output y.
+
+    That comes from the gradient of ``act(y)``, or with GATED of ``act(y) * gate`` and of the mean of ``act(y)``.
+    """
+    centred = loaded(x_ptr, at_x, inside) - mean[:, None]
+    grad = loaded(grad_ptr, at_grad, inside)
     if GATED:
-        grad = grad * gate + grad_mean / pixels
-    return grad * act_slope(y, ACT)
+        grad = grad * loaded(gate_ptr, at_gate, inside) + loaded(grad_mean_ptr, at_gate, inside) / pixels
+    return centred, grad * act_slope(normed(centred, scale, bias), ACT)

@@ -15,11 +15,10 @@ from .pieces_triton import (
     affine,
     at_pixels,
     at_rows,
-    inner_grad,
+    grad_tile,
     keep_statistics,
     loaded,
     moments,
-    normed,
     statistics,
 )
 from .se_triton import gate_weights_grad
@@ -227,13 +226,11 @@ def sums_kernel(  # type: ignore[no-untyped-def]
         n = tile // tiles
         p = (tile % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
         inside = own[:, None] & (p < pixels)[None, :]
-        centred = loaded(x_ptr, at_pixels(n, c, p, x_n, x_c, x_p), inside) - mean[:, None]
-        grad = loaded(grad_ptr, at_pixels(n, c, p, g_n, g_c, g_p), inside)
-        gate, of_mean = grad, grad
-        if GATED:
-            gate = loaded(gate_ptr, n * channels + c, own)[:, None]
-            of_mean = loaded(grad_mean_ptr, n * channels + c, own)[:, None]
-        g = inner_grad(grad, gate, of_mean, normed(centred, scale, bias), pixels, ACT, GATED)
+        at_x, at_g = at_pixels(n, c, p, x_n, x_c, x_p), at_pixels(n, c, p, g_n, g_c, g_p)
+        at_gate = n * channels + c[:, None] + tl.zeros_like(p)[None, :]
+        centred, g = grad_tile(
+            grad_ptr, x_ptr, gate_ptr, grad_mean_ptr, at_g, at_x, at_gate, inside, mean, scale, bias, pixels, ACT, GATED
+        )
         g = tl.where(inside, g, 0.0)
         sum_g += tl.sum(g, axis=1)
         sum_gx += tl.sum(g * centred * invstd[:, None], axis=1)
@@ -304,13 +301,24 @@ def norm_grad_kernel(  # type: ignore[no-untyped-def]
         for start in range(0, rows, BLOCK_P):
             r = start + tl.arange(0, BLOCK_P)
             inside = own[:, None] & (r < rows)[None, :]
-            centred = loaded(x_ptr, at_rows(r, c, pixels, x_n, x_c, x_p), inside) - mean[:, None]
-            grad = loaded(grad_ptr, at_rows(r, c, pixels, g_n, g_c, g_p), inside)
-            gate, of_mean = grad, grad
-            if GATED:
-                at_gate = (r // pixels)[None, :] * channels + c[:, None]
-                gate, of_mean = loaded(gate_ptr, at_gate, inside), loaded(grad_mean_ptr, at_gate, inside)
-            g = inner_grad(grad, gate, of_mean, normed(centred, scale, bias), pixels, ACT, GATED)
+            at_x, at_g = at_rows(r, c, pixels, x_n, x_c, x_p), at_rows(r, c, pixels, g_n, g_c, g_p)
+            at_gate = (r // pixels)[None, :] * channels + c[:, None]
+            centred, g = grad_tile(
+                grad_ptr,
+                x_ptr,
+                gate_ptr,
+                grad_mean_ptr,
+                at_g,
+                at_x,
+                at_gate,
+                inside,
+                mean,
+                scale,
+                bias,
+                pixels,
+                ACT,
+                GATED,
+            )
             g = tl.where(inside, g, 0.0)
             sum_g += tl.sum(g, axis=1)
             sum_gx += tl.sum(g * centred * invstd[:, None], axis=1)
@@ -352,11 +360,21 @@ def norm_grad_kernel(  # type: ignore[no-untyped-def]
                 at_x, at_g = at_pixels(n, c, t, x_n, x_c, x_p), at_pixels(n, c, t, g_n, g_c, g_p)
                 at_out = at_pixels(n, c, t, o_n, o_c, o_p)
                 at_gate = n * channels + c[:, None] + tl.zeros_like(t)[None, :]
-            centred = loaded(x_ptr, at_x, inside) - mean[:, None]
-            grad = loaded(grad_ptr, at_g, inside)
-            gate, of_mean = grad, grad
-            if GATED:
-                gate, of_mean = loaded(gate_ptr, at_gate, inside), loaded(grad_mean_ptr, at_gate, inside)
-            g = inner_grad(grad, gate, of_mean, normed(centred, scale, bias), pixels, ACT, GATED)
+            centred, g = grad_tile(
+                grad_ptr,
+                x_ptr,
+                gate_ptr,
+                grad_mean_ptr,
+                at_g,
+                at_x,
+                at_gate,
+                inside,
+                mean,
+                scale,
+                bias,
+                pixels,
+                ACT,
+                GATED,
+            )
             g = (g - mean_g[:, None] - centred * slope[:, None]) * scale[:, None]
             tl.store(out_ptr + at_out, g.to(out_ptr.dtype.element_ty), mask=inside)

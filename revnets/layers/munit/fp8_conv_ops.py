@@ -87,6 +87,7 @@ def _output_shape(maps: Tensor, taps: Tensor, geometry: Sequence[int]) -> list[i
 
 
 def output_size(size: Sequence[int], kernel: Sequence[int], *geometry: Sequence[int]) -> list[int]:
+    """Height and width of an output, from those of input and kernel, and stride, padding, dilation."""
     sizes = zip(size, kernel, *geometry, strict=True)
     return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
 
