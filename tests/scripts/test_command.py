@@ -89,3 +89,16 @@ def test_scripts_of_a_wheel_lie_inside(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert module.package == "revnets.scripts.classification"
     for name in [name for name in sys.modules if name.startswith("revnets.scripts.classification")]:
         monkeypatch.delitem(sys.modules, name)
+
+
+@pytest.mark.parametrize("name", ["detect", "detect-test"])
+def test_what_is_not_installed_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after `pip install revnets` alone, without MMDetection."""
+
+    def script(_: str) -> Any:
+        raise ModuleNotFoundError("No module named 'mmengine'", name="mmengine.hooks")
+
+    monkeypatch.setattr("revnets.scripts.command.script", script)
+    result = CliRunner().invoke(app, [name, "config.py"])
+    assert result.exit_code == 2
+    assert result.stderr.strip() == f"revnets: `revnets {name}` needs mmengine: pip install 'revnets[detection]'"
