@@ -20,10 +20,14 @@ def device(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(autouse=True)
 def _nothing_of_mmengine_left() -> Iterator[None]:
-    """MMEngine keeps for good: its loggers, with the standard output of their test, closed by now; the last scope."""
+    """MMEngine keeps for good: loggers, with the standard output of their test, closed by now; scopes; what a run noted.
+
+    The last by the run's name and second: a test that follows within it would go on from another's notes.
+    """
     yield
     if "mmengine.logging" in sys.modules:
         sys.modules["mmengine.logging"].MMLogger._instance_dict.clear()
+        sys.modules["mmengine.logging"].MessageHub._instance_dict.clear()
     if "mmengine.registry" in sys.modules:
         sys.modules["mmengine.registry"].DefaultScope._instance_dict.clear()
 

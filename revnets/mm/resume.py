@@ -60,6 +60,8 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         with self._termination:
             self.runner.call_hook("before_train")
             hub = self.runner.message_hub
+            if self._iter == 0:  # MMEngine finds its notes by name and second: those of a run just before, too
+                hub.runtime_info.pop(VALIDATED, None)
             if self._iter > 0:  # checkpoints say where the last iteration was, even if no other comes before them
                 hub.update_info("iter", self._iter - 1)
             if self._epoch > 0 and done == 0:  # stopped between this epoch's end and its validation's
