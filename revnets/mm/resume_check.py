@@ -16,7 +16,7 @@ from mmengine.registry import HOOKS
 from ..training.checkpoints.fitting import check_alike, check_buffers, check_optimizer, check_sparsity, differences
 from ..training.checkpoints.held import RUNNER, SCALER
 from ..training.checkpoints.reading import CheckpointError, in_file, named
-from ..training.checkpoints.schema import Array, Items, Number, Record, optional
+from ..training.checkpoints.schema import Array, Items, Number, Record, expected, optional
 from ..training.checkpoints.tree import Mismatch
 from ..training.errors import one_line
 from .checkpoint import modules_of
@@ -119,6 +119,8 @@ def _check_scheduler(scheduler: Any, state: Mapping[str, Any], path: tuple[Any, 
     own = scheduler.state_dict()
     check_alike(state, own, path)
     for name in state:
+        if isinstance(own.get(name), str) and state[name] != own[name]:  # which of the optimizer's numbers it changes
+            raise expected((*path, name), state[name], f"'{own[name]}', as in this run,")
         if name not in own and hasattr(scheduler, name):
             raise Mismatch((*path, name), f"would replace what a {type(scheduler).__name__} has of this name")
     groups = len(getattr(scheduler.optimizer, "param_groups", []))

@@ -209,6 +209,7 @@ LATE: list[tuple[tuple[Any, ...], Any, str]] = [  # only against the runner
     (("optimizer", "param_groups", 0, "betas"), 0.9, "param_groups[0].betas is 0.9"),
     (("optimizer", "base_param_settings"), [1], "optimizer.base_param_settings is a list of 1, nothing or a mapping"),
     (("param_schedulers", 0, "gamma"), "a", "param_schedulers[0].gamma is 'a'"),
+    (("param_schedulers", 0, "param_name"), "text", "param_name is 'text', 'lr', as in this run, was expected"),
     (("param_schedulers", 0, "step"), 1, "would replace what a"),
     (("ema_state_dict", "module.net.0.weight"), torch.ones(7), "ema_state_dict['net.0.weight'] is a tensor"),
     (("processes", 0, "model", "net.1.running_mean"), torch.ones(7), "processes[0].model['net.1.running_mean'] is a"),
