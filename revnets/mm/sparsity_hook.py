@@ -74,8 +74,8 @@ class SparsityHook(Hook):
         if runner._resume and self.controller is not None:
             if "sparsity" not in checkpoint:
                 raise CheckpointError(
-                    "SparsityHook: the checkpoint says nothing of the schedule of its masks; start from its weights "
-                    "with load_from= and resume=False instead"
+                    f"SparsityHook: '{runner._load_from}' says nothing of the schedule of its masks; start from its "
+                    "weights with load_from= and resume=False instead"
                 )
             self._state = checkpoint["sparsity"]
 

@@ -95,6 +95,7 @@ KINDS: list[tuple[tuple[Any, ...], Any, str]] = [
     ),
     (("state_dict", "0.weight"), ODD["on meta"], "state_dict['0.weight'] is a tensor without memory"),
     (("state_dict", "0.weight"), ODD["expanded"], "numbers in memory for 1"),
+    (("optimizer", "param_groups", 0, "eps"), 0, "param_groups[0].eps is 0, a number above 0"),
     ((*STATE, "step"), DELETE, "optimizer.state[0].step is missing, a number of at least 0"),
     ((*STATE, "step"), "a", "optimizer.state[0].step is 'a'"),
     ((*STATE, "step"), [1], "optimizer.state[0].step is a list of 1"),

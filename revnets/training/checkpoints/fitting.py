@@ -256,6 +256,8 @@ def _option(name: str, own: Any) -> Kind:
     number = _RANGES.get(name, Number(finite=False))
     if isinstance(own, bool):
         return _SWITCH
+    if name == "eps" and isinstance(own, (int, float)) and own > 0:  # 0 divides by 0 where a gradient is 0
+        return Number(0, above=True)
     if isinstance(own, (int, float)):
         return number if name in _RANGES else Either((number, NOTHING, FLAG))
     if isinstance(own, Tensor) and own.numel() == 1:

@@ -249,7 +249,7 @@ class Mapped(Kind):
 
 @dataclass(frozen=True)
 class Record(Kind):
-    """A mapping of known names. Names that nobody knows are passed over: people add things.
+    """A mapping of known names. Names that nobody knows are passed over, people add things; what is no name is not.
 
     Attributes:
         required: Kinds of what must be there.
@@ -267,6 +267,9 @@ class Record(Kind):
     def check(self, value: Any, path: Path = ()) -> None:
         """See ``Kind.check``."""
         super().check(value, path)
+        for key in value:
+            if not isinstance(key, str):
+                raise Mismatch(path, f"has the key {described(key)}, text was expected")
         for name, kind in self.required.items():
             if name not in value:
                 raise Mismatch((*path, name), f"is missing, {kind.words} was expected")
