@@ -18,9 +18,9 @@ from torchvision.transforms import RandomCrop
 from revnets.training.data.resumable import BATCH, Batches, Items, apart, resumable, seed_all
 from revnets.training.errors import UserError, one_line, refused
 
-from .images import Images
-from .options import DataOptions, TrainOptions, ValidateOptions, renamed
-from .runtime import Runtime
+from ..options import DataOptions, TrainOptions, ValidateOptions, renamed
+from ..runtime import Runtime
+from .reading import Images
 from .sources import check_apart, class_map, find_source
 
 _logger = logging.getLogger("classification")

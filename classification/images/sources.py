@@ -9,7 +9,7 @@ from typing import Any
 from revnets.training.data.splits import TRAIN, VALIDATION, check_split, find_split, overlap, read_class_map
 from revnets.training.errors import UserError, did_you_mean
 
-from .options import DataOptions, TrainOptions
+from ..options import DataOptions, TrainOptions
 
 _logger = logging.getLogger("classification")
 KINDS = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")  # of timm; it takes all else for a folder

@@ -15,9 +15,9 @@ from revnets.pruning.checkpoint import best_weights
 from revnets.training.checkpoints.foreign import reaching_argument, reaching_name
 from revnets.training.errors import UserError, one_line
 
+from ..options import ModelOptions, TrainOptions, from_checkpoint_args, renamed
+from ..runtime import Runtime
 from .models import build_model, check_model_fits, data_config, load_weights, read_checkpoint
-from .options import ModelOptions, TrainOptions, from_checkpoint_args, renamed
-from .runtime import Runtime
 
 WEIGHTS = {"task_weight": "distill_task", "logit_weight": "distill_logits", "feature_weight": "distill_features"}
 _logger = logging.getLogger("classification")

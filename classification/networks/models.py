@@ -23,7 +23,7 @@ from revnets.training.checkpoints.weights import odd, unfit
 from revnets.training.errors import UserError, did_you_mean, one_line, refused, shown
 from revnets.training.memory import physical_memory
 
-from .options import TrainOptions, ValidateOptions
+from ..options import TrainOptions, ValidateOptions
 
 _logger = logging.getLogger("classification")
 

@@ -16,9 +16,9 @@ from revnets.pruning.checkpoint import best_weights, flops_of
 from revnets.sparsity import sparse_layers
 from revnets.training.errors import UserError, one_line
 
+from ..options import TrainOptions
+from ..runtime import Runtime
 from .models import build_model, check_batch_fits, check_model_fits, data_config, load_weights, read_checkpoint
-from .options import TrainOptions
-from .runtime import Runtime
 
 _logger = logging.getLogger("classification")
 

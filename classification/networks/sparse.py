@@ -18,8 +18,8 @@ from revnets.training.errors import UserError, one_line
 from revnets.training.mask_report import PICTURE, TABLE, draw_picture, write_table
 from revnets.training.options.parsing import options_of
 
+from ..options import SparsityOptions, TrainOptions
 from .models import data_config
-from .options import SparsityOptions, TrainOptions
 
 _logger = logging.getLogger("classification")
 CONTROLLED = ("schedule", "interval", "start", "end", "drop_fraction", "distribution")

@@ -17,7 +17,7 @@ from .learning import AugmentationOptions, DistillationOptions, OptimizerOptions
 from .needs import AMP, FILES_WEIGHTS, OWN_WEIGHTS, PIXELS, STREAM, interpolations, is_set
 from .policy import check_policy
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "classification"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "classification"
 PROCESSES = 1024
 
 

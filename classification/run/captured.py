@@ -9,8 +9,8 @@ from revnets.training.capture.device_optimizer import check_capturable, left_out
 from revnets.training.capture.step import CaptureError, TrainingStep, capture_step, has_graphs
 from revnets.training.errors import UserError, one_line
 
-from .options import TrainOptions
-from .runtime import Runtime
+from ..options import TrainOptions
+from ..runtime import Runtime
 from .training import Training
 
 

@@ -16,10 +16,10 @@ from revnets.training.errors import UserError, one_line
 from revnets.training.files import TEMPORARY, leftovers, obstacle, remove_all
 from revnets.training.lock import FolderLock, InUse
 
+from ..networks.sparse import FILES as SPARSITY_FILES
+from ..options import TrainOptions
 from .checkpoints import PATTERN, by_age, is_checkpoint, newest_whole
-from .options import TrainOptions
 from .report import ARGS, SUMMARY, read_summary
-from .sparse import FILES as SPARSITY_FILES
 
 _logger = logging.getLogger("classification")
 FILES = (SUMMARY, "curves.png", *SPARSITY_FILES, *NUMERICS_FILES)

@@ -17,16 +17,16 @@ from revnets.training.mask_report import write_table
 from revnets.training.pictures import caption
 from revnets.training.processes import of_first, settle_buckets
 
+from ..images.data import Splits
+from ..networks.network import Network
+from ..networks.sparse import RunFlops, draw_sparsity, sparsity_words
+from ..options import TrainOptions, as_dict
+from ..runtime import Runtime
 from .checkpoints import BEST, LAST, Saver
-from .data import Splits
 from .folder import RunFolder
-from .network import Network
-from .options import TrainOptions, as_dict
 from .recovery import OwnState, Position
 from .report import Row, Summary, draw_curves, write_args
 from .resuming import Asked, resume
-from .runtime import Runtime
-from .sparse import RunFlops, draw_sparsity, sparsity_words
 from .training import Training
 
 _logger = logging.getLogger("classification")

@@ -25,9 +25,9 @@ from revnets.training.guards.ranges import AgreedRangeError, ranges_agreed
 from revnets.training.memory import memory_words, peak_memory, reset_peak_memory
 from revnets.training.progress import Steps
 
+from ..runtime import Runtime
 from .captured import captured_step
 from .recovery import Position
-from .runtime import Runtime
 from .training import Training
 
 _logger = logging.getLogger("classification")

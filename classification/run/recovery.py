@@ -13,9 +13,9 @@ from revnets.training.errors import UserError
 from revnets.training.processes import at_first, own_buffers, put_buffers
 from revnets.training.termination import Terminated, Termination
 
+from ..runtime import Runtime
 from .checkpoints import RECOVERY, Saver
 from .resuming import check_steps
-from .runtime import Runtime
 
 _logger = logging.getLogger("classification")
 

@@ -24,9 +24,9 @@ from revnets.training.checkpoints.reading import CheckpointError, check, in_file
 from revnets.training.errors import UserError, one_line
 from revnets.training.options.parsing import options_of
 
+from ..networks.models import fitting_weights
+from ..options import TrainOptions
 from .checkpoints import PATIENCE
-from .models import fitting_weights
-from .options import TrainOptions
 from .state import State
 
 _logger = logging.getLogger("classification")

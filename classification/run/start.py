@@ -16,14 +16,14 @@ from revnets.training.errors import UserError, did_you_mean, one_line, refused
 from revnets.training.guards.drift import DriftMonitor
 from revnets.training.guards.finite import FiniteGuard
 
+from ..images.data import Splits, check_labels, train_data, validation_loader
+from ..networks.distill import distillation
+from ..networks.network import Network
+from ..networks.sparse import start_sparse_kernel, start_sparsity
+from ..options import TrainOptions, renamed
+from ..runtime import Runtime
 from .captured import check_optimizer
-from .data import Splits, check_labels, train_data, validation_loader
-from .distill import distillation
-from .network import Network
-from .options import TrainOptions, renamed
 from .recovery import Recovery
-from .runtime import Runtime
-from .sparse import start_sparse_kernel, start_sparsity
 from .training import Training
 from .trial import try_optimizer, try_schedule, try_step, try_transforms
 

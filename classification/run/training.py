@@ -12,10 +12,10 @@ from revnets.training.capture.step import TrainingStep
 from revnets.training.guards.drift import DriftMonitor
 from revnets.training.guards.finite import FiniteGuard
 
-from .data import TrainData
-from .options import TrainOptions
+from ..images.data import TrainData
+from ..options import TrainOptions
+from ..runtime import Runtime
 from .recovery import Position, Recovery
-from .runtime import Runtime
 from .state import State
 
 

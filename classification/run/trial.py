@@ -19,8 +19,8 @@ from revnets.reversible import RangeError
 from revnets.training.data.resumable import apart
 from revnets.training.errors import UserError, refused
 
-from .options import TrainOptions
-from .runtime import Runtime
+from ..options import TrainOptions
+from ..runtime import Runtime
 
 LOOKS = 10_000  # at the schedule's rates
 DRAWS = 16  # of the augmentation

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from classification.images import Images, UnreadableImages, upright
+from classification.images.reading import Images, UnreadableImages, upright
 
-from .short_runs import SHORT, Trainer
+from ..short_runs import SHORT, Trainer
 
 
 def photo(width: int = 40, height: int = 30, mode: str = "RGB") -> Image.Image:

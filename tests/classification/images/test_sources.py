@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from classification import validate
-from classification.data import open_dataset
+from classification.images.data import open_dataset
+from classification.images.sources import check_apart
 from classification.options import TrainOptions
-from classification.sources import check_apart
 from revnets.training.errors import UserError
 
-from .short_runs import TINY, Trainer
+from ..short_runs import TINY, Trainer
 
 LINES = {
     "training split": ["--train-split", "trainn"],

@@ -6,7 +6,7 @@ import pytest
 from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 
 from classification.options import TrainOptions
-from classification.policy import AUGMIX, POLICIES, RAND, check_policy
+from classification.options.policy import AUGMIX, POLICIES, RAND, check_policy
 from revnets.training.errors import UserError
 
 MAKERS = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}

@@ -13,7 +13,7 @@ from classification.options import TrainOptions, ValidateOptions, as_dict
 from revnets.training.errors import UserError
 from revnets.training.options.parsing import options_of, parse, read_layers
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "classification"
+CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "classification"
 
 
 def options(*argv: str) -> TrainOptions:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from classification.checkpoints import LAST, Saver
-from classification.state import State
+from classification.run.checkpoints import LAST, Saver
+from classification.run.state import State
 
 Metrics = list[float | None]
 METRICS = st.sampled_from([None, math.nan, math.inf, -math.inf, 0.0, 1.0, 1.0, 2.0, 3.0])

@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from classification.checkpoints import Saver
-from classification.folder import RunFolder, writes
 from classification.options import TrainOptions
-from classification.state import State
+from classification.run.checkpoints import Saver
+from classification.run.folder import RunFolder, writes
+from classification.run.state import State
 from revnets.training import lock
 from revnets.training.errors import UserError
 from revnets.training.lock import FolderLock
 
-from .short_runs import Trainer
-from .test_train_errors import sentence
-from .test_train_run import load
+from ..short_runs import Trainer
+from ..test_train_errors import sentence
+from ..test_train_run import load
 
 
 @pytest.fixture(autouse=True)

@@ -10,12 +10,12 @@ import torch
 from timm.utils import NativeScaler
 from torch import Tensor, nn
 
-from classification.data import TrainData
-from classification.loop import train_epoch, validate
+from classification.images.data import TrainData
 from classification.options import TrainOptions
-from classification.recovery import Position, Recovery
+from classification.run.loop import train_epoch, validate
+from classification.run.recovery import Position, Recovery
+from classification.run.training import Training
 from classification.runtime import Runtime
-from classification.training import Training
 from revnets.training.guards.drift import DriftMonitor
 from revnets.training.guards.finite import FiniteGuard
 

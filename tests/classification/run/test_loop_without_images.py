@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from classification import models
-from classification.loop import validate
-from classification.models import check_batch_fits
-from classification.recovery import OwnState, Position
+from classification.networks import models
+from classification.networks.models import check_batch_fits
+from classification.run.loop import validate
+from classification.run.recovery import OwnState, Position
 from classification.runtime import Runtime
 from revnets.training.errors import UserError
 

@@ -14,10 +14,10 @@ from torch import nn
 from torchvision import transforms
 
 from classification.options import TrainOptions
+from classification.run.start import schedule_arguments
+from classification.run.trial import try_optimizer, try_schedule, try_step, try_transforms
 from classification.runtime import Runtime, start_runtime
-from classification.start import schedule_arguments
 from classification.train import epoch_seed
-from classification.trial import try_optimizer, try_schedule, try_step, try_transforms
 from revnets.training.errors import UserError
 
 CPU = Runtime(torch.device("cpu"), 0, 0, 1, None, torch.contiguous_format)
