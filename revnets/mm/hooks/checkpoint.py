@@ -16,10 +16,10 @@ from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop
 from torch import nn
 
-from ..training.checkpoints.fitting import complete
-from ..training.files import leftovers, named_file, write, writing
-from ..training.lock import FolderLock, held_here
-from ..training.processes import at_first, of_first, own_buffers, put_buffers
+from ...training.checkpoints.fitting import complete
+from ...training.files import leftovers, named_file, write, writing
+from ...training.lock import FolderLock, held_here
+from ...training.processes import at_first, of_first, own_buffers, put_buffers
 
 BACKEND = "revnets.whole_files"
 INTERIM, LAST = "interim.pth", "last_checkpoint"

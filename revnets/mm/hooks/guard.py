@@ -9,10 +9,10 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from ..training.guards.drift import EVERY, DriftMonitor, part
-from ..training.guards.drift import LIMIT as HARMLESS
-from ..training.guards.finite import LIMIT, FiniteGuard, SkippedByScaler
-from ..training.guards.ranges import AgreedRangeError, ranges_agreed
+from ...training.guards.drift import EVERY, DriftMonitor, part
+from ...training.guards.drift import LIMIT as HARMLESS
+from ...training.guards.finite import LIMIT, FiniteGuard, SkippedByScaler
+from ...training.guards.ranges import AgreedRangeError, ranges_agreed
 
 COUNTERS = "updates_left_out"  # in the message hub, and so in checkpoints
 PATCHED = ("backward", "step", "optim_context")  # of the optimizer's wrapper, in training

@@ -7,8 +7,8 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from ..profiling.memory import CpuAllocations
-from ..training.files import write_json
+from ...profiling.memory import CpuAllocations
+from ...training.files import write_json
 
 MB = 1e6
 

@@ -9,7 +9,7 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
-from ..numerics import NumericsMonitor
+from ...numerics import NumericsMonitor
 
 
 @HOOKS.register_module()

@@ -14,11 +14,11 @@ from mmengine.registry import LOOPS
 from mmengine.runner import EpochBasedTrainLoop
 from torch.utils.data import DataLoader
 
-from ..reversible import RangeError
-from ..training.checkpoints.reading import CheckpointError
-from ..training.data.resumable import MODEL, resumable, seed_all
-from ..training.processes import settle_buckets
-from ..training.termination import Terminated, Termination
+from ...reversible import RangeError
+from ...training.checkpoints.reading import CheckpointError
+from ...training.data.resumable import MODEL, resumable, seed_all
+from ...training.processes import settle_buckets
+from ...training.termination import Terminated, Termination
 
 VALIDATED, BATCHES = "validated_epoch", "batches_of_an_epoch"  # in the message hub, and so in checkpoints
 

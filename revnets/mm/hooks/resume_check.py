@@ -13,15 +13,15 @@ from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import HOOKS
 
-from ..training.checkpoints.fitting import check_alike, check_buffers, check_optimizer, check_sparsity, differences
-from ..training.checkpoints.held import RUNNER, SCALER
-from ..training.checkpoints.reading import CheckpointError, in_file, named
-from ..training.checkpoints.schema import Array, Items, Number, Record, expected, optional
-from ..training.checkpoints.tree import Mismatch
-from ..training.errors import one_line
+from ...training.checkpoints.fitting import check_alike, check_buffers, check_optimizer, check_sparsity, differences
+from ...training.checkpoints.held import RUNNER, SCALER
+from ...training.checkpoints.reading import CheckpointError, in_file, named
+from ...training.checkpoints.schema import Array, Items, Number, Record, expected, optional
+from ...training.checkpoints.tree import Mismatch
+from ...training.errors import one_line
 from .checkpoint import modules_of
 from .resume import BATCHES, ResumableTrainLoop
-from .sparsity_hook import SparsityHook
+from .sparsity import SparsityHook
 
 _HISTORY = ("max_length", "_log_history", "_count_history")  # of MMEngine's HistoryBuffer
 _BASE = optional(Record({"lr": Number(0)}, {"momentum": Number(0, 1), "betas": Items(Number(0, 1), 2)}))

@@ -9,10 +9,10 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch import nn
 
-from ..sparsity import SparsityController, apply_masks
-from ..training.capture.graphed import GraphedPart
-from ..training.checkpoints.reading import CheckpointError
-from ..training.mask_report import draw_picture, write_table
+from ...sparsity import SparsityController, apply_masks
+from ...training.capture.graphed import GraphedPart
+from ...training.checkpoints.reading import CheckpointError
+from ...training.mask_report import draw_picture, write_table
 from .training_flops import RunFlops
 
 

@@ -10,11 +10,11 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
-from ..layers.accounting import count_costs
-from ..layers.trace import TraceError
-from ..profiling.fake import ProfileError
-from ..profiling.training_flops import FlopsReport, TrainingFlops, by_schedule, training_flops
-from ..sparsity import Schedule
+from ...layers.accounting import count_costs
+from ...layers.trace import TraceError
+from ...profiling.fake import ProfileError
+from ...profiling.training_flops import FlopsReport, TrainingFlops, by_schedule, training_flops
+from ...sparsity import Schedule
 
 FLOPS = ("train_flops", "train_flops_recomputed", "train_flops_all_phases")
 """What ``RunFlops`` leaves in the message hub."""
@@ -143,6 +143,6 @@ def counted(model: Any) -> nn.Module:
     heads = [getattr(model, name, None) for name in ("bbox_head", "rpn_head", "roi_head")]
     if not any(isinstance(head, nn.Module) for head in heads):
         return model
-    from .detectors import FixedStep
+    from ..detectors import FixedStep
 
     return FixedStep(model, "detector")

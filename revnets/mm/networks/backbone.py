@@ -14,10 +14,10 @@ from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers import convert
-from ..reversible import MODES, set_mode
-from ..training.capture.graphed import GraphedPart
-from ..training.errors import did_you_mean
+from ...layers import convert
+from ...reversible import MODES, set_mode
+from ...training.capture.graphed import GraphedPart
+from ...training.errors import did_you_mean
 from .norms import SYNCHRONISED, replace_norms
 from .pretrained import inner, load_pretrained
 
@@ -44,7 +44,7 @@ class TimmBackbone(BaseModule):
         cuda_graph: replay training passes on a GPU from CUDA graphs, a pair (forward, backward) for each shape of the
             padded images: ``dict(max_graphs=4)`` (or True) shapes, others run eagerly. So pad to few shapes,
             ``data_preprocessor=dict(pad_size_divisor=128)``. See ``revnets.training.capture.graphed``.
-        init_cfg: ``dict(type="Pretrained", checkpoint=...)``; see ``revnets.mm.pretrained``. None: timm's own
+        init_cfg: ``dict(type="Pretrained", checkpoint=...)``; see ``revnets.mm.networks.pretrained``. None: timm's own
             initialisation.
         **model_args: for the network's constructor, e.g. ``drop_path_rate=0.1``.
 

@@ -7,7 +7,7 @@ from mmdet.models.necks import HRFPN
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from ..reversible import recompute
+from ...reversible import recompute
 
 
 @MODELS.register_module()

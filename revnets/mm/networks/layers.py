@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from .. import layers
+from ... import layers
 
 
 class MuSConv2d(layers.MuSConv2d):

@@ -10,8 +10,8 @@ from mmdet.registry import MODELS
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from ..layers import MBConv, norm_act
-from ..reversible import ReversibleOp, RevSequential, RevSilo, recompute
+from ...layers import MBConv, norm_act
+from ...reversible import ReversibleOp, RevSequential, RevSilo, recompute
 from .norms import norm_factory
 
 

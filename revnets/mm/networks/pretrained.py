@@ -7,15 +7,15 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from ..models._cached import drop_wrong_cache
-from ..models._revbifpn_checkpoint import check_file
-from ..models.revbifpn import RevBiFPN, checkpoint_filter_fn
-from ..pruning import densify
-from ..pruning.checkpoint import best_weights, flops_of
-from ..sparsity import sparse_layers
-from ..training.checkpoints.reading import read_checkpoint
-from ..training.checkpoints.weights import unfit
-from ..training.errors import reason
+from ...models._cached import drop_wrong_cache
+from ...models._revbifpn_checkpoint import check_file
+from ...models.revbifpn import RevBiFPN, checkpoint_filter_fn
+from ...pruning import densify
+from ...pruning.checkpoint import best_weights, flops_of
+from ...sparsity import sparse_layers
+from ...training.checkpoints.reading import read_checkpoint
+from ...training.checkpoints.weights import unfit
+from ...training.errors import reason
 
 SCHEME = "timm://"
 

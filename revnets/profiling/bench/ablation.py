@@ -5,9 +5,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..layers import lean_layers
-from ..reversible import AdditiveCoupling, Parallel, ReversibleOp, RevSilo
-from .target import Job, Setting, Target
+from ...layers import lean_layers
+from ...reversible import AdditiveCoupling, Parallel, ReversibleOp, RevSilo
+from ..target import Job, Setting, Target
 
 AS_IT_IS = "as it is"
 COMPILED = "compiled branches"

@@ -5,11 +5,12 @@ from typing import Annotated
 
 import typer
 
-from ..arguments import PLAIN, argument, excludes, number, path, reversible, text, without_effect
-from ..training.options.values import COUNT
-from ..training.places import check_file
-from . import bench, launch_bench
-from .command import Setting, track
+from ...arguments import PLAIN, argument, excludes, number, path, reversible, text, without_effect
+from ...training.options.values import COUNT
+from ...training.places import check_file
+from ..command import Setting, track
+from . import launches as launch_bench
+from . import timing as bench
 
 
 @excludes("repeats", "launches")

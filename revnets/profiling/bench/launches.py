@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from ..training.options.values import find_device, refused
+from ...training.options.values import find_device, refused
+from ..fake import ProfileError
+from ..launches.counting import Kernels, Launches, count_kernels, count_launches
+from ..launches.cuda import count_cuda_kernels
+from ..profile import describe
+from ..report.tables import save_json
+from ..target import Job, Setting
 from .ablation import COMPILED, VARIANTS
-from .bench import Case
-from .cuda_launches import count_cuda_kernels
-from .fake import ProfileError
-from .launches import Kernels, Launches, count_kernels, count_launches
-from .profile import describe
-from .report import save_json
-from .target import Job, Setting
+from .timing import Case
 
 LARGEST = 6
 """Kinds of calls in the table."""

@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..training.errors import refused
-from ..training.options.values import COUNT, find_device
+from ...training.errors import refused
+from ...training.options.values import COUNT, find_device
+from ..command import choose_targets
+from ..fake import ProfileError
+from ..memory import measure_training_step, synchronize
+from ..profile import describe
+from ..report.tables import save_json
+from ..target import Job, Setting, Target
 from .ablation import AS_IT_IS, COMPILED, VARIANTS
-from .command import choose_targets
-from .fake import ProfileError
-from .memory import measure_training_step, synchronize
-from .profile import describe
-from .report import save_json
-from .target import Job, Setting, Target
 
 
 @dataclass(frozen=True)

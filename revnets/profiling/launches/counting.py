@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..reversible.operators import DECOMPOSED
-from .memory import mean_square
+from ...reversible.operators import DECOMPOSED
+from ..memory import mean_square
 
 aten = torch.ops.aten
 _WITHOUT_KERNEL = {  # besides views: memory is taken, numbers are asked for, no kernel runs

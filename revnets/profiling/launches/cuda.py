@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..reversible.cuda import WATCHERS
-from .fake import ProfileError, explain, fake_input, fake_twin, new_fake_mode
-from .kernel_memory import FAKE_KERNELS, decomposition
-from .launches import is_launch
-from .memory import mean_square
+from ...reversible.cuda import WATCHERS
+from ..fake import ProfileError, explain, fake_input, fake_twin, new_fake_mode
+from ..kernel_memory import FAKE_KERNELS, decomposition
+from ..memory import mean_square
+from .counting import is_launch
 
 aten = torch.ops.aten
 _CUDA, _CPU = torch.device("cuda", 0), torch.device("cpu")

@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..training.pictures import caption, save_figure
-from .predict import CATEGORIES
-from .profile import Row
-from .report import activations_per_image
-from .sweep import family
+from ...training.pictures import caption, save_figure
+from ..predict import CATEGORIES
+from ..profile import Row
+from ..sweep import family
+from .tables import activations_per_image
 
 
 def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Any, Any]:

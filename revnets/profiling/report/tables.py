@@ -5,11 +5,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..training.files import write_csv, write_json
-from .fit import Fit
-from .predict import CATEGORIES
-from .profile import Row, describe, recomputation
-from .target import Setting
+from ...training.files import write_csv, write_json
+from ..fit import Fit
+from ..predict import CATEGORIES
+from ..profile import Row, describe, recomputation
+from ..target import Setting
 
 
 def records(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ REASON = "MMDetection is not installed: pip install 'revnets[detection]'"
 pytest.importorskip("revnets.mm", reason=REASON, exc_type=ImportError)
 
 from revnets.mm import WholeCheckpointHook  # noqa: E402
-from tests.mm.test_resume import run  # noqa: E402
+from tests.mm.hooks.test_resume import run  # noqa: E402
 
 
 @pytest.mark.parametrize("stop", [1, 3, 6])

@@ -15,7 +15,7 @@ from mmengine.hooks import Hook  # noqa: E402
 from mmengine.model import BaseModel  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 
-from revnets.mm.guard import DriftHook, FiniteHook  # noqa: E402
+from revnets.mm.hooks.guard import DriftHook, FiniteHook  # noqa: E402
 from revnets.reversible import AdditiveCoupling, RangeError, RevSequential  # noqa: E402
 from revnets.training.guards.finite import NonFinite  # noqa: E402
 

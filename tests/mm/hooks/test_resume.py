@@ -18,8 +18,9 @@ from mmengine.hooks import Hook  # noqa: E402
 from mmengine.model import BaseModel  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 
-from revnets.mm import WholeCheckpointHook, checkpoint  # noqa: E402
-from revnets.mm.checkpoint import WholeFilesBackend  # noqa: E402
+from revnets.mm import WholeCheckpointHook  # noqa: E402
+from revnets.mm.hooks import checkpoint  # noqa: E402
+from revnets.mm.hooks.checkpoint import WholeFilesBackend  # noqa: E402
 
 
 class Noisy(BaseDataset):

@@ -13,7 +13,7 @@ pytest.importorskip("mmdet", reason="MMDetection is not installed: pip install '
 
 import revnets.mm
 from revnets.layers import is_lean
-from revnets.mm.backbone import RevBiFPN, TimmBackbone
+from revnets.mm.networks.backbone import RevBiFPN, TimmBackbone
 from revnets.profiling import predict_training_step
 
 TINY = {"type": "RevBiFPN", "arch": "test"}
@@ -172,7 +172,7 @@ def test_norm_cfg() -> None:
 
 def test_synchronised_norms_in_eval_mode_are_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[tuple[Any, ...]] = []
-    monkeypatch.setattr("revnets.mm.backbone.print_log", lambda *words: said.append(words))
+    monkeypatch.setattr("revnets.mm.networks.backbone.print_log", lambda *words: said.append(words))
     build(**TINY, norm_cfg={"type": "SyncBN"}, norm_eval=True)
     assert "norm_eval=True" in said[0][0]
 

@@ -9,7 +9,7 @@ REASON = "MMDetection is not installed: pip install 'revnets[detection]'"
 mm = pytest.importorskip("revnets.mm", reason=REASON, exc_type=ImportError)
 
 from revnets.layers.munit.layers import MunitScaled  # noqa: E402
-from revnets.mm.layers import CONV_LAYERS, register_conv_layers  # noqa: E402
+from revnets.mm.networks.layers import CONV_LAYERS, register_conv_layers  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated")
 

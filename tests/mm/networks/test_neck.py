@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("mmdet", reason="MMDetection is not installed: pip install 'revnets[detection]'")
 
-from revnets.mm.hrfpn import LeanHRFPN
-from revnets.mm.neck import RevBiFPNNeck
+from revnets.mm.networks.hrfpn import LeanHRFPN
+from revnets.mm.networks.neck import RevBiFPNNeck
 from revnets.profiling import predict_training_step
 
 CHANNELS = (8, 16, 24, 32)

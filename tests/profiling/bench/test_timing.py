@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 from revnets.cli import app
 from revnets.layers import is_lean
-from revnets.profiling.ablation import AS_IT_IS, VARIANTS
-from revnets.profiling.bench import Case, Row, make_cases, ratios
+from revnets.profiling.bench.ablation import AS_IT_IS, VARIANTS
+from revnets.profiling.bench.timing import Case, Row, make_cases, ratios
 from revnets.profiling.target import Setting, Target
 
 SETTING = Setting(optimizer=None)

@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 import revnets
 from revnets.cli import app
 from revnets.layers import MBConv
-from revnets.profiling.ablation import COMPILED
-from revnets.profiling.bench import Case
-from revnets.profiling.cuda_launches import count_cuda_kernels
+from revnets.profiling.bench.ablation import COMPILED
+from revnets.profiling.bench.launches import LaunchRow, ratios
+from revnets.profiling.bench.timing import Case
 from revnets.profiling.fake import ProfileError
-from revnets.profiling.launch_bench import LaunchRow, ratios
-from revnets.profiling.launches import Kernels, LaunchCounter, Launches, count_kernels, count_launches
+from revnets.profiling.launches.counting import Kernels, LaunchCounter, Launches, count_kernels, count_launches
+from revnets.profiling.launches.cuda import count_cuda_kernels
 from revnets.profiling.target import Target
 from revnets.reversible.grid import add_rounded
 

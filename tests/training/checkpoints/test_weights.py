@@ -122,7 +122,7 @@ def detection(path: Path, model: nn.Module) -> None:
 
 def backbone(path: Path, model: nn.Module) -> None:
     pytest.importorskip("mmdet", reason="MMDetection is not installed: pip install 'revnets[detection]'")
-    from revnets.mm.pretrained import load_pretrained
+    from revnets.mm.networks.pretrained import load_pretrained
 
     load_pretrained(model, "test_revbifpn", str(path))
 
