@@ -51,7 +51,7 @@ class QuickstartOptions:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code: 2 after a user mistake."""
-    return guarded(lambda: quickstart(parse(QuickstartOptions, argv, "RevBiFPN on digits.", prog="quickstart.py")))
+    return guarded(lambda: quickstart(parse(QuickstartOptions, argv, "RevBiFPN on digits.")))
 
 
 def quickstart(options: QuickstartOptions) -> str:
@@ -73,7 +73,7 @@ def quickstart(options: QuickstartOptions) -> str:
     line += ["--overwrite"]
     line += ["--model", options.model] if options.model else []
     line += ["--epochs", str(options.epochs), "--warmup-epochs", "0"] if options.epochs else []
-    settings = parse(TrainOptions, line, "", prog="quickstart.py")
+    settings = parse(TrainOptions, line, "")
     result = train(settings)
     best = result.folder / "model_best.pth.tar"
     use_ema = ["--use-ema"] if settings.model_ema else []

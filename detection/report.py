@@ -15,8 +15,6 @@ from rich.table import Table
 from revnets.training.files import write_json
 from revnets.training.pictures import new_figure, save_figure
 
-from .progress import name
-
 SUMMARY, PICTURE = "summary.json", "predictions.png"
 SHOWN = 0.3  # least score of a box in the picture
 
@@ -108,3 +106,15 @@ def _picture(axis: Any, path: str, boxes: Sequence[Any], numbers: Sequence[int],
         axis.text(
             left, top, label, fontsize=7, color="white", va="bottom", bbox={"facecolor": color, "pad": 1, "lw": 0}
         )
+
+
+def metric_words(metrics: dict[str, float]) -> str:
+    """COCO's AP and AP50 of boxes and masks, or whatever the metrics are, in one line."""
+    wanted = {key: value for key, value in metrics.items() if key.endswith(("_mAP", "_mAP_50"))} or metrics
+    return ", ".join(f"{name(key)} {value:.3f}" for key, value in wanted.items())
+
+
+def name(key: str) -> str:
+    """How a metric of MMDetection is called in COCO's tables: `coco/bbox_mAP_50` is `bbox AP50`."""
+    kind, _, rest = key.removeprefix("coco/").partition("_")
+    return f"{kind} {rest.replace('mAP_copypaste', 'AP, all').replace('mAP_', 'AP').replace('mAP', 'AP')}".strip()
