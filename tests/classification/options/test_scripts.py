@@ -201,9 +201,7 @@ def test_every_shipped_config_parses_and_starts_with_its_command(path: Path) -> 
 
 def test_recipes_leave_it_to_the_user_where_data_are() -> None:
     named = {path.stem: options("--config", str(path)).data_dir for path in CONFIGS.rglob("*.yaml")}
-    assert {name: data for name, data in named.items() if data} == {
-        "quickstart": "output/quickstart/data"
-    }  # it makes them
+    assert [name for name, data in named.items() if data] == ["quickstart"], "which makes them"
 
 
 def test_imagenet_recipes_follow_the_table_of_variants() -> None:
