@@ -91,7 +91,7 @@ def activation_memory(settings: Sequence[str]) -> dict[str, int]:
 
     from .config import load, parse, parser
 
-    cfg = load(parse(parser("quickstart.py", ""), [str(CONFIG), "--cfg-options", *settings]))
+    cfg = load(parse(parser("", ""), [str(CONFIG), "--cfg-options", *settings]))
     init_default_scope("mmdet")
     with noise_kept_out(verbose=False):
         batch = next(

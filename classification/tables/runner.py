@@ -17,7 +17,7 @@ from rich.console import Console
 from revnets.training.errors import UserError, guarded
 from revnets.training.files import write_csv, write_json
 from revnets.training.options.parsing import SEED, Parser, argument
-from revnets.training.pictures import new_figure, save_figure
+from revnets.training.pictures import picture
 from revnets.training.places import make_folder
 
 Outcomes = Sequence[Any]  # dataclasses of one kind: a run each, and what it came to
@@ -132,10 +132,7 @@ class Table:
         for outcome in self.outcomes():
             done.append(outcome)
             self.write(done)
-        figure = new_figure(self.output / self.picture, (8, 4.5))
-        if figure is not None:
-            self.draw(figure, done)
-            save_figure(figure, self.output / self.picture, dpi=150)
+        picture(self.output / self.picture, (8, 4.5), lambda figure: self.draw(figure, done), dpi=150)
         console = Console(width=140)
         console.print(self.shown(done))
         for words in self.words(done):
