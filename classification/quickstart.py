@@ -6,7 +6,6 @@ python -m classification.quickstart
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import sys
 import time
@@ -36,7 +35,6 @@ from .runtime import start_runtime
 from .train import train
 from .validate import validate
 
-_logger = logging.getLogger("classification")
 CONFIG = CONFIGS / "quickstart.yaml"
 
 

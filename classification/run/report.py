@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from revnets.training.errors import UserError, one_line
 from revnets.training.files import whole_file, write_csv
 from revnets.training.pictures import picture
 
-_logger = logging.getLogger("classification")
 SUMMARY, ARGS = "summary.csv", "args.yaml"
 MOST_EPOCHS = 10**9
 Row = dict[str, float]

@@ -137,15 +137,7 @@ def make_parser(schema: type, description: str, prog: str | None = None) -> argp
     return parser
 
 
-def parse(
-    schema: type[T],
-    argv: Sequence[str] | None,
-    description: str,
-    *,
-    prog: str | None = None,
-    ignored: frozenset[str] = frozenset(),
-    ours: Path | None = None,
-) -> T:
+def parse(schema: type[T], argv: Sequence[str] | None, description: str, *, prog: str | None = None) -> T:
     """Reads the command line and the configuration file it names.
 
     Args:
@@ -153,8 +145,6 @@ def parse(
         argv: The arguments, `sys.argv[1:]` where None.
         description: First line of `--help`.
         prog: See `Parser`.
-        ignored: Keys of the YAML file that are known but not for this script.
-        ours: Folder of files that `--config` finds by name.
 
     Returns:
         An instance of `schema`.
@@ -162,7 +152,7 @@ def parse(
     Raises:
         UserError: An unknown option or key, a value that does not fit, or one that has no effect.
     """
-    return settled(schema, read_layers(schema, argv, description, prog=prog, ignored=ignored, ours=ours))
+    return settled(schema, read_layers(schema, argv, description, prog=prog))
 
 
 def read_layers(
@@ -174,7 +164,16 @@ def read_layers(
     ignored: frozenset[str] = frozenset(),
     ours: Path | None = None,
 ) -> list[Layer]:
-    """Like `parse`, but only the values that the files and the command line set, the command line last."""
+    """Like `parse`, but only the values that the files and the command line set, the command line last.
+
+    Args:
+        schema: The dataclass of options.
+        argv: The arguments, `sys.argv[1:]` where None.
+        description: First line of `--help`.
+        prog: See `Parser`.
+        ignored: Keys of the YAML file that are known but not for this script.
+        ours: Folder of files that `--config` finds by name.
+    """
     known = options_of(schema)
     parser = make_parser(schema, description, prog)
     namespace, rest = parser.parse_known_args(argv)
