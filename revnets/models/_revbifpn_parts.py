@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layers import MBConv, norm_act
+from ..layers.geometry import placed
 from ..reversible import (
     AdditiveCoupling,
     Parallel,
@@ -81,8 +82,9 @@ class Head(nn.Module):
             )
             for k in range(len(in_chs) - 1)
         )
-        self.conv = nn.Conv2d(in_chs[-1], out_chs, 1, bias=False)
-        self.bn = block_args["norm_layer"](out_chs)
+        dd = placed(block_args.get("device"), block_args.get("dtype"))
+        self.conv = nn.Conv2d(in_chs[-1], out_chs, 1, bias=False, **dd)
+        self.bn = block_args["norm_layer"](out_chs, **dd)
         self.act = block_args["act_layer"]()
 
     def forward(self, xs: Sequence[Tensor]) -> Tensor:
@@ -101,12 +103,12 @@ def run_end(end: "Neck | Head", part: Callable[[Tensor], Tensor], x: Tensor) -> 
     return recompute(part, x) if end.training and end.mode != "store" else part(x)
 
 
-def make_stem(in_chans: int, out_chans: int, stride: int) -> tuple[nn.Module | None, SpaceToDepth | None]:
+def make_stem(in_chans: int, out_chans: int, stride: int, **dd: Any) -> tuple[nn.Module | None, SpaceToDepth | None]:
     """The reversible stem, or a strided convolution where the image has more channels than fit."""
     repeated = out_chans // stride**2
     if in_chans <= repeated and repeated * stride**2 == out_chans:
         return None, SpaceToDepth(in_chans, stride, repeated)
-    return nn.Conv2d(in_chans, out_chans, stride, stride), None
+    return nn.Conv2d(in_chans, out_chans, stride, stride, **dd), None
 
 
 def make_stage(

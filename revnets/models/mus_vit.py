@@ -24,6 +24,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from ..layers.convert import replace_module
+from ..layers.geometry import children_first, reset_parameters
 from ..layers.munit.convert import munit_options, munit_scaled
 from ..layers.munit.layers import MuSLinear
 from ..layers.registry import Spec
@@ -93,9 +94,8 @@ class MuSVisionTransformer(VisionTransformer):
             if embedding is not None:
                 nn.init.normal_(embedding)
         if needs_reset:
-            for module in self.modules():
-                if module is not self and hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
+            for module in children_first(self):
+                reset_parameters(module)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier; 0 classes gives pooled features, with ``global_pool=""`` all tokens."""

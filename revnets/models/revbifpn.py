@@ -17,6 +17,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..layers import MBConv, convert
+from ..layers.geometry import children_first, placed, reset_parameters
 from ..reversible import ReversibleOp, RevSequential, compile_branches
 from ._memory_modes import MemoryModes
 from ._revbifpn_checkpoint import HashedCfg, checkpoint_filter_fn, pretrained_overlay, weights_cfg
@@ -56,7 +57,9 @@ class RevBiFPN(MemoryModes, nn.Module):
             equal stored ones to the bit. Acts in training only.
         zero_init_last: start the last norm of every branch of the body at 0: every block starts as the identity.
         act_layer: activation.
-        norm_layer: normalisation, given the channels.
+        norm_layer: normalisation, given the channels, and device and dtype where they are given here.
+        device: of parameters and buffers; ``"meta"`` defers them, see ``init_weights``.
+        dtype: of parameters and buffers.
 
     Raises:
         ValueError: for an unknown mode or stem stride.
@@ -83,8 +86,11 @@ class RevBiFPN(MemoryModes, nn.Module):
         zero_init_last: bool = False,
         act_layer: type[nn.Module] = nn.Hardswish,
         norm_layer: Any = None,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
-        options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        elsewhere = ("self", "__class__", "device", "dtype")
+        options = {name: value for name, value in locals().items() if name not in (*elsewhere, "elsewhere")}
         super().__init__()
         self._options = options
         if stem_stride not in (1, 2, 4):
@@ -94,15 +100,17 @@ class RevBiFPN(MemoryModes, nn.Module):
         self.drop_rate = drop_rate
         self.stem_stride = stem_stride
         self.reduction = stem_stride * 2 ** (NUM_SCALES - 1)
+        dd = placed(device, dtype)
         block_args = {
             "act_layer": act_layer,
             "norm_layer": norm_layer or partial(nn.BatchNorm2d, eps=1e-3, momentum=0.1),
+            **dd,
         }
         channels = [scaled(c, width) for c in BODY_CHANNELS]
         neck_channels = [scaled(c, width) for c in NECK_CHANNELS]
         self.num_features = self.head_hidden_size = scaled(FC_FEATURES, width)
 
-        self.stem, unfold = make_stem(in_chans, channels[0], stem_stride)
+        self.stem, unfold = make_stem(in_chans, channels[0], stem_stride, **dd)
         stages = NUM_SCALES - 1 + extra_silos
         ops: list[ReversibleOp] = [unfold] if unfold is not None else []
         for stage in range(1, stages + 1):
@@ -116,18 +124,27 @@ class RevBiFPN(MemoryModes, nn.Module):
             for k, chs in enumerate(neck_channels)
         ]
         self.global_pool, self.head_drop, self.classifier = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate
+            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd
         )
-        self.init_weights(zero_init_last=zero_init_last)
+        self.init_weights(needs_reset=False)
 
-    def init_weights(self, zero_init_last: bool = False) -> None:
-        """Kaiming normal convolutions (fan-out), norms at 1 and 0; see ``zero_init_last`` of the class."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Kaiming normal convolutions (fan-out), norms at 1 and 0; see ``zero_init_last`` of the class.
+
+        After ``create_model(..., device="meta")`` and ``to_empty(device=...)``, this gives a network to be trained.
+
+        Args:
+            needs_reset: initialise all else, too, by its own ``reset_parameters``; layers of the registry, which see to
+                themselves, are. False where modules were just made.
+        """
+        for module in children_first(self):
+            if isinstance(module, nn.Conv2d) and type(module).reset_parameters is nn.Conv2d.reset_parameters:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        if zero_init_last:
+            elif needs_reset:
+                reset_parameters(module)
+        if self._options["zero_init_last"]:
             for module in self.body.modules():
                 if isinstance(module, MBConv) and getattr(module.bn3, "weight", None) is not None:
                     nn.init.zeros_(module.bn3.weight)  # type: ignore[arg-type]

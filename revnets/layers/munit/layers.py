@@ -224,6 +224,7 @@ class _SparseMunitScaled(MaskedWeight):
         """Weights of variance 1 where the mask leaves them; biases 0."""
         if "mask" not in self._buffers:
             return  # called by torch's own constructor
+        self._draw_missing_mask()
         self.weight.normal_().mul_(self.mask)
         if self.bias is not None:
             self.bias.zero_()

@@ -66,11 +66,13 @@ class MaskedWeight(nn.Module):
     bias: nn.Parameter | None
     mask: Tensor
     sparsity: float
+    _count: int
     init_scale: bool
     gather_dense_grad: bool
     dense_grad: Tensor | None
     sparse_kernel: bool = False
     _structures: StructureCache | None = None
+    _mask_known: bool = True
 
     def __init__(
         self, *args: Any, sparsity: float, init_scale: bool = False, count: int | None = None, **kwargs: Any
@@ -83,14 +85,33 @@ class MaskedWeight(nn.Module):
         self.dense_grad = None
         if count is None:
             count = max(1, kept(self.weight.numel(), self.sparsity))  # a layer without weights would never learn
-        self.register_buffer("mask", mask_with_count(self.weight.shape, count).to(self.weight.device))
+        self._count = count
+        self.register_buffer("mask", self._drawn_mask())
+        self._mask_known = not self.mask.is_meta
         self.reset_parameters()
+
+    def _drawn_mask(self) -> Tensor:
+        if self.weight.is_meta:
+            return torch.empty(self.weight.shape, dtype=torch.bool, device="meta")
+        return mask_with_count(self.weight.shape, self._count).to(self.weight.device)
+
+    def _draw_missing_mask(self) -> None:
+        """A mask that was made on the meta device is what happens to be in memory, until one is drawn or loaded."""
+        if not (self._mask_known or self.mask.is_meta):
+            self.mask.copy_(self._drawn_mask())
+            self._mask_known = True
+
+    def _apply(self, *args: Any, **kwargs: Any) -> MaskedWeight:
+        super()._apply(*args, **kwargs)
+        self._mask_known = self._mask_known and not self.mask.is_meta
+        return self
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Kaiming normal weights by fan-out (of a group), with ``init_scale`` as wide as the density asks; biases 0."""
         if "mask" not in self._buffers:
             return  # called by torch's own constructor
+        self._draw_missing_mask()
         fan_out = self.weight.shape[0] * self.weight[0, 0].numel() / getattr(self, "groups", 1)
         if self.init_scale:
             fan_out *= 1 - self.sparsity
@@ -135,10 +156,12 @@ class MaskedWeight(nn.Module):
         mask = mask.to(self.mask.device)
         self.weight.mul_(self.mask & mask)
         self.mask.copy_(mask)
+        self._mask_known = not self.mask.is_meta
 
     @torch.no_grad()
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._mask_known = (self._mask_known or f"{prefix}mask" in state_dict) and not self.mask.is_meta
         self.weight.mul_(self.mask)  # a dense checkpoint loads with strict=False
 
     def extra_repr(self) -> str:
