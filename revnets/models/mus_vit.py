@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.fx
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
@@ -254,6 +255,7 @@ class RevMuSVisionTransformer(MemoryModes, MuSVisionTransformer):
         return take
 
 
+@torch.fx.wrap
 def _check_unmasked(attn_mask: Tensor | None, is_causal: bool) -> None:
     if attn_mask is not None or is_causal:
         raise ValueError("RevMuSVisionTransformer takes no attention mask: use MuSVisionTransformer, which does")

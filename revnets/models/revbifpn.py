@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.fx
 from timm.layers import SelectAdaptivePool2d, create_classifier
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
@@ -289,6 +290,7 @@ class RevBiFPN(MemoryModes, nn.Module):
         return take
 
 
+@torch.fx.wrap
 def _check_input(x: Tensor, in_chans: int, divisor: int) -> None:
     if x.dim() != 4 or x.shape[1] != in_chans:
         raise ValueError(

@@ -19,6 +19,7 @@ from ...kernels.training import (
     sparse_conv,
     sparse_linear,
 )
+from ...reversible.traced import is_traced
 from ...sparsity.masks import check_sparsity, kept, mask_with_count
 from ..fold import folded_layer, plain_layer
 from ..sites import MASKED
@@ -125,9 +126,13 @@ class MaskedWeight(nn.Module):
             return _gathering(self.weight, self.mask, self)
         return self.weight * self.mask
 
+    def _may_skip(self, x: Tensor) -> bool:
+        """Whether the kernel that skips zeros may be used."""
+        return self.sparse_kernel and not self.gather_dense_grad and not is_traced(x)
+
     def _structure(self, x: Tensor, channels: int, expected: int) -> Structure | None:
         """The mask's, where the kernel is to be used for so many channels or features; else None."""
-        if not self.sparse_kernel or self.gather_dense_grad or channels != expected:  # of which torch complains
+        if channels != expected:  # of which torch complains
             return None
         if x.numel() // expected * self.weight.numel() < MIN_PRODUCTS:
             return None
@@ -200,7 +205,7 @@ class SparseConv2d(MaskedWeight, nn.Conv2d):  # type: ignore[misc]
 
     def structure(self, x: Tensor) -> Structure | None:
         """What the kernel needs to compute this layer for an input; None where the masked path is to be taken."""
-        return self._structure(x, x.shape[1], self.in_channels) if x.ndim == 4 else None
+        return self._structure(x, x.shape[1], self.in_channels) if self._may_skip(x) and x.ndim == 4 else None
 
 
 class SparseConv2dSame(SparseConv2d):
@@ -241,7 +246,7 @@ class SparseLinear(MaskedWeight, nn.Linear):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x: ``(..., in_features)``. Returns: ``(..., out_features)``."""
-        structure = self._structure(x, x.shape[-1], self.in_features) if x.ndim else None
+        structure = self._structure(x, x.shape[-1], self.in_features) if self._may_skip(x) and x.ndim else None
         if structure is not None:
             return sparse_linear(x, self.weight, self.bias, structure)
         return nn.functional.linear(x, self.effective_weight(), self.bias)
