@@ -276,6 +276,12 @@ def _as_asked(final: Tensor | None, maps: list[Tensor], prefix: list[Tensor] | N
 
 def _create(cls: type[MuSVisionTransformer], variant: str, pretrained: bool, **kwargs: Any) -> Any:
     out_indices = kwargs.pop("out_indices", 3)
+    patch = kwargs.get("patch_size", 16)
+    if (stride := kwargs.pop("output_stride", patch)) != patch:
+        raise ValueError(
+            f"output_stride={stride}: all maps of {variant} have the stride of its patches, {patch}: "
+            f"pass patch_size={stride}, or take revbifpn_s0 or another network of several scales"
+        )
     return build_model_with_cfg(
         cls,
         variant,

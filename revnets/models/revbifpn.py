@@ -30,6 +30,8 @@ from ._revbifpn_parts import (
     NUM_SCALES,
     Head,
     Neck,
+    Strides,
+    check_input,
     make_stage,
     make_stem,
     run_end,
@@ -37,6 +39,8 @@ from ._revbifpn_parts import (
 )
 
 __all__ = ["RevBiFPN", "checkpoint_filter_fn"]
+
+torch.fx.wrap("check_input")  # a node of a traced graph: it looks at the image's size
 
 
 class RevBiFPN(MemoryModes, nn.Module):
@@ -59,11 +63,12 @@ class RevBiFPN(MemoryModes, nn.Module):
         zero_init_last: start the last norm of every branch of the body at 0: every block starts as the identity.
         act_layer: activation.
         norm_layer: normalisation, given the channels, and device and dtype where they are given here.
+        output_stride: 32, or 16 or 8 for finer coarse scales: their convolutions dilate instead. Weights are the same.
         device: of parameters and buffers; ``"meta"`` defers them, see ``init_weights``.
         dtype: of parameters and buffers.
 
     Raises:
-        ValueError: for an unknown mode or stem stride.
+        ValueError: for an unknown mode, stem stride or output stride.
 
     Example:
         >>> import torch
@@ -87,6 +92,7 @@ class RevBiFPN(MemoryModes, nn.Module):
         zero_init_last: bool = False,
         act_layer: type[nn.Module] = nn.Hardswish,
         norm_layer: Any = None,
+        output_stride: int = 32,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -94,13 +100,12 @@ class RevBiFPN(MemoryModes, nn.Module):
         options = {name: value for name, value in locals().items() if name not in (*elsewhere, "elsewhere")}
         super().__init__()
         self._options = options
-        if stem_stride not in (1, 2, 4):
-            raise ValueError(f"stem_stride={stem_stride}: expected 4 (as published), or 2 or 1 for small images")
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.stem_stride = stem_stride
-        self.reduction = stem_stride * 2 ** (NUM_SCALES - 1)
+        strides = Strides(stem_stride, output_stride)
+        self.reduction = strides.of(NUM_SCALES - 1)
         dd = placed(device, dtype)
         block_args = {
             "act_layer": act_layer,
@@ -116,12 +121,14 @@ class RevBiFPN(MemoryModes, nn.Module):
         ops: list[ReversibleOp] = [unfold] if unfold is not None else []
         for stage in range(1, stages + 1):
             drop_path = drop_path_rate * stage / stages
-            ops += make_stage(channels, min(stage, NUM_SCALES), min(stage + 1, NUM_SCALES), drop_path, block_args)
+            ops += make_stage(
+                channels, min(stage, NUM_SCALES), min(stage + 1, NUM_SCALES), drop_path, strides, block_args
+            )
         self.body = RevSequential(ops, mode=mode, exact=exact)
-        self.neck = Neck(channels, neck_channels, mode, **block_args)
-        self.head: nn.Module = Head(neck_channels, self.num_features, mode, **block_args)
+        self.neck = Neck(channels, neck_channels, mode, strides, **block_args)
+        self.head: nn.Module = Head(neck_channels, self.num_features, mode, strides, **block_args)
         self.feature_info = [
-            {"num_chs": chs, "reduction": stem_stride * 2**k, "module": f"neck.blocks.{k}", "stage": k}
+            {"num_chs": chs, "reduction": strides.of(k), "module": f"neck.blocks.{k}", "stage": k}
             for k, chs in enumerate(neck_channels)
         ]
         self.global_pool, self.head_drop, self.classifier = create_classifier(
@@ -218,7 +225,7 @@ class RevBiFPN(MemoryModes, nn.Module):
         return self.neck(self._forward_body(x))
 
     def _forward_body(self, x: Tensor) -> tuple[Tensor, ...]:
-        _check_input(x, self.in_chans, self.reduction)
+        check_input(x, self.in_chans, self.reduction)
         if self.stem is not None:
             x = self.stem(x).to(next(self.stem.parameters()).dtype)  # autocast must not make the stream half precision
         return self.body(x)
@@ -288,22 +295,6 @@ class RevBiFPN(MemoryModes, nn.Module):
                 if int(key.split("_")[1]) not in needed:
                     del branches[key]
         return take
-
-
-@torch.fx.wrap
-def _check_input(x: Tensor, in_chans: int, divisor: int) -> None:
-    if x.dim() != 4 or x.shape[1] != in_chans:
-        raise ValueError(
-            f"input of shape {tuple(x.shape)}: expected (N, {in_chans}, H, W); create the model with in_chans=C "
-            "for C channels"
-        )
-    height, width = x.shape[-2:]
-    if height % divisor or width % divisor:
-        fitting = [max(divisor, round(side / divisor) * divisor) for side in (height, width)]
-        raise ValueError(
-            f"input size {height}x{width}: height and width must be divisible by {divisor}; "
-            f"resize or pad to, say, {fitting[0]}x{fitting[1]}"
-        )
 
 
 # --- registration ----------------------------------------------------------------------------------------------------

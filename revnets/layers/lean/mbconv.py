@@ -21,8 +21,9 @@ class MBConv(nn.Module):
     Args:
         in_chs: input channels.
         out_chs: output channels.
-        kernel_size: of the depthwise convolution; padding is ``(kernel_size - 1) // 2``.
+        kernel_size: of the depthwise convolution; padding is ``(kernel_size - 1) // 2`` times ``dilation``.
         stride: of the depthwise convolution.
+        dilation: of the depthwise convolution.
         exp_ratio: expansion; 1 leaves the expansion out.
         se_ratio: hidden channels of squeeze-and-excite relative to ``in_chs``; 0 leaves it out.
         drop_path_rate: probability of dropping the result of a sample.
@@ -48,6 +49,7 @@ class MBConv(nn.Module):
         drop_path_rate: float = 0.0,
         act_layer: type[nn.Module] = nn.Hardswish,
         norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        dilation: int = 1,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -60,8 +62,9 @@ class MBConv(nn.Module):
             self.conv_pw = nn.Conv2d(in_chs, mid_chs, 1, bias=False, **dd)
             self.bn1 = norm_layer(mid_chs, **dd)
             self.act1 = act_layer()
+        padding = (kernel_size - 1) // 2 * dilation
         self.conv_dw = nn.Conv2d(
-            mid_chs, mid_chs, kernel_size, stride, (kernel_size - 1) // 2, groups=mid_chs, bias=False, **dd
+            mid_chs, mid_chs, kernel_size, stride, padding, dilation, groups=mid_chs, bias=False, **dd
         )
         self.bn2 = norm_layer(mid_chs, **dd)
         self.act2 = act_layer()

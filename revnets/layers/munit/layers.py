@@ -15,7 +15,6 @@ from .fp8 import check_backend, check_floating, check_grad_scale
 from .fp8_conv import choose, padded_words
 from .functional import munit_scale, mus_conv2d, mus_linear
 
-
 for _name in ("check_floating", "mus_conv2d", "mus_linear"):  # which look at their tensors: nodes of a traced graph
     torch.fx.wrap(_name)
 
