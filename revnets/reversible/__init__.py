@@ -9,10 +9,11 @@ from .compiled import compile_branches
 from .coupling import AdditiveCoupling
 from .errors import RangeError, ReversibleError
 from .grid import DEFAULT_GRID_BITS, round_to_grid
+from .leapfrog import Leapfrog
 from .mode import MODES, recompute, set_mode
 from .op import ReversibleOp
 from .parallel import Parallel
-from .replay import once
+from .replay import Lent, once
 from .sequential import RevSequential
 from .silo import RevSilo
 from .stem import SpaceToDepth
@@ -21,6 +22,8 @@ __all__ = [
     "DEFAULT_GRID_BITS",
     "MODES",
     "AdditiveCoupling",
+    "Leapfrog",
+    "Lent",
     "OpError",
     "Parallel",
     "RangeError",
