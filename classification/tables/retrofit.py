@@ -50,20 +50,21 @@ class Network:
     make: Callable[[int], nn.Module]
     pretrain_lr: float
     finetune_lr: float
+    epochs: int  # of the pre-training
 
 
 def _convnext(classes: int) -> nn.Module:
-    sizes: dict[str, Any] = dict(depths=(2, 2, 6, 2), dims=(24, 48, 96, 192), patch_size=2)
+    sizes: dict[str, Any] = dict(depths=(3, 3, 9, 3), dims=(24, 48, 96, 192), patch_size=2)
     return timm.create_model("convnext_atto", num_classes=classes, drop_path_rate=0.05, conv_mlp=False, **sizes)
 
 
 def _vit(classes: int) -> nn.Module:
-    sizes: dict[str, Any] = dict(img_size=32, patch_size=4, embed_dim=96, depth=6, num_heads=3)
+    sizes: dict[str, Any] = dict(img_size=32, patch_size=8, embed_dim=96, depth=6, num_heads=3)
     how: dict[str, Any] = dict(class_token=False, global_pool="avg", drop_path_rate=0.05)
     return timm.create_model("vit_tiny_patch16_224", num_classes=classes, **sizes, **how)
 
 
-NETWORKS = {"convnext": Network(_convnext, 4e-3, 1e-3), "vit": Network(_vit, 2e-3, 5e-4)}
+NETWORKS = {"vit": Network(_vit, 2e-3, 5e-4, 8), "convnext": Network(_convnext, 4e-3, 1e-3, 4)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +189,7 @@ class Table(runner.Table):
         runner.SEEDS,
         flag("--images", type=positive, default=20000, help="of the pre-training, of each class as many"),
         flag("--finetune-images", type=positive, default=5000, help="of the new task"),
-        flag("--epochs", type=positive, default=4, help="of the pre-training"),
+        flag("--epochs", type=positive, help="of the pre-training; by default the network's own"),
         flag("--finetune-epochs", type=positive, default=4),
         flag("--batch-size", type=positive, default=100),
         flag("--only-pretrain", action="store_true", help="stop after it"),
@@ -223,7 +224,8 @@ class Table(runner.Table):
     def pretrained(self, name: str) -> tuple[dict[str, Tensor], float]:
         """Weights and top-1 of the pre-training, made where they are missing."""
         args, network = self.args, NETWORKS[name]
-        path = self.output / f"{name}-{args.images}-{args.epochs}.pth"
+        epochs = args.epochs or network.epochs
+        path = self.output / f"{name}-{args.images}-{epochs}.pth"
         if path.exists():
             stored = torch.load(path, weights_only=True)
             return stored["weights"], stored["top1"]
@@ -231,7 +233,7 @@ class Table(runner.Table):
         torch.manual_seed(0)
         model = network.make(classes)
         _logger.info(f"{name}: pre-training of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
-        train(model, data.part(args.images // classes, classes), network.pretrain_lr, args.epochs, args.batch_size, 0)
+        train(model, data.part(args.images // classes, classes), network.pretrain_lr, epochs, args.batch_size, 0)
         top1 = validate(model, self.data("validation.tar", False)[0])
         _logger.info(f"{name}: pre-trained to {top1:.2f}%")
         write(path, lambda temporary: torch.save({"weights": model.state_dict(), "top1": top1}, temporary))
@@ -247,7 +249,7 @@ class Table(runner.Table):
 
     def _outcome(self, name: str, weights: dict[str, Tensor], pretrain_top1: float, seed: int, training: str) -> Outcome:
         args, network = self.args, NETWORKS[name]
-        words = (name, training, seed, args.images, args.epochs, args.finetune_images, args.finetune_epochs)
+        words = (name, training, seed, args.images, args.epochs or network.epochs, args.finetune_images, args.finetune_epochs)
         path = self.output / f"{'-'.join(map(str, words))}.json"
         stored = read_stored(path, lambda found: Outcome(**found))
         if stored is not None:

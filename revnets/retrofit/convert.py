@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..layers.convert import Converted, Skipped, input_size_of
-from ..reversible import ReversibleOp, RevSequential
-from ..reversible.leapfrog import BITS, DEFAULT_BITS
+from ..reversible import KeptUpdate, Leapfrog, Lent, ReversibleOp, RevSequential
+from ..reversible.leapfrog import BITS
 from ..reversible.mode import check_mode
+from ..reversible.update import UPDATE_BITS
 from .probe import Stage, probe
 from .stage import ReversibleStage
 
 Steps = list[tuple[tuple[str, ...], str]]
+_BITS = {1: UPDATE_BITS, 2: BITS}  # by the number of streams
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,10 @@ class Report:
     Attributes:
         converted: runs of blocks that are rebuilt from their output, and single blocks computed again from their input.
         skipped: blocks that are neither, each with the reason.
-        bits: of side information per number, see ``Leapfrog``.
     """
 
     converted: tuple[Converted, ...]
     skipped: tuple[Skipped, ...]
-    bits: int
 
     def __str__(self) -> str:
         lines = [f"{c.name}: {c.kind}" + (f" ({c.note})" if c.note else "") for c in self.converted]
@@ -40,28 +41,31 @@ class Report:
 
 def reversible(
     model: nn.Module,
-    bits: int = DEFAULT_BITS,
+    bits: int = 8,
+    streams: int = 1,
     exact: bool | int = True,
     mode: str = "reversible",
     input_size: Sequence[int] | None = None,
 ) -> nn.Module:
     r"""Make the residual stages of a trained network reversible, so that training forgets their activations.
 
-    What changes is how the blocks within an ``nn.Sequential`` are trained: each run of residual blocks that keep
-    their shape is rebuilt from its output, and the others of their class are computed again from their input.
-    Weights, names, ``state_dict`` and everything in eval mode are the network's own, so that checkpoints go both ways.
+    What changes is how the blocks within an ``nn.Sequential`` are trained: residual blocks that keep their shape are
+    undone from their output, and the others of their class are computed again from their input. Weights, names,
+    ``state_dict`` and everything in eval mode are the network's own, so that checkpoints go both ways.
 
-    In training there are two streams, the network's own z, to which blocks add their update, and x, on which they run:
-    :math:`x = z + 2^{-bits} (z - x_{former})`. With 8 bits a block so sees its input off by 1/256 of what the block
-    before it added; the low bits of x that this loses are kept, one byte per number and block, so that what is rebuilt
-    and all gradients equal those of ``mode="store"`` to the bit, whatever the depth. ``docs/retrofit.md`` compares.
+    In training, what a block adds is rounded to ``bits`` bits, with a scale for each 64 numbers, and only these bits
+    are kept (``KeptUpdate``). With ``streams=2`` nothing is rounded: the block runs ahead of the network's own stream by
+    ``2^-bits`` of the update before (``Leapfrog``). Either way what is rebuilt, and all gradients, equal those of
+    ``mode="store"`` to the bit, at any depth. ``docs/retrofit.md`` compares.
 
     Args:
         model: timm's ResNet, ConvNeXt or ViT, or any with stages of residual blocks; in full precision. It is changed
             in place.
-        bits: 0, 1, 2, 4 or 8; less takes less memory and is further from what the network was trained to do.
-        exact: True, or k for a grid of ``2^-k`` (coarser for activations beyond 512). False needs ``bits=0``: gradients
-            are then those of activations rebuilt with an error.
+        bits: kept per number and block: 4, 8 or 16, with two streams 0, 1, 2, 4 or 8. Fewer take less memory and are
+            further from what the network was trained to do.
+        streams: 1, or 2, which take more memory while a block is computed again.
+        exact: True, or k for a grid of ``2^-k`` (coarser, for activations beyond 512). False rebuilds activations with
+            an error; with two streams it needs ``bits=0``.
         mode: of training, see ``revnets.set_mode``.
         input_size: of one example, without batch, to follow the data through the network; by default that of
             ``model.pretrained_cfg``, or ``(3, 224, 224)``.
@@ -80,7 +84,7 @@ def reversible(
         blocks.0 to blocks.3: reversible (4 blocks)
         >>> model(torch.zeros(2, 3, 160, 160)).sum().backward()
     """
-    _check_options(bits, exact, mode)
+    _check_options(bits, streams, exact, mode)
     _check_model(model)
     stages = [stage for stage in probe(model, input_size_of(model, input_size)) if "" in stage.blocks.values()]
     converted: list[Converted] = []
@@ -92,25 +96,35 @@ def reversible(
         if not stage.calls:
             skipped.append(Skipped(stage.name, "the network calls its blocks one by one"))
             continue
-        planned[stage.name] = _plan(model.get_submodule(stage.name), stage, converted, skipped)
+        planned[stage.name] = _plan(model.get_submodule(stage.name), stage, 1 if streams == 1 else 2, converted, skipped)
     if not converted:
         raise ValueError(_nothing(model, skipped))
     for name, steps in planned.items():
         module = model.get_submodule(name)
         assert isinstance(module, nn.Sequential)
-        ReversibleStage.of(module, steps, bits, exact, mode)
-    vars(model)["retrofit"] = Report(tuple(converted), tuple(skipped), bits)
+        ReversibleStage.of(module, steps, partial(_ops, streams, bits), exact, mode)
+    vars(model)["retrofit"] = Report(tuple(converted), tuple(skipped))
     return model
 
 
-def _check_options(bits: int, exact: bool | int, mode: str) -> None:
+def _ops(streams: int, bits: int, blocks: Sequence[Lent]) -> list[ReversibleOp]:
+    if streams == 1:
+        return [KeptUpdate(block, bits) for block in blocks]
+    last = len(blocks) - 1
+    return [Leapfrog(block, bits, start=i == 0, end=i == last) for i, block in enumerate(blocks)]
+
+
+def _check_options(bits: int, streams: int, exact: bool | int, mode: str) -> None:
     check_mode(mode)
-    if bits not in BITS or isinstance(bits, bool):
-        raise ValueError(f"reversible: bits={bits!r}: expected one of {', '.join(map(str, BITS))}")
-    if exact is False and bits:
+    if streams not in _BITS or isinstance(streams, bool):
+        raise ValueError(f"reversible: streams={streams!r}: expected 1 or 2")
+    if bits not in _BITS[streams] or isinstance(bits, bool):
+        allowed = ", ".join(map(str, _BITS[streams]))
+        raise ValueError(f"reversible: bits={bits!r}: expected one of {allowed} with streams={streams}")
+    if exact is False and streams == 2 and bits:
         raise ValueError(
-            f"reversible: exact=False with bits={bits} would lose {bits} bits of every number in every block: keep "
-            "exact=True, or take bits=0"
+            f"reversible: exact=False with streams=2 and bits={bits} would lose {bits} bits of every number in every "
+            "block: keep exact=True, or take bits=0"
         )
     RevSequential([], exact=exact)
 
@@ -150,21 +164,24 @@ def _in_lists(model: nn.Module) -> list[Skipped]:
     return found
 
 
-def _plan(module: nn.Module, stage: Stage, converted: list[Converted], skipped: list[Skipped]) -> Steps:
+def _plan(
+    module: nn.Module, stage: Stage, shortest: int, converted: list[Converted], skipped: list[Skipped]
+) -> Steps:
     """The steps of a stage; what is done, and what not, goes to the two lists."""
     children = dict(module.named_children())
     kinds = {type(children[name]) for name, reason in stage.blocks.items() if not reason}
     steps: Steps = []
     for names in _runs(stage):
         shown = [f"{stage.name}.{name}" if stage.name else name for name in names]
-        if len(names) > 1:
-            steps.append((names, "chain"))
-            converted.append(Converted(f"{shown[0]} to {shown[-1]}", "reversible", f"{len(names)} blocks"))
-            continue
         reason = stage.blocks[names[0]]
+        if not reason and len(names) >= shortest:
+            steps.append((names, "chain"))
+            where = shown[0] if len(names) == 1 else f"{shown[0]} to {shown[-1]}"
+            converted.append(Converted(where, "reversible", f"{len(names)} blocks" if len(names) > 1 else ""))
+            continue
         if type(children[names[0]]) in kinds:
             steps.append((names, "again"))
-            why = reason or "it is alone, so that its input takes no more room than its output"
+            why = reason or "alone, where two streams take more room than its input"
             converted.append(Converted(shown[0], "computed again from its input", why))
         else:
             steps.append((names, "plain"))

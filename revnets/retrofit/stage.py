@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..reversible import Leapfrog, Lent, RevSequential
+from ..reversible import Lent, ReversibleOp, RevSequential
 from ..reversible.mode import check_mode, recompute
 from ..reversible.sequential import refuse_replicas
 
@@ -20,9 +20,9 @@ class ReversibleStage(nn.Sequential):
     """An ``nn.Sequential`` of a network, made reversible in place: same blocks, same names, same ``state_dict``.
 
     In eval mode, when exported, and when its blocks are called one by one, it is what it was. In training, runs of
-    blocks that keep their shape go through a ``RevSequential`` of ``Leapfrog`` ops, which are lent the blocks; single
-    blocks between them, and those that change the shape, are computed again from their input. Blocks may be replaced;
-    where some are added or taken away the stage runs as an ``nn.Sequential`` does.
+    blocks that keep their shape go through a ``RevSequential``, whose ops are lent the blocks; those that change the
+    shape are computed again from their input. Blocks may be replaced; where some are added or taken away the stage
+    runs as an ``nn.Sequential`` does.
 
     Attributes:
         mode: see ``revnets.set_mode``; the chains have their own.
@@ -35,28 +35,27 @@ class ReversibleStage(nn.Sequential):
 
     @classmethod
     def of(
-        cls, stage: nn.Sequential, steps: Sequence[tuple[tuple[str, ...], str]], bits: int, exact: bool | int, mode: str
+        cls,
+        stage: nn.Sequential,
+        steps: Sequence[tuple[tuple[str, ...], str]],
+        ops: Callable[[Sequence[Lent]], Sequence[ReversibleOp]],
+        exact: bool | int,
+        mode: str,
     ) -> ReversibleStage:
         """Turn a stage, in place.
 
         Args:
             stage: of the very class ``nn.Sequential``.
             steps: see the attribute.
-            bits: see ``Leapfrog``.
+            ops: makes those of a chain.
             exact: see ``RevSequential``.
             mode: see ``RevSequential``.
         """
+        runs = [names for names, how in steps if how == "chain"]
+        made = [RevSequential(ops([Lent(stage, name) for name in names]), mode, exact) for names in runs]
         stage.__class__ = cls
         assert isinstance(stage, cls)
-        chains = {}
-        for names, how in steps:
-            if how == "chain":
-                last = len(names) - 1
-                ops = [
-                    Leapfrog(Lent(stage, name), bits, start=i == 0, end=i == last, exact=exact)
-                    for i, name in enumerate(names)
-                ]
-                chains[f"reversible{len(chains)}"] = RevSequential(ops, mode, exact)
+        chains = {f"reversible{i}": chain for i, chain in enumerate(made)}
         vars(stage).update(mode=check_mode(mode), steps=tuple(steps), chains=chains)
         return stage
 

@@ -17,11 +17,13 @@ from .replay import Lent, once
 from .sequential import RevSequential
 from .silo import RevSilo
 from .stem import SpaceToDepth
+from .update import KeptUpdate
 
 __all__ = [
     "DEFAULT_GRID_BITS",
     "MODES",
     "AdditiveCoupling",
+    "KeptUpdate",
     "Leapfrog",
     "Lent",
     "OpError",

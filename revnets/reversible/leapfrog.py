@@ -9,6 +9,7 @@ from .errors import ReversibleError
 from .grid import round_to_grid
 from .op import Grads, ReversibleOp, Step, Tensors
 from .replay import Lent
+from .side import laid_out, layout, pack, unpack
 
 BITS = (0, 1, 2, 4, 8)
 DEFAULT_BITS = 8
@@ -76,7 +77,7 @@ class Leapfrog(ReversibleOp):
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*xs, value)):
             return _Step.apply(z, x, value, how)
         z, ahead, rest = _forward(z, x, value, how)
-        self.keep("rest", lambda: (_layout(x), None if rest is None else _packed(rest(), self.bits)))
+        self.keep("rest", lambda: (layout(x), None if rest is None else pack(rest(), self.bits)))
         return z, ahead
 
     def inverse(self, *ys: Tensor) -> Tensors:
@@ -98,10 +99,10 @@ class Leapfrog(ReversibleOp):
         value, pull = self.evaluate(step, "block", self.block, x, needs_grad=step.needs_input_grad[-1])
         if not self.start:
             self.subtract(z, value.to(z.dtype) - x, owned=True)
-        layout = _layout(value)
+        strides = layout(value)
         del value
         grad = _grad_of_value(*grad_ys, self._how(), owned=True)
-        (through,) = pull(None if grad is None else _laid_out(grad, layout))
+        (through,) = pull(None if grad is None else laid_out(grad, strides))
         grad_x = step.add(_grad_of_x(grad, grad_ys[1], self._how(), owned=True), through)
         return ((x,), (grad_x,)) if self.start else ((z, x), (grad, grad_x))
 
@@ -127,8 +128,8 @@ class Leapfrog(ReversibleOp):
                     f"Leapfrog with bits={self.bits} cannot be undone from its outputs alone: the rest is kept in "
                     "training steps only (see check_reversibility); bits=0 needs none"
                 )
-            lead.add_(_unpacked(packed, self.bits, lead.shape), alpha=2.0**-self.grid_bits)
-        return _laid_out(lead.neg_().add_(z), strides)
+            lead.add_(unpack(packed, self.bits, lead.shape), alpha=2.0**-self.grid_bits)
+        return laid_out(lead.neg_().add_(z), strides)
 
     def extra_repr(self) -> str:
         parts = [f"bits={self.bits}", "start" * self.start, "end" * self.end, super().extra_repr()]
@@ -197,7 +198,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor | None, x: Tensor, value: Tensor, how: _How) -> Tensors:
         ctx.set_materialize_grads(False)
-        ctx.how, ctx.layout, ctx.dtype = how, _layout(value), value.dtype
+        ctx.how, ctx.strides, ctx.dtype = how, layout(value), value.dtype
         return _forward(z, x, value, how)[:2]
 
     @staticmethod
@@ -206,37 +207,4 @@ class _Step(torch.autograd.Function):
         grad_x = _grad_of_x(grad, grads[1], ctx.how)
         if grad is None:
             return None, grad_x, None, None
-        return None if ctx.how.start else grad, grad_x, _laid_out(grad, ctx.layout).to(ctx.dtype), None
-
-
-def _layout(value: Tensor) -> tuple[int, ...]:
-    """Strides of a tensor, without gaps."""
-    return torch.empty_like(value, device="meta").stride()
-
-
-def _laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """The tensor in a layout: kernels may round differently in another."""
-    if x.stride() == strides:
-        return x
-    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
-
-
-def _packed(rest: Tensor, bits: int) -> Tensor:
-    """Signed integers of ``bits`` bits each, as many to a byte as it holds."""
-    if bits == 8:
-        return rest
-    per, flat = 8 // bits, (rest + 2 ** (bits - 1)).to(torch.uint8).flatten()
-    flat = nn.functional.pad(flat, (0, -len(flat) % per)).view(-1, per)
-    packed = flat[:, 0].clone()
-    for place in range(1, per):
-        packed.bitwise_or_(flat[:, place] << (bits * place))
-    return packed
-
-
-def _unpacked(packed: Tensor, bits: int, shape: torch.Size) -> Tensor:
-    """What ``_packed`` was given."""
-    if bits == 8:
-        return packed
-    mask = 2**bits - 1
-    flat = torch.stack([(packed >> (bits * place)) & mask for place in range(8 // bits)], dim=1).flatten()
-    return flat[: shape.numel()].view(shape).to(torch.int8).sub_(2 ** (bits - 1))
+        return None if ctx.how.start else grad, grad_x, laid_out(grad, ctx.strides).to(ctx.dtype), None
