@@ -1,8 +1,8 @@
 """Sums per channel of channels-last maps on a CPU, as precise as those of contiguous ones.
 
-torch's kernels for batch norms add up contiguous float32 maps in float64, channels-last ones in float32, one pixel after
-the other: errors grow with the pixels. Here so many pixels in a row stand for one of as many times the channels: the
-same kernels, on the same memory, then add up every part for itself, and the few sums are added in float64.
+torch's kernels for batch norms add up contiguous float32 maps in float64, channels-last ones in float32, pixel after
+pixel: errors grow with their number. Here so many pixels in a row stand for one of as many times the channels: the same
+kernels, on the same memory, then add up every part for itself, and the few sums are added in float64.
 """
 
 import torch
