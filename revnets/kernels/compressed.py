@@ -77,16 +77,16 @@ def activate(x: Tensor, activation: str) -> Tensor:
     return functions[activation](x)
 
 
-_SCHEMAS = torch.library.Library("revnets", "DEF")
-_SCHEMAS.define(
+SCHEMAS = torch.library.Library("revnets", "DEF")
+SCHEMAS.define(
     "sparse_conv2d(Tensor x, Tensor values, Tensor columns, Tensor rows, Tensor? bias, Tensor? residual, "
     "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups, str activation) -> Tensor"
 )
-_SCHEMAS.define(
+SCHEMAS.define(
     "depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[2] stride, int[2] padding, "
     "str activation) -> Tensor"
 )
-_SCHEMAS.define("sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor rows, Tensor? bias) -> Tensor")
+SCHEMAS.define("sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor rows, Tensor? bias) -> Tensor")
 
 
 def conv_geometry(
@@ -244,9 +244,9 @@ def _fake_sparse_linear(x: Tensor, values: Tensor, columns: Tensor, rows: Tensor
     return x.new_empty((*x.shape[:-1], _outputs(rows)))
 
 
-_SCHEMAS.impl("sparse_conv2d", _sparse_conv2d, "CPU")
-_SCHEMAS.impl("depthwise_conv2d", _depthwise_conv2d, "CPU")
-_SCHEMAS.impl("sparse_linear", _sparse_linear, "CPU")
-torch.library.register_fake("revnets::sparse_conv2d", _fake_sparse_conv2d, lib=_SCHEMAS)
-torch.library.register_fake("revnets::depthwise_conv2d", _fake_depthwise_conv2d, lib=_SCHEMAS)
-torch.library.register_fake("revnets::sparse_linear", _fake_sparse_linear, lib=_SCHEMAS)
+SCHEMAS.impl("sparse_conv2d", _sparse_conv2d, "CPU")
+SCHEMAS.impl("depthwise_conv2d", _depthwise_conv2d, "CPU")
+SCHEMAS.impl("sparse_linear", _sparse_linear, "CPU")
+torch.library.register_fake("revnets::sparse_conv2d", _fake_sparse_conv2d, lib=SCHEMAS)
+torch.library.register_fake("revnets::depthwise_conv2d", _fake_depthwise_conv2d, lib=SCHEMAS)
+torch.library.register_fake("revnets::sparse_linear", _fake_sparse_linear, lib=SCHEMAS)
