@@ -14,7 +14,7 @@ from ..kernels import byte_ops as byte_ops
 from ..kernels.byte_calls import compress_bytes
 from ..kernels.compressed import activate
 from .graph import ATEN, add_constant, argument, clean, constant, is_changed, is_in_place, is_known, sole_name
-from .lower import OPS, _activation, _tail, node_geometry, pair
+from .lower import OPS, _activation, _Tail, _tail, node_geometry, pair
 
 _SHARE = 1e-4  # of the numbers that "percentile" leaves beyond each end of a range
 _SMALLEST = 1e-12  # span of a range
@@ -151,6 +151,11 @@ class _Lowering:
             return False
         return node in self._bytes or not is_changed(node, after=node)
 
+    def _settled(self, node: fx.Node) -> bool:
+        """Whether nobody sees that its value is changed in place later: nobody does so, or who does is all who read it."""
+        users = list(node.users)
+        return not is_changed(node, after=node) or (len(users) == 1 and sole_name(node, users[0]))
+
     def _read(self, node: fx.Node, before: fx.Node) -> fx.Node:
         """The bytes of a value; a float one is converted."""
         if node not in self._bytes:
@@ -191,7 +196,7 @@ class _Lowering:
                     new = self._graph.graph.call_function(ATEN.flatten.using_ints, (new, 1))
             for user in readers:
                 user.replace_input_with(node, new)
-        for node in reversed(self._gone):
+        for node in sorted(gone, reverse=True):
             self._graph.graph.erase_node(node)
 
     def _to_float(self, made: fx.Node, known: Range) -> fx.Node:
@@ -234,7 +239,9 @@ class _Lowering:
         if len(shape) != (4 if is_conv else 2) or not bool(weight.isfinite().all()):
             return False
         tail = _tail(node)
-        if is_changed(tail.last, after=tail.last) or tail.last not in self._seen.shapes:
+        if tail.residual is not None and node < tail.residual and tail.residual.target in _WEIGHTED:
+            tail = _Tail(node, None, "none")  # it comes later: the sum is its affair
+        if not self._settled(tail.last) or tail.last not in self._seen.shapes:
             return False
         if tail.residual is not None and not self._readable(tail.residual):
             return False
@@ -296,7 +303,7 @@ class _Lowering:
 
     def _ends_here(self, node: fx.Node) -> bool:
         """Whether its value can be bytes, and what it changes in place is read by nobody else."""
-        if is_changed(node, after=node) or (is_in_place(node) and not sole_name(node.args[0], node)):
+        if not self._settled(node) or (is_in_place(node) and not sole_name(node.args[0], node)):
             return False
         return all(map(math.isfinite, self._seen.ends[node]))
 
