@@ -127,6 +127,11 @@ def kernel_target() -> str:
     return load_kernel().revnets_target().decode()
 
 
+def byte_target() -> str:
+    """What layers of bytes were compiled for: ``AVX-512 VNNI``, ``AVX2`` or ``portable``."""
+    return load_kernel().revnets_byte_target().decode()
+
+
 def warn_of_dense_path() -> None:
     """Say, once, that sparse layers run dense and why."""
     problem = kernel_problem()
@@ -283,6 +288,7 @@ def _checked(path: Path) -> ctypes.CDLL:
 
 def _declare(library: ctypes.CDLL) -> None:
     library.revnets_target.restype = ctypes.c_char_p
+    library.revnets_byte_target.restype = ctypes.c_char_p
     library.revnets_call_size.restype = ctypes.c_int64
     library.revnets_fits.argtypes = [*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3]
     library.revnets_fits.restype = ctypes.c_int64

@@ -57,6 +57,8 @@ class Finish:
         for name in ("zero", "low", "high", "residual_zero"):
             if not 0 <= getattr(self, name) <= 255:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a byte, 0 to 255")
+        if self.scale.dim() != 1 or (self.table is not None and self.table.dim() != 1):
+            raise ValueError("a scale or a table of several dimensions: expected one")
 
     def numbers(self) -> dict[str, Any]:
         """Fields of a call."""

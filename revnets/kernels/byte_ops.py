@@ -30,7 +30,7 @@ from .byte_calls import (
     decompress_bytes,
     fours,
 )
-from .compressed import SCHEMAS
+from .compressed import SCHEMAS, check_devices
 
 Arguments = Mapping[str, Any]
 
@@ -203,6 +203,7 @@ def _register(name: str, layer: Layer) -> Any:
 
     def fake(*args: Any, **kwargs: Any) -> Tensor:
         a = arguments_of(operator, args, kwargs)
+        check_devices(a["x"], *(value for value in a.values() if isinstance(value, Tensor)))
         floats = a.get("to_float") or name == "int8_dequantize"
         return a["x"].new_empty(layer.shape(a), dtype=torch.float32 if floats else torch.uint8)
 

@@ -199,7 +199,7 @@ def _sparse_linear(x: Tensor, values: Tensor, columns: Tensor, rows: Tensor, bia
     return F.linear(x, decompress(values, columns, rows, (outputs, features)), bias)
 
 
-def _check_devices(x: Tensor, *weights: Tensor | None, residual: Tensor | None = None) -> None:
+def check_devices(x: Tensor, *weights: Tensor | None, residual: Tensor | None = None) -> None:
     """One weight on meta is enough for torch to ask for a shape alone: numbers made up on the CPU would be believed."""
     for name, other in (*(("weights", each) for each in weights), ("residual", residual)):
         if other is not None and x.device.type != "meta" and other.device != x.device:
@@ -220,7 +220,7 @@ def _fake_sparse_conv2d(
     groups: int,
     activation: str,
 ) -> Tensor:
-    _check_devices(x, values, columns, rows, bias, residual=residual)
+    check_devices(x, values, columns, rows, bias, residual=residual)
     geometry = conv_geometry(x, rows, kernel_size, stride, padding, dilation, groups)
     return x.new_empty((x.shape[0], geometry.out_channels, *geometry.output_size(x.shape[2], x.shape[3])))
 
@@ -234,13 +234,13 @@ def _fake_depthwise_conv2d(
     padding: Sequence[int],
     activation: str,
 ) -> Tensor:
-    _check_devices(x, weight, bias, residual=residual)
+    check_devices(x, weight, bias, residual=residual)
     geometry = depthwise_geometry(weight, stride, padding)
     return x.new_empty((x.shape[0], x.shape[1], *geometry.output_size(x.shape[2], x.shape[3])))
 
 
 def _fake_sparse_linear(x: Tensor, values: Tensor, columns: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-    _check_devices(x, values, columns, rows, bias)
+    check_devices(x, values, columns, rows, bias)
     return x.new_empty((*x.shape[:-1], _outputs(rows)))
 
 
