@@ -31,7 +31,7 @@ from ..training.places import check_exists, check_folder
 from .compare import COMPILED, EAGER, EXPLOITS, Measurement, compare, compare_layers, machine, speedups
 from .engines import ENGINES, Deployed, check_limits, deploy, get_engine, load, open_folder
 from .graph import ExportError
-from .quantize import CALIBRATIONS, Quantized, accuracy, quantize
+from .quantize import CALIBRATIONS, INT8_ENGINES, Quantized, accuracy, quantize
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,12 @@ def _make(source: Source, request: Request) -> None:
     if request.int8:
         batches = calibration_batches(source, model, trained, request.images)
         name = f"{options.pop('name')}-int8"
-        small = quantize(model, batches, source.output, name, request.images, request.calibration, **options)
-        _print_quantized(small)
-        path, engine = small.path, "openvino" if request.engine == "openvino" else "onnxruntime"
+        engine = request.engine if request.engine != "auto" else "onnxruntime"
+        small = quantize(
+            model, batches, source.output, name, request.images, request.calibration, engine=engine, **options
+        )
+        _print_quantized(small, engine)
+        path = small.path
     else:
         made = deploy(
             model,
@@ -107,8 +110,10 @@ def _check(source: Source, request: Request, with_data: bool) -> None:
         get_engine(request.engine)
     if (request.int8 or request.eval_split) and not with_data:
         raise ExportError("--int8 and --eval-split need images: give --data, a folder or .tar file of class folders")
-    if request.int8 and request.engine not in ("auto", "onnxruntime", "openvino"):
-        raise ExportError(f"engine {request.engine!r} runs no INT8: expected onnxruntime or openvino with --int8")
+    if request.int8 and request.engine not in ("auto", *INT8_ENGINES):
+        raise ExportError(
+            f"engine {request.engine!r} runs no INT8: expected one of {', '.join(INT8_ENGINES)} with --int8"
+        )
     check_choice("calibration", request.calibration, CALIBRATIONS)
     check_limits(request.tolerance, request.max_density)
     COUNT.check("images", request.images)
@@ -174,10 +179,10 @@ def _print_deployed(made: Deployed) -> None:
     )
 
 
-def _print_quantized(small: Quantized) -> None:
+def _print_quantized(small: Quantized, engine: str) -> None:
     agreement = "" if small.agreement is None else f", the same class for {100 * small.agreement:.1f}%"
     _say(
-        f"wrote {small.path} for onnxruntime and openvino ({small.path.stat().st_size / 1e6:.2f} MB): "
+        f"wrote {small.path} for {'sparse' if engine == 'sparse' else 'onnxruntime and openvino'} ({small.path.stat().st_size / 1e6:.2f} MB): "
         f"{small.weights / 1e6:.2f} M INT8 weights, {100 * small.zeros / max(small.weights, 1):.0f}% of them zero; on "
         f"calibration images outputs differ by {100 * small.error:.1f}% (root mean square){agreement}"
     )

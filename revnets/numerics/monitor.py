@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ..layers.munit.fp8 import E4M3, E5M2, check_grad_scale
 from ..layers.munit.functional import gradient_scale
 from ..layers.munit.layers import MunitScaled
+from ..reversible import every_pass
 from ..training.options.values import COUNT
 from .report import Record, draw_picture, read_table, write_table
 from .stats import StatsSum
@@ -145,7 +146,7 @@ class NumericsMonitor:
                 self._add(layer, "weight_grad", weight.grad)
 
         for layer in layers:
-            self._handles.append(layer.register_forward_hook(after, with_kwargs=True))
+            self._handles.append(layer.register_forward_hook(every_pass(after, keeps=False), with_kwargs=True))
             weight: Any = layer.weight
             if isinstance(weight, nn.Parameter) and weight.requires_grad:
                 # not a tensor hook: those fire in each of the engine's inner backward passes, on parts of the gradient

@@ -120,6 +120,23 @@ def run(
     return runner
 
 
+def scores(runner: Runner) -> list[float]:
+    """What each validation of a run found."""
+    return [float(score) for score in runner.message_hub.get_scalar("val/score")._log_history]
+
+
+def test_notes_of_a_run_of_the_same_name_and_second_are_not_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = scores(run(tmp_path / "whole", []))
+
+    def before_run(hook: Watch, runner: Runner) -> None:
+        runner.message_hub.update_info("validated_epoch", 1)
+
+    monkeypatch.setattr(Watch, "before_run", before_run)
+    assert scores(run(tmp_path / "other", [])) == expected
+
+
 @pytest.mark.parametrize("stops", [(4,), (8,), (2, 5, 6, 11)])
 def test_same_losses_as_without_interruption(tmp_path: Path, stops: tuple[int, ...]) -> None:
     whole: list[tuple[int, float]] = []
