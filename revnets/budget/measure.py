@@ -30,11 +30,11 @@ def measured_seconds(model: nn.Module, step: Step) -> Callable[[Sequence[str]], 
         raise BudgetError("time='measure' needs the model on a device: leave it out for one on 'meta'")
 
     def measure(names: Sequence[str]) -> list[float]:
-        x = tree_map_only(Tensor, lambda t: torch.randn(t.shape, device=device).to(t.dtype), step.inputs)
         modules = dict(model.named_modules())
         with _Clock([modules[name] for name in names], device) as clock, generators_kept(torch.empty(0, device=device)):
+            x = tree_map_only(Tensor, lambda t: torch.randn(t.shape, device=device).to(t.dtype), step.inputs)
             with frozen_statistics(tree(model)), torch.no_grad(), refused("the timed pass", kind=BudgetError):
-                for _ in range(2):
+                for _ in range(2):  # the second one counts
                     clock.start()
                     if step.amp_dtype is None:
                         call(model, x)
