@@ -26,11 +26,11 @@ from revnets.training.options.parsing import option, parse
 from revnets.training.pictures import new_figure, save_figure
 from revnets.training.progress import clock
 
-from .data import open_dataset, validation_loader
 from .digits import make_digits
-from .models import build_model, data_config, load_weights, read_checkpoint
+from .images.data import open_dataset, validation_loader
+from .networks.models import build_model, data_config, load_weights, read_checkpoint
 from .options import CONFIGS, TrainOptions, ValidateOptions
-from .report import Row, plot_rows
+from .run.report import Row, plot_rows
 from .runtime import start_runtime
 from .train import train
 from .validate import validate

@@ -100,7 +100,7 @@ def train(argv: Sequence[str] | None = None, program: str = "") -> Result:
 
 def _train(cfg: Any, args: argparse.Namespace, held: contextlib.ExitStack) -> Result:
     from revnets.mm import DriftHook, FiniteHook, MemoryReportHook, ResumeCheckHook, TrainingFlopsHook
-    from revnets.mm.checkpoint import UnknownMetric
+    from revnets.mm.hooks.checkpoint import UnknownMetric
     from revnets.reversible import RangeError
     from revnets.training.guards.finite import NonFinite
 
@@ -256,7 +256,7 @@ def _announce(runner: Any, cfg: Any, resumed: bool) -> None:
 
 def _finish(runner: Any, cfg: Any, args: argparse.Namespace, progress: Any, memory: dict[str, Any]) -> Result:
     """Table, summary and picture, of the best weights."""
-    from revnets.mm.training_flops import FLOPS
+    from revnets.mm.hooks.training_flops import FLOPS
 
     folder = Path(runner.work_dir)
     if runner.rank != 0:

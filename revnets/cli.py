@@ -47,7 +47,7 @@ COMMANDS = {
         "Sizes of activations, weights and gradients layer by layer, and what a cast to FP8 flushes and clips of them.",
     ),
     "bench": (
-        "profiling.bench_command:bench_command",
+        "profiling.bench.command:bench_command",
         "Step time and activation memory of networks in their memory modes, in one interleaved run.",
     ),
     "bench-deploy": (

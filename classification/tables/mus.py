@@ -21,7 +21,7 @@ from revnets.training.errors import UserError
 from revnets.training.options.parsing import parse
 
 from ..options import CONFIGS, TrainOptions
-from ..report import Row
+from ..run.report import Row
 from . import runner
 from .runner import Column, Outcomes, flag, mean, positive, same
 from .series import Stage, at_once, digest_of, parts

@@ -28,10 +28,10 @@ from revnets.training.errors import UserError, one_line
 from revnets.training.files import write_json
 from revnets.training.options.parsing import argument, parse
 
-from ..data import class_names, open_dataset, validation_loader
-from ..loop import validate
-from ..models import build_model, data_config, load_weights
+from ..images.data import class_names, open_dataset, validation_loader
+from ..networks.models import build_model, data_config, load_weights
 from ..options import CONFIGS, TrainOptions, as_dict
+from ..run.loop import validate
 from ..runtime import start_runtime
 from . import runner
 from .runner import Column, Outcomes, flag, positive, same

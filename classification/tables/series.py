@@ -19,7 +19,7 @@ from revnets.training.errors import UserError, one_line
 from revnets.training.files import whole_file
 
 from ..options import TrainOptions, as_dict
-from ..report import SUMMARY, Row, read_summary
+from ..run.report import SUMMARY, Row, read_summary
 
 _logger = logging.getLogger("classification")
 In = TypeVar("In")

@@ -11,10 +11,12 @@ from ..arguments import PLAIN, SIZED, argument, excludes, needs, number, path, r
 from ..reversible import MODES
 from ..training.options.values import COUNT, check_choice, check_once, find_device, words
 from ..training.places import check_folder, make_folder
-from . import plots, report, sweep
+from . import sweep
 from .fake import ProfileError
 from .fit import WHAT, DoesNotFitError, Fit, fit, parse_budget
 from .profile import profile
+from .report import plots
+from .report import tables as report
 from .target import LEAN, Setting, Target, parse_targets
 
 __all__ = ["Request", "Setting", "profile_command", "run"]

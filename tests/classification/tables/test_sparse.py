@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from classification.models import build_model
+from classification.networks.models import build_model
 from classification.tables import sparse as sparse_table
 from revnets.sparsity import sparse_layers
 
