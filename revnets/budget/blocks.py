@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -70,14 +70,15 @@ class Blocks:
         return [block.name for block in self.blocks]
 
 
-def find_blocks(model: nn.Module, watch: Watch) -> Blocks:
+def find_blocks(model: nn.Module, watch: Watch, within: Collection[str] | None = None) -> Blocks:
     """The blocks of a network, in the order in which they are called.
 
     Args:
         model: that was traced.
         watch: of a step without choices.
+        within: names of the modules that may be blocks; by default all.
     """
-    return _Finder(model, watch).found()
+    return _Finder(model, watch, within).found()
 
 
 @dataclass
@@ -91,11 +92,11 @@ class _Call:
 
 
 class _Finder:
-    def __init__(self, model: nn.Module, watch: Watch) -> None:
+    def __init__(self, model: nn.Module, watch: Watch, within: Collection[str] | None) -> None:
         self.watch = watch
         self.modules = dict(model.named_modules())
         times = Counter(span.name for span in watch.spans)
-        self.alone = {name for name, count in times.items() if count == 1}
+        self.alone = {name for name, count in times.items() if count == 1 and (within is None or name in within)}
         self.roots = self._tree()
         self.parts: list[_Call] = []
 
@@ -165,7 +166,7 @@ class _Finder:
         compound = [c for c in usable if c.layers > 1]
         chain = call.module is not None and is_chain(call.module)
         if chain and not compound:
-            long = is_root or call.layers > 3 and call.kept >= LONG_CHAIN * self.total
+            long = is_root or (call.layers > 3 and call.kept >= LONG_CHAIN * self.total)
             return usable if long else []
         if chain:
             compound = usable
@@ -192,9 +193,9 @@ class _Finder:
         """Runs of a chain's children, and whole modules made of blocks."""
         writes = {block.position for block in found.blocks if block.writes}
         first, last = call.position
-        if call not in self.parts and first and first < last and call.span.depth and self._usable(call):
-            if not call.span.writes:
-                found.runs.append(Run(call.span.name, first, last))
+        whole = call not in self.parts and call.span.depth and self._usable(call) and not call.span.writes
+        if whole and first and first < last:
+            found.runs.append(Run(call.span.name, first, last))
         if call.module is not None and is_chain(call.module) and self._usable_chain(call):
             children = call.calls
             for i, begin in enumerate(children):

@@ -151,7 +151,9 @@ def check_changeable(model: nn.Module) -> None:
         if isinstance(module, torch._dynamo.eval_frame.OptimizedModule) or _is_compiled(module):
             raise BudgetError(f"{kind}: {place} is compiled: fit the network before torch.compile")
         if isinstance(module, torch.jit.ScriptModule):
-            raise BudgetError(f"{kind}: {place} is a TorchScript module, whose memory cannot be planned: fit the source")
+            raise BudgetError(
+                f"{kind}: {place} is a TorchScript module, whose memory cannot be planned: fit the source"
+            )
         if is_lean(module):
             raise BudgetError(f"{kind}: {place} is lean already: fit the network as it was, lean is one of the choices")
         if getattr(module, "grad_checkpointing", False) is True:

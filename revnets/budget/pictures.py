@@ -31,10 +31,9 @@ def plan_table(plan: Plan) -> str:
     ]
     width = max([len(block.name) for block in plan.blocks] + [len(REST)])
     lines.append(f"{'block':{width}}  {'choice':10}  {'keeps MB':>9}  {'plain MB':>9}  {'adds ms':>8}")
-    lines += [
-        f"{b.name or REST:{width}}  {b.choice:10}  {_mb(b.kept_bytes):>9}  {_mb(b.plain_bytes):>9}  {1e3 * b.seconds:8.1f}"
-        for b in plan.blocks
-    ]
+    for b in plan.blocks:
+        sizes = f"{_mb(b.kept_bytes):>9}  {_mb(b.plain_bytes):>9}"
+        lines.append(f"{b.name or REST:{width}}  {b.choice:10}  {sizes}  {1e3 * b.seconds:8.1f}")
     chosen = {block.choice for block in plan.blocks}
     lines += [f"{choice}: {words}" for choice, words in WORDS.items() if choice in chosen]
     return "\n".join(lines)

@@ -22,8 +22,8 @@ class BlockPlan:
     """The choice for one block, or for blocks in a row.
 
     Attributes:
-        name: of the module, or of a run of a Sequential's children, such as ``layer1[0:2]``; ``""`` is what lies between
-            the blocks.
+        name: of the module, or of a run of a Sequential's children, such as ``layer1[0:2]``; ``""`` is what lies
+            between the blocks.
         choice: one of ``choices.CHOICES``.
         plain_bytes: that it keeps for its backward pass when nothing is chosen.
         kept_bytes: that it keeps now.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -142,12 +142,14 @@ class Planner:
     Attributes:
         step: that is planned.
         batch_size: of it, if it has one.
+        within: names of the modules that may be blocks; by default all.
         measured: a function from a Watch and names of blocks to the seconds of their forward passes, if they were
             measured.
     """
 
     step: Step
     batch_size: int | None = None
+    within: Collection[str] | None = None
     measured: Callable[[Sequence[str]], list[float]] | None = None
     _tried: dict[Any, Tried] = field(default_factory=dict)
     _levels: dict[int, Solution | None] = field(default_factory=dict)
@@ -156,7 +158,7 @@ class Planner:
     def __post_init__(self) -> None:
         self.mode = "store" if self.step.has_modes else None
         watch = self.step.watched({}, self.mode)
-        self.blocks = find_blocks(self.step.network, watch)
+        self.blocks = find_blocks(self.step.network, watch, self.within)
         self.figures: dict[str, Figures] = {"store": figures_of(watch, self.blocks.names)}
         self.plain = self._knows(self._all("store"), watch)
 
@@ -224,7 +226,7 @@ class Planner:
     # --- candidates ----------------------------------------------------------------------------------------------
 
     def _candidates(self, budget: int) -> Iterator[Tried]:
-        """Plans that may be the fastest within a budget: from the ladder downwards, then those in which all is alike."""
+        """Plans that may be the fastest within a budget: down the ladder, then those in which all is alike."""
         for index in range(LEVELS, -1, -1):
             if self._level_peak(index) > SLACK * budget and index:
                 continue
@@ -255,9 +257,7 @@ class Planner:
 
     def _level(self, index: int) -> Solution | None:
         if index not in self._levels:
-            self._levels[index] = (
-                self.program.fastest(self._level_peak(index)) if index else self.program.least()
-            )
+            self._levels[index] = self.program.fastest(self._level_peak(index)) if index else self.program.least()
         return self._levels[index]
 
     def least(self) -> Tried:
@@ -301,23 +301,27 @@ class Planner:
         return DoesNotFitError(f"{message}: {self._help(least, budget)}")
 
     def _help(self, least: Tried, budget: int) -> str:
-        if self.batch_size is None or self.batch_size == 1:
+        """What would fit: the largest batch, with steps of accumulation."""
+        batch_size, x = self.batch_size, self.step.inputs
+        if batch_size is None or batch_size == 1:
             return "raise the budget, or take smaller images"
-        x, choices = self.step.inputs, _as_plan(least.solution)
+        choices = _as_plan(least.solution)
 
         def need(n: int) -> int:
-            if n >= self.batch_size:  # type: ignore[operator]
+            if n >= batch_size:
                 return budget + n
             layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-            size = torch.empty(n, *x.shape[1:], device="meta", dtype=x.dtype)
-            x_n = size.to(memory_format=layout)
-            return self._needed(least, self.step.predicted(choices, least.mode, x_n).peak_bytes)
+            smaller = torch.empty(n, *x.shape[1:], device="meta", dtype=x.dtype).to(memory_format=layout)
+            try:
+                predicted = self.step.predicted(choices, least.mode, smaller)
+            except ProfileError:  # batch norms want more than one value
+                return need(n + 1)
+            return self._needed(least, predicted.peak_bytes)
 
         n = largest(need, budget)
         if n == 0:
-            one = need(1)
-            return f"batch 1 needs {one:,}, so raise the budget to that, take smaller images, or a smaller network"
-        steps = -(-self.batch_size // n)
+            return f"a batch of 1 needs {need(1):,}, so raise the budget, take smaller images or a smaller network"
+        steps = -(-batch_size // n)
         return f"batch {n} fits, and {steps} steps of accumulation make it {n * steps}"
 
     def _plan(self, tried: Tried, budget: int) -> Plan:
@@ -376,4 +380,4 @@ def timeline(predicted: StepPrediction) -> Timeline:
     return Timeline(coarse, starts[0] // stride, starts[1] // stride)
 
 
-__all__ = ["BudgetError", "Blocks", "Planner", "as_bytes", "fit", "timeline"]
+__all__ = ["Blocks", "BudgetError", "Planner", "as_bytes", "fit", "timeline"]

@@ -47,8 +47,8 @@ class Solution:
     """What the program chose.
 
     Attributes:
-        choices: by name of block or run, as ``choices.apply_choices`` takes them; ``""`` is lean where what lies between
-            the blocks is.
+        choices: by name of block or run, as ``choices.apply_choices`` takes them; ``""`` is lean where what lies
+            between the blocks is.
         peak: bytes that it expects.
         seconds: that the choices add.
     """
@@ -99,7 +99,9 @@ class Program:
             kept = max(self.store.kept[block.position], 0)
             output = 0 if self.again is None else min(max(self.again.kept[block.position], 0), kept)
             seconds = 2 * (kept - output) / link
-            found.append(Candidate(block.name, "offload", block.position, block.position, seconds, output, stored.needs))
+            found.append(
+                Candidate(block.name, "offload", block.position, block.position, seconds, output, stored.needs)
+            )
         return found
 
     def _of_run(self, run: Run) -> Candidate:

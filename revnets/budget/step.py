@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +15,7 @@ from ..profiling.fake import ProfileError
 from ..profiling.memory import tensors_of
 from ..profiling.predict import StepPrediction, predict_training_step, trace_training_step
 from ..profiling.target import Setting, training_loss
-from ..training.errors import reason, shown
+from ..training.errors import reason, refused, shown
 from ..training.options.values import COUNT
 from .choices import BudgetError, apply_choices, check_changeable, modes_of, remove_choices
 from .watch import Watch
@@ -67,9 +69,7 @@ class Step:
             _autocast(self.network, self.device.type, self.amp_dtype)
         self.has_modes = bool(modes_of(self.network))
 
-    def predicted(
-        self, choices: Mapping[str, str], mode: str | None = None, inputs: Any = None
-    ) -> StepPrediction:
+    def predicted(self, choices: Mapping[str, str], mode: str | None = None, inputs: Any = None) -> StepPrediction:
         """The step with these choices (and mode of the reversible parts), exactly; on other inputs, if there are."""
         with self._explained(), _applied(self.network, choices, mode) as network:
             x = self.inputs if inputs is None else inputs
@@ -162,12 +162,23 @@ def _maker(optimizer: Any) -> MakeOptimizer | None:
     if isinstance(optimizer, str):
         return Setting(optimizer=optimizer).make_optimizer
     if isinstance(optimizer, torch.optim.Optimizer):
-        kind, defaults = type(optimizer), dict(optimizer.defaults)
-        return lambda network: kind([p for p in network.parameters() if p.requires_grad], **defaults)
+        return functools.partial(_like, optimizer)
     if callable(optimizer):
         found: MakeOptimizer = optimizer
         return found
-    raise BudgetError(f"optimizer={type(optimizer).__name__}: expected a name of timm's, an optimizer, or what makes one")
+    raise BudgetError(
+        f"optimizer={type(optimizer).__name__}: expected a name of timm's, an optimizer, or what makes one"
+    )
+
+
+def _like(optimizer: torch.optim.Optimizer, network: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer of the same kind for another network."""
+    kind: Any = type(optimizer)
+    known = inspect.signature(kind).parameters
+    settings = {name: value for name, value in optimizer.defaults.items() if name in known}
+    with refused(f"no second {kind.__name__} can be made", "give its name", kind=BudgetError):
+        made: torch.optim.Optimizer = kind([p for p in network.parameters() if p.requires_grad], **settings)
+    return made
 
 
 def _without_memory(model: nn.Module) -> nn.Module:

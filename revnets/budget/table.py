@@ -36,7 +36,8 @@ class Row:
         budget_bytes: that the plan was allowed; None for others.
         predicted_bytes: peak, as predicted.
         measured_bytes: peak, as measured.
-        seconds: of a step, median of an interleaved run.
+        seconds: of a step without the optimizer's, median of an interleaved run; of the processor, on a CPU with one
+            thread.
         ratio: of them to plain's.
         choices: of a plan, in short.
     """
@@ -74,7 +75,10 @@ def planner_of(target: Target, setting: Setting, amp: str | None = None) -> Plan
     except (NotImplementedError, RuntimeError, ProfileError):  # its constructor looks at values
         job = target.build(setting, "cpu")
     optimizer = setting.make_optimizer if setting.optimizer is not None else None
-    return Planner(Step(job.network, job.x, amp, optimizer, job.loss_fn, setting.device), target.batch_size)
+    step = Step(job.network, job.x, amp, optimizer, job.loss_fn, setting.device)
+    return Planner(
+        step, target.batch_size, getattr(job.network, "names", None)
+    )  # a detector's: those of its own modules
 
 
 def sweep(target: Target, setting: Setting, count: int = 10, repeats: int = 5) -> list[Row]:
@@ -185,10 +189,12 @@ def _timed(way: _Way, job: Job) -> float:
     with way:
         job.model.zero_grad(set_to_none=True)
         synchronize(job.x.device)
-        start = time.perf_counter()
+        # one thread's own time does not depend on what else the machine does
+        now = time.process_time if job.x.device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+        start = now()
         job.loss_fn(job.model(job.x)).backward()
         synchronize(job.x.device)
-        seconds = time.perf_counter() - start
+        seconds = now() - start
         job.model.zero_grad(set_to_none=True)
     return seconds
 
@@ -240,5 +246,3 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> Path | None:
 
 def _mb(nbytes: int | None) -> str:
     return "" if nbytes is None else f"{nbytes / 1e6:,.1f}"
-
-

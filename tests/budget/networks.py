@@ -6,8 +6,6 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import tests.models.registry  # registers test_revbifpn
-
 
 class Lists(nn.Module):
     """Blocks that take a list and change it, as HRNet's do, and a dropout."""

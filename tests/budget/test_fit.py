@@ -20,7 +20,6 @@ from revnets.profiling.memory import measure_training_step
 from revnets.profiling.target import training_loss
 from tests.budget.networks import NETWORKS, make
 
-
 ALL = [name if name != "test_revbifpn" else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS]
 
 
@@ -188,7 +187,7 @@ def test_what_cannot_fit_says_by_how_much_and_what_would() -> None:
     assert "steps of accumulation" in message
     assert [type(m) for m in model.modules()] == kinds
     assert revnets.fit(model, size, batch, "4MB").peak_bytes <= 4_000_000
-    with pytest.raises(DoesNotFitError, match="batch 1 needs"):
+    with pytest.raises(DoesNotFitError, match="a batch of 1 needs"):
         revnets.fit(model, size, 32, "100KB")
 
 
@@ -241,7 +240,9 @@ def test_what_cannot_be_planned_is_named_in_one_sentence(model: Any, budget: Any
 
 
 @pytest.mark.parametrize(
-    ("sizes", "batch"), [((3, 0, 32), 4), ((), 4), ((3, 32, 32), 0), (None, 4)], ids=["zero", "none", "batch", "missing"]
+    ("sizes", "batch"),
+    [((3, 0, 32), 4), ((), 4), ((3, 32, 32), 0), (None, 4)],
+    ids=["zero", "none", "batch", "missing"],
 )
 def test_sizes_that_are_none_are_refused(sizes: Any, batch: Any) -> None:
     with pytest.raises(BudgetError, match="input_size"):
