@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..profiling.fake import ProfileError
 from ..profiling.fit import BYTES, DoesNotFitError, largest, parse_budget
-from ..profiling.predict import StepPrediction, summarize
+from ..profiling.predict import StepPrediction, summarize, traceable
 from ..training.errors import reason, shown
 from ..training.options.values import check_choice
 from .blocks import Blocks, find_blocks
@@ -173,9 +173,10 @@ class Planner:
             watches = {"lean": self._trace("lean", {"": "lean", **dict.fromkeys(names, "lean")})}
             if again:
                 watches["checkpoint"] = self._trace("checkpoint", dict.fromkeys(again, "checkpoint"))
+            if traceable(self.step.device).type != "cpu":
+                watches["offload"] = self._trace("offload", dict.fromkeys(names, "offload"))
             self._calibrate()
-            link = machine_of(self.step.device).link
-            self._program = Program(self.blocks, self.figures, link)
+            self._program = Program(self.blocks, self.figures, machine_of(self.step.device).link)
             for choice, watch in watches.items():
                 if watch is not None:
                     self._knows(self._all(choice), watch)

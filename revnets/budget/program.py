@@ -64,44 +64,40 @@ class Program:
     Args:
         blocks: of the network.
         figures: of a step in which all blocks do the same, by choice; ``"store"`` is there, others may be missing.
-        link: bytes per second to the CPU's memory and back, where blocks may be offloaded; else 0.
+        link: bytes per second to the CPU's memory, for blocks that are offloaded.
     """
 
-    def __init__(self, blocks: Blocks, figures: Mapping[str, Figures], link: float = 0.0) -> None:
+    def __init__(self, blocks: Blocks, figures: Mapping[str, Figures], link: float = 1e10) -> None:
         self.blocks = blocks
         self.store = figures["store"]
         self.lean = figures.get("lean")
         self.again = figures.get("checkpoint")
+        self.away, self.link = figures.get("offload"), link
         self.size = 2 * len(blocks.blocks) + 1
-        self.candidates = [c for block in blocks.blocks for c in self._of_block(block, link)]
+        self.candidates = [c for block in blocks.blocks for c in self._of_block(block)]
         if self.again is not None:
             self.candidates += [self._of_run(run) for run in blocks.runs]
         self._rows()
 
     # --- bytes and seconds -----------------------------------------------------------------------------------------
 
-    def _uniform(self, name: str, choice: str, position: int, figures: Figures) -> Candidate:
+    def _uniform(self, name: str, choice: str, position: int, figures: Figures, more: float = 0.0) -> Candidate:
         before = figures.before(position)
         needs = {(position, "forward"): float(figures.forward[position] - before)}
         if figures.backward[position]:
             needs[position, "backward"] = float(figures.backward[position] - before)
         seconds = figures.seconds[position] - self.store.seconds[position]
-        return Candidate(name, choice, position, position, max(seconds, 0.0), figures.kept[position], needs)
+        return Candidate(name, choice, position, position, max(seconds, 0.0) + more, figures.kept[position], needs)
 
-    def _of_block(self, block: Block, link: float) -> list[Candidate]:
-        stored = self._uniform(block.name, "store", block.position, self.store)
-        found = [stored]
+    def _of_block(self, block: Block) -> list[Candidate]:
+        found = [self._uniform(block.name, "store", block.position, self.store)]
         if self.lean is not None:
             found.append(self._uniform(block.name, "lean", block.position, self.lean))
         if self.again is not None and not block.writes:
             found.append(self._uniform(block.name, "checkpoint", block.position, self.again))
-        if link:
-            kept = max(self.store.kept[block.position], 0)
-            output = 0 if self.again is None else min(max(self.again.kept[block.position], 0), kept)
-            seconds = 2 * (kept - output) / link
-            found.append(
-                Candidate(block.name, "offload", block.position, block.position, seconds, output, stored.needs)
-            )
+        if self.away is not None:
+            moved = max(self.store.kept[block.position] - self.away.kept[block.position], 0)
+            found.append(self._uniform(block.name, "offload", block.position, self.away, 2 * moved / self.link))
         return found
 
     def _of_run(self, run: Run) -> Candidate:

@@ -30,7 +30,7 @@ class Machine:
     flops: float
     bandwidth: float
     overhead: float
-    link: float = 0.0
+    link: float = 1e10
 
 
 MACHINES = {"cpu": Machine(6e10, 8e9, 4e-6), "cuda": Machine(4e13, 1.2e12, 6e-6, 2.5e10)}
