@@ -1,6 +1,6 @@
 """Space-to-depth: the reversible stem."""
 
-import torch
+import torch.fx
 from torch import Tensor
 
 from .op import ReversibleOp, Tensors
@@ -54,10 +54,7 @@ class SpaceToDepth(ReversibleOp):
 
     def forward(self, *xs: Tensor) -> Tensors:
         (x,) = xs
-        if x.shape[1] != self.in_chans:
-            raise ValueError(
-                f"input has {x.shape[1]} channels, expected in_chans={self.in_chans}: shape {tuple(x.shape)}"
-            )
+        _check_channels(x, self.in_chans)
         indices = [c % self.in_chans for c in range(self.repeated)]
         if self.repeated != self.in_chans:
             x = x[:, indices]
@@ -79,3 +76,9 @@ class SpaceToDepth(ReversibleOp):
 
     def extra_repr(self) -> str:
         return f"in_chans={self.in_chans}, block_size={self.block_size}, repeated={self.repeated}"
+
+
+@torch.fx.wrap
+def _check_channels(x: Tensor, in_chans: int) -> None:
+    if x.shape[1] != in_chans:
+        raise ValueError(f"input has {x.shape[1]} channels, expected in_chans={in_chans}: shape {tuple(x.shape)}")

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.training import Structure
+from ...reversible.traced import is_traced
 from .norm_act import dense, has_hooks, uses_lean_layers
 
 
@@ -25,7 +26,8 @@ def conv(x: Tensor, module: nn.Module) -> Tensor:
         >>> conv(torch.ones(1, 4, 8, 8), nn.Conv2d(4, 4, 3, groups=4)).shape
         torch.Size([1, 4, 6, 6])
     """
-    if not (torch.is_grad_enabled() and uses_lean_layers() and is_plain_conv(module)) or uses_kernel(module):
+    lean = torch.is_grad_enabled() and uses_lean_layers() and not is_traced(x)
+    if not (lean and is_plain_conv(module)) or uses_kernel(module):
         return module(x)
     return _Conv.apply(dense(x), weight_of(module), module.bias, module)
 
