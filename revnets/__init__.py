@@ -3,9 +3,10 @@
 Importing this package registers the networks with timm, and nothing heavier: no mmdet, scikit-learn or matplotlib.
 """
 
+import types
 from typing import TYPE_CHECKING, Any
 
-from . import models
+from . import models, reversible
 from .layers import convert, mus_param_groups, use_sparse_kernel
 from .pruning import densify, prune
 from .reversible import check_reversibility, compile_branches, set_mode
@@ -27,6 +28,7 @@ __all__ = [
     "models",
     "mus_param_groups",
     "prune",
+    "reversible",
     "set_mode",
     "use_sparse_kernel",
 ]
@@ -42,3 +44,16 @@ def __getattr__(name: str) -> Any:
 
         return getattr(budget, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _Reversible(types.ModuleType):
+    """The engine's package, which is called for what it does to a network: `revnets.reversible(model)`."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """See ``revnets.retrofit.reversible``."""
+        from .retrofit import reversible as retrofitted  # knows the rooms above the engine
+
+        return retrofitted(*args, **options)
+
+
+reversible.__class__ = _Reversible
