@@ -334,9 +334,8 @@ class Planner:
         for name, choice in tried.solution.choices:
             if not name:
                 between = range(0, 2 * len(kept) + 1, 2)
-                sums = [sum(self.figures[c].kept[p] for p in between) for c in ("store", choice)]
-                seconds = float(self.program.seconds[-2])
-                blocks.append(BlockPlan(name, choice, *sums, seconds))
+                plain, now = (sum(self.figures[c].kept[p] for p in between) for c in ("store", choice))
+                blocks.append(BlockPlan(name, choice, plain, now, float(self.program.seconds[-2])))
                 continue
             c = candidates.get((name, choice))
             first, last = (c.first, c.last) if c is not None else (kept[name], kept[name])

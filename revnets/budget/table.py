@@ -141,8 +141,8 @@ def in_short(plan: Plan) -> str:
     for block in plan.blocks:
         if block.name:
             counts[block.choice] = counts.get(block.choice, 0) + 1
-    mode = [plan.mode] if plan.mode not in (None, "store") else []
-    return ", ".join([*mode, *(f"{n} {choice}" for choice, n in counts.items())])  # type: ignore[list-item]
+    mode = [plan.mode] if plan.mode is not None and plan.mode != "store" else []
+    return ", ".join([*mode, *(f"{n} {choice}" for choice, n in counts.items())])
 
 
 @dataclass
@@ -156,14 +156,19 @@ class _Way:
             self.plan.apply(self.network)
         elif self.name == CHECKPOINTING:
             self._checkpoint(True)
-        elif hasattr(self.network, "set_mode"):
-            self.network.set_mode("store")
+        else:
+            self._store()
 
     def __exit__(self, *exc: Any) -> None:
         if self.plan is not None:
             self.plan.undo(self.network)
         elif self.name == CHECKPOINTING:
             self._checkpoint(False)
+
+    def _store(self) -> None:
+        network: Any = self.network
+        if hasattr(network, "set_mode"):
+            network.set_mode("store")
 
     def _checkpoint(self, on: bool) -> None:
         network: Any = self.network
