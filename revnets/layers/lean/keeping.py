@@ -12,6 +12,7 @@ in place ends what was known of that memory; a tensor of which nothing is known 
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -64,6 +65,9 @@ class Recorder(TorchDispatchMode):
         True
     """
 
+    def __new__(cls, *_: Any, **__: Any) -> Recorder:
+        return object.__new__(_Quick if cls is Recorder and not _compiles() else cls)
+
     def __init__(self, persistent: Iterable[Tensor] = (), plan: Plan | None = None) -> None:
         super().__init__()
         self.kept = self.asked = 0
@@ -71,7 +75,11 @@ class Recorder(TorchDispatchMode):
         self._plan = plan or {}
         self._places: dict[str, int] = defaultdict(int)
         self._ledger = Ledger()
-        self._persistent = {tensor.untyped_storage()._cdata for tensor in persistent if _is_plain(tensor)}
+        self._persistent = {
+            tensor.untyped_storage()._cdata
+            for tensor in persistent
+            if type(tensor) in _TYPES and tensor.layout is torch.strided
+        }
         self._memory: dict[int, Memory] = {}
         self._busy = False
 
@@ -94,11 +102,12 @@ class Recorder(TorchDispatchMode):
     # --- what operators do -----------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self._busy:
-            return func(*args, **kwargs)
+        return self._seen(func, types, args, kwargs)
+
+    def _seen(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kind = _KINDS.get(func) or _kind(func)
-        if kind.nothing:
+        kwargs = kwargs or {}
+        if kind.nothing or self._busy:
             return func(*args, **kwargs)
         former: Any = None
         source: Node | None = None
@@ -204,10 +213,10 @@ class Recorder(TorchDispatchMode):
         """The node of a tensor, or the tensor if it stays anyway; anything else as it is."""
         if not isinstance(value, Tensor):
             return value
-        if not _is_plain(value):
-            return Node((), 0, 0)  # of which nothing can be known
         if type(value) is nn.Parameter:
             return Kept(value, value._version)
+        if not _is_plain(value):
+            return Node((), 0, 0)  # of which nothing can be known
         storage = value.untyped_storage()
         node = self._find(value, storage)
         if node is None:
@@ -230,15 +239,15 @@ class Recorder(TorchDispatchMode):
     # --- what autograd keeps ---------------------------------------------------------------------------------------
 
     def _pack(self, tensor: Tensor) -> Any:
+        if type(tensor) is nn.Parameter:
+            return Weight(tensor, tensor._version, self._ledger if tensor.requires_grad else None)
         if not _is_plain(tensor):
             return Kept(tensor, tensor._version)
         storage = tensor.untyped_storage()
-        if storage._cdata in self._persistent:
-            if tensor.requires_grad and tensor.nbytes >= SMALL:
-                return Weight(self._alias(tensor), tensor._version, self._ledger)
-            return Kept(self._alias(tensor), tensor._version)
         if storage.nbytes() < SMALL:
             return Kept(self._alias(tensor), tensor._version)
+        if storage._cdata in self._persistent:
+            return Weight(self._alias(tensor), tensor._version, self._ledger if tensor.requires_grad else None)
         node = self._find(tensor, storage) or self._new(tensor, tensor._version, storage)
         memory: Any = node.storage
         if not memory.asked:
@@ -253,7 +262,7 @@ class Recorder(TorchDispatchMode):
 
     def _alias(self, tensor: Tensor) -> Tensor:
         """The same memory and version, without the graph behind it, which would hold itself."""
-        if tensor.grad_fn is None:
+        if tensor.is_leaf:
             return tensor
         if type(tensor) is Tensor:
             with torch._C._DisableTorchDispatch():
@@ -330,6 +339,24 @@ def _view_of(func: Any, place: int | None) -> Callable[..., Tensor]:
 def _unpack(kept: Any) -> Tensor:
     found: Tensor = kept.value()
     return found
+
+
+class _Quick(Recorder):
+    """A recorder in a process that compiles nothing.
+
+    Torch wraps a mode's ``__torch_dispatch__`` in calls that keep ``torch.compile`` from looking into it. They cost more
+    than the recorder's own work, and are left out where nobody could look.
+    """
+
+
+_Quick.__torch_dispatch__ = Recorder._seen  # type: ignore[method-assign]
+
+
+def _compiles() -> bool:
+    """Whether ``torch.compile`` may be in use, as far as torch tells."""
+    module = sys.modules.get("torch._dynamo.eval_frame")
+    backends = getattr(module, "cached_backends", {"": ""})  # of torch's own switching off: None
+    return module is not None and any(backend is not None for backend in backends.values())
 
 
 class _Kind:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 DEEPEST = 150
 """Operators in a row that may be run again for one tensor (as Python's recursion, too)."""
@@ -77,13 +76,12 @@ class Kept:
 
 
 class Weight(Kept):
-    """A weight whose gradient comes when it is asked for, and stays: it goes into the ledger."""
+    """A weight, whose gradient comes when it is asked for, and stays: it goes into the ledger, if there is one."""
 
     __slots__ = ("ledger",)
 
-    def __init__(self, tensor: Tensor, version: int, ledger: Ledger) -> None:
-        super().__init__(tensor, version)
-        self.ledger: Ledger | None = ledger
+    def __init__(self, tensor: Tensor, version: int, ledger: Ledger | None) -> None:
+        self.tensor, self.version, self.ledger = tensor, version, ledger
 
     def value(self) -> Tensor:
         """The tensor."""
@@ -195,9 +193,9 @@ class Node:
         if id(self) in shared:
             return shared[id(self)], False
         found: dict[int, tuple[Tensor, bool]] = {}
-        sources = self.sources
+        sources = [source for source in self.sources if source.tensor is None]
         if len(sources) > 1:  # the others would wait for the deepest
-            sources = tuple(sorted(sources, key=_level, reverse=True))
+            sources.sort(key=_level, reverse=True)
         for source in sources:
             if id(source) not in found:
                 found[id(source)] = source.computed(shared)
@@ -205,8 +203,7 @@ class Node:
         args, kwargs = self.inputs
         given = [_given(argument, found) for argument in args]
         more = {name: _given(argument, found) for name, argument in kwargs.items()} if kwargs else kwargs
-        first = args[0] if args else None
-        owned = type(first) is Node and found[id(first)][1]
+        owned = bool(found) and type(args[0]) is Node and found.get(id(args[0]), _NOT_OWNED)[1]
         if owned and self.inplace is not None and spec_of(given[0]) == self.spec:
             out: Tensor = self.inplace(*given, **more)
         else:
@@ -227,12 +224,15 @@ class Memory:
     __slots__ = ("asked", "entry", "ledger", "nbytes", "nodes", "weak")
 
     def __init__(self, storage: torch.UntypedStorage, ledger: Ledger) -> None:
-        self.weak = StorageWeakRef(storage)
+        self.weak = storage._weak_ref()
         self.nbytes = storage.nbytes()
         self.nodes: dict[tuple[Any, ...], Node] = {}
         self.ledger = ledger
         self.asked = False
         self.entry: Entry | None = None
+
+    def __del__(self) -> None:
+        torch.UntypedStorage._free_weak_ref(self.weak)
 
     @property
     def kept(self) -> bool:
@@ -284,6 +284,9 @@ def closure(
     return True
 
 
+_NOT_OWNED = (None, False)
+
+
 def _level(node: Node) -> int:
     return node.level
 
@@ -299,7 +302,7 @@ def _nodes(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Node]:
 def _given(argument: Any, found: dict[int, tuple[Tensor, bool]]) -> Any:
     """An argument of a recipe as the operator takes it."""
     if type(argument) is Node:
-        return found[id(argument)][0]
+        return argument.held(argument.tensor) if argument.tensor is not None else found[id(argument)][0]
     if isinstance(argument, Kept):
         return argument.value()
     if isinstance(argument, (list, tuple)):
