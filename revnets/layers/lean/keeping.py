@@ -12,7 +12,6 @@ in place ends what was known of that memory; a tensor of which nothing is known 
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -24,11 +23,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import recipes
-from .nodes import DEEPEST, Kept, Ledger, Memory, Node, Weight, closure, mapped, spec_of
+from .nodes import DEEPEST, ChangedInPlace, Kept, Ledger, Memory, Node, closure, mapped, spec_of
 from .share import Candidate, Plan
 
 SMALL = 1024
 """Bytes of a tensor that is not worth a recipe."""
+VECTOR = 64 * 1024
+"""The same for vectors, such as the statistics of norms."""
 LONGEST = 4
 """Tensors of its own size that may come back with one: sums of a stage of a network need all sums before them."""
 
@@ -51,6 +52,7 @@ class Recorder(TorchDispatchMode):
     Args:
         persistent: tensors that stay anyway: parameters and buffers.
         plan: results that stay although they could be computed again.
+        to_the_end: count bytes also where the plan has nothing left to do.
 
     Attributes:
         kept: bytes held for the backward pass, each storage once; persistent ones are not counted.
@@ -65,21 +67,19 @@ class Recorder(TorchDispatchMode):
         True
     """
 
-    def __new__(cls, *_: Any, **__: Any) -> Recorder:
-        return object.__new__(_Quick if cls is Recorder and not _compiles() else cls)
-
-    def __init__(self, persistent: Iterable[Tensor] = (), plan: Plan | None = None) -> None:
+    def __init__(self, persistent: Iterable[Tensor] = (), plan: Plan | None = None, to_the_end: bool = False) -> None:
         super().__init__()
         self.kept = self.asked = 0
         self.candidates: list[Candidate] = []
-        self._plan = plan or {}
+        self._plan = plan or Plan()
+        self._awaited = dict(self._plan.last)
+        self._to_the_end = to_the_end or plan is None
+        self._done = False
         self._places: dict[str, int] = defaultdict(int)
         self._ledger = Ledger()
-        self._persistent = {
-            tensor.untyped_storage()._cdata
-            for tensor in persistent
-            if type(tensor) in _TYPES and tensor.layout is torch.strided
-        }
+        stay = [t for t in persistent if type(t) in _TYPES and t.layout is torch.strided]
+        self._stay = {id(tensor) for tensor in stay}
+        self._persistent = {tensor.untyped_storage()._cdata for tensor in stay}
         self._memory: dict[int, Memory] = {}
         self._busy = False
 
@@ -102,12 +102,9 @@ class Recorder(TorchDispatchMode):
     # --- what operators do -----------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self._seen(func, types, args, kwargs)
-
-    def _seen(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kind = _KINDS.get(func) or _kind(func)
         kwargs = kwargs or {}
-        if kind.nothing or self._busy:
+        if kind.nothing or self._done or self._busy:
             return func(*args, **kwargs)
         former: Any = None
         source: Node | None = None
@@ -231,7 +228,7 @@ class Recorder(TorchDispatchMode):
         if isinstance(written, (list, tuple)):
             for one in written:
                 self._forget(one)
-        elif isinstance(written, Tensor) and _is_plain(written):
+        elif isinstance(written, Tensor) and id(written) not in self._stay and _is_plain(written):
             memory = self._memory.get(written.untyped_storage()._cdata)
             if memory is not None:
                 memory.nodes.clear()
@@ -239,15 +236,25 @@ class Recorder(TorchDispatchMode):
     # --- what autograd keeps ---------------------------------------------------------------------------------------
 
     def _pack(self, tensor: Tensor) -> Any:
-        if type(tensor) is nn.Parameter:
-            return Weight(tensor, tensor._version, self._ledger if tensor.requires_grad else None)
+        if self._done:
+            return self._alias(tensor), tensor._version
+        if id(tensor) in self._stay:
+            if tensor.requires_grad:
+                self._ledger.limit -= tensor.nbytes
+            return tensor, tensor._version
         if not _is_plain(tensor):
-            return Kept(tensor, tensor._version)
+            return tensor, tensor._version
         storage = tensor.untyped_storage()
-        if storage.nbytes() < SMALL:
-            return Kept(self._alias(tensor), tensor._version)
+        nbytes = storage.nbytes()
+        if nbytes < SMALL or (nbytes < VECTOR and tensor.dim() < 2):
+            if storage._cdata not in self._persistent:
+                self.asked += nbytes
+                self.kept += nbytes
+            return self._alias(tensor), tensor._version
         if storage._cdata in self._persistent:
-            return Weight(self._alias(tensor), tensor._version, self._ledger if tensor.requires_grad else None)
+            if tensor.requires_grad:
+                self._ledger.limit -= tensor.nbytes
+            return self._alias(tensor), tensor._version
         node = self._find(tensor, storage) or self._new(tensor, tensor._version, storage)
         memory: Any = node.storage
         if not memory.asked:
@@ -289,7 +296,10 @@ class Recorder(TorchDispatchMode):
         leaves: dict[int, tuple[Node, Tensor]] = {}
         chain: dict[int, Node] = {}
         own: dict[int, Node] = {}
-        if place in self._plan.get(op, ()) or not closure(home, leaves, chain, own):
+        if self._awaited.get(op) == place:
+            del self._awaited[op]
+            self._done = not (self._awaited or self._to_the_end)
+        if place in self._plan.spared.get(op, ()) or not closure(home, leaves, chain, own):
             return False
         back = sum(node.back for node in chain.values())
         if back > LONGEST * home.nbytes:
@@ -337,26 +347,13 @@ def _view_of(func: Any, place: int | None) -> Callable[..., Tensor]:
 
 
 def _unpack(kept: Any) -> Tensor:
-    found: Tensor = kept.value()
-    return found
-
-
-class _Quick(Recorder):
-    """A recorder in a process that compiles nothing.
-
-    Torch wraps a mode's ``__torch_dispatch__`` in calls that keep ``torch.compile`` from looking into it. They cost more
-    than the recorder's own work, and are left out where nobody could look.
-    """
-
-
-_Quick.__torch_dispatch__ = Recorder._seen  # type: ignore[method-assign]
-
-
-def _compiles() -> bool:
-    """Whether ``torch.compile`` may be in use, as far as torch tells."""
-    module = sys.modules.get("torch._dynamo.eval_frame")
-    backends = getattr(module, "cached_backends", {"": ""})  # of torch's own switching off: None
-    return module is not None and any(backend is not None for backend in backends.values())
+    if type(kept) is not tuple:
+        found: Tensor = kept.value()
+        return found
+    tensor, version = kept
+    if tensor._version != version:
+        raise ChangedInPlace(tensor.shape, tensor._version, version)
+    return tensor  # type: ignore[no-any-return]
 
 
 class _Kind:

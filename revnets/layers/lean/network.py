@@ -29,14 +29,14 @@ class LeanConfig(LayerConfig):
             as little stays as possible.
 
     Raises:
-        ValueError: for a share outside [0, 1].
+        ValueError: for a share outside [0, 1).
     """
 
     share: float = SHARE
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"share={self.share}: expected a number from 0 (keeps the least) to 1 (computes the least)")
+        if not 0 <= self.share < 1:
+            raise ValueError(f"share={self.share}: expected a number from 0 (which keeps the least) to below 1 (plain)")
 
 
 @register_layer("lean", config=LeanConfig, network=True, whole=True, keeps_weights=True)
@@ -106,7 +106,7 @@ class Kept:
 
     plain: float
     lean: float
-    plan: Plan = field(default_factory=dict, repr=False, compare=False)
+    plan: Plan | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         share = self.lean / self.plain if self.plain else 1.0
@@ -160,14 +160,14 @@ def forecast(
 
 
 def _forecast(part: nn.Module, args: Any, kwargs: Any, batch_size: int, share: float) -> Kept:
-    least = _recorded(part, args, kwargs, {})
+    least = _recorded(part, args, kwargs, None)
     plan = choose(least.candidates, share * least.asked - least.kept, batch_size)
-    planned = _recorded(part, args, kwargs, plan) if plan else least
+    planned = least if plan is None else _recorded(part, args, kwargs, plan)
     return Kept(least.asked / batch_size, planned.kept / batch_size, plan)
 
 
-def _recorded(part: nn.Module, args: Any, kwargs: Any, plan: Plan) -> Recorder:
-    with torch.enable_grad(), Recorder(_tensors_of(part), plan).active() as recorder:
+def _recorded(part: nn.Module, args: Any, kwargs: Any, plan: Plan | None) -> Recorder:
+    with torch.enable_grad(), Recorder(_tensors_of(part), plan, to_the_end=True).active() as recorder:
         _plain(part)(part, *args, **kwargs)
     return recorder
 

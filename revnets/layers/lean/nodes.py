@@ -27,20 +27,20 @@ class ChangedInPlace(RuntimeError):
 
 
 class Ledger:
-    """Bytes that one pass holds for its backward pass: now, and the most so far.
+    """Bytes that one pass holds for its backward pass: now, and how many there may be.
 
-    The most is what the forward pass ends with. The backward pass lets go of it step by step; in place of that,
-    gradients of weights appear, and there is room for tensors that were computed again.
+    The limit is what the forward pass ends with, less the gradients of weights. The backward pass lets go of tensors
+    step by step, and gradients appear: what is left is room for tensors that were computed again.
     """
 
-    __slots__ = ("most", "now")
+    __slots__ = ("limit", "now")
 
     def __init__(self) -> None:
-        self.now = self.most = 0
+        self.now = self.limit = 0
 
     def fits(self, nbytes: int) -> bool:
         """Whether so many bytes may come without more memory than the pass had before."""
-        return self.now + nbytes <= self.most
+        return self.now + nbytes <= self.limit
 
 
 class Entry:
@@ -57,7 +57,7 @@ class Entry:
 
 
 class Kept:
-    """A tensor as it is: a parameter, a small or a strange one."""
+    """A tensor as it is, for a recipe: a parameter, or a small one."""
 
     __slots__ = ("tensor", "version")
 
@@ -73,22 +73,6 @@ class Kept:
         if self.tensor._version != self.version:
             raise ChangedInPlace(self.tensor.shape, self.tensor._version, self.version)
         return self.tensor
-
-
-class Weight(Kept):
-    """A weight, whose gradient comes when it is asked for, and stays: it goes into the ledger, if there is one."""
-
-    __slots__ = ("ledger",)
-
-    def __init__(self, tensor: Tensor, version: int, ledger: Ledger | None) -> None:
-        self.tensor, self.version, self.ledger = tensor, version, ledger
-
-    def value(self) -> Tensor:
-        """The tensor."""
-        if self.ledger is not None:
-            self.ledger.now += self.tensor.nbytes
-            self.ledger = None
-        return super().value()
 
 
 class Node:
@@ -156,7 +140,10 @@ class Node:
             return self.memo
         if self.base is not None:
             self.base.value()  # it stays there, for further views of it
-        with torch.no_grad(), torch._C._DisableAutocast():
+        if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
+            with torch.no_grad(), torch._C._DisableAutocast():
+                found, _ = self.computed({})
+        else:
             found, _ = self.computed({})
         if self.saved and self.memo is None:
             self.remember(found)
@@ -231,8 +218,8 @@ class Memory:
         self.asked = False
         self.entry: Entry | None = None
 
-    def __del__(self) -> None:
-        torch.UntypedStorage._free_weak_ref(self.weak)
+    def __del__(self, free: Callable[[Any], None] = torch.UntypedStorage._free_weak_ref) -> None:  # torch may be gone
+        free(self.weak)
 
     @property
     def kept(self) -> bool:
@@ -242,7 +229,7 @@ class Memory:
     def keep(self) -> None:
         """It stays for the backward pass, as long as nodes say so."""
         self.entry = Entry(self.ledger, self.nbytes)
-        self.ledger.most = max(self.ledger.most, self.ledger.now)
+        self.ledger.limit += self.nbytes
 
 
 def spec_of(tensor: Tensor) -> tuple[Any, ...]:
@@ -295,7 +282,7 @@ def _nodes(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Node]:
     for argument in (*args, *kwargs.values()) if kwargs else args:
         if type(argument) is Node:
             yield argument
-        elif isinstance(argument, (list, tuple)):
+        elif type(argument) is list or type(argument) is tuple:
             yield from (one for one in argument if type(one) is Node)
 
 

@@ -11,17 +11,32 @@ other results stay: bytes and time differ, values do not.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 SHARE = 0.5
 """Of plain training's bytes: what is kept up to this, rather than computed again, when nothing else is said."""
 
-CALL = 32 * 1024
-"""Bytes per image that an operator could read and write in the time that it takes to start it, at eight images."""
+CALL = 256 * 1024
+"""Bytes per image that could be copied in the time that it takes to start an operator again, at eight images.
 
-Plan = Mapping[str, frozenset[int]]
-"""Operators' names, and which of their results stay."""
+That is some 100 microseconds: Python's part of it, with caches that the network has filled.
+"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What stays although it could be dropped, by the names of operators.
+
+    Attributes:
+        spared: which of their results stay.
+        last: the last one that is dropped. After all of these the recorder does nothing any more: the last layers of
+            many networks are small, and what they would free is worth less than the recorder's own time.
+    """
+
+    spared: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    last: Mapping[str, int] = field(default_factory=dict)
 
 
 class Candidate(NamedTuple):
@@ -46,8 +61,8 @@ class Candidate(NamedTuple):
         return (self.work + self.calls * CALL * batch_size) / self.nbytes
 
 
-def choose(candidates: Iterable[Candidate], room: float, batch_size: int = 1) -> Plan:
-    """The candidates that cost most per byte, as many as fit.
+def choose(candidates: Sequence[Candidate], room: float, batch_size: int = 1) -> Plan | None:
+    """The candidates that cost most per byte, as many as fit; None where none does.
 
     Args:
         candidates: of one pass.
@@ -55,12 +70,13 @@ def choose(candidates: Iterable[Candidate], room: float, batch_size: int = 1) ->
         batch_size: of the pass.
 
     Example:
-        >>> choose([Candidate("relu", 0, 8, 4.0, 0), Candidate("gelu", 0, 8, 24.0, 0), Candidate("silu", 0, 4, 8.0, 0)], 13)
-        {'gelu': frozenset({0}), 'silu': frozenset({0})}
+        >>> choose([Candidate("relu", 0, 80, 4.0, 0), Candidate("relu", 1, 8, 4.0, 0), Candidate("silu", 0, 4, 8.0, 0)], 13)
+        Plan(spared={'silu': frozenset({0}), 'relu': frozenset({1})}, last={'relu': 0})
     """
-    chosen: dict[str, set[int]] = defaultdict(set)
+    spared: dict[str, set[int]] = defaultdict(set)
     for one in sorted(candidates, key=lambda one: (-one.cost(batch_size), -one.nbytes)):
         if one.nbytes <= room:
             room -= one.nbytes
-            chosen[one.op].add(one.place)
-    return {op: frozenset(places) for op, places in chosen.items()}
+            spared[one.op].add(one.place)
+    last = {one.op: one.place for one in candidates if one.place not in spared.get(one.op, ())}
+    return Plan({op: frozenset(places) for op, places in spared.items()}, last) if spared else None
