@@ -12,6 +12,7 @@ in place ends what was known of that memory; a tensor of which nothing is known 
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,9 +21,10 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from . import recipes
+from .kinds import KINDS, Kind, kind_of
 from .nodes import DEEPEST, ChangedInPlace, Kept, Ledger, Memory, Node, closure, mapped, spec_of
 from .share import Candidate, Plan
 
@@ -91,10 +93,13 @@ class Recorder(TorchDispatchMode):
     @contextmanager
     def active(self) -> Iterator[Recorder]:
         """Record, and answer autograd."""
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack), self:
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+        with self._hooks, self:
+            _running.recorders.append(self)
             try:
                 yield self
             finally:  # recipes that are needed live with autograd's nodes
+                _running.recorders.remove(self)
                 for memory in self._memory.values():
                     memory.nodes.clear()
                 self._memory.clear()
@@ -102,7 +107,7 @@ class Recorder(TorchDispatchMode):
     # --- what operators do -----------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kind = _KINDS.get(func) or _kind(func)
+        kind = KINDS.get(func) or kind_of(func)
         kwargs = kwargs or {}
         if kind.nothing or self._done or self._busy:
             return func(*args, **kwargs)
@@ -125,7 +130,7 @@ class Recorder(TorchDispatchMode):
             self._note_code(kind, args, kwargs, out)
         return out
 
-    def _note(self, func: Any, kind: _Kind, inputs: Any, given: Any, out: Any) -> None:
+    def _note(self, func: Any, kind: Kind, inputs: Any, given: Any, out: Any) -> None:
         """Remember how an operator's (first) result came about."""
         result = out if isinstance(out, Tensor) else out[0]
         if not _is_plain(result) or result.nbytes < SMALL or (kind.moves and _is_of_model(inputs)):
@@ -156,7 +161,7 @@ class Recorder(TorchDispatchMode):
             node.base = source.base or source
             node.follows_from([source, *args[1:]], kwargs)
 
-    def _note_code(self, kind: _Kind, args: Any, kwargs: Any, out: Any) -> None:
+    def _note_code(self, kind: Kind, args: Any, kwargs: Any, out: Any) -> None:
         """Remember a result by a few bits per element."""
         code: recipes.Code = kind.code
         result = out if isinstance(out, Tensor) else out[code.result]
@@ -170,7 +175,7 @@ class Recorder(TorchDispatchMode):
         if code.other is not None:
             self._note_other(code.other, kind, args[0], node, out[1 - code.result])
 
-    def _note_other(self, again: Callable[..., Tensor], kind: _Kind, source: Any, coded: Node, other: Any) -> None:
+    def _note_other(self, again: Callable[..., Tensor], kind: Kind, source: Any, coded: Node, other: Any) -> None:
         """Remember the second result of an operator, which follows from its argument and the coded one."""
         inputs = [self._node(source), coded]
         node = self._new(other, other._version, other.untyped_storage())
@@ -314,6 +319,44 @@ class Recorder(TorchDispatchMode):
         return True
 
 
+class _Running(threading.local):
+    """The recorders that are active in this thread."""
+
+    def __init__(self) -> None:
+        self.recorders: list[Recorder] = []
+
+
+_running = _Running()
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Within this context the recorder that is active, if one is, looks away: autograd keeps what it always keeps.
+
+    Of tensors that come out, nothing is known: what they are needed for, they are kept for. Where others have had
+    their say since (a checkpoint's hooks, another mode), they keep it.
+    """
+    recorder = _running.recorders[-1] if _running.recorders else None
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    answers = recorder is not None and hooks is not None and getattr(hooks[0], "__self__", None) is recorder
+    modes = _get_current_dispatch_mode_stack()
+    records = bool(modes) and modes[-1] is recorder
+    if recorder is None:
+        yield
+        return
+    if answers:
+        recorder._hooks.__exit__()
+    if records:
+        recorder.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        if answers:
+            recorder._hooks.__enter__()
+        if records:
+            recorder.__enter__()
+
+
 def _is_of_model(inputs: Any) -> bool:
     """Autocast's copies of weights are kept: the weights may change before the backward pass, their copies not."""
     first = inputs[0][0] if inputs[0] else None
@@ -354,41 +397,3 @@ def _unpack(kept: Any) -> Tensor:
     if tensor._version != version:
         raise ChangedInPlace(tensor.shape, tensor._version, version)
     return tensor  # type: ignore[no-any-return]
-
-
-class _Kind:
-    """What an operator does, as far as it matters here."""
-
-    __slots__ = (
-        "again",
-        "batch_norm",
-        "code",
-        "copies",
-        "inplace",
-        "moves",
-        "name",
-        "nothing",
-        "view",
-        "weight",
-        "writes",
-    )
-
-    def __init__(self, func: Any) -> None:
-        self.name, self.weight = recipes.name_of(func).removesuffix("_"), recipes.weight(func)
-        self.view = recipes.is_view(func)
-        self.writes = recipes.writes(func)
-        self.again = None if self.view else recipes.cheap(func)
-        self.inplace = None if self.again is None else recipes.in_place(func)
-        self.batch_norm = self.again is not None and recipes.is_batch_norm(func)
-        self.copies = self.name == "clone"
-        self.moves = self.name in recipes.MOVES
-        self.code = recipes.CODES.get(recipes.name_of(func))
-        self.nothing = not (self.view or self.writes or self.again or self.code)
-
-
-_KINDS: dict[Any, _Kind] = {}
-
-
-def _kind(func: Any) -> _Kind:
-    kind = _KINDS[func] = _Kind(func)
-    return kind

@@ -242,9 +242,7 @@ def mapped(function: Callable[[Any], Any], argument: Any) -> Any:
     return [function(one) for one in argument] if isinstance(argument, (list, tuple)) else function(argument)
 
 
-def closure(
-    node: Node, leaves: dict[int, tuple[Node, Tensor]], chain: dict[int, Node], own: dict[int, Node]
-) -> bool:
+def closure(node: Node, leaves: dict[int, tuple[Node, Tensor]], chain: dict[int, Node], own: dict[int, Node]) -> bool:
     """Collect what a recipe needs; False where something is not kept anyway.
 
     Args:

@@ -68,7 +68,9 @@ def _plan(model: nn.Module, share: float) -> Plan:
 
 def test_small_last_layers_are_left_alone() -> None:
     """After the last result that is dropped, the recorder notes nothing."""
-    plain = nn.Sequential(network("gated", "gated"), nn.AvgPool2d(8), network("gated", "gated", "gated")).double().train()
+    plain = (
+        nn.Sequential(network("gated", "gated"), nn.AvgPool2d(8), network("gated", "gated", "gated")).double().train()
+    )
     plan = _plan(plain, 0.6)
     with keeping.Recorder([*plain.parameters(), *plain.buffers()], plan).active() as recorder:
         y = plain[0](images())
