@@ -70,8 +70,8 @@ def choose(candidates: Sequence[Candidate], room: float, batch_size: int = 1) ->
         batch_size: of the pass.
 
     Example:
-        >>> results = Candidate("relu", 0, 80, 40.0, 0), Candidate("relu", 1, 8, 4.0, 0), Candidate("silu", 0, 4, 8.0, 0)
-        >>> choose(results, 13)
+        >>> results = [Candidate("relu", 0, 80, 40.0, 0), Candidate("relu", 1, 8, 4.0, 0)]
+        >>> choose([*results, Candidate("silu", 0, 4, 8.0, 0)], 13)
         Plan(spared={'silu': frozenset({0}), 'relu': frozenset({1})}, last={'relu': 0})
     """
     spared: dict[str, set[int]] = defaultdict(set)
