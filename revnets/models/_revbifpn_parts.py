@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..layers import MBConv, norm_act
@@ -146,11 +147,40 @@ def run_end(end: "Neck | Head", part: Callable[[Tensor], Tensor], x: Tensor) -> 
     return recompute(part, x) if end.training and end.mode != "store" else part(x)
 
 
+def handed_out(y: Tensor, network: nn.Module) -> Tensor:
+    """A map as whoever asked for it expects it: contiguous, unless the weights are channels-last.
+
+    Inside, training may have it channels-last in any case; see ``SpaceToDepth``.
+    """
+    if not network.training or y.is_contiguous():
+        return y
+    weight = next((p for p in network.parameters() if p.dim() == 4), None)
+    return y if weight is not None and _is_channels_last(weight) else _Contiguous.apply(y)
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    """By its strides, those of sides of length 1 included: by them convolutions know the layout that is wanted."""
+    return weight.stride(1) == 1 and weight.stride(3) == weight.shape[1]
+
+
+class _Contiguous(torch.autograd.Function):
+    """A contiguous copy; its gradient goes back in the layout of the original."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        return x.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous(memory_format=torch.channels_last) if ctx.channels_last else grad
+
+
 def make_stem(in_chans: int, out_chans: int, stride: int, **dd: Any) -> tuple[nn.Module | None, SpaceToDepth | None]:
     """The reversible stem, or a strided convolution where the image has more channels than fit."""
     repeated = out_chans // stride**2
     if in_chans <= repeated and repeated * stride**2 == out_chans:
-        return None, SpaceToDepth(in_chans, stride, repeated)
+        return None, SpaceToDepth(in_chans, stride, repeated, channels_last=True)
     return nn.Conv2d(in_chans, out_chans, stride, stride, **dd), None
 
 

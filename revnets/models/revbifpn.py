@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..layers import MBConv, convert
 from ..layers.geometry import children_first, placed, reset_parameters
 from ..reversible import ReversibleOp, RevSequential, compile_branches
+from ..reversible.stem import wants_channels_last
 from ._memory_modes import MemoryModes
 from ._revbifpn_checkpoint import HashedCfg, checkpoint_filter_fn, pretrained_overlay, weights_cfg
 from ._revbifpn_parts import (
@@ -32,6 +33,7 @@ from ._revbifpn_parts import (
     Neck,
     Strides,
     check_input,
+    handed_out,
     make_stage,
     make_stem,
     run_end,
@@ -222,17 +224,22 @@ class RevBiFPN(MemoryModes, nn.Module):
         Raises:
             ValueError: for a size or a number of channels that does not fit.
         """
-        return self.neck(self._forward_body(x))
+        return [handed_out(y, self) for y in self.neck(self._forward_body(x))]
 
     def _forward_body(self, x: Tensor) -> tuple[Tensor, ...]:
         check_input(x, self.in_chans, self.reduction)
         if self.stem is not None:
             x = self.stem(x).to(next(self.stem.parameters()).dtype)  # autocast must not make the stream half precision
+            if self.training and wants_channels_last(x):
+                x = x.contiguous(memory_format=torch.channels_last)
         return self.body(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Unpooled features ``(N, num_features, H / reduction, W / reduction)``."""
-        return self.head(self.forward_pyramid(x))
+        return handed_out(self._widened(x), self)
+
+    def _widened(self, x: Tensor) -> Tensor:
+        return self.head(self.neck(self._forward_body(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pooling, dropout and the linear layer (left out with ``pre_logits``): ``(N, num_classes)``."""
@@ -241,7 +248,7 @@ class RevBiFPN(MemoryModes, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, num_classes)`` of images ``(N, in_chans, H, W)``."""
-        return self.forward_head(self.forward_features(x))
+        return self.forward_head(self._widened(x))
 
     def forward_intermediates(
         self,
@@ -268,9 +275,10 @@ class RevBiFPN(MemoryModes, nn.Module):
         if intermediates_only:
             streams = self._forward_body(x)
             maps = {k: run_end(self.neck, self.neck.blocks[k], streams[k]) for k in sorted(set(take))}
+            maps = {k: handed_out(y, self) for k, y in maps.items()}
             return [maps[k] for k in take]
-        pyramid = self.forward_pyramid(x)
-        return self.head(pyramid), [pyramid[k] for k in take]
+        pyramid = self.neck(self._forward_body(x))
+        return handed_out(self.head(pyramid), self), [handed_out(pyramid[k], self) for k in take]
 
     def prune_intermediate_layers(
         self, indices: int | list[int] | None = 1, prune_norm: bool = False, prune_head: bool = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +128,9 @@ class NumericsMonitor:
         Returns:
             The files written.
         """
-        written = [write_table(self.records, folder)]
-        with suppress(ImportError):  # the table holds all figures
-            written.append(draw_picture(self.records, folder, title or type(self.model).__name__))
-        return written
+        table = write_table(self.records, folder)
+        drawn = draw_picture(self.records, folder, title or type(self.model).__name__)
+        return [table, drawn] if drawn else [table]
 
     # --- watching ---------------------------------------------------------------------------------------------------
 

@@ -92,6 +92,20 @@ class ReversibleOp(nn.Module):
         """Within ``rewind``: compute the branch called ``key`` again, ready for its gradient; see ``Step.evaluate``."""
         return step.evaluate((id(self), key), module, *xs, **options)
 
+    def keep(self, key: Hashable, value: Callable[[], Any]) -> None:
+        """In ``forward``: side information, small against activations, that ``inverse`` needs beside the outputs.
+
+        Args:
+            key: its name within the op.
+            value: makes it; called only where it is kept, in the forward pass of a step.
+        """
+        if active.runner is not None and active.runner.keeps:
+            active.runner.keep((id(self), key), value())
+
+    def kept(self, key: Hashable) -> Any:
+        """In ``inverse``: what ``forward`` kept under this name; None outside of a backward pass, which has no record."""
+        return None if active.runner is None else active.runner.kept((id(self), key))
+
     @property
     def rounds(self) -> bool:
         """Whether exact mode acts now: in training only."""
@@ -184,6 +198,10 @@ class Step:
         inner = copy.copy(self)
         inner.needs_input_grad = (self.needs_input_grad[index],)
         return inner
+
+    def kept(self, op: ReversibleOp, key: Hashable) -> Any:
+        """What the op's ``forward`` kept under this name."""
+        return self.records[id(op), key].kept[0]
 
     def add(self, total: Tensor | None, grad: Tensor | None) -> Tensor | None:
         """Sum of two gradients of which either may be missing; in place on ``total``."""

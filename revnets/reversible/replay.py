@@ -42,9 +42,19 @@ active = _Active()
 class Runner:
     """How an op's branches are run: plainly, recorded, or replayed. See ``ReversibleOp.branch``."""
 
+    keeps = False
+    """Whether what an op hands to ``keep`` is looked at: in the forward pass of a step only."""
+
     def run(self, key: Hashable, module: Callable[..., Tensor], *xs: Tensor) -> Tensor:
         """Compute ``module(*xs)`` for the branch called ``key``."""
         raise NotImplementedError
+
+    def keep(self, key: Hashable, value: Any) -> None:
+        """Note ``value``, without which an op cannot be undone from its outputs."""
+
+    def kept(self, key: Hashable) -> Any:
+        """What was noted in the forward pass; None where none is remembered."""
+        return None
 
 
 @contextmanager
@@ -189,7 +199,37 @@ def tree(module: Any) -> list[nn.Module]:
         if current is not None and id(current) not in found:
             found[id(current)] = current
             stack.extend(current._modules.values())
+            lent = vars(current).get("lent")
+            if lent is not None:
+                stack.append(lent.module)
     return list(found.values())
+
+
+class Lent:
+    """A module that an op runs as its branch while another module owns it: its weights have that one's names.
+
+    It is looked up at each use: what takes the place of the module there, takes it here.
+
+    Args:
+        owner: of the module.
+        name: of the module in it.
+
+    Example:
+        >>> Lent(nn.Sequential(nn.ReLU()), "0").module
+        ReLU()
+    """
+
+    def __init__(self, owner: nn.Module, name: str) -> None:
+        self.owner = owner
+        self.name = name
+
+    @property
+    def module(self) -> nn.Module:
+        """What the owner has under the name now."""
+        module = self.owner._modules[self.name]
+        if module is None:
+            raise ReversibleError(f"{type(self.owner).__name__} has no {self.name} any more, which an op was lent")
+        return module
 
 
 def parameters_of(module: nn.Module) -> list[nn.Parameter]:
@@ -306,6 +346,8 @@ def replaying(record: BranchRecord, modules: list[nn.Module]) -> Iterator[None]:
 class Recorder(Runner):
     """Runs branches in the forward pass and keeps one ``BranchRecord`` per branch."""
 
+    keeps = True
+
     def __init__(self) -> None:
         self.records: dict[Hashable, BranchRecord] = {}
 
@@ -319,6 +361,9 @@ class Recorder(Runner):
         with recording(record, tree(module), *xs):
             return call(module, *xs)
 
+    def keep(self, key: Hashable, value: Any) -> None:
+        self.records[key] = BranchRecord([value])
+
 
 class Replayer(Runner):
     """Repeats recorded branches, with whatever gradient mode is on."""
@@ -329,6 +374,10 @@ class Replayer(Runner):
     def run(self, key: Hashable, module: Callable[..., Tensor], *xs: Tensor) -> Tensor:
         with replaying(self.records[key], tree(module)):
             return call(module, *xs)
+
+    def kept(self, key: Hashable) -> Any:
+        record = self.records.get(key)
+        return None if record is None else record.kept[0]
 
 
 class FrozenRunner(Runner):

@@ -88,11 +88,7 @@ class RevSequential(nn.Module):
 
     @torch.compiler.disable
     def _train(self, xs: Tensors) -> Tensors:
-        if getattr(self, "_is_replica", False):
-            raise ReversibleError(
-                "nn.DataParallel hides its replicas' parameters from the engine, so they would not train: use "
-                "DistributedDataParallel (torchrun)"
-            )
+        refuse_replicas(self)
         named_ops = self._named_ops()
         first = self._first_with_gradient(xs, named_ops)
         guard = RangeGuard(self.grid_bits) if self.grid_bits is not None else None
@@ -152,3 +148,16 @@ class RevSequential(nn.Module):
 
     def extra_repr(self) -> str:
         return f"mode={self.mode}, exact={self.grid_bits or False}"
+
+
+def refuse_replicas(module: nn.Module) -> None:
+    """Refuse to train a replica.
+
+    Raises:
+        ReversibleError: for a module that ``nn.DataParallel`` made.
+    """
+    if getattr(module, "_is_replica", False):
+        raise ReversibleError(
+            "nn.DataParallel hides its replicas' parameters from the engine, so they would not train: use "
+            "DistributedDataParallel (torchrun)"
+        )

@@ -221,7 +221,7 @@ def test_deploy_command(checkpoint: Path, tmp_path: Path) -> None:
     [
         (("--engine", "nonsense"), "unknown engine 'nonsense'"),
         (("--int8",), "need images: give --data"),
-        (("--int8", "--data", ".", "--engine", "sparse"), "runs no INT8"),
+        (("--int8", "--data", ".", "--engine", "torch"), "runs no INT8"),
         (("--tolerance", 0), "expected a number above 0"),
         (("--checkpoint", "/nonexistent.safetensors"), "there is no file"),
         (("--engine", "torch", "--output", "/proc/nothing"), "cannot be used"),
