@@ -90,9 +90,7 @@ def _conv_shape(a: Arguments) -> Sequence[Any]:
 
 
 def _depthwise_plain(a: Arguments) -> Tensor:
-    return byte_reference.conv(
-        a["x"], a["weight"], a["bias"], _geometry(a), a["numbers"][0], _finish(a), a["residual"]
-    )
+    return byte_reference.conv(a["x"], a["weight"], a["bias"], _geometry(a), a["numbers"][0], _finish(a), a["residual"])
 
 
 def _linear_shape(a: Arguments) -> Sequence[Any]:
@@ -138,9 +136,7 @@ _LAYERS = {
     "int8_linear": Layer(
         _BOTH,
         lambda a: ByteLinearCall(a["weight"], a["bias"], a["numbers"][0], _finish(a)),
-        lambda a: byte_reference.linear(
-            a["x"], a["weight"], a["bias"], a["numbers"][0], _finish(a), a["residual"]
-        ),
+        lambda a: byte_reference.linear(a["x"], a["weight"], a["bias"], a["numbers"][0], _finish(a), a["residual"]),
         _linear_shape,
     ),
     "int8_mean": Layer(
