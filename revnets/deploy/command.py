@@ -183,8 +183,9 @@ def _print_deployed(made: Deployed) -> None:
 
 def _print_quantized(small: Quantized, engine: str) -> None:
     agreement = "" if small.agreement is None else f", the same class for {100 * small.agreement:.1f}%"
+    runs = "sparse" if engine == "sparse" else "onnxruntime and openvino"
     _say(
-        f"wrote {small.path} for {'sparse' if engine == 'sparse' else 'onnxruntime and openvino'} ({small.path.stat().st_size / 1e6:.2f} MB): "
+        f"wrote {small.path} for {runs} ({small.path.stat().st_size / 1e6:.2f} MB): "
         f"{small.weights / 1e6:.2f} M INT8 weights, {100 * small.zeros / max(small.weights, 1):.0f}% of them zero; on "
         f"calibration images outputs differ by {100 * small.error:.1f}% (root mean square){agreement}"
     )

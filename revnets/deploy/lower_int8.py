@@ -152,7 +152,7 @@ class _Lowering:
         return node in self._bytes or not is_changed(node, after=node)
 
     def _settled(self, node: fx.Node) -> bool:
-        """Whether nobody sees that its value is changed in place later: nobody does so, or who does is all who read it."""
+        """Whether nobody sees that its value is changed in place later: no such change, or by its only reader."""
         users = list(node.users)
         return not is_changed(node, after=node) or (len(users) == 1 and sole_name(node, users[0]))
 

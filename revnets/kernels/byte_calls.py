@@ -1,7 +1,7 @@
 """Layers of bytes (uint8 with a zero point) that the kernel computes; see ``bytes.h`` for what they compute, exactly.
 
-Values between them are ``(N, C / 4, H, W, 4)``, channels rounded up to fours: shapes here are ``(N, C, H, W)`` with such
-a C. Weights are int8, of convolutions in blocks of four input channels of which only those that hold a non-zero are kept.
+Values between them are ``(N, C / 4, H, W, 4)``, channels rounded up to fours: shapes here are ``(N, C, H, W)`` with
+such a C. Weights are int8, of convolutions in blocks of four input channels; those that are all 0 are not kept.
 """
 
 from __future__ import annotations
@@ -390,7 +390,7 @@ class ByteMaxPoolCall(_ByteLayer):
 
 
 class ToBytesCall(_ByteLayer):
-    """Floats ``(N, C, H, W)`` to bytes: ``round(x * (1 / scale)) + zero``, saturated; what is no number is the lowest."""
+    """Floats ``(N, C, H, W)`` to bytes: ``round(x * (1 / scale)) + zero``, saturated; NaN becomes the lowest."""
 
     takes_bytes = False
 

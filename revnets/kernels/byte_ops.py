@@ -1,7 +1,7 @@
 """Layers of bytes as operators of torch, ``torch.ops.revnets.int8_*``: exported programs hold them.
 
-Each is a call of the kernel, or where that cannot be had the same numbers by ``byte_reference``. ``LAYERS`` says of each
-how its arguments make a call, so that ``revnets.deploy`` can put many of them into one plan.
+Each is a call of the kernel, or where that cannot be had the same numbers by ``byte_reference``. ``LAYERS`` says of
+each how its arguments make a call, so that ``revnets.deploy`` can put many of them into one plan.
 
 The numbers that a ``Finish`` has besides its scale are one list: zero_in, zero, low, high, residual_zero.
 """
@@ -104,13 +104,13 @@ def _pool_shape(a: Arguments) -> Sequence[Any]:
 
 
 _SIGNATURES = {
-    "int8_conv2d": "Tensor x, Tensor values, Tensor columns, Tensor rows, Tensor? bias, Tensor scale, Tensor? residual, "
-    "Tensor? table, int in_channels, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int[] numbers, "
-    "float residual_scale, bool to_float",
+    "int8_conv2d": "Tensor x, Tensor values, Tensor columns, Tensor rows, Tensor? bias, Tensor scale, "
+    "Tensor? residual, Tensor? table, int in_channels, int[2] kernel_size, int[2] stride, int[2] padding, "
+    "int[2] dilation, int[] numbers, float residual_scale, bool to_float",
     "int8_depthwise_conv2d": "Tensor x, Tensor weight, Tensor? bias, Tensor scale, Tensor? residual, Tensor? table, "
     "int[2] stride, int[2] padding, int[2] dilation, int[] numbers, float residual_scale",
-    "int8_linear": "Tensor x, Tensor weight, Tensor? bias, Tensor scale, Tensor? residual, Tensor? table, int[] numbers, "
-    "float residual_scale, bool to_float",
+    "int8_linear": "Tensor x, Tensor weight, Tensor? bias, Tensor scale, Tensor? residual, Tensor? table, "
+    "int[] numbers, float residual_scale, bool to_float",
     "int8_mean": "Tensor x, Tensor? table, float scale, int[] numbers",
     "int8_add": "Tensor x, Tensor? residual, Tensor? table, float scale, int[] numbers, float residual_scale",
     "int8_mul": "Tensor x, Tensor gates, Tensor? table, float scale, int[] numbers",
