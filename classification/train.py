@@ -25,18 +25,18 @@ from revnets.training.memory import memory_words
 from revnets.training.options.parsing import SEED, joined, read_layers, settled
 from revnets.training.progress import clock
 
-from .captured import check_capture
-from .data import Splits
-from .journal import Journal
-from .loop import train_epoch, validate
-from .network import Network
+from .images.data import Splits
+from .networks.network import Network
 from .options import CONFIGS, TrainOptions
-from .recovery import Position
-from .report import Row
-from .resuming import Asked
+from .run.captured import check_capture
+from .run.journal import Journal
+from .run.loop import train_epoch, validate
+from .run.recovery import Position
+from .run.report import Row
+from .run.resuming import Asked
+from .run.start import start_training
+from .run.training import Training
 from .runtime import start_runtime
-from .start import start_training
-from .training import Training
 
 _logger = logging.getLogger("classification")
 DESCRIPTION = "Train a timm model on images. Options keep the names of timm's own train.py."
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None, program: str = "") -> int:
     """
 
     def run() -> Result:
-        layers = read_layers(TrainOptions, argv, DESCRIPTION, prog=program or "train.py", ours=CONFIGS)
+        layers = read_layers(TrainOptions, argv, DESCRIPTION, prog=program, ours=CONFIGS)
         return train(settled(TrainOptions, layers), joined(layers))
 
     return guarded(run, program)

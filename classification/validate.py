@@ -25,11 +25,11 @@ from revnets.training.files import NotWritten, write_csv, write_json, writing
 from revnets.training.memory import memory_words, peak_memory
 from revnets.training.options.parsing import Layer, joined, options_of, read_layers, settled
 
-from .data import check_labels, open_dataset, validation_loader
-from .loop import validate as measure
-from .models import build_model, check_batch_fits, check_model_fits, data_config, load_weights, read_checkpoint
+from .images.data import check_labels, open_dataset, validation_loader
+from .networks.models import build_model, check_batch_fits, check_model_fits, data_config, load_weights, read_checkpoint
 from .options import CONFIGS, TrainOptions, ValidateOptions, from_checkpoint_args
-from .report import table
+from .run.loop import validate as measure
+from .run.report import table
 from .runtime import start_runtime
 
 _logger = logging.getLogger("classification")
@@ -60,8 +60,7 @@ def validate(argv: Sequence[str] | None = None, program: str = "") -> dict[str, 
         UserError: A mistake in the options, the data or the checkpoint.
     """
     training_only = frozenset(set(options_of(TrainOptions)) - set(options_of(ValidateOptions)))
-    prog = program or "validate.py"
-    layers = read_layers(ValidateOptions, argv, DESCRIPTION, prog=prog, ignored=training_only, ours=CONFIGS)
+    layers = read_layers(ValidateOptions, argv, DESCRIPTION, prog=program, ignored=training_only, ours=CONFIGS)
     path = joined(layers).get("checkpoint")
     checkpoint = read_checkpoint(path, "--checkpoint") if path else None
     options = settled(ValidateOptions, [_trained_with(joined(layers), checkpoint), *layers])

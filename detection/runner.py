@@ -17,8 +17,8 @@ from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 from torch import nn
 
-from revnets.mm.checkpoint import UnknownMetric
 from revnets.mm.coco import use_checked
+from revnets.mm.hooks.checkpoint import UnknownMetric
 from revnets.reversible import RangeError
 from revnets.training.errors import UserError, did_you_mean, one_line, refused
 from revnets.training.guards.finite import NonFinite

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None, program: str = "") -> int:
 
 def options(program: str = "") -> Any:
     """The command line."""
-    line = parser(program or "train.py", DESCRIPTION)
+    line = parser(program, DESCRIPTION)
     add, number = line.add_argument, functools.partial(argument, int, low=0)
     words = "go on from a checkpoint, in the middle of an epoch, too; auto or nothing: from the folder's last one"
     add("--resume", type=PATH, nargs="?", const="auto", metavar="CHECKPOINT", help=words)
@@ -100,7 +100,7 @@ def train(argv: Sequence[str] | None = None, program: str = "") -> Result:
 
 def _train(cfg: Any, args: argparse.Namespace, held: contextlib.ExitStack) -> Result:
     from revnets.mm import DriftHook, FiniteHook, MemoryReportHook, ResumeCheckHook, TrainingFlopsHook
-    from revnets.mm.checkpoint import UnknownMetric
+    from revnets.mm.hooks.checkpoint import UnknownMetric
     from revnets.reversible import RangeError
     from revnets.training.guards.finite import NonFinite
 
@@ -256,7 +256,7 @@ def _announce(runner: Any, cfg: Any, resumed: bool) -> None:
 
 def _finish(runner: Any, cfg: Any, args: argparse.Namespace, progress: Any, memory: dict[str, Any]) -> Result:
     """Table, summary and picture, of the best weights."""
-    from revnets.mm.training_flops import FLOPS
+    from revnets.mm.hooks.training_flops import FLOPS
 
     folder = Path(runner.work_dir)
     if runner.rank != 0:

@@ -14,6 +14,10 @@ COMMANDS = {
         "profiling.command:profile_command",
         "Memory, FLOPs and time of a training step: predicted without running it, measured beside it.",
     ),
+    "fit": (
+        "budget.command:fit_command",
+        "Train any network within a budget of bytes: what each of its blocks keeps, chosen for the shortest step.",
+    ),
     "train": (
         "scripts.command:train_command",
         "Train any timm model on images: classification/train.py; `--config NAME` finds our recipes.",
@@ -47,7 +51,7 @@ COMMANDS = {
         "Sizes of activations, weights and gradients layer by layer, and what a cast to FP8 flushes and clips of them.",
     ),
     "bench": (
-        "profiling.bench_command:bench_command",
+        "profiling.bench.command:bench_command",
         "Step time and activation memory of networks in their memory modes, in one interleaved run.",
     ),
     "bench-deploy": (

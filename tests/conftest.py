@@ -20,7 +20,7 @@ def device(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(autouse=True)
 def _nothing_of_mmengine_left() -> Iterator[None]:
-    """MMEngine keeps for good: loggers, with the standard output of their test, closed by now; scopes; what a run noted.
+    """MMEngine keeps for good: loggers, with the standard output of their test, closed by now; scopes; notes of a run.
 
     The last by the run's name and second: a test that follows within it would go on from another's notes.
     """

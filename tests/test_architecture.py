@@ -43,11 +43,23 @@ def test_imports_point_down_and_in_no_circle(tmp_path: Path) -> None:
     [
         ("revnets/profiling/memory.py", "import revnets.mm.amp", "revnets.profiling is not allowed to import"),
         ("revnets/layers/sites.py", "def late():\n    from ..models import named", "revnets.layers is not allowed"),
-        ("detection/sizes.py", "import classification.data", "detection is not allowed to import classification"),
+        ("detection/sizes.py", "import classification.images", "detection is not allowed to import classification"),
+        ("classification/images/data.py", "from ..run import loop", "classification.images is not allowed to import"),
+        ("classification/networks/models.py", "from ..images import data", "classification.networks is not allowed"),
         ("revnets/layers/registry.py", "from .munit import fp8", "munit"),
         ("revnets/attic/__init__.py", "", "attic"),
+        ("classification/attic/__init__.py", "", "attic"),
     ],
-    ids=["upwards", "upwards and late", "one script of the other", "a circle of folders", "a room without a place"],
+    ids=[
+        "upwards",
+        "upwards and late",
+        "one script of the other",
+        "upwards in a script",
+        "beside in a script",
+        "a circle of folders",
+        "a room without a place",
+        "a script's room without a place",
+    ],
 )
 def test_what_breaks_a_contract_is_named(file: str, line: str, said: str, copy: Path, tmp_path: Path) -> None:
     path = copy / file

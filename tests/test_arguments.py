@@ -20,8 +20,8 @@ COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[
 RUNS = (
     "revnets.profiling.command.profile",
     "revnets.profiling.command.fit",
-    "revnets.profiling.bench.run",
-    "revnets.profiling.launch_bench.run",
+    "revnets.profiling.bench.timing.run",
+    "revnets.profiling.bench.launches.run",
     "revnets.benchmarks.fp8.run",
     "revnets.benchmarks.sparse_training.run",
     "revnets.numerics.command._watch",

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "CONTRIBUTING.md"
 MAP = re.compile(r"(<!-- map: [^\n]*-->\n)(.*?)(<!-- end of the map -->)", re.DOTALL)
 ROW = re.compile(r"^\| `([^`]+)/` \| (.+) \|$", re.MULTILINE)
-CONTRACT = re.compile(r'id = "rooms".*?^layers = \[(.*?)^\]', re.MULTILINE | re.DOTALL)
+CONTRACT = r'id = "{name}".*?^layers = \[(.*?)^\]'
 SECTIONS = ("reversible op", "layer", "model", "engine")
 
 
@@ -28,11 +28,16 @@ def first_sentence(folder: Path) -> str:
 
 
 def order() -> list[str]:
-    """Rooms as the import contract has them, from the one that knows no other up."""
-    contract = CONTRACT.search((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert contract is not None
-    names = reversed(re.findall(r'"(\w+)"', contract[1]))
-    return [*(f"revnets/{name}" for name in names), "classification", "detection"]
+    """Rooms as the import contracts have them, from the one that knows no other up."""
+    return [*contract("rooms", "revnets"), "classification", *contract("classification", "classification"), "detection"]
+
+
+def contract(name: str, folder: str) -> list[str]:
+    """What one contract has of a folder, from the lowest up."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    found = re.search(CONTRACT.format(name=name), text, re.MULTILINE | re.DOTALL)
+    assert found is not None
+    return [f"{folder}/{layer}" for line in reversed(found[1].splitlines()) for layer in re.findall(r"\w+", line)]
 
 
 def rooms() -> dict[str, str]:
@@ -42,7 +47,9 @@ def rooms() -> dict[str, str]:
     found = {folder.relative_to(ROOT).as_posix(): first_sentence(folder) for folder in packages}
 
     def place(name: str) -> tuple[int, str]:
-        room = next((number for number, room in enumerate(known) if f"{name}/".startswith(f"{room}/")), len(known))
+        room = max(
+            (number for number, room in enumerate(known) if f"{name}/".startswith(f"{room}/")), default=len(known)
+        )
         return room, name
 
     return {name: found[name] for name in sorted(found, key=place)}

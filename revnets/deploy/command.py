@@ -27,7 +27,7 @@ from ..sparsity.masks import check_sparsity
 from ..training.errors import refused
 from ..training.files import write_json
 from ..training.options.values import COUNT, POSITIVE, SEED, SHARE, THREADS, check_choice, check_once
-from ..training.pictures import save_figure
+from ..training.pictures import picture
 from ..training.places import check_exists, check_folder
 from .compare import COMPILED, EAGER, EXPLOITS, Measurement, compare, compare_layers, machine, speedups
 from .engines import ENGINES, Deployed, check_limits, deploy, get_engine, load, open_folder
@@ -319,8 +319,8 @@ def print_measurements(title: str, found: Sequence[Measurement]) -> None:
 
 def _save(folder: Path, found: Sequence[Measurement], layers: Sequence[Measurement]) -> list[Path]:
     data = {"machine": machine(), "networks": _records(found), "layers": _records(layers)}
-    path = write_json(folder / "deploy.json", data)
-    return [path, *_draw(folder, found)]
+    path, drawn = write_json(folder / "deploy.json", data), _draw(folder, found) if found else None
+    return [path, drawn] if drawn else [path]
 
 
 def _records(found: Sequence[Measurement]) -> list[dict[str, Any]]:
@@ -328,28 +328,22 @@ def _records(found: Sequence[Measurement]) -> list[dict[str, Any]]:
     return [{**asdict(m), "times_dense": ratio, "times_all_dense": of_all} for (m, ratio), (_, of_all) in both]
 
 
-def _draw(folder: Path, found: Sequence[Measurement]) -> list[Path]:
+def _draw(folder: Path, found: Sequence[Measurement]) -> Path | None:
     """Time over sparsity, a panel per network and number of threads; nothing without matplotlib."""
     panels = list(dict.fromkeys((m.case, m.threads) for m in found))
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return []
-    if not panels:
-        return []
-    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (case, threads) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        here = [m for m in found if (m.case, m.threads) == (case, threads)]
-        for engine in dict.fromkeys(m.engine for m in here):
-            points = sorted((m.sparsity, 1e3 * m.seconds) for m in here if m.engine == engine)
-            axes.plot(*zip(*points, strict=True), "o-", label=engine)
-        axes.set(title=f"{case}, {threads} threads", xlabel="sparsity", ylabel="ms per call, median")
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    return [save_figure(figure, folder / "deploy.png", dpi=150)]
+
+    def paint(figure: Any) -> None:
+        for axes, (case, threads) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            here = [m for m in found if (m.case, m.threads) == (case, threads)]
+            for engine in dict.fromkeys(m.engine for m in here):
+                points = sorted((m.sparsity, 1e3 * m.seconds) for m in here if m.engine == engine)
+                axes.plot(*zip(*points, strict=True), "o-", label=engine)
+            axes.set(title=f"{case}, {threads} threads", xlabel="sparsity", ylabel="ms per call, median")
+            axes.set_ylim(bottom=0)
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize="small")
+
+    return picture(folder / "deploy.png", (5 * len(panels), 4), paint, dpi=150)
 
 
 def _say(what: Any) -> None:

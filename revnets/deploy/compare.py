@@ -6,7 +6,6 @@ import copy
 import itertools
 import os
 import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from ..kernels.build import Geometry, kernel_problem, kernel_target, load_kernel
 from ..kernels.calls import ConvCall
 from ..kernels.compressed import compress
+from ..profiling.turns import medians
 from .engines import ENGINES, sparse_graph, verify
 from .graph import export_graph, flat
 from .peers import FLOAT32, PEERS, check_engine, instructions
@@ -107,7 +107,8 @@ def compare(
     Raises:
         ExportError: for an engine that is unknown or not installed, outputs that differ.
     """
-    installed = [e.name for e in (*ENGINES.values(), *PEERS.values()) if not e.missing()]
+    installed = [e.name for e in ENGINES.values() if not e.missing()]
+    installed += [peer.name for peer in PEERS.values() if not peer.missing()]
     names = list(engines) or [EAGER, COMPILED, *installed]
     for engine in names:
         if engine not in (EAGER, COMPILED):
@@ -126,7 +127,8 @@ def compare(
                 near = _error(run, model, x) if engine in PEERS else verify(run, model, x, tolerance, engine)
                 errors[sparsity, engine] = near
                 cases[sparsity, engine] = run
-            times = timed([partial(run, x) for run in cases.values()], repeats, progress)
+            with torch.no_grad():
+                times = medians([partial(run, x) for run in cases.values()], repeats, _WARM_SECONDS, progress)
             for (sparsity, engine), (wall, cpu) in zip(cases, times, strict=True):
                 used = PEERS[engine].used() if engine in PEERS else FLOAT32
                 found.append(Measurement(name, sparsity, engine, number, wall, cpu, errors[sparsity, engine], used))
@@ -168,13 +170,14 @@ class _Files:
         return one.open(read(path, trust=True), threads)
 
 
+@torch.no_grad()
 def _eager(model: nn.Module, x: Tensor, threads: int) -> Runner:
     """The model as it is, in the memory layout that is faster."""
     plain = copy.deepcopy(model).eval()
     last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     y = x.to(memory_format=torch.channels_last)
     runners = [module_runner(plain, threads), module_runner(last, threads)]
-    seconds = timed([lambda: runners[0](x), lambda: runners[1](y)], 5)
+    seconds = medians([lambda: runners[0](x), lambda: runners[1](y)], 5, _WARM_SECONDS)
     if seconds[0][1] <= seconds[1][1]:
         return runners[0]
     return lambda image: runners[1](image if image is not x else y)
@@ -191,24 +194,6 @@ def _compiled(graph: nn.Module, x: Tensor, threads: int) -> Runner:
 
 
 @torch.no_grad()
-def timed(functions: Sequence[Callable[[], Any]], repeats: int, progress: Progress = iter) -> list[tuple[float, float]]:
-    """Medians of the wall time and of the processor's time of each function, all of them by turns.
-
-    Each is called for a while before it is timed: threads of the engine before go on spinning, on this one's cores.
-    """
-    seconds: list[list[tuple[float, float]]] = [[] for _ in functions]
-    for _ in progress(range(repeats)):
-        for function, found in zip(functions, seconds, strict=True):
-            end = time.perf_counter() + _WARM_SECONDS
-            function()
-            while time.perf_counter() < end:
-                function()
-            wall, cpu = time.perf_counter(), time.process_time()
-            function()
-            found.append((time.perf_counter() - wall, time.process_time() - cpu))
-    return [(statistics.median(w for w, _ in f), statistics.median(c for _, c in f)) for f in seconds]
-
-
 def compare_layers(
     sparsities: Sequence[float],
     layers: Sequence[tuple[int, int, int]] = LAYERS,
@@ -235,7 +220,7 @@ def compare_layers(
             x, weight = torch.randn(1, inputs, side, side), torch.randn(outputs, inputs, 1, 1) / inputs**0.5
             bias = torch.randn(outputs)
             functions = [*_dense_ways(x, weight, bias), *(_sparse_way(x, weight, bias, s) for s in sparsities)]
-            times = timed(functions, repeats)
+            times = medians(functions, repeats, _WARM_SECONDS)
         dense = min(times[:3], key=lambda pair: pair[0])
         name = f"{inputs} -> {outputs} @ {side}x{side}"
         found.append(Measurement(name, 0.0, "torch, best of three", number, *dense))

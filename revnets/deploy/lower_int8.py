@@ -203,7 +203,7 @@ class _Lowering:
         """A layer whose sums are not rounded to bytes at all."""
         scale: Any = constant(self._graph, made.kwargs["scale"])
         more: Any = made.kwargs["residual_scale"]
-        new = {"scale": self._constant(made, "plain_scale", scale * known.scale), "to_float": True}
+        new: dict[str, Any] = {"scale": self._constant(made, "plain_scale", scale * known.scale), "to_float": True}
         made.kwargs = {**made.kwargs, **new, "residual_scale": _float32(more * known.scale)}
         return made
 

@@ -66,8 +66,10 @@ def _geometry(a: Arguments) -> Geometry:
     groups = outputs if "weight" in a else 1
     size = a["weight"].shape[2:] if "weight" in a else a["kernel_size"]
     height, width = size
-    pairs = [(int(p[0]), int(p[-1])) for p in (a["stride"], a["padding"], a.get("dilation", [1, 1]))]
-    return Geometry(inputs, outputs, (int(height), int(width)), *pairs, groups)
+    stride, padding, dilation = (
+        (int(p[0]), int(p[-1])) for p in (a["stride"], a["padding"], a.get("dilation", [1, 1]))
+    )
+    return Geometry(inputs, outputs, (int(height), int(width)), stride, padding, dilation, groups)
 
 
 def _conv_call(a: Arguments) -> ByteConvCall:

@@ -135,7 +135,7 @@ def convert(
         True
     """
     parts = parse_layers(spec)
-    size = _input_size(model, input_size)
+    size = input_size_of(model, input_size)
     if not any(_is_channels_last(p) for p in model.parameters()):
         return _converted(model, parts, size, filter)
     model.to(memory_format=torch.contiguous_format)  # some ops leave other traces channels last (torch 2.9: pooling)
@@ -173,7 +173,8 @@ def _is_channels_last(weight: Tensor) -> bool:
     return weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def _input_size(model: nn.Module, given: Sequence[int] | None) -> tuple[int, ...]:
+def input_size_of(model: nn.Module, given: Sequence[int] | None) -> tuple[int, ...]:
+    """Of one example: as given, or of the model's configuration and what it was made with."""
     if given is not None:
         return tuple(given)
     cfg = getattr(model, "pretrained_cfg", None) or {}

@@ -17,21 +17,22 @@ except ImportError as error:
     sys.exit(2)
 
 from .amp import Bf16OptimWrapper
-from .backbone import RevBiFPN, TimmBackbone
-from .checkpoint import WholeCheckpointHook
 from .coco import CheckedCocoDataset, CheckedCocoMetric
-from .guard import DriftHook, FiniteHook
-from .hooks import MemoryReportHook
-from .hrfpn import LeanHRFPN
-from .layers import register_conv_layers
+from .hooks.budget import MemoryBudgetHook
+from .hooks.checkpoint import WholeCheckpointHook
+from .hooks.guard import DriftHook, FiniteHook
+from .hooks.memory import MemoryReportHook
+from .hooks.numerics import NumericsHook
+from .hooks.resume import ResumableTrainLoop
+from .hooks.resume_check import ResumeCheckHook
+from .hooks.sparsity import SparsityHook
+from .hooks.training_flops import TrainingFlopsHook
 from .loading import install as load_safely
 from .mus_optim import MuSOptimWrapperConstructor
-from .neck import RevBiFPNNeck
-from .numerics_hook import NumericsHook
-from .resume import ResumableTrainLoop
-from .resume_check import ResumeCheckHook
-from .sparsity_hook import SparsityHook
-from .training_flops import TrainingFlopsHook
+from .networks.backbone import RevBiFPN, TimmBackbone
+from .networks.hrfpn import LeanHRFPN
+from .networks.layers import register_conv_layers
+from .networks.neck import RevBiFPNNeck
 
 register_conv_layers()
 load_safely()
@@ -43,6 +44,7 @@ __all__ = [
     "DriftHook",
     "FiniteHook",
     "LeanHRFPN",
+    "MemoryBudgetHook",
     "MemoryReportHook",
     "MuSOptimWrapperConstructor",
     "NumericsHook",

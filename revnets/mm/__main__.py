@@ -23,8 +23,8 @@ def main() -> int:
 
     from ..training.errors import UserError, guarded, one_line
     from ..training.files import NotWritten
-    from .checkpoint import protect
     from .coco import check_all
+    from .hooks.checkpoint import protect
 
     tools = Path(mmdet.__file__).parent / ".mim" / "tools"
     here, own = Path(sys.argv[1]), tools / sys.argv[1]

@@ -11,10 +11,12 @@ from ..arguments import PLAIN, SIZED, argument, excludes, needs, number, path, r
 from ..reversible import MODES
 from ..training.options.values import COUNT, check_choice, check_once, find_device, words
 from ..training.places import check_folder, make_folder
-from . import plots, report, sweep
+from . import sweep
 from .fake import ProfileError
 from .fit import WHAT, DoesNotFitError, Fit, fit, parse_budget
 from .profile import profile
+from .report import plots
+from .report import tables as report
 from .target import LEAN, Setting, Target, parse_targets
 
 __all__ = ["Request", "Setting", "profile_command", "run"]
@@ -153,8 +155,8 @@ def track(work: Sequence[T], what: str) -> Iterable[T]:
     return bar(work, what, console=Console(stderr=True), transient=True)
 
 
-def _wrote(paths: Sequence[Path]) -> None:
-    _say([f"wrote {path}" for path in paths])
+def _wrote(paths: Sequence[Path | None]) -> None:
+    _say([f"wrote {path}" for path in paths if path])
 
 
 def _say(lines: Sequence[str]) -> None:

@@ -9,18 +9,24 @@ from .compiled import compile_branches
 from .coupling import AdditiveCoupling
 from .errors import RangeError, ReversibleError
 from .grid import DEFAULT_GRID_BITS, round_to_grid
+from .hooks import every_pass
+from .leapfrog import Leapfrog
 from .mode import MODES, recompute, set_mode
 from .op import ReversibleOp
 from .parallel import Parallel
-from .replay import once
+from .replay import Lent, once
 from .sequential import RevSequential
 from .silo import RevSilo
 from .stem import SpaceToDepth
+from .update import KeptUpdate
 
 __all__ = [
     "DEFAULT_GRID_BITS",
     "MODES",
     "AdditiveCoupling",
+    "KeptUpdate",
+    "Leapfrog",
+    "Lent",
     "OpError",
     "Parallel",
     "RangeError",
@@ -32,6 +38,7 @@ __all__ = [
     "SpaceToDepth",
     "check_reversibility",
     "compile_branches",
+    "every_pass",
     "once",
     "recompute",
     "round_to_grid",

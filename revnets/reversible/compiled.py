@@ -47,6 +47,9 @@ def branches(model: nn.Module) -> list[nn.Module]:
     found: dict[int, nn.Module] = {}
     for op in model.modules():
         stack = list(op.children()) if isinstance(op, ReversibleOp) else []
+        lent = vars(op).get("lent")
+        if lent is not None:
+            found[id(lent.module)] = lent.module
         while stack:
             child = stack.pop()
             if isinstance(child, nn.ModuleDict | nn.ModuleList):

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from .call import call
 from .draws import DrawnAgain, Draws
 from .errors import ReversibleError
+from .hooks import HookLog, hooks_again, hooks_noted
 
 
 class _Active(threading.local):
@@ -41,9 +42,19 @@ active = _Active()
 class Runner:
     """How an op's branches are run: plainly, recorded, or replayed. See ``ReversibleOp.branch``."""
 
+    keeps = False
+    """Whether what an op hands to ``keep`` is looked at: in the forward pass of a step only."""
+
     def run(self, key: Hashable, module: Callable[..., Tensor], *xs: Tensor) -> Tensor:
         """Compute ``module(*xs)`` for the branch called ``key``."""
         raise NotImplementedError
+
+    def keep(self, key: Hashable, value: Any) -> None:
+        """Note ``value``, without which an op cannot be undone from its outputs."""
+
+    def kept(self, key: Hashable) -> Any:
+        """What was noted in the forward pass; None where none is remembered."""
+        return None
 
 
 @contextmanager
@@ -188,7 +199,37 @@ def tree(module: Any) -> list[nn.Module]:
         if current is not None and id(current) not in found:
             found[id(current)] = current
             stack.extend(current._modules.values())
+            lent = vars(current).get("lent")
+            if lent is not None:
+                stack.append(lent.module)
     return list(found.values())
+
+
+class Lent:
+    """A module that an op runs as its branch while another module owns it: its weights have that one's names.
+
+    It is looked up at each use: what takes the place of the module there, takes it here.
+
+    Args:
+        owner: of the module.
+        name: of the module in it.
+
+    Example:
+        >>> Lent(nn.Sequential(nn.ReLU()), "0").module
+        ReLU()
+    """
+
+    def __init__(self, owner: nn.Module, name: str) -> None:
+        self.owner = owner
+        self.name = name
+
+    @property
+    def module(self) -> nn.Module:
+        """What the owner has under the name now."""
+        module = self.owner._modules[self.name]
+        if module is None:
+            raise ReversibleError(f"{type(self.owner).__name__} has no {self.name} any more, which an op was lent")
+        return module
 
 
 def parameters_of(module: nn.Module) -> list[nn.Parameter]:
@@ -217,6 +258,32 @@ def frozen_statistics(modules: list[nn.Module], owners: set[int] | frozenset[int
             norm._buffers = own
 
 
+def _small_state(modules: list[nn.Module]) -> list[tuple[nn.Module, str, Tensor]]:
+    """Buffers that a forward pass may move besides those of norms: spectral norm's vectors, an observer's range."""
+    return [
+        (m, name, b)
+        for m in modules
+        if m._buffers and m.training and not isinstance(m, _NormBase)
+        for name, b in m._buffers.items()
+        if b is not None and b.dim() <= 1 and b.dtype != torch.bool
+    ]
+
+
+@contextmanager
+def _former_state(state: list[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
+    """Start from these buffers again, and leave those of now as they are."""
+    own = [(m, m._buffers) for m in dict.fromkeys(m for m, _, _ in state)]
+    for module, buffers in own:
+        module._buffers = dict(buffers)
+    for module, name, former in state:
+        module._buffers[name] = former.clone()
+    try:
+        yield
+    finally:
+        for module, buffers in own:
+            module._buffers = buffers
+
+
 # --- recording and replaying -----------------------------------------------------------------------------------------
 
 
@@ -228,21 +295,36 @@ class BranchRecord:
     owners: set[int] = field(default_factory=set)
     rng: _RngState | None = None
     draws: list[Any] | None = None  # instead of ``rng`` where a CUDA graph is captured
+    hooks: HookLog = field(default_factory=HookLog)
+    state: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)  # buffers that it moved, as they were
 
 
 @contextmanager
-def recording(record: BranchRecord, *xs: Tensor) -> Iterator[None]:
+def recording(record: BranchRecord, modules: list[nn.Module], *xs: Tensor) -> Iterator[None]:
     """Note in ``record`` what the code inside consumes. Costs microseconds; free of memory where nothing is random."""
+    buffers = [(m, name, b, b._version, b.clone()) for m, name, b in _small_state(modules)]
+    with activated(runner=None, record=record, playback=None), _consumption(record, modules, xs):
+        yield
+    record.state = [
+        (m, name, former)
+        for m, name, b, version, former in buffers
+        if m._buffers.get(name) is not b or b._version != version
+    ]
+
+
+@contextmanager
+def _consumption(record: BranchRecord, modules: list[nn.Module], xs: tuple[Tensor, ...]) -> Iterator[None]:
     if active.captured:
         record.draws = []
-        with Draws(record.draws), activated(runner=None, record=record, playback=None):
+        with Draws(record.draws), hooks_noted(modules, dict) as record.hooks:
             yield
         return
     devices = _devices(xs)
-    before = {} if any(is_fake(x) for x in xs) else _rng_state(devices)  # fake tensors draw nothing
-    with activated(runner=None, record=record, playback=None):
+    known = not any(is_fake(x) for x in xs)  # fake tensors draw nothing
+    before = _rng_state(devices) if known else {}
+    with hooks_noted(modules, (lambda: _rng_state(devices)) if known else dict) as record.hooks:
         yield
-    after = _rng_state(devices) if before else {}
+    after = _rng_state(devices) if known else {}
     if any(before[d].numpy().tobytes() != after[d].numpy().tobytes() for d in before):  # `equal` would be a launch
         record.rng = before
 
@@ -254,6 +336,8 @@ def replaying(record: BranchRecord, modules: list[nn.Module]) -> Iterator[None]:
     with (
         _rng_replayed(record.rng) if kept is None else DrawnAgain(kept),
         frozen_statistics(modules, record.owners),
+        _former_state(record.state),
+        hooks_again(modules, record.hooks),
         activated(runner=None, record=None, playback=iter(record.kept), captured=kept is not None),
     ):
         yield
@@ -261,6 +345,8 @@ def replaying(record: BranchRecord, modules: list[nn.Module]) -> Iterator[None]:
 
 class Recorder(Runner):
     """Runs branches in the forward pass and keeps one ``BranchRecord`` per branch."""
+
+    keeps = True
 
     def __init__(self) -> None:
         self.records: dict[Hashable, BranchRecord] = {}
@@ -272,8 +358,11 @@ class Recorder(Runner):
                 "call of its op: give each call a key of its own, and each place an op of its own"
             )
         record = self.records[key] = BranchRecord()
-        with recording(record, *xs):
+        with recording(record, tree(module), *xs):
             return call(module, *xs)
+
+    def keep(self, key: Hashable, value: Any) -> None:
+        self.records[key] = BranchRecord([value])
 
 
 class Replayer(Runner):
@@ -285,6 +374,10 @@ class Replayer(Runner):
     def run(self, key: Hashable, module: Callable[..., Tensor], *xs: Tensor) -> Tensor:
         with replaying(self.records[key], tree(module)):
             return call(module, *xs)
+
+    def kept(self, key: Hashable) -> Any:
+        record = self.records.get(key)
+        return None if record is None else record.kept[0]
 
 
 class FrozenRunner(Runner):

@@ -13,6 +13,7 @@ from .mode import check_mode, recompute
 from .node import Handover, OpNode, RangeGuard, Tape
 from .op import ReversibleOp, Tensors
 from .replay import activated, active, autocast_cache_off, parameters_of
+from .traced import as_one_node, is_traced
 
 
 class RevSequential(nn.Module):
@@ -68,7 +69,15 @@ class RevSequential(nn.Module):
         """
         if not self.training or torch.compiler.is_exporting():
             return self._plain(xs, self._named_ops())
+        if is_traced(*xs):
+            return as_one_node(self, self.num_outputs(len(xs)), *xs)
         return self._train(xs)
+
+    def num_outputs(self, num_inputs: int) -> int:
+        """How many tensors come out of the chain when so many go in."""
+        for _, op in self._named_ops():
+            num_inputs = op.num_outputs_of(num_inputs)
+        return num_inputs
 
     def inverse(self, *ys: Tensor) -> Tensors:
         """Inputs of the chain from its outputs; running statistics are left alone."""
@@ -79,11 +88,7 @@ class RevSequential(nn.Module):
 
     @torch.compiler.disable
     def _train(self, xs: Tensors) -> Tensors:
-        if getattr(self, "_is_replica", False):
-            raise ReversibleError(
-                "nn.DataParallel hides its replicas' parameters from the engine, so they would not train: use "
-                "DistributedDataParallel (torchrun)"
-            )
+        refuse_replicas(self)
         named_ops = self._named_ops()
         first = self._first_with_gradient(xs, named_ops)
         guard = RangeGuard(self.grid_bits) if self.grid_bits is not None else None
@@ -143,3 +148,16 @@ class RevSequential(nn.Module):
 
     def extra_repr(self) -> str:
         return f"mode={self.mode}, exact={self.grid_bits or False}"
+
+
+def refuse_replicas(module: nn.Module) -> None:
+    """Refuse to train a replica.
+
+    Raises:
+        ReversibleError: for a module that ``nn.DataParallel`` made.
+    """
+    if getattr(module, "_is_replica", False):
+        raise ReversibleError(
+            "nn.DataParallel hides its replicas' parameters from the engine, so they would not train: use "
+            "DistributedDataParallel (torchrun)"
+        )

@@ -12,10 +12,10 @@ from timm.scheduler import PlateauLRScheduler
 from timm.utils import ModelEmaV3, NativeScaler
 from torch import nn
 
-from classification.checkpoints import Saver
-from classification.recovery import Position
-from classification.resuming import resume
-from classification.state import State
+from classification.run.checkpoints import Saver
+from classification.run.recovery import Position
+from classification.run.resuming import resume
+from classification.run.state import State
 from revnets.layers.sparse_ift.sparse import SparseLinear
 from revnets.sparsity import SparsityController
 from revnets.training.guards.finite import FiniteGuard

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from classification.models import build_model
+from classification.networks.models import build_model
 from classification.options import TrainOptions, ValidateOptions
 from classification.tables import mus as mus_table
 from revnets.layers import MuSConv2d, MuSLinear

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from classification import train, validate
-from classification.report import read_summary
+from classification.run.report import read_summary
 
 from ..golden.older import assert_sizes, expected, unpacked
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from classification.models import build_model
+from classification.networks.models import build_model
 from classification.options import TrainOptions, ValidateOptions
 from revnets.training.errors import UserError
 from revnets.training.options.parsing import options_of, parse, read_layers

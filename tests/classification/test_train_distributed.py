@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from classification import validate
-from classification.report import read_summary
+from classification.run.report import read_summary
 
 from .short_runs import ROOT, SHORT
 from .test_train_run import differing, load

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from classification import train, validate
-from classification.report import read_summary
+from classification.run.report import read_summary
 from revnets.kernels import build
 from revnets.training.files import whole_file
 
@@ -249,7 +249,7 @@ def test_whole_file_leaves_the_old_one_when_writing_fails(tmp_path: Path) -> Non
 def test_one_bad_batch_is_skipped_and_counted(
     run_train: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from classification import loop
+    from classification.run import loop
 
     def spoil(run: object, images: torch.Tensor, step: int) -> None:
         if step == 1:

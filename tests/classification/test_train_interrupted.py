@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from classification import train
-from classification.checkpoints import by_age, newest_whole
-from classification.report import read_summary
+from classification.run.checkpoints import by_age, newest_whole
+from classification.run.report import read_summary
 from revnets.training.errors import UserError
 
 from .short_runs import Trainer
@@ -24,7 +24,7 @@ from .test_train_run import differing, load
 
 def terminate_at(monkeypatch: pytest.MonkeyPatch, place: str, call: int) -> None:
     """SIGTERM in the so-manieth call of a function of the loop."""
-    from classification import loop
+    from classification.run import loop
 
     real, calls = getattr(loop, place), [0]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from classification.report import read_summary
+from classification.run.report import read_summary
 
 from .short_runs import SHORT
 from .test_train_distributed import torchrun

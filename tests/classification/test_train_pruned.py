@@ -11,7 +11,7 @@ import torch
 
 from classification import train, validate
 from classification.options import TrainOptions, ValidateOptions
-from classification.report import read_summary
+from classification.run.report import read_summary
 from revnets.layers import count_costs
 from revnets.pruning import densify, prune
 from revnets.training.options.parsing import options_of, parse, read_layers

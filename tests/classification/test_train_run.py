@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from classification import train
-from classification.report import read_summary
+from classification.run.report import read_summary
 from revnets.numerics.report import read_table
 
 from .short_runs import SHORT, Trainer

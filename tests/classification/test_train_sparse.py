@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from classification import train, validate
-from classification.models import build_model
+from classification.networks.models import build_model
+from classification.networks.sparse import RunFlops, start_sparsity
 from classification.options import TrainOptions
-from classification.report import read_summary
-from classification.sparse import RunFlops, start_sparsity
+from classification.run.report import read_summary
 from revnets.kernels import kernel_problem
 from revnets.layers import count_costs
 from revnets.layers.sparse_ift import sparse

@@ -11,10 +11,10 @@ import timm
 import torch
 
 from classification import validate
-from classification.data import check_same_classes, class_names, open_dataset
-from classification.models import build_model
+from classification.images.data import check_same_classes, class_names, open_dataset
+from classification.networks.models import build_model
 from classification.options import TrainOptions, as_dict
-from classification.report import read_summary
+from classification.run.report import read_summary
 from revnets.training.options.parsing import parse
 
 from .short_runs import ROOT, TINY

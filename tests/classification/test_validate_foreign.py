@@ -9,7 +9,8 @@ import pytest
 import timm
 import torch
 
-from classification import distill, validate
+from classification import validate
+from classification.networks import distill
 from classification.options import TrainOptions, as_dict
 from revnets.training.checkpoints.foreign import reaching_argument, reaching_name
 from revnets.training.errors import UserError

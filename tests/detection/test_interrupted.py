@@ -12,7 +12,7 @@ import torch
 
 from detection import checkpoints
 from revnets.training.errors import UserError, guarded
-from tests.mm import test_resume as toy
+from tests.mm.hooks import test_resume as toy
 
 
 class Told:
@@ -86,7 +86,7 @@ def test_the_last_good_checkpoint_is_used(tmp_path: Path, caplog: pytest.LogCapt
 def test_full_disk_leaves_the_checkpoint_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from revnets.mm import checkpoint
+    from revnets.mm.hooks import checkpoint
 
     toy.run(tmp_path, [], stop=5)
     before = (tmp_path / "interim.pth").read_bytes()

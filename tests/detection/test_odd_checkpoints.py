@@ -26,7 +26,7 @@ from revnets.layers.sparse_ift.sparse import SparseLinear
 from revnets.mm import ResumeCheckHook, SparsityHook
 from revnets.mm.loading import safe_globals
 from revnets.training.errors import UserError
-from tests.mm.test_resume import Noisy, Watch
+from tests.mm.hooks.test_resume import Noisy, Watch
 from tests.odd_trees import DELETE, ODD, WITHOUT_CLOCK, changed, nested, odd_tree, write
 
 SAVING = {"type": "WholeCheckpointHook", "interval": 1, "interim": 1, "max_keep_ckpts": 2}

@@ -80,7 +80,7 @@ def float16(data: Path) -> Scenario:
 
 
 def _classified(a: Path, b: Path) -> list[str]:
-    from classification.report import read_summary
+    from classification.run.report import read_summary
 
     names = [sorted(path.name for path in folder.glob("*.pth.tar")) for folder in (a, b)]
     found = [] if names[0] == names[1] else [f"files {names}"]

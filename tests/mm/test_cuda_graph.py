@@ -14,8 +14,8 @@ pytest.importorskip("mmdet", reason="MMDetection is not installed: pip install '
 from mmengine.optim import OptimWrapper
 
 from revnets.mm.amp import Bf16OptimWrapper
-from revnets.mm.backbone import RevBiFPN, TimmBackbone
-from revnets.mm.sparsity_hook import SparsityHook
+from revnets.mm.hooks.sparsity import SparsityHook
+from revnets.mm.networks.backbone import RevBiFPN, TimmBackbone
 from revnets.training.capture import graphed
 from revnets.training.capture.graphed import FIRST, MORE, REPLAYED
 from tests.training.capture.fake_graph import FakeGraph
@@ -106,7 +106,7 @@ def test_a_detector_trains_as_without_graphs(graph: None, wrapper: type, accumul
 
 def test_shapes_that_are_padded_less_are_more(graph: None, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[Any] = []
-    monkeypatch.setattr("revnets.mm.backbone.print_log", lambda *what: said.append(what))
+    monkeypatch.setattr("revnets.mm.networks.backbone.print_log", lambda *what: said.append(what))
     model, data = detector(16, cuda_graph={"max_graphs": 1}), batches(SIZES)
     assert same(trained(model, data), trained(detector(16), data))
     assert sum(model.backbone.graphs.counts.values()) == 5

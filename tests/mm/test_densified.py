@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 import revnets
 from revnets.layers import count_costs
 from revnets.mm import TrainingFlopsHook
-from revnets.mm.backbone import TimmBackbone
+from revnets.mm.networks.backbone import TimmBackbone
 from revnets.sparsity import sparse_layers
 
 

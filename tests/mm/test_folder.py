@@ -9,10 +9,10 @@ REASON = "MMDetection is not installed: pip install 'revnets[detection]'"
 pytest.importorskip("revnets.mm", reason=REASON, exc_type=ImportError)
 
 from detection import checkpoints  # noqa: E402
-from revnets.mm.checkpoint import own_names  # noqa: E402
+from revnets.mm.hooks.checkpoint import own_names  # noqa: E402
 from revnets.training import lock  # noqa: E402
 from revnets.training.lock import FolderLock, InUse, held_here  # noqa: E402
-from tests.mm import test_resume as toy  # noqa: E402
+from tests.mm.hooks import test_resume as toy  # noqa: E402
 
 
 def test_names_in_the_hub_are_of_this_folder(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_a_resumed_run_deletes_no_other_file(tmp_path: Path, monkeypatch: pytest
 def test_a_folder_in_use_is_refused_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "_PAUSE", 0.001)
     with FolderLock(tmp_path), monkeypatch.context() as patch:
-        patch.setattr("revnets.mm.checkpoint.held_here", lambda folder: None)  # as if of another process
+        patch.setattr("revnets.mm.hooks.checkpoint.held_here", lambda folder: None)  # as if of another process
         with pytest.raises(InUse, match="is in use by process"):
             toy.run(tmp_path, [])
         assert not list(tmp_path.glob("*.pth"))

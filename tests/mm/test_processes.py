@@ -17,9 +17,9 @@ from mmengine.hooks import Hook  # noqa: E402
 from mmengine.model import BaseModel  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 
-from revnets.mm.guard import DriftHook, FiniteHook  # noqa: E402
+from revnets.mm.hooks.guard import DriftHook, FiniteHook  # noqa: E402
 
-from . import test_guard as guarded  # noqa: E402
+from .hooks import test_guard as guarded  # noqa: E402
 
 WRAPPER = {"model_wrapper_cfg": {"type": "MMDistributedDataParallel", "device_ids": None, "broadcast_buffers": False}}
 

@@ -17,7 +17,7 @@ from PIL import Image  # noqa: E402
 from revnets.mm.__main__ import main  # noqa: E402
 from revnets.training import lock  # noqa: E402
 from revnets.training.lock import FolderLock  # noqa: E402
-from tests.mm.test_resume import Toy  # noqa: E402
+from tests.mm.hooks.test_resume import Toy  # noqa: E402
 
 SCRIPT = """
 import sys
@@ -118,7 +118,7 @@ def test_a_work_folder_in_use_is_refused(
     line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", [*line, "train"])
-    monkeypatch.setattr("revnets.mm.checkpoint.held_here", lambda folder: None)  # as if of another process
+    monkeypatch.setattr("revnets.mm.hooks.checkpoint.held_here", lambda folder: None)  # as if of another process
     (tmp_path / "run").mkdir()
     with FolderLock(tmp_path / "run"):
         assert main() == 2

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from revnets.reversible import AdditiveCoupling, Parallel, ReversibleOp, RevSequential, RevSilo, SpaceToDepth
+from revnets.reversible import AdditiveCoupling, Leapfrog, Parallel, ReversibleOp, RevSequential, RevSilo, SpaceToDepth
 from tests.helpers import assert_same_step, training_step
 from tests.reversible.graphs import cubic
 
@@ -37,6 +37,10 @@ OPS: dict[str, tuple[Callable[[], ReversibleOp], tuple[tuple[int, ...], ...]]] =
     "space to depth, oblong": (lambda: SpaceToDepth(2, 4, 3), ((2, 2, 8, 12),)),
     "silo of oblong maps": (lambda: _silo(2, 3), ((2, 4, 8, 12), (2, 6, 4, 6))),
     "repetition": (lambda: SpaceToDepth(3, 1, 8), ((2, 3, 8, 8),)),
+    "leapfrog": (lambda: Leapfrog(_branch(4, 4), bits=0), ((2, 4, 8, 8), (2, 4, 8, 8))),
+    "leapfrog, the end": (lambda: Leapfrog(_branch(4, 4), end=True), ((2, 4, 8, 8), (2, 4, 8, 8))),
+    "leapfrog, the start": (lambda: Leapfrog(_branch(4, 4), bits=0, start=True), ((2, 4, 8, 8),)),
+    "leapfrog, all of it": (lambda: Leapfrog(_branch(4, 4), start=True, end=True), ((2, 4, 8, 8),)),
     "parallel": (
         lambda: Parallel([AdditiveCoupling(_branch(c, c), _branch(c, c)) for c in (2, 3)]),
         ((2, 4, 8, 8), (2, 6, 4, 4)),
@@ -106,6 +110,19 @@ def test_space_to_depth_order() -> None:
         for column in range(4):
             for channel in range(4):
                 assert y[0, (row * 4 + column) * 4 + channel] == x[0, channel % 3, row, column]
+
+
+@pytest.mark.parametrize("repeated", [3, 7])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_space_to_depth_channels_last_is_the_same(layout: torch.memory_format, repeated: int) -> None:
+    x = torch.randn(2, 3, 8, 12, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=layout)
+    op = SpaceToDepth(3, 4, repeated, channels_last=True)
+    (expected,) = SpaceToDepth(3, 4, repeated)(x)
+    (y,) = op(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, expected)
+    assert torch.equal(op.inverse(y)[0], x)
+    assert op.eval()(x)[0].is_contiguous()
 
 
 @pytest.mark.parametrize(

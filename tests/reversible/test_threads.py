@@ -83,7 +83,7 @@ def test_images_travel_to_other_processes(tmp_path: Path) -> None:
     from PIL import Image
     from timm.data import create_dataset
 
-    from classification.images import Images
+    from classification.images.reading import Images
     from revnets.training.data.resumable import SeededDataset
 
     (tmp_path / "class").mkdir()

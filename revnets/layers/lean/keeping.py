@@ -12,6 +12,7 @@ in place ends what was known of that memory; a tensor of which nothing is known 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
 from . import recipes
@@ -76,10 +77,13 @@ class Recorder(TorchDispatchMode):
     @contextmanager
     def active(self) -> Iterator[Recorder]:
         """Record, and answer autograd."""
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack), self:
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+        with self._hooks, self:
+            _running.recorders.append(self)
             try:
                 yield self
             finally:  # recipes that are needed live with autograd's nodes
+                _running.recorders.remove(self)
                 for memory in self._memory.values():
                     memory.nodes.clear()
                 self._memory.clear()
@@ -276,6 +280,44 @@ class Recorder(TorchDispatchMode):
         home.saved, home.rank = True, 1 + max((node.rank for node in chain.values()), default=0)
         home.back = back + (home.nbytes if home.stays else 0)
         return True
+
+
+class _Running(threading.local):
+    """The recorders that are active in this thread."""
+
+    def __init__(self) -> None:
+        self.recorders: list[Recorder] = []
+
+
+_running = _Running()
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Within this context the recorder that is active, if one is, looks away: autograd keeps what it always keeps.
+
+    Of tensors that come out, nothing is known: what they are needed for, they are kept for. Where others have had
+    their say since (a checkpoint's hooks, another mode), they keep it.
+    """
+    recorder = _running.recorders[-1] if _running.recorders else None
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    answers = recorder is not None and hooks is not None and getattr(hooks[0], "__self__", None) is recorder
+    modes = _get_current_dispatch_mode_stack()
+    records = bool(modes) and modes[-1] is recorder
+    if recorder is None:
+        yield
+        return
+    if answers:
+        recorder._hooks.__exit__()
+    if records:
+        recorder.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        if answers:
+            recorder._hooks.__enter__()
+        if records:
+            recorder.__enter__()
 
 
 def _is_cast_of_parameter(func: Any, inputs: Any) -> bool:

@@ -138,16 +138,21 @@ def _plain(module: nn.Module) -> Any:
 def _lean_class(kind: Any) -> Any:
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not saves(self):
-            return kind.forward(self, *args, **kwargs)
-        with Recorder(_tensors_of(self)).active():
-            return kind.forward(self, *args, **kwargs)
+        return call_lean(self, kind.forward, *args, **kwargs)
 
     body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     body |= {"forward": forward, "_plain_class": kind}
     if kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__:
         body["__reduce_ex__"] = _reduce
     return type(kind.__name__, (kind,), body)
+
+
+def call_lean(module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """``forward(module, ...)``, which keeps less where that is a training pass (see ``saves``)."""
+    if not saves(module):
+        return forward(module, *args, **kwargs)
+    with Recorder(_tensors_of(module)).active():
+        return forward(module, *args, **kwargs)
 
 
 def _reduce(self: Any, protocol: Any) -> Any:

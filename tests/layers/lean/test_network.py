@@ -441,7 +441,7 @@ def test_bytes_kept(name: str) -> None:
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("name", SHARES)
 def test_measured_peak(name: str, channels_last: bool) -> None:
-    from revnets.profiling.bench import make_cases, run
+    from revnets.profiling.bench.timing import make_cases, run
     from revnets.profiling.target import Setting
 
     setting = Setting(channels_last=channels_last, optimizer=None)

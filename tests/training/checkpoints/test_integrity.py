@@ -40,7 +40,7 @@ def flipped(whole: bytes, place: int, bit: int) -> bytes:
 
 
 def test_a_bit_that_says_several_disks(saved: Path) -> None:
-    from classification.models import read_checkpoint
+    from classification.networks.models import read_checkpoint
     from revnets.training.errors import UserError
 
     whole = saved.read_bytes()
@@ -125,20 +125,20 @@ def space(size: int) -> Iterator[None]:
 
 
 def summary(folder: Path) -> None:
-    from classification.report import Summary
+    from classification.run.report import Summary
 
     Summary(folder).add({"epoch": 0.0, "train_loss": 1.0})
 
 
 def curves(folder: Path) -> None:
     pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
-    from classification.report import draw_curves
+    from classification.run.report import draw_curves
 
     draw_curves(folder, [{"epoch": 0.0, "train_loss": 1.0}], "run")
 
 
 def options(folder: Path) -> None:
-    from classification.report import write_args
+    from classification.run.report import write_args
 
     write_args(folder, {"model": "resnet18"})
 
@@ -150,8 +150,8 @@ def detections(folder: Path) -> None:
 
 
 def checkpoint(folder: Path) -> None:
-    from classification.checkpoints import Saver
-    from classification.state import State
+    from classification.run.checkpoints import Saver
+    from classification.run.state import State
 
     model = torch.nn.Linear(500, 500)
     optimizer = torch.optim.SGD(model.parameters())

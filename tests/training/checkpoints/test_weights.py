@@ -87,13 +87,13 @@ def test_a_mask_of_minus_infinity_stays() -> None:
 
 
 def classification(path: Path, model: nn.Module) -> None:
-    from classification.models import load_weights, read_checkpoint
+    from classification.networks.models import load_weights, read_checkpoint
 
     load_weights(model, read_checkpoint(path, "--checkpoint")["state_dict"], "--checkpoint", "test_revbifpn")
 
 
 def pretrained_path(path: Path, model: nn.Module) -> None:
-    from classification.models import build_model
+    from classification.networks.models import build_model
     from classification.options import TrainOptions
 
     build_model(TrainOptions(model="test_revbifpn", pretrained_path=str(path), num_classes=5))
@@ -122,7 +122,7 @@ def detection(path: Path, model: nn.Module) -> None:
 
 def backbone(path: Path, model: nn.Module) -> None:
     pytest.importorskip("mmdet", reason="MMDetection is not installed: pip install 'revnets[detection]'")
-    from revnets.mm.pretrained import load_pretrained
+    from revnets.mm.networks.pretrained import load_pretrained
 
     load_pretrained(model, "test_revbifpn", str(path))
 

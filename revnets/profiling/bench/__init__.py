@@ -1,0 +1,4 @@
+"""``revnets bench``: networks and their modes side by side, steps timed or launches counted.
+
+A single network's figures are one folder up, benchmarks of kernels and layers in `revnets.benchmarks`.
+"""
