@@ -96,8 +96,8 @@ def compare(
         networks: by the share of zeros of their pruned layers; 0 is the dense one.
         x: the images of one call.
         engines: names of ``ENGINES`` (in float32), of ``PEERS`` (in INT8, or what the engine takes by default),
-            ``"torch eager"``, ``"torch compiled"`` (of the dense network only: it takes minutes); none for all that
-            are installed.
+            ``"torch eager"``, ``"torch compiled"`` (which takes minutes); none for all that are installed. Compiled and
+            at other precisions, engines that skip no zeros run the first network alone.
         threads: numbers of threads, each a round of its own.
         repeats: timed calls per case.
         name: of the network.
@@ -120,7 +120,8 @@ def compare(
             cases: dict[tuple[float, str], Runner] = {}
             errors: dict[tuple[float, str], float] = {}
             for sparsity, engine in progress(list(itertools.product(networks, names))):
-                if engine == COMPILED and sparsity != min(networks):
+                dense = engine == COMPILED or (engine in PEERS and engine not in _OURS)
+                if dense and sparsity != min(networks):
                     continue
                 run = files.runner(networks[sparsity], sparsity, engine, number)
                 model = networks[sparsity]
