@@ -56,13 +56,13 @@ class Network:
 
 
 def _convnext(classes: int) -> nn.Module:
-    sizes: dict[str, Any] = dict(depths=(3, 3, 9, 3), dims=(24, 48, 96, 192), patch_size=2)
+    sizes: dict[str, Any] = {"depths": (3, 3, 9, 3), "dims": (24, 48, 96, 192), "patch_size": 2}
     return timm.create_model("convnext_atto", num_classes=classes, drop_path_rate=0.05, conv_mlp=False, **sizes)
 
 
 def _vit(classes: int) -> nn.Module:
-    sizes: dict[str, Any] = dict(img_size=SIDE, patch_size=8, embed_dim=96, depth=6, num_heads=3)
-    how: dict[str, Any] = dict(class_token=False, global_pool="avg", drop_path_rate=0.05)
+    sizes: dict[str, Any] = {"img_size": SIDE, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3}
+    how: dict[str, Any] = {"class_token": False, "global_pool": "avg", "drop_path_rate": 0.05}
     return timm.create_model("vit_tiny_patch16_224", num_classes=classes, **sizes, **how)
 
 
@@ -137,7 +137,10 @@ def train(model: nn.Module, data: Data, lr: float, epochs: int, batch_size: int,
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     decayed = [p for p in model.parameters() if p.ndim > 1]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": [p for p in model.parameters() if p.ndim < 2]}]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": 0.05},
+        {"params": [p for p in model.parameters() if p.ndim < 2]},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
     steps = epochs * (len(data.labels) // batch_size)
     warm = max(steps // 20, 1)
@@ -250,7 +253,9 @@ class Table(runner.Table):
                 for training in (PLAIN, REVERSIBLE):
                     yield self._outcome(name, weights, pretrain_top1, seed, training)
 
-    def _outcome(self, name: str, weights: dict[str, Tensor], pretrain_top1: float, seed: int, training: str) -> Outcome:
+    def _outcome(
+        self, name: str, weights: dict[str, Tensor], pretrain_top1: float, seed: int, training: str
+    ) -> Outcome:
         args, network = self.args, NETWORKS[name]
         epochs, finetune_epochs = args.epochs or network.epochs, args.finetune_epochs or network.finetune_epochs
         words = (name, training, seed, args.images, epochs, args.finetune_images, finetune_epochs)

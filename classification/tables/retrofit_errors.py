@@ -2,7 +2,8 @@
 
 python -m classification.tables.retrofit_errors
 
-The blocks are those of a small ViT of timm's, freshly initialised, on random tokens; nothing is trained, no data is read.
+The blocks are those of a small ViT of timm's, freshly initialised, on random tokens; nothing is trained, and no data
+is read.
 """
 
 from __future__ import annotations
@@ -105,7 +106,10 @@ class Table(runner.Table):
         for way, _, bits, _ in WAYS:
             found = [each for each in done if (each.way, each.bits) == (way, bits)]
             axes.semilogy(
-                [each.depth for each in found], [max(each.inversion, 1e-9) for each in found], "o-", label=f"{way}, {bits}"
+                [each.depth for each in found],
+                [max(each.inversion, 1e-9) for each in found],
+                "o-",
+                label=f"{way}, {bits}",
             )
         axes.set(xlabel="blocks", ylabel="error of rebuilt activations (1e-9: none)")
         axes.legend(fontsize="x-small")

@@ -38,7 +38,9 @@ class Outcome:
 
 
 def _share(found: Outcomes, lines: runner.Lines) -> str:
-    return runner.number(average(found, "activation_mb") / average(lines[found[0].network, PLAIN], "activation_mb"), ".3f")
+    return runner.number(
+        average(found, "activation_mb") / average(lines[found[0].network, PLAIN], "activation_mb"), ".3f"
+    )
 
 
 class Table(runner.Table):
@@ -47,7 +49,11 @@ class Table(runner.Table):
     folder = "retrofit_memory"
     description = "Networks x ways to train them: activation memory."
     options = (
-        flag("--networks", nargs="+", default=["resnet50", "convnext_tiny", "vit_small_patch16_224", "vit_large_patch16_224"]),
+        flag(
+            "--networks",
+            nargs="+",
+            default=["resnet50", "convnext_tiny", "vit_small_patch16_224", "vit_large_patch16_224"],
+        ),
         flag("--batch-size", type=positive, default=32),
     )
     columns = (

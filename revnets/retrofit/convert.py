@@ -54,8 +54,8 @@ def reversible(
     ``state_dict`` and everything in eval mode are the network's own, so that checkpoints go both ways.
 
     In training, what a block adds is rounded to ``bits`` bits, with a scale for each 64 numbers, and only these bits
-    are kept (``KeptUpdate``). With ``streams=2`` nothing is rounded: the block runs ahead of the network's own stream by
-    ``2^-bits`` of the update before (``Leapfrog``). Either way what is rebuilt, and all gradients, equal those of
+    are kept (``KeptUpdate``). With ``streams=2`` nothing is rounded: the block runs ahead of the network's own stream
+    by ``2^-bits`` of the update before (``Leapfrog``). Either way what is rebuilt, and all gradients, equal those of
     ``mode="store"`` to the bit, at any depth. ``docs/retrofit.md`` compares.
 
     Args:
@@ -96,7 +96,9 @@ def reversible(
         if not stage.calls:
             skipped.append(Skipped(stage.name, "the network calls its blocks one by one"))
             continue
-        planned[stage.name] = _plan(model.get_submodule(stage.name), stage, 1 if streams == 1 else 2, converted, skipped)
+        planned[stage.name] = _plan(
+            model.get_submodule(stage.name), stage, 1 if streams == 1 else 2, converted, skipped
+        )
     if not converted:
         raise ValueError(_nothing(model, skipped))
     for name, steps in planned.items():
@@ -150,7 +152,9 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _blocks(planned: dict[str, Steps]) -> list[str]:
-    return [f"{stage}.{name}" if stage else name for stage, steps in planned.items() for names, _ in steps for name in names]
+    return [
+        f"{stage}.{name}" if stage else name for stage, steps in planned.items() for names, _ in steps for name in names
+    ]
 
 
 def _in_lists(model: nn.Module) -> list[Skipped]:
@@ -164,9 +168,7 @@ def _in_lists(model: nn.Module) -> list[Skipped]:
     return found
 
 
-def _plan(
-    module: nn.Module, stage: Stage, shortest: int, converted: list[Converted], skipped: list[Skipped]
-) -> Steps:
+def _plan(module: nn.Module, stage: Stage, shortest: int, converted: list[Converted], skipped: list[Skipped]) -> Steps:
     """The steps of a stage; what is done, and what not, goes to the two lists."""
     children = dict(module.named_children())
     kinds = {type(children[name]) for name, reason in stage.blocks.items() if not reason}

@@ -139,5 +139,3 @@ def _passes(output: Tensor, leaf: Tensor) -> bool:
         if node.name().partition("Backward")[0].lstrip("_") in _PASSIVE:
             nodes += [following for following, _ in node.next_functions]
     return False
-
-

@@ -41,7 +41,10 @@ def _twice() -> nn.Module:
     [
         (lambda: timm.create_model("vgg11", num_classes=2), "VGG runs no residual blocks"),
         (lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()), "Sequential runs no residual blocks"),
-        (lambda: timm.create_model("test_eva", num_classes=2) if "test_eva" in timm.list_models() else _eva(), "ModuleList"),
+        (
+            lambda: timm.create_model("test_eva", num_classes=2) if "test_eva" in timm.list_models() else _eva(),
+            "ModuleList",
+        ),
         (lambda: nn.DataParallel(NETWORKS["vit"][0]()), "is wrapped in DataParallel: make it reversible first"),
         (_compiled, "is compiled: make it reversible first"),
         (_compiled_in_place, "is compiled: make it reversible first"),
@@ -64,7 +67,7 @@ def test_what_cannot_be_made_reversible(make: Callable[[], Any], said: str) -> N
 
 
 def _eva() -> nn.Module:
-    sizes: dict[str, Any] = dict(img_size=64, embed_dim=32, depth=2, num_heads=2)
+    sizes: dict[str, Any] = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2}
     return timm.create_model("eva02_tiny_patch14_224", patch_size=16, **sizes)
 
 

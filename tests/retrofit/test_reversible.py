@@ -18,7 +18,11 @@ from tests.helpers import assert_same_step, training_step
 from tests.retrofit.networks import NETWORKS, loss, made
 
 every_network = pytest.mark.parametrize("name", NETWORKS)
-WAYS: dict[str, dict[str, int]] = {"one stream": {}, "two streams": {"streams": 2}, "no bits": {"streams": 2, "bits": 0}}
+WAYS: dict[str, dict[str, int]] = {
+    "one stream": {},
+    "two streams": {"streams": 2},
+    "no bits": {"streams": 2, "bits": 0},
+}
 
 
 def retrofitted(name: str, drop: float = 0.0, **how: Any) -> tuple[nn.Module, nn.Module, Tensor]:
@@ -70,7 +74,13 @@ def test_under_autocast_too(name: str) -> None:
 @every_network
 def test_activations_are_rebuilt_to_the_bit(name: str) -> None:
     _, model, x = retrofitted(name)
-    blocks = sum(len(names) for m in model.modules() if isinstance(m, ReversibleStage) for names, how in m.steps if how == "chain")
+    blocks = sum(
+        len(names)
+        for m in model.modules()
+        if isinstance(m, ReversibleStage)
+        for names, how in m.steps
+        if how == "chain"
+    )
     report = revnets.check_reversibility(model, x)
     assert report.exact
     assert len(report.ops) == blocks > 0
