@@ -19,7 +19,7 @@ help:
 	@echo "make test-wheel   a wheel in an environment of its own: import, profile, train, detect"
 	@echo "make test-compat  the quick tests on other versions: make test-compat PYTHON=python3.13 TORCH=2.9"
 	@echo "make test-kill    50 runs killed at random moments, and compared with one that was let be"
-	@echo "make test-asan    the C++ kernel under AddressSanitizer (g++), at three widths of vectors"
+	@echo "make test-asan    the C++ kernel under AddressSanitizer (g++), at three widths, with VNNI and without"
 	@echo "make test-mutants small faults put into copies of the sources: the share that the quick tests see"
 	@echo "make gpu          everything that only a GPU shows, in 8 minutes: docs/gpu.md"
 	@echo "make format       rewrite the sources as ruff wants them"
@@ -78,9 +78,9 @@ LIBRARY = $(shell g++ -print-file-name=$(1))
 test-asan: $(INSTALLED)
 	export REVNETS_CXX=g++ REVNETS_CACHE=$(CURDIR)/output/asan ASAN_OPTIONS=detect_leaks=0 TBB_ENABLE_SANITIZERS=1; \
 	export LD_PRELOAD="$(call LIBRARY,libasan.so) $(call LIBRARY,libstdc++.so)"; \
-	for width in "" -mno-avx512f -mno-avx; do \
+	for width in "" -mno-avx512vnni -mno-avx512f -mno-avx; do \
 		export REVNETS_CXXFLAGS="-fsanitize=address -O1 -g1 $$width"; \
-		$(BIN)/python -c "from revnets.kernels.build import kernel_target; print('the kernel for', kernel_target())" && \
+		$(BIN)/python -c "from revnets.kernels.build import byte_target, kernel_target; print('the kernel for', kernel_target(), 'and', byte_target())" && \
 		$(BIN)/python -m pytest -m "not slow" tests/kernels tests/deploy || exit; \
 	done
 

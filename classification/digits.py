@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code: 2 after a user mistake."""
 
     def run() -> None:
-        options = parse(DigitsOptions, argv, "Write scikit-learn's digits as class folders.", prog="digits.py")
+        options = parse(DigitsOptions, argv, "Write scikit-learn's digits as class folders.")
         root = make_digits(Path(options.data_dir), options.size, options.seed)
         print(f"digits of {options.size}x{options.size} pixels are in '{root}': train and validation, ten folders each")
 

@@ -6,12 +6,12 @@ python -m classification.quickstart
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run by its path, see train.py
     sys.path[0], __package__ = str(Path(__file__).resolve().parents[1]), "classification"
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from revnets.training.errors import UserError, guarded
 from revnets.training.memory import MB, MODES, peaks
 from revnets.training.options.parsing import option, parse
-from revnets.training.pictures import new_figure, save_figure
+from revnets.training.pictures import picture
 from revnets.training.progress import clock
 
 from .digits import make_digits
@@ -35,7 +35,6 @@ from .runtime import start_runtime
 from .train import train
 from .validate import validate
 
-_logger = logging.getLogger("classification")
 CONFIG = CONFIGS / "quickstart.yaml"
 
 
@@ -51,7 +50,7 @@ class QuickstartOptions:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code: 2 after a user mistake."""
-    return guarded(lambda: quickstart(parse(QuickstartOptions, argv, "RevBiFPN on digits.", prog="quickstart.py")))
+    return guarded(lambda: quickstart(parse(QuickstartOptions, argv, "RevBiFPN on digits.")))
 
 
 def quickstart(options: QuickstartOptions) -> str:
@@ -73,7 +72,7 @@ def quickstart(options: QuickstartOptions) -> str:
     line += ["--overwrite"]
     line += ["--model", options.model] if options.model else []
     line += ["--epochs", str(options.epochs), "--warmup-epochs", "0"] if options.epochs else []
-    settings = parse(TrainOptions, line, "", prog="quickstart.py")
+    settings = parse(TrainOptions, line, "")
     result = train(settings)
     best = result.folder / "model_best.pth.tar"
     use_ema = ["--use-ema"] if settings.model_ema else []
@@ -154,17 +153,16 @@ def draw(output: Path, rows: Sequence[Row], memory: Mapping[str, int], settings:
     Returns:
         The file, or None where matplotlib is not installed.
     """
-    figure = new_figure(output / "quickstart.png", (13, 4))
-    if figure is None:
-        return None
-    figure.suptitle(f"{settings.model} on handwritten digits")
-    left, middle, right = figure.subplots(1, 3)
-    plot_rows(left, rows, {"train_loss": "training", "eval_loss": "validation"}, "loss")
-    plot_rows(middle, rows, {"eval_top1": "validation"}, "top-1, %")
-    bars = right.bar(list(memory), [value / MB for value in memory.values()], color=["C2", "C7"])
-    right.bar_label(bars, fmt="%.1f MB")
-    right.set_ylabel(f"peak activation memory, {settings.batch_size} images, MB")
-    return save_figure(figure, output / "quickstart.png")
+
+    def paint(figure: Any) -> None:
+        left, middle, right = figure.subplots(1, 3)
+        plot_rows(left, rows, {"train_loss": "training", "eval_loss": "validation"}, "loss")
+        plot_rows(middle, rows, {"eval_top1": "validation"}, "top-1, %")
+        bars = right.bar(list(memory), [value / MB for value in memory.values()], color=["C2", "C7"])
+        right.bar_label(bars, fmt="%.1f MB")
+        right.set_ylabel(f"peak activation memory, {settings.batch_size} images, MB")
+
+    return picture(output / "quickstart.png", (13, 4), paint, f"{settings.model} on handwritten digits")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +15,6 @@ from revnets.training.errors import UserError, one_line, refused
 from revnets.training.logs import start_logging
 
 from .options import DeviceOptions
-
-_logger = logging.getLogger("classification")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None, program: str = "") -> int:
     """
 
     def run() -> Result:
-        layers = read_layers(TrainOptions, argv, DESCRIPTION, prog=program or "train.py", ours=CONFIGS)
+        layers = read_layers(TrainOptions, argv, DESCRIPTION, prog=program, ours=CONFIGS)
         return train(settled(TrainOptions, layers), joined(layers))
 
     return guarded(run, program)

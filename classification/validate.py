@@ -60,8 +60,7 @@ def validate(argv: Sequence[str] | None = None, program: str = "") -> dict[str, 
         UserError: A mistake in the options, the data or the checkpoint.
     """
     training_only = frozenset(set(options_of(TrainOptions)) - set(options_of(ValidateOptions)))
-    prog = program or "validate.py"
-    layers = read_layers(ValidateOptions, argv, DESCRIPTION, prog=prog, ignored=training_only, ours=CONFIGS)
+    layers = read_layers(ValidateOptions, argv, DESCRIPTION, prog=program, ignored=training_only, ours=CONFIGS)
     path = joined(layers).get("checkpoint")
     checkpoint = read_checkpoint(path, "--checkpoint") if path else None
     options = settled(ValidateOptions, [_trained_with(joined(layers), checkpoint), *layers])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import logging
 import os
 import re
 from pathlib import Path
@@ -16,7 +15,6 @@ from revnets.training.checkpoints.reading import in_file, named, read_file
 from revnets.training.errors import UserError
 from revnets.training.files import named_file, remove_all
 
-_logger = logging.getLogger("detection")
 LAST = "last_checkpoint"
 WRITTEN = (LAST, "summary.json", "predictions.png", "memory.json")
 _SAVED, _BEST = re.compile(r"(epoch|iter)_\d+\.pth|interim\.pth"), re.compile(r"best_.+\.pth")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +23,12 @@ from .noise import noise_kept_out
 
 try:
     from mmengine.config import Config, DictAction
-except ImportError:  # said by `load`, as a user's mistake
-    Config, DictAction = Any, argparse.Action
+except ImportError:  # said by `check_installed`, as a user's mistake
+    Config, DictAction = Any, "store"
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "detection"
 PATH = argument(str, path=True)
+PACKAGES = ("mmengine", "mmcv", "mmdet")
 PARTS = ("revnets.mm", "mmdet.datasets")  # in this order: the former stands in for operators that mmdet asks for
 RUNNER_KEYS = (  # of MMEngine's Runner, which a configuration need not have
     "auto_scale_lr",
@@ -46,7 +48,7 @@ RUNNER_KEYS = (  # of MMEngine's Runner, which a configuration need not have
 
 def parser(prog: str, description: str) -> Parser:
     """The options that training and testing share; spelled as MMDetection's tools spell them."""
-    line = Parser(prog=prog, description=description, allow_abbrev=False)
+    line = Parser(prog, description=description)
     add, number = line.add_argument, functools.partial(argument, int, low=0)
     add("config", type=PATH, help="path of a configuration, or the name of one of ours")
     add("--work-dir", type=PATH, help="folder of the run (default: output/<name of the configuration>)")
@@ -100,8 +102,7 @@ def read(path: str) -> Any:
     Raises:
         UserError: MMDetection is missing, no such file, or a mistake in it.
     """
-    if Config is Any:
-        raise UserError("MMDetection is not installed: pip install 'revnets[detection]'")
+    check_installed()
     path = str(find(path, CONFIGS, ".py", "CONFIG"))
     try:
         with noise_kept_out(verbose=False):
@@ -112,6 +113,16 @@ def read(path: str) -> Any:
         raise UserError(f"CONFIG: '{path}' cannot be read ({one_line(error)}); correct it.") from error
     check_keys(cfg, path)
     return cfg
+
+
+def check_installed() -> None:
+    """Whether the packages are there that every configuration needs.
+
+    Raises:
+        UserError: Naming one that is not, and what installs it.
+    """
+    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+        raise UserError(f"MMDetection's {missing[0]} is not installed: pip install 'revnets[detection]'")
 
 
 def _override(cfg: Any, options: dict[str, Any]) -> None:

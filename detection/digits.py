@@ -46,9 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code: 2 after a user mistake."""
 
     def run() -> None:
-        parser = Parser(
-            prog="digits.py", description="Compose digits into scenes in COCO's format.", allow_abbrev=False
-        )
+        parser = Parser(description="Compose digits into scenes in COCO's format.")
         path = argument(str, path=True)
         parser.add_argument("--data-dir", type=path, default="data/digits-scenes", help="folder to make")
         for field in dataclasses.fields(SceneOptions):

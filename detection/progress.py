@@ -10,6 +10,8 @@ from mmengine.hooks import Hook
 
 from revnets.training.progress import Steps, clock
 
+from .report import metric_words
+
 _logger = logging.getLogger("detection")
 VALIDATIONS = "validations"
 
@@ -97,15 +99,3 @@ class Progress(Hook):
         if self._steps is not None:
             self._steps.__exit__(None, None, None)
             self._steps = None
-
-
-def metric_words(metrics: dict[str, float]) -> str:
-    """COCO's AP and AP50 of boxes and masks, or whatever the metrics are, in one line."""
-    wanted = {key: value for key, value in metrics.items() if key.endswith(("_mAP", "_mAP_50"))} or metrics
-    return ", ".join(f"{name(key)} {value:.3f}" for key, value in wanted.items())
-
-
-def name(key: str) -> str:
-    """How a metric of MMDetection is called in COCO's tables: `coco/bbox_mAP_50` is `bbox AP50`."""
-    kind, _, rest = key.removeprefix("coco/").partition("_")
-    return f"{kind} {rest.replace('mAP_copypaste', 'AP, all').replace('mAP_', 'AP').replace('mAP', 'AP')}".strip()

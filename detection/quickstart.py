@@ -25,7 +25,7 @@ from revnets.training.memory import MODES, peaks
 from revnets.training.options.parsing import Parser, argument
 from revnets.training.progress import clock
 
-from .config import CONFIGS, PATH
+from .config import CONFIGS, PATH, check_installed
 from .digits import SceneOptions, make_scenes
 from .noise import noise_kept_out
 from .test import run_test
@@ -53,6 +53,7 @@ def quickstart(argv: Sequence[str] | None = None) -> str:
         UserError: A folder in the way, or a package missing.
     """
     args = _options().parse_args(argv)
+    check_installed()  # before the scenes are made
     start = time.perf_counter()
     output = Path(args.output)
     scenes = SceneOptions()
@@ -90,7 +91,7 @@ def activation_memory(settings: Sequence[str]) -> dict[str, int]:
 
     from .config import load, parse, parser
 
-    cfg = load(parse(parser("quickstart.py", ""), [str(CONFIG), "--cfg-options", *settings]))
+    cfg = load(parse(parser("", ""), [str(CONFIG), "--cfg-options", *settings]))
     init_default_scope("mmdet")
     with noise_kept_out(verbose=False):
         batch = next(
@@ -133,7 +134,7 @@ def final_line(metrics: Mapping[str, float], memory: Mapping[str, int], seconds:
 
 
 def _options() -> argparse.ArgumentParser:
-    line = Parser(prog="quickstart.py", description="RevBiFPN finds digits.", allow_abbrev=False)
+    line = Parser(description="RevBiFPN finds digits.")
     folder = "output/quickstart-detection"
     line.add_argument("--output", type=PATH, default=folder, help="folder for the run and the picture")
     line.add_argument("--data-dir", type=PATH, default=str(DATA), help="folder for the scenes")

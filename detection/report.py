@@ -13,9 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from revnets.training.files import write_json
-from revnets.training.pictures import new_figure, save_figure
-
-from .progress import name
+from revnets.training.pictures import picture
 
 SUMMARY, PICTURE = "summary.json", "predictions.png"
 SHOWN = 0.3  # least score of a box in the picture
@@ -70,25 +68,25 @@ def draw(model: Any, dataset: Any, count: int, folder: Path) -> Path | None:
 
     classes = dataset.metainfo.get("classes", ())
     chosen = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int).tolist()
-    figure = new_figure(folder / PICTURE, (4 * len(chosen), 8))
-    if figure is None:
-        return None
-    axes = figure.subplots(2, len(chosen), squeeze=False)
-    model.eval()
-    for column, index in enumerate(chosen):
-        with torch.no_grad():
-            (sample,) = model.test_step(pseudo_collate([dataset[index]]))
-        found = sample.pred_instances.to("cpu")
-        found = found[found.scores >= SHOWN]
-        instances = dataset.get_data_info(index).get("instances", [])
-        labels = [f"{_class(classes, int(n))} {s:.2f}" for n, s in zip(found.labels, found.scores, strict=True)]
-        _picture(axes[0, column], sample.img_path, found.bboxes.tolist(), found.labels.tolist(), labels)
-        truth = [each["bbox_label"] for each in instances]
-        boxes = [each["bbox"] for each in instances]
-        _picture(axes[1, column], sample.img_path, boxes, truth, [_class(classes, each) for each in truth])
-    axes[0, 0].set_ylabel(f"found (score at least {SHOWN})")
-    axes[1, 0].set_ylabel("there")
-    return save_figure(figure, folder / PICTURE)
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots(2, len(chosen), squeeze=False)
+        model.eval()
+        for column, index in enumerate(chosen):
+            with torch.no_grad():
+                (sample,) = model.test_step(pseudo_collate([dataset[index]]))
+            found = sample.pred_instances.to("cpu")
+            found = found[found.scores >= SHOWN]
+            instances = dataset.get_data_info(index).get("instances", [])
+            labels = [f"{_class(classes, int(n))} {s:.2f}" for n, s in zip(found.labels, found.scores, strict=True)]
+            _picture(axes[0, column], sample.img_path, found.bboxes.tolist(), found.labels.tolist(), labels)
+            truth = [each["bbox_label"] for each in instances]
+            boxes = [each["bbox"] for each in instances]
+            _picture(axes[1, column], sample.img_path, boxes, truth, [_class(classes, each) for each in truth])
+        axes[0, 0].set_ylabel(f"found (score at least {SHOWN})")
+        axes[1, 0].set_ylabel("there")
+
+    return picture(folder / PICTURE, (4 * len(chosen), 8), paint)
 
 
 def _class(classes: Sequence[str], label: int) -> str:
@@ -108,3 +106,15 @@ def _picture(axis: Any, path: str, boxes: Sequence[Any], numbers: Sequence[int],
         axis.text(
             left, top, label, fontsize=7, color="white", va="bottom", bbox={"facecolor": color, "pad": 1, "lw": 0}
         )
+
+
+def metric_words(metrics: dict[str, float]) -> str:
+    """COCO's AP and AP50 of boxes and masks, or whatever the metrics are, in one line."""
+    wanted = {key: value for key, value in metrics.items() if key.endswith(("_mAP", "_mAP_50"))} or metrics
+    return ", ".join(f"{name(key)} {value:.3f}" for key, value in wanted.items())
+
+
+def name(key: str) -> str:
+    """How a metric of MMDetection is called in COCO's tables: `coco/bbox_mAP_50` is `bbox AP50`."""
+    kind, _, rest = key.removeprefix("coco/").partition("_")
+    return f"{kind} {rest.replace('mAP_copypaste', 'AP, all').replace('mAP_', 'AP').replace('mAP', 'AP')}".strip()

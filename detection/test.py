@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None, program: str = "") -> int:
 
 def options(program: str = "") -> Any:
     """The command line."""
-    line = parser(program or "test.py", DESCRIPTION)
+    line = parser(program, DESCRIPTION)
     line.add_argument("checkpoint", type=PATH, help="of a run of train.py, or of MMDetection")
     line.add_argument("--classwise", action="store_true", help="AP of every class, too")
     return line

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None, program: str = "") -> int:
 
 def options(program: str = "") -> Any:
     """The command line."""
-    line = parser(program or "train.py", DESCRIPTION)
+    line = parser(program, DESCRIPTION)
     add, number = line.add_argument, functools.partial(argument, int, low=0)
     words = "go on from a checkpoint, in the middle of an epoch, too; auto or nothing: from the folder's last one"
     add("--resume", type=PATH, nargs="?", const="auto", metavar="CHECKPOINT", help=words)

@@ -13,15 +13,18 @@ from .reversible import check_reversibility, compile_branches, set_mode
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .budget import Plan, fit
     from .training.capture.step import capture_step
 
 __all__ = [
+    "Plan",
     "__version__",
     "capture_step",
     "check_reversibility",
     "compile_branches",
     "convert",
     "densify",
+    "fit",
     "models",
     "mus_param_groups",
     "prune",
@@ -36,6 +39,10 @@ def __getattr__(name: str) -> Any:
         from .training.capture.step import capture_step
 
         return capture_step
+    if name in ("Plan", "fit"):
+        from . import budget
+
+        return getattr(budget, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -14,6 +14,10 @@ COMMANDS = {
         "profiling.command:profile_command",
         "Memory, FLOPs and time of a training step: predicted without running it, measured beside it.",
     ),
+    "fit": (
+        "budget.command:fit_command",
+        "Train any network within a budget of bytes: what each of its blocks keeps, chosen for the shortest step.",
+    ),
     "train": (
         "scripts.command:train_command",
         "Train any timm model on images: classification/train.py; `--config NAME` finds our recipes.",

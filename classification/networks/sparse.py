@@ -151,13 +151,9 @@ def sparsity_words(sparsity: SparsityController) -> str:
 
 
 def draw_sparsity(sparsity: SparsityController, flops: FlopsReport | None, folder: Path, title: str) -> None:
-    """Writes the tables and pictures of masks and of FLOPs; says so where matplotlib is not installed."""
+    """Writes the tables and pictures of masks and of FLOPs."""
     write_table(sparsity, folder)
+    draw_picture(sparsity, folder, title)
     if flops is not None:
         flops.write(folder)
-    try:
-        draw_picture(sparsity, folder, title)
-        if flops is not None:
-            flops.draw(folder, title)
-    except ImportError:
-        _logger.info(f"no pictures of masks: matplotlib is not installed (pip install matplotlib); see {TABLE}")
+        flops.draw(folder, title)

@@ -72,6 +72,12 @@ class OptimizerOptions:
     )
     grad_accum_steps: int = option(1, "batches per update of the weights", low=1, high=1 << 24)
     grad_checkpointing: bool = option(False, "checkpoint activations, in models that have timm's switch for it")
+    memory_budget: str = option(
+        "",
+        "bytes of a training step, such as 6GB, for weights, gradients, optimizer state and activations; each block of "
+        "the network then keeps as little as that takes",
+        needs=is_unset("grad_checkpointing", "--grad-checkpointing says itself what is kept"),
+    )
     cuda_graph: bool = option(False, "replay training steps as one CUDA graph (one GPU; SGD, Adam or AdamW)")
     sync_bn: bool = option(False, "batch statistics over all processes (GPU)")
     dist_bn: str = option(

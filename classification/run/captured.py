@@ -41,6 +41,7 @@ def check_capture(options: TrainOptions, runtime: Runtime) -> None:
         f"--sparsity-schedule {options.sparsity_schedule} changes masks between steps; give static": (
             options.sparsity_schedule != "static"
         ),
+        "--memory-budget plans steps that are not captured; leave one of them out": bool(options.memory_budget),
         "--numerics-interval looks into steps; leave one of them out": options.numerics_interval > 0,
         "a teacher's part of a step is not captured; leave --teacher and --teacher-checkpoint out": bool(
             options.teacher or options.teacher_checkpoint

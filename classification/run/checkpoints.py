@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import operator
 import os
@@ -21,7 +20,6 @@ from revnets.training.files import TEMPORARY, duplicate, whole_file, writing
 
 from .state import State
 
-_logger = logging.getLogger("classification")
 PATTERN, LAST, BEST, RECOVERY = "*.pth.tar", "last.pth.tar", "model_best.pth.tar", "recovery.pth.tar"
 _OF_EPOCH = re.compile(r"checkpoint-\d{1,9}\.pth\.tar")
 PATIENCE = ("num_bad_epochs", "cooldown_counter")  # of torch's ReduceLROnPlateau

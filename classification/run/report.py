@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +13,8 @@ from rich.table import Column, Table
 
 from revnets.training.errors import UserError, one_line
 from revnets.training.files import whole_file, write_csv
-from revnets.training.pictures import new_figure, save_figure
+from revnets.training.pictures import picture
 
-_logger = logging.getLogger("classification")
 SUMMARY, ARGS = "summary.csv", "args.yaml"
 MOST_EPOCHS = 10**9
 Row = dict[str, float]
@@ -90,26 +88,21 @@ def draw_curves(folder: Path, rows: Sequence[Row], title: str) -> Path | None:
     Returns:
         The file, or None where matplotlib is not installed (said in one line).
     """
-    figure = new_figure(folder / "curves.png", (11, 7), "; the figures are in summary.csv")
-    if figure is None:
-        return None
-    figure.suptitle(title)
-    axes = figure.subplots(2, 2)
-    plot_rows(axes[0, 0], rows, {"train_loss": "training", "eval_loss": "validation"}, "loss")
-    plot_rows(
-        axes[0, 1],
-        rows,
-        {"eval_top1": "top-1", "eval_raw_top1": "top-1 without EMA", "eval_top5": "top-5"},
-        "validation, %",
-    )
-    plot_rows(axes[1, 0], rows, {"lr": "learning rate"}, "learning rate")
-    plot_rows(axes[1, 1], rows, {"train_images_per_s": "images/s"}, "images/s")
-    memory = sorted({name for row in rows for name in row if name.endswith("_mb")})
-    if memory:
-        right = axes[1, 1].twinx()
-        names = {name: name.removeprefix("train_").removesuffix("_mb").replace("_", " ") for name in memory}
-        plot_rows(right, rows, names, "memory, MB", style="--")
-    return save_figure(figure, folder / "curves.png")
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots(2, 2)
+        plot_rows(axes[0, 0], rows, {"train_loss": "training", "eval_loss": "validation"}, "loss")
+        accuracies = {"eval_top1": "top-1", "eval_raw_top1": "top-1 without EMA", "eval_top5": "top-5"}
+        plot_rows(axes[0, 1], rows, accuracies, "validation, %")
+        plot_rows(axes[1, 0], rows, {"lr": "learning rate"}, "learning rate")
+        plot_rows(axes[1, 1], rows, {"train_images_per_s": "images/s"}, "images/s")
+        memory = sorted({name for row in rows for name in row if name.endswith("_mb")})
+        if memory:
+            right = axes[1, 1].twinx()
+            names = {name: name.removeprefix("train_").removesuffix("_mb").replace("_", " ") for name in memory}
+            plot_rows(right, rows, names, "memory, MB", style="--")
+
+    return picture(folder / "curves.png", (11, 7), paint, title, "; the figures are in summary.csv")
 
 
 def plot_rows(axis: Any, rows: Sequence[Row], names: Mapping[str, str], label: str, style: str = "-") -> None:

@@ -22,6 +22,7 @@ from ..networks.network import Network
 from ..networks.sparse import start_sparse_kernel, start_sparsity
 from ..options import TrainOptions, renamed
 from ..runtime import Runtime
+from .budget import fit_memory
 from .captured import check_optimizer
 from .recovery import Recovery
 from .training import Training
@@ -49,6 +50,7 @@ def start_training(options: TrainOptions, runtime: Runtime, network: Network, sp
     lr = options.lr if options.lr is not None else _learning_rate(options, runtime)
     optimizer, loss = _optimizer(options, runtime, model, lr), _loss(options)
     recovery = Recovery(runtime, options.recovery_interval, data.batches is not None)
+    fit_memory(options, runtime, model, optimizer, size)
     try_step(options, runtime, model, loss, size)
     run = Training(
         options=options,

@@ -1,7 +1,7 @@
 r"""Does the best learning rate stay where it is when the network gets wider? Short trainings of mus_vit on a grid.
 
-python -m classification.tables.lr_transfer
-python -m classification.tables.lr_transfer --widths 64 128 --steps 50 --layers mus_fp8
+python -m classification.tables.lr_transfer --data CIFAR10/train.tar
+python -m classification.tables.lr_transfer --data CIFAR10/train.tar --widths 64 128 --steps 50 --layers mus_fp8
 
 With the transfer rules of munit scaling, hidden layers of width d get lr * sqrt(base / d); without them all layers get
 lr. Every proxy trains for the same number of steps on the same images in the same order, each seen once, so the mean
@@ -80,12 +80,7 @@ class Table(runner.Table):
     description = "Learning rates across widths."
     picture = "lr_transfer.png"
     options = (
-        flag(
-            "--data",
-            type=argument(str, path=True),
-            default="../shared/data/cifar10/train.tar",
-            help="class folders, or a .tar of them",
-        ),
+        flag("--data", type=argument(str, path=True), required=True, help="class folders, or a .tar of them"),
         flag("--widths", type=positive, nargs="+", default=[64, 128, 256, 512]),
         flag("--head-width", type=positive, default=32, help="of attention; wider networks have more heads"),
         flag("--highest", type=_POWER, default=-4, help="binary logarithm of the highest learning rate"),

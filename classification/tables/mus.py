@@ -1,7 +1,7 @@
 """Standard layers against munit-scaled ones, in the usual precision and in FP8, over seeds: curves in one picture.
 
-python -m classification.tables.mus
-python -m classification.tables.mus --networks mus-vit-tiny --seeds 0 --images 1000 --epochs 1
+python -m classification.tables.mus --data-dir CIFAR10
+python -m classification.tables.mus --data-dir CIFAR10 --networks mus-vit-tiny --seeds 0 --images 1000 --epochs 1
 
 Every run is a process of train.py with one thread; finished runs are skipped and broken ones go on where they stopped.
 A line such as `mus_fp8-lr2x` is the same run with twice the learning rate, for the first seed.
@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from revnets.training.errors import UserError
-from revnets.training.options.parsing import parse
 
-from ..options import CONFIGS, TrainOptions
+from ..options import CONFIGS
 from ..run.report import Row
 from . import runner
 from .runner import Column, Outcomes, flag, mean, positive, same
-from .series import Stage, at_once, digest_of, parts
+from .series import Stage, at_once, digest_of, parts, read_recipe
 
 RECIPES = CONFIGS / "mus"
 NETWORKS = ("revbifpn-s0", "mus-vit-tiny")
@@ -65,6 +64,10 @@ class Run:
         curves = {name: [row[name] for row in rows if name in row] for name in LOSSES}
         figures = (last["eval_top1"], last["eval_loss"], last["train_loss"])
         return Outcome(self.network, self.line, self.seed, *figures, self.stage.epochs, self.lr, curves)
+
+
+def _recipe(network: str, line: str) -> str:
+    return str(RECIPES / f"cifar10_{network}{'_standard' if line == 'standard' else ''}.yaml")
 
 
 def _figures(stage: Stage) -> Row:
@@ -116,6 +119,11 @@ class Table(runner.Table):
         Column("not finite", lambda found, _: str(sum(not math.isfinite(o.train_loss) for o in found))),
     )
 
+    def check(self) -> None:
+        """Reads the recipes."""
+        paths = {_recipe(network, line) for network in self.args.networks for line in self.args.runs}
+        self.recipes = {path: read_recipe(path, self.args.data_dir) for path in paths}
+
     def outcomes(self) -> Iterator[Outcome]:
         """A whole comparison of all networks first, then the next seed."""
         args = self.args
@@ -129,11 +137,9 @@ class Table(runner.Table):
         yield from at_once(args.jobs, Run.outcome, wanted)
 
     def _run(self, network: str, line: str, seed: int) -> Run:
-        suffix, images = "_standard" if line == "standard" else "", self.args.images
-        recipe = str(RECIPES / f"cifar10_{network}{suffix}.yaml")
-        options = parse(TrainOptions, ["--config", recipe], "")
-        epochs, made = self.args.epochs or options.epochs, self.output / f"data-{images}"
-        data = parts(options, made, images)
+        images, recipe = self.args.images, _recipe(network, line)
+        options = self.recipes[recipe]
+        epochs, data = self.args.epochs or options.epochs, parts(options, self.output, images)
         more = ["--data-dir", str(data), "--seed", str(seed)]
         if layers := VARIANTS[line.removesuffix(f"-{DOUBLED}")]:  # for conversion, or of a network made of them
             more += ["--layers", layers] if options.layers else ["--model-kwargs", f"layers={layers}"]
@@ -141,7 +147,7 @@ class Table(runner.Table):
         if line.endswith(DOUBLED):
             lr *= 2
             more += ["--lr", str(lr)]
-        name = f"{network}-{line}-{images}x{epochs}-seed{seed}-{digest_of(options)}"
+        name = f"{network}-{line}-{images}x{epochs}-seed{seed}-{digest_of(options, data)}"
         return Run(network, line, seed, Stage(name, recipe, self.output, epochs, tuple(more)), lr)
 
     def line(self, outcome: Outcome) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """The life of pruned networks in one table: dense, one-shot, retrained in steps, distilled from dense, INT8.
 
-python -m classification.tables.prune --output output/prune_table
-python -m classification.tables.prune --configs configs/classification/prune/cifar10_small_resnet18.yaml --targets 0.7
+python -m classification.tables.prune --data-dir CIFAR10 --output output/prune_table
+python -m classification.tables.prune --data-dir CIFAR10 --methods sparsegpt --targets 0.7
 
 Trainings are processes of train.py with one thread; what is finished is skipped, broken runs go on where they stopped.
 """
@@ -26,16 +26,16 @@ from revnets.pruning.checkpoint import read_weights, save_weights
 from revnets.pruning.command import draw_batches
 from revnets.training.errors import UserError, one_line
 from revnets.training.files import write_json
-from revnets.training.options.parsing import argument, parse
+from revnets.training.options.parsing import argument
 
 from ..images.data import class_names, open_dataset, validation_loader
 from ..networks.models import build_model, data_config, load_weights
-from ..options import CONFIGS, TrainOptions, as_dict
+from ..options import CONFIGS, TrainOptions
 from ..run.loop import validate
 from ..runtime import start_runtime
 from . import runner
 from .runner import Column, Outcomes, flag, positive, same
-from .series import Stage, digest, parts, read_stored
+from .series import Stage, digest_of, parts, read_recipe, read_stored
 
 _logger = logging.getLogger("classification")
 RECIPES = [str(CONFIGS / "prune" / f"cifar10_small_{name}.yaml") for name in ("resnet18", "revbifpn")]
@@ -83,6 +83,7 @@ class Table(runner.Table):
     description = "Targets x methods x stages."
     title = "Pruned networks (FLOPs: theoretical, without multiplications by zeros)"
     options = (
+        runner.DATA,
         flag("--configs", nargs="+", default=RECIPES, help="recipes of the dense networks"),
         flag("--dense", nargs="+", default=[], help="their checkpoints, where they are trained already"),
         flag("--methods", nargs="+", choices=METHODS, default=list(METHODS)),
@@ -117,11 +118,13 @@ class Table(runner.Table):
     )
 
     def check(self) -> None:
-        """Refuses checkpoints that are not one for each recipe.
+        """Reads the recipes, and refuses checkpoints that are not one for each.
 
         Raises:
             UserError: Naming both numbers.
         """
+        seed = str(self.args.seed)
+        self.recipes = [read_recipe(config, self.args.data_dir, "--seed", seed) for config in self.args.configs]
         dense, configs = self.args.dense, self.args.configs
         if dense and len(dense) != len(configs):
             raise UserError(f"--dense: {len(dense)} checkpoints for {len(configs)} recipes; give one for each.")
@@ -131,7 +134,7 @@ class Table(runner.Table):
         """One network after the other."""
         for index, config in enumerate(self.args.configs):
             dense = self.args.dense[index] if self.args.dense else None
-            yield from Network(self.args, config, self.output, dense).lines()
+            yield from Network(self.args, config, self.recipes[index], self.output, dense).lines()
 
     def draw(self, figure: Any, done: Outcomes) -> None:
         """Accuracy over sparsity for each network."""
@@ -147,16 +150,15 @@ class Table(runner.Table):
 class Network:
     """One recipe with all its stages."""
 
-    def __init__(self, args: argparse.Namespace, config: str, output: Path, dense: str | None) -> None:
+    def __init__(
+        self, args: argparse.Namespace, config: str, options: TrainOptions, output: Path, dense: str | None
+    ) -> None:
         self.args, self.config, self.output = args, config, output
-        options = parse(TrainOptions, ["--config", config, "--seed", str(args.seed)], "")
-        source = Path(options.data_dir)
-        made = output / f"data-{args.images}-{args.val_images or 'all'}-{digest({'from': str(source.resolve())})}"
-        parts(options, made, args.images, args.val_images)
+        made = parts(options, output, args.images, args.val_images)
         epochs = args.epochs or options.epochs
         self.more = ("--data-dir", str(made), "--seed", str(args.seed))
         self.options = dataclasses.replace(options, data_dir=str(made), epochs=epochs, log_interval=1 << 30)
-        self.name = f"{Path(config).stem}-{digest(as_dict(self.options))}"
+        self.name = f"{Path(config).stem}-{digest_of(self.options, made)}"
         self.given = Path(dense) if dense else None
         self.runtime = start_runtime(self.options)
         val_set = open_dataset(self.options, options.val_split, training=False)

@@ -1,6 +1,6 @@
 """Fine-tuning retrofitted against fine-tuning as usual: accuracy on a new task, and the memory of a step, over seeds.
 
-python -m classification.tables.retrofit --output output/retrofit_table
+python -m classification.tables.retrofit --data-dir CIFAR10 --output output/retrofit_table
 
 The first half of a data set's classes is the task of the pre-training, the other half the new task. Each network is
 pre-trained once, as it is; then it is fine-tuned twice for each seed, plain and by `revnets.reversible`, from the same
@@ -189,7 +189,7 @@ class Table(runner.Table):
     folder = "retrofit_table"
     description = "Networks x seeds, fine-tuned plain and by revnets.reversible."
     options = (
-        flag("--data-dir", default="../shared/data/cifar10", type=argument(str, path=True), help="of the .tar files"),
+        flag("--data-dir", type=argument(str, path=True), required=True, help="of the .tar files"),
         flag("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS)),
         runner.SEEDS,
         flag("--images", type=positive, default=20000, help="of the pre-training, of each class as many"),

@@ -7,7 +7,6 @@ import dataclasses
 import logging
 import math
 import statistics
-import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +17,7 @@ from rich.console import Console
 from revnets.training.errors import UserError, guarded
 from revnets.training.files import write_csv, write_json
 from revnets.training.options.parsing import SEED, Parser, argument
-from revnets.training.pictures import new_figure, save_figure
+from revnets.training.pictures import picture
 from revnets.training.places import make_folder
 
 Outcomes = Sequence[Any]  # dataclasses of one kind: a run each, and what it came to
@@ -35,11 +34,15 @@ def flag(name: str, **how: Any) -> Flag:
 
 
 SEEDS = flag("--seeds", type=seed, nargs="+", default=[0, 1, 2])
+DATA = flag(
+    "--data-dir", type=argument(str, path=True), help="folder of the splits, .tar files; the recipe's where not given"
+)
 
 
 def series(images: int) -> tuple[Flag, ...]:
     """The options of tables whose runs differ in seeds."""
     return (
+        DATA,
         SEEDS,
         flag("--images", type=positive, default=images, help="training images, equally many of each class"),
         flag("--epochs", type=positive, help="those of the recipe where not given"),
@@ -78,8 +81,7 @@ class Table:
         """Runs the script; returns its exit code: 2 after a user mistake."""
 
         def run() -> None:
-            command = f"python -m {cls._module()}"
-            parser = Parser(prog=command, description=cls.description, allow_abbrev=False)
+            parser = Parser(description=cls.description)
             path, folder = argument(str, path=True), f"output/{cls.folder}"
             parser.add_argument("--output", type=path, default=folder, help="folder of the runs and of the table")
             for name, how in cls.options:
@@ -87,12 +89,6 @@ class Table:
             cls(parser.parse_args(argv)).run()
 
         return guarded(run)
-
-    @classmethod
-    def _module(cls) -> str:
-        """Its name, also where it is run as the main one."""
-        spec = sys.modules[cls.__module__].__spec__
-        return spec.name if spec is not None else cls.__module__
 
     def check(self) -> None:
         """What can be refused before anything is written.
@@ -136,10 +132,7 @@ class Table:
         for outcome in self.outcomes():
             done.append(outcome)
             self.write(done)
-        figure = new_figure(self.output / self.picture, (8, 4.5))
-        if figure is not None:
-            self.draw(figure, done)
-            save_figure(figure, self.output / self.picture, dpi=150)
+        picture(self.output / self.picture, (8, 4.5), lambda figure: self.draw(figure, done), dpi=150)
         console = Console(width=140)
         console.print(self.shown(done))
         for words in self.words(done):

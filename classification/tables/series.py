@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from revnets.training.errors import UserError, one_line
 from revnets.training.files import whole_file
+from revnets.training.options.parsing import parse
 
 from ..options import TrainOptions, as_dict
 from ..run.report import SUMMARY, Row, read_summary
@@ -49,31 +50,70 @@ def digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(dict(values), sort_keys=True).encode()).hexdigest()[:8]
 
 
-def digest_of(options: TrainOptions) -> str:
-    """A word that changes with the recipe or the place of the data."""
-    return digest({**as_dict(options), "data_dir": str(Path(options.data_dir).resolve())})
+def digest_of(options: TrainOptions, *data: Path, **more: Any) -> str:
+    """A word that changes with the recipe, the folders of `parts` that it is run on, and what else is given."""
+    return digest({**as_dict(options), "data_dir": [folder.name for folder in data], **more})
+
+
+def read_recipe(config: str, data_dir: str | None, *more: str) -> TrainOptions:
+    """The options of a recipe.
+
+    Args:
+        config: The recipe.
+        data_dir: The data; None: those that the recipe names.
+        *more: Further options of train.py.
+
+    Raises:
+        UserError: Neither names any.
+    """
+    options = parse(TrainOptions, ["--config", config, *(["--data-dir", data_dir] if data_dir else []), *more], "")
+    if not options.data_dir:
+        raise UserError(f"--data-dir: not given, nor by '{config}'; name the folder with its splits, .tar files.")
+    return options
 
 
 def parts(
     options: TrainOptions,
-    made: Path,
+    output: Path,
     images: int,
     val_images: int | None = None,
+    word: str = "data",
     classes: Callable[[list[str]], Sequence[str]] = list,
 ) -> Path:
     """A folder with a part of both splits of a recipe, which are .tar files; see `part_of`.
 
+    Its name changes with where they are, their sizes and when they were written: what was taken of others is not used.
+
     Args:
         options: Say where they are.
-        made: The folder; its parent exists.
+        output: The folder that it is made in.
         images: To train on.
         val_images: To validate on; None takes all.
+        word: That its name begins with.
         classes: From the names of all classes to those to take.
+
+    Raises:
+        UserError: See `part_of`.
     """
+    folder = Path(options.data_dir)
+    wanted = {folder / options.train_split: images, folder / options.val_split: val_images}
+    origin = digest({str(source.resolve()): _stamp(source) for source in wanted})
+    made = output / f"{word}-{images}-{val_images or 'all'}-{origin}"
     made.mkdir(exist_ok=True)
-    for split, count in ((options.train_split, images), (options.val_split, val_images)):
-        part_of(Path(options.data_dir) / split, made / split, count, classes)
+    for source, count in wanted.items():
+        part_of(source, made / source.name, count, classes)
     return made
+
+
+def _stamp(source: Path) -> tuple[int, int]:
+    """Size and time of a file.
+
+    Raises:
+        UserError: There is none.
+    """
+    if not source.is_file():
+        raise UserError(f"--data-dir: there is no .tar file '{source}'; name the folder of the recipe's splits.")
+    return (stat := source.stat()).st_size, stat.st_mtime_ns
 
 
 def part_of(source: Path, made: Path, images: int | None, classes: Callable[[list[str]], Sequence[str]] = list) -> Path:
@@ -90,8 +130,7 @@ def part_of(source: Path, made: Path, images: int | None, classes: Callable[[lis
     """
     if made.exists():
         return made
-    if not source.is_file():
-        raise UserError(f"--config: there is no .tar file '{source}'; correct data_dir and the splits.")
+    _stamp(source)
     with tarfile.open(source) as file, whole_file(made) as path:
         found: dict[str, list[tarfile.TarInfo]] = {}
         for member in sorted((m for m in file if m.isfile()), key=lambda m: m.name):

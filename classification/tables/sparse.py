@@ -1,7 +1,7 @@
 """Dense against the sparse members, and schedule against schedule, over seeds: same FLOPs, same recipe, one table.
 
-python -m classification.tables.sparse --images 10000 --jobs 2
-python -m classification.tables.sparse --seeds 0 --runs dense sparse_wide-rigl --images 500 --epochs 1
+python -m classification.tables.sparse --data-dir CIFAR10 --images 10000 --jobs 2
+python -m classification.tables.sparse --data-dir CIFAR10 --seeds 0 --runs dense sparse_wide-set --images 500 --epochs 1
 
 Every run is a process of train.py with one thread; finished runs are skipped and broken ones go on where they stopped.
 """
@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from revnets.training.errors import UserError
-from revnets.training.options.parsing import parse
 
-from ..options import CONFIGS, TrainOptions
+from ..options import CONFIGS
 from . import runner
 from .runner import Column, Outcomes, against, finite, flag, mean, same
-from .series import Stage, at_once, digest_of, parts
+from .series import Stage, at_once, digest_of, parts, read_recipe
 
 CONFIG = CONFIGS / "sparse_ift" / "cifar10_small.yaml"
 MEMBERS = ("sparse_wide", "sparse_parallel", "sparse_factorized", "sparse_doped")
@@ -74,7 +73,7 @@ class Table(runner.Table):
         known = {f"{m}-{s}" for m in MEMBERS for s in SCHEDULES} | {"dense"}
         if unknown := [name for name in self.args.runs or () if name not in known]:
             raise UserError(f"--runs: '{unknown[0]}' was given where one of {', '.join(sorted(known))} was expected.")
-        self.recipe = parse(TrainOptions, ["--config", self.args.config], "")
+        self.recipe = read_recipe(self.args.config, self.args.data_dir)
         self.epochs = self.args.epochs or self.recipe.epochs
 
     def names(self) -> list[str]:
@@ -84,15 +83,13 @@ class Table(runner.Table):
 
     def outcomes(self) -> Iterator[Outcome]:
         """A whole comparison first, then the next seed."""
-        options, images = self.recipe, self.args.images
-        made = self.output / f"data-{images}-{digest_of(options)}"
-        data = parts(options, made, images)
+        data = parts(self.recipe, self.output, self.args.images)
         wanted = [(name, seed) for seed in self.args.seeds for name in self.names()]
         yield from at_once(self.args.jobs, lambda pair: self._trained(data, *pair), wanted)
 
     def _trained(self, data: Path, line: str, seed: int) -> Outcome:
         args = self.args
-        name = f"{line}-{args.sparsity:g}-{args.images}x{self.epochs}-seed{seed}-{digest_of(self.recipe)}"
+        name = f"{line}-{args.sparsity:g}-{args.images}x{self.epochs}-seed{seed}-{digest_of(self.recipe, data)}"
         more = ["--data-dir", str(data), "--seed", str(seed)]
         if line != "dense":
             member, schedule = line.rsplit("-", 1)

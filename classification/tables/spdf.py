@@ -1,6 +1,6 @@
 """Sparse pre-training, dense fine-tuning: how much accuracy a cheaper pre-training costs on a new task, over seeds.
 
-python -m classification.tables.spdf --output output/spdf_table
+python -m classification.tables.spdf --data-dir CIFAR10 --output output/spdf_table
 
 The first half of a data set's classes is the task of the pre-training, with fixed random masks at each sparsity; the
 other half is the new task, on which everything is fine-tuned dense. Trainings are processes of train.py with one
@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from revnets.training.options.parsing import argument, parse
+from revnets.training.options.parsing import argument
 
-from ..options import CONFIGS, TrainOptions, as_dict
+from ..options import CONFIGS
 from . import runner
 from .runner import Column, Outcomes, against, average, flag, mean, positive, same
-from .series import Stage, digest, parts
+from .series import Stage, digest_of, parts, read_recipe
 
 CONFIG = CONFIGS / "prune" / "cifar10_small_resnet18.yaml"
 SCRATCH, DENSE = "none", "0"
@@ -59,6 +59,7 @@ class Table(runner.Table):
     options = (
         flag("--config", default=str(CONFIG), help="recipe of all trainings"),
         flag("--sparsities", nargs="+", type=runner.share_of_zeros, default=[0.0, 0.5, 0.75]),
+        runner.DATA,
         runner.SEEDS,
         flag("--images", type=positive, default=25000, help="of the pre-training, of each class as many"),
         flag("--finetune-images", type=positive, default=10000, help="of the new task"),
@@ -81,7 +82,7 @@ class Table(runner.Table):
 
     def check(self) -> None:
         """Reads the recipe."""
-        self.recipe = parse(TrainOptions, ["--config", self.args.config], "")
+        self.recipe = read_recipe(self.args.config, self.args.data_dir)
 
     def outcomes(self) -> Iterator[Outcome]:
         """A whole comparison first, then the next seed."""
@@ -92,18 +93,16 @@ class Table(runner.Table):
 
     def _half(self, name: str, images: int) -> Path:
         """The folder of one of the two tasks."""
-        options, source = self.recipe, Path(self.recipe.data_dir)
-        folder = self.output / f"data-{name}-{images}-{digest({'from': str(source.resolve())})}"
 
         def half(names: list[str]) -> list[str]:
             middle = len(names) // 2
             return names[:middle] if name == "first" else names[middle:]
 
-        return parts(options, folder, images, None, half)
+        return parts(self.recipe, self.output, images, None, f"data-{name}", half)
 
     def _outcome(self, halves: tuple[Path, Path], sparsity: float | None, seed: int) -> Outcome:
         args, output = self.args, self.output
-        recipe = digest({**as_dict(self.recipe), "data": [str(half) for half in halves], "epochs": args.epochs})
+        recipe = digest_of(self.recipe, *halves, epochs=args.epochs)
         word = SCRATCH if sparsity is None else f"{sparsity:g}"
         start: tuple[str, ...] = ()
         before = {"eval_top1": math.nan, "train_flops": 0.0}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import statistics
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -24,6 +22,7 @@ from ..kernels.build import load_kernel
 from ..layers import SparseConv2d, convert, use_sparse_kernel
 from ..models.named import build_model, check_model
 from ..profiling.command import track
+from ..profiling.turns import medians
 from ..sparsity.masks import check_sparsity
 from ..training.errors import refused
 from ..training.files import write_csv, write_json
@@ -155,20 +154,7 @@ def _measure(
         placed: Any = copy.deepcopy(model)
         placed.to(memory_format=layout)
         steps[way, name] = make(placed, x.to(memory_format=layout))
-    taken: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in steps}
-    for _ in range(repeats):
-        for key, step in steps.items():
-            end = time.perf_counter() + _WARM_SECONDS
-            step()
-            while time.perf_counter() < end:
-                step()
-            wall, cpu = time.perf_counter(), time.process_time()
-            step()
-            taken[key].append((time.perf_counter() - wall, time.process_time() - cpu))
-    return {
-        key: (statistics.median(wall for wall, _ in times), statistics.median(cpu for _, cpu in times))
-        for key, times in taken.items()
-    }
+    return dict(zip(steps, medians(list(steps.values()), repeats, _WARM_SECONDS), strict=True))
 
 
 def _layer_step(layer: nn.Module, x: Tensor) -> Callable[[], None]:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx, nn
 
 from ..kernels.build import Geometry
+from ..kernels.byte_ops import LAYERS as BYTE_LAYERS
+from ..kernels.byte_ops import arguments_of
 from ..kernels.calls import CatCall, ConvCall, MapCall, MaxPoolCall, MeanCall, ScaleCall, SliceCall, UpsampleCall
 from ..kernels.compressed import conv_geometry, depthwise_geometry
 from ..kernels.plan import Call, Plan, Step
@@ -58,6 +60,8 @@ def bind(graph: fx.GraphModule) -> fx.GraphModule:
 
 
 def _is_weighty(layer: _Layer) -> bool:
+    if getattr(layer.call, "takes_bytes", False) or getattr(layer.call, "gives_bytes", False):
+        return True
     return isinstance(layer.call, ConvCall | MeanCall | MaxPoolCall | UpsampleCall)
 
 
@@ -105,6 +109,8 @@ def _replace_run(graph: fx.GraphModule, run: dict[fx.Node, _Layer], name: str) -
 
 def _prepared(graph: fx.GraphModule, node: fx.Node) -> _Layer | None:
     """The layer for a node that the kernel computes, with weights that are known; None for all others."""
+    if node.op == "call_function" and node.target in BYTE_LAYERS:
+        return _of_bytes(graph, node)
     if node.op != "call_function" or not _is_image(node):
         return None
     activation = ACTIVATION_OPS.get(node.target)
@@ -112,6 +118,17 @@ def _prepared(graph: fx.GraphModule, node: fx.Node) -> _Layer | None:
         return _map(node, activation)
     prepare = _PREPARE.get(node.target)
     return None if prepare is None else prepare(graph, node)
+
+
+def _of_bytes(graph: fx.GraphModule, node: fx.Node) -> _Layer | None:
+    """An operator whose weights are known."""
+    layer = BYTE_LAYERS[node.target]
+    given = arguments_of(node.target, node.args, node.kwargs)
+    reads = [given.pop(name) for name in layer.operands]
+    if not all(is_known(graph, value) for value in given.values() if isinstance(value, fx.Node)):
+        return None
+    weights = {name: constant(graph, value) if isinstance(value, fx.Node) else value for name, value in given.items()}
+    return _Layer(layer.call(weights), tuple(read for read in reads if read is not None))
 
 
 def _is_image(node: Any) -> bool:

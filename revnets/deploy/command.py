@@ -22,16 +22,18 @@ from ..models.named import build_model, check_model
 from ..profiling.command import track
 from ..pruning import prune
 from ..pruning.command import Source, calibration_batches, load_model
+from ..pruning.one_shot import BLOCKED
 from ..sparsity.masks import check_sparsity
 from ..training.errors import refused
 from ..training.files import write_json
 from ..training.options.values import COUNT, POSITIVE, SEED, SHARE, THREADS, check_choice, check_once
-from ..training.pictures import save_figure
+from ..training.pictures import picture
 from ..training.places import check_exists, check_folder
 from .compare import COMPILED, EAGER, EXPLOITS, Measurement, compare, compare_layers, machine, speedups
 from .engines import ENGINES, Deployed, check_limits, deploy, get_engine, load, open_folder
 from .graph import ExportError
-from .quantize import CALIBRATIONS, Quantized, accuracy, quantize
+from .peers import check_engine
+from .quantize import CALIBRATIONS, INT8_ENGINES, Quantized, accuracy, quantize
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,12 @@ def _make(source: Source, request: Request) -> None:
     if request.int8:
         batches = calibration_batches(source, model, trained, request.images)
         name = f"{options.pop('name')}-int8"
-        small = quantize(model, batches, source.output, name, request.images, request.calibration, **options)
-        _print_quantized(small)
-        path, engine = small.path, "openvino" if request.engine == "openvino" else "onnxruntime"
+        engine = request.engine if request.engine != "auto" else "onnxruntime"
+        small = quantize(
+            model, batches, source.output, name, request.images, request.calibration, engine=engine, **options
+        )
+        _print_quantized(small, engine)
+        path = small.path
     else:
         made = deploy(
             model,
@@ -107,8 +112,10 @@ def _check(source: Source, request: Request, with_data: bool) -> None:
         get_engine(request.engine)
     if (request.int8 or request.eval_split) and not with_data:
         raise ExportError("--int8 and --eval-split need images: give --data, a folder or .tar file of class folders")
-    if request.int8 and request.engine not in ("auto", "onnxruntime", "openvino"):
-        raise ExportError(f"engine {request.engine!r} runs no INT8: expected onnxruntime or openvino with --int8")
+    if request.int8 and request.engine not in ("auto", *INT8_ENGINES):
+        raise ExportError(
+            f"engine {request.engine!r} runs no INT8: expected one of {', '.join(INT8_ENGINES)} with --int8"
+        )
     check_choice("calibration", request.calibration, CALIBRATIONS)
     check_limits(request.tolerance, request.max_density)
     COUNT.check("images", request.images)
@@ -174,10 +181,11 @@ def _print_deployed(made: Deployed) -> None:
     )
 
 
-def _print_quantized(small: Quantized) -> None:
+def _print_quantized(small: Quantized, engine: str) -> None:
     agreement = "" if small.agreement is None else f", the same class for {100 * small.agreement:.1f}%"
+    runs = "sparse" if engine == "sparse" else "onnxruntime and openvino"
     _say(
-        f"wrote {small.path} for onnxruntime and openvino ({small.path.stat().st_size / 1e6:.2f} MB): "
+        f"wrote {small.path} for {runs} ({small.path.stat().st_size / 1e6:.2f} MB): "
         f"{small.weights / 1e6:.2f} M INT8 weights, {100 * small.zeros / max(small.weights, 1):.0f}% of them zero; on "
         f"calibration images outputs differ by {100 * small.error:.1f}% (root mean square){agreement}"
     )
@@ -224,6 +232,7 @@ class BenchRequest:
     repeats: int = 25
     layers: bool = True
     output: Path | None = None
+    pattern: str | None = None
 
 
 def bench(request: BenchRequest) -> None:
@@ -234,9 +243,11 @@ def bench(request: BenchRequest) -> None:
     """
     for sparsity in request.sparsities:
         check_sparsity(sparsity)
+    if request.pattern is not None:
+        check_choice("pattern", request.pattern, [BLOCKED])
     for engine in request.engines:
         if engine not in (EAGER, COMPILED):
-            get_engine(engine)
+            check_engine(engine)
     check_once("models", request.models)
     for name in request.models:
         check_model(name)
@@ -255,7 +266,7 @@ def bench(request: BenchRequest) -> None:
         pruned = [s for s in request.sparsities if s]
         repeats = request.repeats
         layers = compare_layers(pruned, threads=request.threads, repeats=repeats, progress=partial(_track, "layers"))
-    for title, rows in (("Whole networks, float32", found), ("1x1 convolutions, float32", layers)):
+    for title, rows in (("Whole networks", found), ("1x1 convolutions, float32", layers)):
         if rows:
             print_measurements(title, rows)
     if request.output is not None:
@@ -280,60 +291,59 @@ def _networks(name: str, request: BenchRequest) -> tuple[dict[float, nn.Module],
         with torch.no_grad():
             model(x)  # what it refuses is known before it is pruned and exported
     pruned = {
-        s: prune(model, x, s, method="magnitude", recalibrate=False, images=len(x)).model.eval() if s else model
+        s: prune(model, x, s, request.pattern, "magnitude", recalibrate=False, images=len(x)).model.eval()
+        if s
+        else model
         for s in request.sparsities
     }
     return pruned, x
 
 
 def print_measurements(title: str, found: Sequence[Measurement]) -> None:
-    """A table of measurements, each with how many times as fast it is as the fastest dense engine of its case."""
+    """A table of measurements, each with how many times as fast it is as the fastest dense engine of its case: of the
+    same class of accuracy (float32, or INT8 and bfloat16), and of all."""
     from rich.table import Table
 
     table = Table(title=f"{title}, medians of interleaved calls ({machine()})")
     words = ("case", "engine", "zeros that it exploits")
-    for column in ("case", "sparsity", "threads", "engine", "ms", "x dense", "CPU ms", "x dense (CPU)", words[-1]):
+    ratios_of = ("x dense", "CPU ms", "x dense (CPU)", "x all dense")
+    for column in ("case", "sparsity", "threads", "engine", "precision", "ms", *ratios_of, words[-1]):
         table.add_column(column, justify="left" if column in words else "right")
-    ratios = zip(speedups(found), speedups(found, cpu=True), strict=True)
-    for (m, wall), (_, cpu) in ratios:
-        numbers = (f"{1e3 * m.seconds:.3f}", f"{wall:.2f}", f"{1e3 * m.cpu_seconds:.3f}", f"{cpu:.2f}")
+    ratios = zip(speedups(found), speedups(found, cpu=True), speedups(found, any_precision=True), strict=True)
+    for (m, wall), (_, cpu), (_, of_all) in ratios:
+        numbers = (f"{1e3 * m.seconds:.3f}", f"{wall:.2f}", f"{1e3 * m.cpu_seconds:.3f}", f"{cpu:.2f}", f"{of_all:.2f}")
         exploits = EXPLOITS.get(m.engine, "none")
-        table.add_row(m.case, f"{m.sparsity:g}", str(m.threads), m.engine, *numbers, exploits)
+        table.add_row(m.case, f"{m.sparsity:g}", str(m.threads), m.engine, m.precision, *numbers, exploits)
     _say(table)
 
 
 def _save(folder: Path, found: Sequence[Measurement], layers: Sequence[Measurement]) -> list[Path]:
     data = {"machine": machine(), "networks": _records(found), "layers": _records(layers)}
-    path = write_json(folder / "deploy.json", data)
-    return [path, *_draw(folder, found)]
+    path, drawn = write_json(folder / "deploy.json", data), _draw(folder, found) if found else None
+    return [path, drawn] if drawn else [path]
 
 
 def _records(found: Sequence[Measurement]) -> list[dict[str, Any]]:
-    return [{**asdict(m), "times_dense": ratio} for m, ratio in speedups(found)]
+    both = zip(speedups(found), speedups(found, any_precision=True), strict=True)
+    return [{**asdict(m), "times_dense": ratio, "times_all_dense": of_all} for (m, ratio), (_, of_all) in both]
 
 
-def _draw(folder: Path, found: Sequence[Measurement]) -> list[Path]:
+def _draw(folder: Path, found: Sequence[Measurement]) -> Path | None:
     """Time over sparsity, a panel per network and number of threads; nothing without matplotlib."""
     panels = list(dict.fromkeys((m.case, m.threads) for m in found))
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return []
-    if not panels:
-        return []
-    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (case, threads) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        here = [m for m in found if (m.case, m.threads) == (case, threads)]
-        for engine in dict.fromkeys(m.engine for m in here):
-            points = sorted((m.sparsity, 1e3 * m.seconds) for m in here if m.engine == engine)
-            axes.plot(*zip(*points, strict=True), "o-", label=engine)
-        axes.set(title=f"{case}, {threads} threads", xlabel="sparsity", ylabel="ms per call, median")
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    return [save_figure(figure, folder / "deploy.png", dpi=150)]
+
+    def paint(figure: Any) -> None:
+        for axes, (case, threads) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            here = [m for m in found if (m.case, m.threads) == (case, threads)]
+            for engine in dict.fromkeys(m.engine for m in here):
+                points = sorted((m.sparsity, 1e3 * m.seconds) for m in here if m.engine == engine)
+                axes.plot(*zip(*points, strict=True), "o-", label=engine)
+            axes.set(title=f"{case}, {threads} threads", xlabel="sparsity", ylabel="ms per call, median")
+            axes.set_ylim(bottom=0)
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize="small")
+
+    return picture(folder / "deploy.png", (5 * len(panels), 4), paint, dpi=150)
 
 
 def _say(what: Any) -> None:

@@ -87,7 +87,8 @@ def get_engine(name: str) -> Engine:
 # --- torch -----------------------------------------------------------------------------------------------------------
 
 
-def _write_torch(graph: fx.GraphModule, x: Tensor, any_batch: bool, path: Path) -> None:
+def write_torch(graph: fx.GraphModule, x: Tensor, any_batch: bool, path: Path) -> None:
+    """The graph as a program of ``torch.export``."""
     torch.export.save(export_program(graph, x, any_batch), path)
 
 
@@ -128,13 +129,13 @@ def _write_openvino(graph: fx.GraphModule, x: Tensor, any_batch: bool, path: Pat
 
 
 def _write_sparse(graph: fx.GraphModule, x: Tensor, any_batch: bool, path: Path) -> None:
-    _write_torch(graph, x, any_batch, path)  # swapped before, see deploy
+    write_torch(graph, x, any_batch, path)  # swapped before, see deploy
 
 
 ENGINES: Mapping[str, Engine] = {
     engine.name: engine
     for engine in (
-        Engine("torch", "none: zeros are multiplied", (), ".pt2", _write_torch, open_torch),
+        Engine("torch", "none: zeros are multiplied", (), ".pt2", write_torch, open_torch),
         Engine(
             "onnxruntime",
             "none in float32",

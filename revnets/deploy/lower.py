@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +18,7 @@ from ..kernels.compressed import (
     compress,
     density,
 )
+from ..profiling.turns import medians
 from .graph import ATEN, add_constant, argument, calls, clean, constant, is_changed, is_in_place, sole_name
 
 OPS = torch.ops.revnets
@@ -216,14 +215,7 @@ def _decide(
 @torch.no_grad()
 def interleaved(functions: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
     """Median seconds of each function, all of them by turns, each called once before."""
-    seconds: list[list[float]] = [[] for _ in functions]
-    for _ in range(repeats):
-        for function, found in zip(functions, seconds, strict=True):
-            function()
-            start = time.perf_counter()
-            function()
-            found.append(time.perf_counter() - start)
-    return [statistics.median(found) for found in seconds]
+    return [wall for wall, _ in medians(functions, repeats)]
 
 
 # --- the swap --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""INT8 weights and activations by ONNX Runtime's static quantiser, on top of a pruned network: zeros stay zeros."""
+"""INT8 weights and activations on top of a pruned network, zeros stay zeros: for our kernel, or by ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from ..training.files import put_in_place
 from ..training.options.values import COUNT, POSITIVE
-from .engines import get_engine, load, open_folder, write_onnx
+from .engines import get_engine, load, open_folder, write_onnx, write_torch
 from .graph import INPUT_NAME, ExportError, export_graph
+from .lower_int8 import lower_int8
 from .runners import Runner
 from .seal import seal
 
 CALIBRATIONS = ("minmax", "entropy", "percentile")
+INT8_ENGINES = ("onnxruntime", "openvino", "sparse")
 _IMAGES_AT_ONCE = 8  # all activations of a step are kept
 
 
@@ -28,7 +30,7 @@ class Quantized:
     """An INT8 file.
 
     Attributes:
-        path: of the .onnx file.
+        path: of the file.
         error: root mean square of the difference from the float outputs, relative to theirs, on calibration images.
         agreement: share of calibration images with the same largest output; None where outputs are no classes.
         weights: how many weights are INT8.
@@ -51,10 +53,13 @@ def quantize(
     calibration: str = "minmax",
     any_batch: bool = True,
     max_error: float = 0.5,
+    engine: str = "onnxruntime",
 ) -> Quantized:
-    """Write a model as an ONNX file with INT8 weights (symmetric, per channel) and activations (calibrated ranges).
+    """Write a model as a file with INT8 weights (symmetric, per channel) and activations (calibrated ranges).
 
-    The file has the standard QuantizeLinear and DequantizeLinear operators, so ONNX Runtime and OpenVINO both run it.
+    An ONNX file has the standard QuantizeLinear and DequantizeLinear operators, so ONNX Runtime and OpenVINO both run
+    it; they multiply zeros. That of the engine ``sparse``, a ``.pt2``, skips blocks of four input channels that are 0,
+    as ``prune(pattern="4x1")`` makes them; layers that its kernel has not in INT8 stay float.
 
     Args:
         model: in float32, on the CPU, such as a pruned one.
@@ -65,6 +70,7 @@ def quantize(
         calibration: how ranges of activations are found: ``minmax``, ``entropy``, ``percentile``.
         any_batch: whether the file takes batches of any size.
         max_error: largest relative root mean square error on the calibration images.
+        engine: ``onnxruntime`` (for ``openvino``, too), or ``sparse``: without ``entropy``.
 
     Raises:
         ExportError: for images that are missing, not finite or do not fit the model, packages that are not installed,
@@ -72,25 +78,33 @@ def quantize(
     """
     if calibration not in CALIBRATIONS:
         raise ExportError(f"calibration={calibration!r}: expected one of {', '.join(CALIBRATIONS)}")
+    if engine not in INT8_ENGINES:
+        raise ExportError(f"engine {engine!r} runs no INT8: expected one of {', '.join(INT8_ENGINES)} with --int8")
+    if engine == "sparse" and calibration == "entropy":
+        raise ExportError("engine sparse has no calibration 'entropy': expected minmax or percentile")
     COUNT.check("images", images)
     POSITIVE.check("max_error", max_error)
-    get_engine("onnxruntime")
+    get_engine(engine)
     batches = list(_checked(data, images))
     folder = open_folder(Path(folder))
     x = batches[0]
     expected = _outputs(model, batches)
     graph = export_graph(model, x[:1], any_batch)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".deploy-") as temporary:
-        plain, small = Path(temporary) / "float.onnx", Path(temporary) / f"{name}.onnx"
-        write_onnx(graph, x[:1], any_batch, plain)
-        _quantize(
-            plain,
-            small,
-            batches if any_batch else [image for batch in batches for image in batch.split(1)],
-            calibration,
-        )
+        parts = batches if any_batch else [image for batch in batches for image in batch.split(1)]
+        small = Path(temporary) / f"{name}{'.pt2' if engine == 'sparse' else '.onnx'}"
+        if engine == "sparse":
+            made = lower_int8(graph, parts, calibration)
+            if not made.layers:
+                raise ExportError("the model has no convolution or linear layer that the engine sparse has in INT8")
+            write_torch(graph, x[:1], any_batch, small)
+            weights, zeros = made.weights, made.zeros
+        else:
+            plain = Path(temporary) / "float.onnx"
+            write_onnx(graph, x[:1], any_batch, plain)
+            quantize_onnx(plain, small, parts, calibration)
+            weights, zeros = _count_weights(plain, small)
         seal(small)
-        weights, zeros = _count_weights(plain, small)
         error, agreement = _compared(load(small), batches, expected, any_batch)
         if not error <= max_error:
             raise ExportError(
@@ -137,7 +151,8 @@ def _outputs(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
     return outputs
 
 
-def _quantize(plain: Path, small: Path, batches: Sequence[Tensor], calibration: str) -> None:
+def quantize_onnx(plain: Path, small: Path, batches: Sequence[Tensor], calibration: str) -> None:
+    """An ONNX file as one with QuantizeLinear and DequantizeLinear operators, by ONNX Runtime's static quantiser."""
     from onnxruntime import quantization
 
     class Reader(quantization.CalibrationDataReader):

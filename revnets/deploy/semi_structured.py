@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from collections.abc import Sequence
+from functools import partial
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from ..arguments import number, text
+from ..profiling.turns import milliseconds
 from ..training.errors import refused
 from ..training.options.values import COUNT
 from .compare import Measurement
@@ -101,24 +103,10 @@ def compare_semi_structured(
         expected = dense(x)
         error = float((sparse(x) - expected).float().abs().max() / expected.float().abs().max())
         name = f"{width} -> {width}, {rows} rows"
-        times = _timed([lambda dense=dense, x=x: dense(x), lambda sparse=sparse, x=x: sparse(x)], repeats)  # type: ignore[misc]
-        found.append(Measurement(name, 0.0, "dense", 0, times[0], 0.0))
-        found.append(Measurement(name, 0.5, "2:4", 0, times[1], 0.0, error))
+        times = milliseconds({"dense": partial(dense, x), "2:4": partial(sparse, x)}, x.device, repeats)
+        found.append(Measurement(name, 0.0, "dense", 0, times["dense"] / 1e3, 0.0))
+        found.append(Measurement(name, 0.5, "2:4", 0, times["2:4"] / 1e3, 0.0, error))
     return found
-
-
-def _timed(functions: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
-    """Median seconds on the device."""
-    seconds: list[list[float]] = [[] for _ in functions]
-    for _ in range(repeats + 2):
-        for function, times in zip(functions, seconds, strict=True):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            function()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-    return [sorted(times[2:])[len(times[2:]) // 2] for times in seconds]
 
 
 def bench_two_to_four_command(

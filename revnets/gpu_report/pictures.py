@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..training.files import whole_file
+from ..training.pictures import picture
 from .registry import Row
 from .results import PICTURES, Report
 
@@ -16,26 +17,18 @@ def draw(report: Report, folder: Path) -> list[Path]:
 
     Returns:
         the files.
-
-    Raises:
-        ImportError: there is no matplotlib.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+
+    def painted(figure: Any, paint: Callable[[Any, Sequence[Row]], None], rows: Sequence[Row]) -> None:
+        paint(figure, rows)
+        figure.suptitle(f"{report.machine or report.device}, {report.date}", fontsize=7)
 
     found = []
     for name, (letter, key, paint) in zip(PICTURES, _PICTURES, strict=True):
         rows = [row for row in report.outcomes[letter].rows if row.get(key)] if letter in report.outcomes else []
-        if not rows:
-            continue
-        figure = Figure(figsize=(12, 6), layout="constrained")
-        FigureCanvasAgg(figure)
-        paint(figure, rows)
-        figure.suptitle(f"{report.machine or report.device}, {report.date}", fontsize=7)
-        with whole_file(folder / name) as path:
-            figure.savefig(path, format="png", dpi=130)
-        found.append(folder / name)
-    return found
+        if rows:
+            found.append(picture(folder / name, (12, 6), partial(painted, paint=paint, rows=rows), dpi=130))
+    return [path for path in found if path]
 
 
 def _networks(figure: Any, rows: Sequence[Row]) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from .registry import Column, Row, Section
 from .results import DONE, Report
 
-COMMAND = "revnets gpu-report --output DIR --minutes 8"
 _NOTE = 120  # letters of a note that tables show
 
 

@@ -1,54 +1,16 @@
-"""Time, memory and energy of steps: on a GPU by its own clock, interleaved, medians."""
+"""Kernels and energy of steps on a GPU, and its memory given back."""
 
 from __future__ import annotations
 
-import statistics
-import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ..profiling.memory import synchronize
-
-Step = Callable[[], Any]
-
-
-def milliseconds(steps: Mapping[str, Step], device: torch.device, rounds: int, warmup: int = 2) -> dict[str, float]:
-    """Median time of each step; in every round all take turns.
-
-    Args:
-        steps: by name.
-        device: where they run: CUDA events measure there, the clock elsewhere.
-        rounds: that count.
-        warmup: rounds that do not.
-
-    Example:
-        >>> sorted(milliseconds({"a": lambda: None, "b": lambda: None}, torch.device("cpu"), 3))
-        ['a', 'b']
-    """
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(warmup + rounds):
-        for name, step in steps.items():
-            taken[name].append(_once(step, device))
-    return {name: statistics.median(times[warmup:]) for name, times in taken.items()}
-
-
-def _once(step: Step, device: torch.device) -> float:
-    synchronize(device)
-    if device.type != "cuda":
-        start = time.perf_counter()
-        step()
-        synchronize(device)
-        return 1e3 * (time.perf_counter() - start)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    step()
-    end.record()
-    torch.cuda.synchronize(device)
-    return float(begin.elapsed_time(end))
+from ..profiling.turns import Step
 
 
 def kernels(step: Step, device: torch.device) -> int | None:

@@ -23,7 +23,10 @@ from .compiler import CompilerHangs, KernelUnavailable, compile_library, try_com
 SOURCE = Path(__file__).with_name("sparse_conv.cpp")
 HEADERS = [
     SOURCE.with_name(f"{name}.h")
-    for name in ("vectors", "call", "convolution", "depthwise", "planes", "transpose", "weight_grad")
+    for name in (
+        *("vectors", "call", "convolution", "depthwise", "planes", "transpose", "weight_grad"),
+        *("bytes", "byte_convolution", "byte_depthwise", "byte_linear", "byte_planes"),
+    )
 ]
 COMPILER_VARIABLE = "REVNETS_CXX"
 FLAGS_VARIABLE = "REVNETS_CXXFLAGS"
@@ -53,10 +56,13 @@ class CallStruct(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "values", "columns", "rows", "bias", "residual", "y")),
+        *((name, ctypes.c_void_p) for name in ("scales", "table")),
         *((name, ctypes.c_int64) for name in ("n", "c_in", "h", "w", "c_out", "h_out", "w_out")),
         *((name, ctypes.c_int64) for name in ("kh", "kw", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w")),
         *((name, ctypes.c_int64) for name in ("groups", "activation", "kind", "chunk")),
         *((name, ctypes.c_int64) for name in ("first_in", "first_out", "count")),
+        *((name, ctypes.c_int64) for name in ("zero_in", "zero_out", "zero_residual", "low", "high", "to_float")),
+        *((name, ctypes.c_float) for name in ("scale", "residual_scale")),
     ]
 
 
@@ -119,6 +125,11 @@ def kernel_problem() -> str | None:
 def kernel_target() -> str:
     """What the kernel was compiled for: ``AVX-512``, ``AVX2``, ``NEON`` or ``portable``."""
     return load_kernel().revnets_target().decode()
+
+
+def byte_target() -> str:
+    """What layers of bytes were compiled for: ``AVX-512 VNNI``, ``AVX2`` or ``portable``."""
+    return load_kernel().revnets_byte_target().decode()
 
 
 def warn_of_dense_path() -> None:
@@ -277,6 +288,7 @@ def _checked(path: Path) -> ctypes.CDLL:
 
 def _declare(library: ctypes.CDLL) -> None:
     library.revnets_target.restype = ctypes.c_char_p
+    library.revnets_byte_target.restype = ctypes.c_char_p
     library.revnets_call_size.restype = ctypes.c_int64
     library.revnets_fits.argtypes = [*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3]
     library.revnets_fits.restype = ctypes.c_int64

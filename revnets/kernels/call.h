@@ -11,7 +11,10 @@
 
 extern "C" {
 
-enum Kind { kConvolution = 0, kDepthwise, kMean, kScale, kMap, kCopy, kUpsample, kMaxPool };
+enum Kind { kConvolution = 0, kDepthwise, kMean, kScale, kMap, kCopy, kUpsample, kMaxPool,
+            // of bytes, see bytes.h
+            kByteConvolution, kByteDepthwise, kByteLinear, kByteMean, kByteMap, kByteScale, kByteMaxPool, kToBytes,
+            kFromBytes };
 
 // One layer. Weights of a convolution: the flattened (C_in / groups, kh, kw) of a group is cut into chunks of `chunk`
 // inputs; of chunk j and output channel o, values[i] is the weight of input j * chunk + columns[i], for i from
@@ -25,11 +28,15 @@ struct Call {
   const float* bias;
   const float* residual;
   float* y;
+  const float* scales;   // the rest is of bytes
+  const uint8_t* table;
   int64_t n, c_in, h, w;
   int64_t c_out, h_out, w_out;
   int64_t kh, kw, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, groups;
   int64_t activation, kind, chunk;
   int64_t first_in, first_out, count;  // channels of a copy
+  int64_t zero_in, zero_out, zero_residual, low, high, to_float;
+  float scale, residual_scale;
 };
 
 }  // extern "C"

@@ -77,16 +77,16 @@ def activate(x: Tensor, activation: str) -> Tensor:
     return functions[activation](x)
 
 
-_SCHEMAS = torch.library.Library("revnets", "DEF")
-_SCHEMAS.define(
+SCHEMAS = torch.library.Library("revnets", "DEF")
+SCHEMAS.define(
     "sparse_conv2d(Tensor x, Tensor values, Tensor columns, Tensor rows, Tensor? bias, Tensor? residual, "
     "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups, str activation) -> Tensor"
 )
-_SCHEMAS.define(
+SCHEMAS.define(
     "depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[2] stride, int[2] padding, "
     "str activation) -> Tensor"
 )
-_SCHEMAS.define("sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor rows, Tensor? bias) -> Tensor")
+SCHEMAS.define("sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor rows, Tensor? bias) -> Tensor")
 
 
 def conv_geometry(
@@ -199,7 +199,7 @@ def _sparse_linear(x: Tensor, values: Tensor, columns: Tensor, rows: Tensor, bia
     return F.linear(x, decompress(values, columns, rows, (outputs, features)), bias)
 
 
-def _check_devices(x: Tensor, *weights: Tensor | None, residual: Tensor | None = None) -> None:
+def check_devices(x: Tensor, *weights: Tensor | None, residual: Tensor | None = None) -> None:
     """One weight on meta is enough for torch to ask for a shape alone: numbers made up on the CPU would be believed."""
     for name, other in (*(("weights", each) for each in weights), ("residual", residual)):
         if other is not None and x.device.type != "meta" and other.device != x.device:
@@ -220,7 +220,7 @@ def _fake_sparse_conv2d(
     groups: int,
     activation: str,
 ) -> Tensor:
-    _check_devices(x, values, columns, rows, bias, residual=residual)
+    check_devices(x, values, columns, rows, bias, residual=residual)
     geometry = conv_geometry(x, rows, kernel_size, stride, padding, dilation, groups)
     return x.new_empty((x.shape[0], geometry.out_channels, *geometry.output_size(x.shape[2], x.shape[3])))
 
@@ -234,19 +234,19 @@ def _fake_depthwise_conv2d(
     padding: Sequence[int],
     activation: str,
 ) -> Tensor:
-    _check_devices(x, weight, bias, residual=residual)
+    check_devices(x, weight, bias, residual=residual)
     geometry = depthwise_geometry(weight, stride, padding)
     return x.new_empty((x.shape[0], x.shape[1], *geometry.output_size(x.shape[2], x.shape[3])))
 
 
 def _fake_sparse_linear(x: Tensor, values: Tensor, columns: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-    _check_devices(x, values, columns, rows, bias)
+    check_devices(x, values, columns, rows, bias)
     return x.new_empty((*x.shape[:-1], _outputs(rows)))
 
 
-_SCHEMAS.impl("sparse_conv2d", _sparse_conv2d, "CPU")
-_SCHEMAS.impl("depthwise_conv2d", _depthwise_conv2d, "CPU")
-_SCHEMAS.impl("sparse_linear", _sparse_linear, "CPU")
-torch.library.register_fake("revnets::sparse_conv2d", _fake_sparse_conv2d, lib=_SCHEMAS)
-torch.library.register_fake("revnets::depthwise_conv2d", _fake_depthwise_conv2d, lib=_SCHEMAS)
-torch.library.register_fake("revnets::sparse_linear", _fake_sparse_linear, lib=_SCHEMAS)
+SCHEMAS.impl("sparse_conv2d", _sparse_conv2d, "CPU")
+SCHEMAS.impl("depthwise_conv2d", _depthwise_conv2d, "CPU")
+SCHEMAS.impl("sparse_linear", _sparse_linear, "CPU")
+torch.library.register_fake("revnets::sparse_conv2d", _fake_sparse_conv2d, lib=SCHEMAS)
+torch.library.register_fake("revnets::depthwise_conv2d", _fake_depthwise_conv2d, lib=SCHEMAS)
+torch.library.register_fake("revnets::sparse_linear", _fake_sparse_linear, lib=SCHEMAS)

@@ -27,7 +27,11 @@ class Part:
 
 
 class Call(Protocol):
-    """A layer of a plan."""
+    """A layer of a plan.
+
+    Its operands and its output are floats ``(N, C, H, W)``; where the attributes ``takes_bytes``, ``gives_bytes`` say
+    so, bytes ``(N, C / 4, H, W, 4)`` (see ``byte_calls``), whose shape is ``(N, C, H, W)`` here.
+    """
 
     def parts(self, shapes: Sequence[Shape]) -> tuple[list[Part], Shape]:
         """The calls that write the output together, for operands of these shapes, and its shape."""
@@ -53,8 +57,16 @@ class _Ready:
     outputs_at: list[tuple[int, str, int]]
 
 
-def _readable(name: str, x: Tensor) -> Tensor:
-    """Contiguous float32 on the CPU."""
+def _takes_bytes(call: Call) -> bool:
+    return getattr(call, "takes_bytes", False)
+
+
+def _readable(name: str, x: Tensor, is_bytes: bool) -> Tensor:
+    """Contiguous float32 on the CPU, or bytes in fours of channels."""
+    if is_bytes:
+        if x.dim() != 5 or x.shape[-1] != 4:
+            raise ValueError(f"{name} of shape {tuple(x.shape)}: expected bytes (N, C / 4, H, W, 4)")
+        return readable(name, x, torch.uint8)
     if x.dtype is not torch.float32 and x.is_cpu and x.is_floating_point() and torch.is_autocast_enabled("cpu"):
         x = x.float()
     return readable(name, x)
@@ -78,8 +90,19 @@ class Plan:
                 raise ValueError(f"step {number} reads values {step.reads}: expected numbers below {inputs + number}")
         if not all(inputs <= value < inputs + len(self._steps) for value in self._outputs):
             raise ValueError(f"outputs {self._outputs}: expected numbers of what the steps compute")
+        self._bytes = self._of_bytes()
         self._run = load_kernel().revnets_run
         self._free: dict[tuple[Shape, ...], list[_Ready]] = {}
+
+    def _of_bytes(self) -> set[int]:
+        """Numbers of the values that are bytes."""
+        found = {self._inputs + s for s, step in enumerate(self._steps) if getattr(step.call, "gives_bytes", False)}
+        found |= {v for step in self._steps for v in step.reads if v < self._inputs and _takes_bytes(step.call)}
+        for number, step in enumerate(self._steps):
+            if any((v in found) != _takes_bytes(step.call) for v in step.reads):
+                kind = "bytes" if _takes_bytes(step.call) else "floats"
+                raise ValueError(f"step {number} reads {kind}: values {step.reads} are not, or are both")
+        return found
 
     def __reduce__(self) -> Any:
         return Plan, (self._steps, self._inputs, self._outputs, self._names)  # memory and pointers are this object's
@@ -123,17 +146,25 @@ class Plan:
     def _given(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if len(inputs) != self._inputs:
             raise ValueError(f"{len(inputs)} inputs: expected {self._inputs}")
-        return tuple(map(_readable, self._names, inputs))
+        kinds = [number in self._bytes for number in range(self._inputs)]
+        return tuple(map(_readable, self._names, inputs, kinds))
 
     def _point(self, ready: _Ready, inputs: Sequence[Tensor]) -> list[Tensor]:
         """New outputs; all pointers to them and to the inputs, which the caller holds until the kernel has run."""
-        outputs = [torch.empty(ready.shapes[v], dtype=torch.float32, device="cpu") for v in self._outputs]
+        outputs = [self._empty(v, ready.shapes[v]) for v in self._outputs]
         aim(ready.structs, ready.inputs_at, inputs)
         aim(ready.structs, ready.outputs_at, outputs)
         return outputs
 
+    def _empty(self, value: int, shape: Shape) -> Tensor:
+        if value not in self._bytes:
+            return torch.empty(shape, dtype=torch.float32, device="cpu")
+        return torch.empty((shape[0], shape[1] // 4, *shape[2:], 4), dtype=torch.uint8, device="cpu")
+
     def _prepare(self, key: tuple[Shape, ...]) -> _Ready:
         shapes: list[Shape] = [tuple(shape) for shape in key]
+        for v in self._bytes & set(range(self._inputs)):
+            shapes[v] = (shapes[v][0], 4 * shapes[v][1], *shapes[v][2:4])
         structs: list[CallStruct] = []
         pointers: list[tuple[int, str, int]] = []  # of which call, its field, the value
         for name, given in zip(self._names, shapes, strict=True):
@@ -163,15 +194,14 @@ class Plan:
         """Where the values between steps lie, in floats: a place is used again once nobody reads it any more."""
         last_read = {v: s for s, step in enumerate(self._steps) for v in step.reads}
         offsets: dict[int, int] = {}
+        floats = [math.prod(shape) // (4 if v in self._bytes else 1) for v, shape in enumerate(shapes)]
         size = 0
         for s in range(len(self._steps)):
             value = self._inputs + s
             if value in self._outputs:
                 continue
-            need = -(-math.prod(shapes[value]) // _ALIGNMENT) * _ALIGNMENT
-            taken = sorted(
-                (offsets[v], offsets[v] + math.prod(shapes[v])) for v in offsets if last_read.get(v, -1) >= s
-            )
+            need = -(-floats[value] // _ALIGNMENT) * _ALIGNMENT
+            taken = sorted((offsets[v], offsets[v] + floats[v]) for v in offsets if last_read.get(v, -1) >= s)
             place = 0
             for begin, end in taken:
                 if begin - place >= need:

@@ -5,6 +5,10 @@
 #include <omp.h>
 #endif
 
+#include "byte_convolution.h"
+#include "byte_depthwise.h"
+#include "byte_linear.h"
+#include "byte_planes.h"
 #include "call.h"
 #include "convolution.h"
 #include "depthwise.h"
@@ -24,6 +28,15 @@ void run(const Call& c, const Member& member) {
     case kCopy: return run_copy(c, member);
     case kUpsample: return run_upsample(c, member);
     case kMaxPool: return run_max_pool(c, member);
+    case kByteConvolution: return run_byte_convolution(c, member);
+    case kByteDepthwise: return run_byte_depthwise(c, member);
+    case kByteLinear: return run_byte_linear(c, member);
+    case kByteMean: return run_byte_mean(c, member);
+    case kByteMap: return run_byte_map(c, member);
+    case kByteScale: return run_byte_scale(c, member);
+    case kByteMaxPool: return run_byte_max_pool(c, member);
+    case kToBytes: return run_to_bytes(c, member);
+    case kFromBytes: return run_from_bytes(c, member);
   }
 }
 
@@ -45,6 +58,7 @@ void together(int64_t threads, const Work& work) {
 extern "C" {
 
 const char* revnets_target() { return REVNETS_TARGET; }
+const char* revnets_byte_target() { return REVNETS_BYTE_TARGET; }
 int64_t revnets_call_size() { return sizeof(Call); }
 int64_t revnets_lanes() { return kLanes; }
 int64_t revnets_grad_call_size() { return sizeof(GradCall); }

@@ -69,7 +69,7 @@ class Compressed:
         bias = None if bias is None else readable("bias", bias, numel=self.out_channels)
         y = x.new_empty(n, self.out_channels, height, width)
         sizes = (n, self.in_channels, height, width, self.out_channels, height, width)
-        tensors = (x, values, self.columns, self.rows, bias, None, y)
+        tensors = (x, values, self.columns, self.rows, bias, None, y, None, None)
         struct = pointing(CallStruct, tensors, *sizes, 1, 1, 1, 1, 0, 0, 1, 1, self.groups, chunk=self.chunk)
         if y.numel():
             call(load_kernel().revnets_run, ctypes.byref(struct), 1, torch.get_num_threads())

@@ -38,7 +38,7 @@ class Compound(nn.Module):
         for name in _ATTRIBUTES[self.kind]:
             setattr(self, name, getattr(layer, name))
         self.sparsity = sparsity
-        return layer, {name: kwargs[name] for name in ("device", "dtype") if kwargs.get(name) is not None}
+        return layer, placed(kwargs.get("device"), kwargs.get("dtype"))
 
     def extra_repr(self) -> str:
         """Channels, and the sparsity asked for."""
@@ -62,6 +62,16 @@ class WithNorms(Compound):
         return None if made is None else made()
 
 
+def placed(device: Any = None, dtype: Any = None) -> dict[str, Any]:
+    """Where torch's layers are to be made, of what was said about it: factories that know neither are left in peace.
+
+    Example:
+        >>> placed("meta"), placed()
+        ({'device': 'meta'}, {})
+    """
+    return {name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None}
+
+
 def arguments(layer: Any, **changes: Any) -> dict[str, Any]:
     """Keyword arguments that make a layer like this one, with some changed."""
     common = {"bias": layer.bias is not None, "device": layer.weight.device, "dtype": layer.weight.dtype}
@@ -70,6 +80,30 @@ def arguments(layer: Any, **changes: Any) -> dict[str, Any]:
     else:
         own = {name: getattr(layer, name) for name in _ATTRIBUTES[nn.Conv2d][:8]}
     return {**own, **common, **changes}
+
+
+def children_first(model: nn.Module) -> list[nn.Module]:
+    """All modules inside, those around others behind them: they know better what the others are for.
+
+    Example:
+        >>> [type(module).__name__ for module in children_first(nn.Sequential(nn.Sequential(nn.Linear(1, 1))))]
+        ['Linear', 'Sequential']
+    """
+    return list(model.modules())[:0:-1]
+
+
+def reset_parameters(module: nn.Module) -> None:
+    """Have a module initialise its own parameters and buffers, if it knows how, as timm's ``init_weights`` does.
+
+    Example:
+        >>> layer = nn.Linear(4, 4, device="meta").to_empty(device="cpu")
+        >>> reset_parameters(layer)
+        >>> bool(layer.weight.abs().max() <= 0.5)
+        True
+    """
+    own: Any = getattr(module, "reset_parameters", None)
+    if own is not None:
+        own()
 
 
 def described(layer: Any) -> str:

@@ -18,6 +18,7 @@ except ImportError as error:
 
 from .amp import Bf16OptimWrapper
 from .coco import CheckedCocoDataset, CheckedCocoMetric
+from .hooks.budget import MemoryBudgetHook
 from .hooks.checkpoint import WholeCheckpointHook
 from .hooks.guard import DriftHook, FiniteHook
 from .hooks.memory import MemoryReportHook
@@ -43,6 +44,7 @@ __all__ = [
     "DriftHook",
     "FiniteHook",
     "LeanHRFPN",
+    "MemoryBudgetHook",
     "MemoryReportHook",
     "MuSOptimWrapperConstructor",
     "NumericsHook",

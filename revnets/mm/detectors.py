@@ -176,11 +176,15 @@ def _modes(cfg: Config, setting: Setting) -> Sequence[str]:
 
 
 class FixedStep(nn.Module):
-    """The forward pass of a part of a detector with shapes that depend on no value: the outputs of all its heads."""
+    """The forward pass of a part of a detector with shapes that depend on no value: the outputs of all its heads.
+
+    ``names`` are those of the detector's modules, where they are the same modules here.
+    """
 
     def __init__(self, detector: Any, part: str) -> None:
         super().__init__()
         self.part = part
+        self.names = frozenset(name for name, _ in detector.named_modules())
         self.backbone = detector.backbone
         self.neck = detector.neck if part != "backbone" and detector.with_neck else None
         heads = part == "detector"
@@ -258,7 +262,7 @@ class RealStep(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x: images ``(N, 3, H, W)``. Returns: the sum of the detector's losses."""
-        return self.detector.parse_losses(self.detector.loss(x, copy.deepcopy(self.samples)))[0]
+        return self.detector.parse_losses(self.detector(x, copy.deepcopy(self.samples), mode="loss"))[0]
 
 
 def _annotations(x: Tensor, target: DetectorTarget) -> list[Any]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.fx
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
@@ -24,6 +25,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from ..layers.convert import replace_module
+from ..layers.geometry import children_first, reset_parameters
 from ..layers.munit.convert import munit_options, munit_scaled
 from ..layers.munit.layers import MuSLinear
 from ..layers.registry import Spec
@@ -93,9 +95,8 @@ class MuSVisionTransformer(VisionTransformer):
             if embedding is not None:
                 nn.init.normal_(embedding)
         if needs_reset:
-            for module in self.modules():
-                if module is not self and hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
+            for module in children_first(self):
+                reset_parameters(module)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier; 0 classes gives pooled features, with ``global_pool=""`` all tokens."""
@@ -254,6 +255,7 @@ class RevMuSVisionTransformer(MemoryModes, MuSVisionTransformer):
         return take
 
 
+@torch.fx.wrap
 def _check_unmasked(attn_mask: Tensor | None, is_causal: bool) -> None:
     if attn_mask is not None or is_causal:
         raise ValueError("RevMuSVisionTransformer takes no attention mask: use MuSVisionTransformer, which does")
@@ -274,6 +276,12 @@ def _as_asked(final: Tensor | None, maps: list[Tensor], prefix: list[Tensor] | N
 
 def _create(cls: type[MuSVisionTransformer], variant: str, pretrained: bool, **kwargs: Any) -> Any:
     out_indices = kwargs.pop("out_indices", 3)
+    patch = kwargs.get("patch_size", 16)
+    if (stride := kwargs.pop("output_stride", patch)) != patch:
+        raise ValueError(
+            f"output_stride={stride}: all maps of {variant} have the stride of its patches, {patch}: "
+            f"pass patch_size={stride}, or take revbifpn_s0 or another network of several scales"
+        )
     return build_model_with_cfg(
         cls,
         variant,

@@ -11,13 +11,16 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.fx
 from timm.layers import SelectAdaptivePool2d, create_classifier
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..layers import MBConv, convert
+from ..layers.geometry import children_first, placed, reset_parameters
 from ..reversible import ReversibleOp, RevSequential, compile_branches
+from ..reversible.stem import wants_channels_last
 from ._memory_modes import MemoryModes
 from ._revbifpn_checkpoint import HashedCfg, checkpoint_filter_fn, pretrained_overlay, weights_cfg
 from ._revbifpn_parts import (
@@ -28,6 +31,9 @@ from ._revbifpn_parts import (
     NUM_SCALES,
     Head,
     Neck,
+    Strides,
+    check_input,
+    handed_out,
     make_stage,
     make_stem,
     run_end,
@@ -35,6 +41,8 @@ from ._revbifpn_parts import (
 )
 
 __all__ = ["RevBiFPN", "checkpoint_filter_fn"]
+
+torch.fx.wrap("check_input")  # a node of a traced graph: it looks at the image's size
 
 
 class RevBiFPN(MemoryModes, nn.Module):
@@ -56,10 +64,13 @@ class RevBiFPN(MemoryModes, nn.Module):
             equal stored ones to the bit. Acts in training only.
         zero_init_last: start the last norm of every branch of the body at 0: every block starts as the identity.
         act_layer: activation.
-        norm_layer: normalisation, given the channels.
+        norm_layer: normalisation, given the channels, and device and dtype where they are given here.
+        output_stride: 32, or 16 or 8 for finer coarse scales: their convolutions dilate instead. Weights are the same.
+        device: of parameters and buffers; ``"meta"`` defers them, see ``init_weights``.
+        dtype: of parameters and buffers.
 
     Raises:
-        ValueError: for an unknown mode or stem stride.
+        ValueError: for an unknown mode, stem stride or output stride.
 
     Example:
         >>> import torch
@@ -83,51 +94,67 @@ class RevBiFPN(MemoryModes, nn.Module):
         zero_init_last: bool = False,
         act_layer: type[nn.Module] = nn.Hardswish,
         norm_layer: Any = None,
+        output_stride: int = 32,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
-        options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        elsewhere = ("self", "__class__", "device", "dtype")
+        options = {name: value for name, value in locals().items() if name not in (*elsewhere, "elsewhere")}
         super().__init__()
         self._options = options
-        if stem_stride not in (1, 2, 4):
-            raise ValueError(f"stem_stride={stem_stride}: expected 4 (as published), or 2 or 1 for small images")
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.stem_stride = stem_stride
-        self.reduction = stem_stride * 2 ** (NUM_SCALES - 1)
+        strides = Strides(stem_stride, output_stride)
+        self.reduction = strides.of(NUM_SCALES - 1)
+        dd = placed(device, dtype)
         block_args = {
             "act_layer": act_layer,
             "norm_layer": norm_layer or partial(nn.BatchNorm2d, eps=1e-3, momentum=0.1),
+            **dd,
         }
         channels = [scaled(c, width) for c in BODY_CHANNELS]
         neck_channels = [scaled(c, width) for c in NECK_CHANNELS]
         self.num_features = self.head_hidden_size = scaled(FC_FEATURES, width)
 
-        self.stem, unfold = make_stem(in_chans, channels[0], stem_stride)
+        self.stem, unfold = make_stem(in_chans, channels[0], stem_stride, **dd)
         stages = NUM_SCALES - 1 + extra_silos
         ops: list[ReversibleOp] = [unfold] if unfold is not None else []
         for stage in range(1, stages + 1):
             drop_path = drop_path_rate * stage / stages
-            ops += make_stage(channels, min(stage, NUM_SCALES), min(stage + 1, NUM_SCALES), drop_path, block_args)
+            ops += make_stage(
+                channels, min(stage, NUM_SCALES), min(stage + 1, NUM_SCALES), drop_path, strides, block_args
+            )
         self.body = RevSequential(ops, mode=mode, exact=exact)
-        self.neck = Neck(channels, neck_channels, mode, **block_args)
-        self.head: nn.Module = Head(neck_channels, self.num_features, mode, **block_args)
+        self.neck = Neck(channels, neck_channels, mode, strides, **block_args)
+        self.head: nn.Module = Head(neck_channels, self.num_features, mode, strides, **block_args)
         self.feature_info = [
-            {"num_chs": chs, "reduction": stem_stride * 2**k, "module": f"neck.blocks.{k}", "stage": k}
+            {"num_chs": chs, "reduction": strides.of(k), "module": f"neck.blocks.{k}", "stage": k}
             for k, chs in enumerate(neck_channels)
         ]
         self.global_pool, self.head_drop, self.classifier = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate
+            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd
         )
-        self.init_weights(zero_init_last=zero_init_last)
+        self.init_weights(needs_reset=False)
 
-    def init_weights(self, zero_init_last: bool = False) -> None:
-        """Kaiming normal convolutions (fan-out), norms at 1 and 0; see ``zero_init_last`` of the class."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Kaiming normal convolutions (fan-out), norms at 1 and 0; see ``zero_init_last`` of the class.
+
+        After ``create_model(..., device="meta")`` and ``to_empty(device=...)``, this gives a network to be trained.
+
+        Args:
+            needs_reset: initialise all else, too, by its own ``reset_parameters``; layers of the registry, which see to
+                themselves, are. False where modules were just made.
+        """
+        for module in children_first(self):
+            if isinstance(module, nn.Conv2d) and type(module).reset_parameters is nn.Conv2d.reset_parameters:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        if zero_init_last:
+            elif needs_reset:
+                reset_parameters(module)
+        if self._options["zero_init_last"]:
             for module in self.body.modules():
                 if isinstance(module, MBConv) and getattr(module.bn3, "weight", None) is not None:
                     nn.init.zeros_(module.bn3.weight)  # type: ignore[arg-type]
@@ -197,17 +224,22 @@ class RevBiFPN(MemoryModes, nn.Module):
         Raises:
             ValueError: for a size or a number of channels that does not fit.
         """
-        return self.neck(self._forward_body(x))
+        return [handed_out(y, self) for y in self.neck(self._forward_body(x))]
 
     def _forward_body(self, x: Tensor) -> tuple[Tensor, ...]:
-        _check_input(x, self.in_chans, self.reduction)
+        check_input(x, self.in_chans, self.reduction)
         if self.stem is not None:
             x = self.stem(x).to(next(self.stem.parameters()).dtype)  # autocast must not make the stream half precision
+            if self.training and wants_channels_last(x):
+                x = x.contiguous(memory_format=torch.channels_last)
         return self.body(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Unpooled features ``(N, num_features, H / reduction, W / reduction)``."""
-        return self.head(self.forward_pyramid(x))
+        return handed_out(self._widened(x), self)
+
+    def _widened(self, x: Tensor) -> Tensor:
+        return self.head(self.neck(self._forward_body(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pooling, dropout and the linear layer (left out with ``pre_logits``): ``(N, num_classes)``."""
@@ -216,7 +248,7 @@ class RevBiFPN(MemoryModes, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, num_classes)`` of images ``(N, in_chans, H, W)``."""
-        return self.forward_head(self.forward_features(x))
+        return self.forward_head(self._widened(x))
 
     def forward_intermediates(
         self,
@@ -243,9 +275,10 @@ class RevBiFPN(MemoryModes, nn.Module):
         if intermediates_only:
             streams = self._forward_body(x)
             maps = {k: run_end(self.neck, self.neck.blocks[k], streams[k]) for k in sorted(set(take))}
+            maps = {k: handed_out(y, self) for k, y in maps.items()}
             return [maps[k] for k in take]
-        pyramid = self.forward_pyramid(x)
-        return self.head(pyramid), [pyramid[k] for k in take]
+        pyramid = self.neck(self._forward_body(x))
+        return handed_out(self.head(pyramid), self), [handed_out(pyramid[k], self) for k in take]
 
     def prune_intermediate_layers(
         self, indices: int | list[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
@@ -270,21 +303,6 @@ class RevBiFPN(MemoryModes, nn.Module):
                 if int(key.split("_")[1]) not in needed:
                     del branches[key]
         return take
-
-
-def _check_input(x: Tensor, in_chans: int, divisor: int) -> None:
-    if x.dim() != 4 or x.shape[1] != in_chans:
-        raise ValueError(
-            f"input of shape {tuple(x.shape)}: expected (N, {in_chans}, H, W); create the model with in_chans=C "
-            "for C channels"
-        )
-    height, width = x.shape[-2:]
-    if height % divisor or width % divisor:
-        fitting = [max(divisor, round(side / divisor) * divisor) for side in (height, width)]
-        raise ValueError(
-            f"input size {height}x{width}: height and width must be divisible by {divisor}; "
-            f"resize or pad to, say, {fitting[0]}x{fitting[1]}"
-        )
 
 
 # --- registration ----------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,11 +21,12 @@ from ..profiling.fake import ProfileError
 from ..profiling.memory import check_loss
 from ..profiling.profile import describe
 from ..profiling.target import Setting, Target, as_job, training_loss
+from ..pruning.command import draw_batches, open_images
 from ..reversible import MODES
-from ..training.errors import reason, refused
+from ..training.errors import refused
 from ..training.files import write_json
 from ..training.options.values import COUNT, POSITIVE, find_device, words
-from ..training.places import check_exists, check_folder, make_folder
+from ..training.places import check_folder, make_folder
 from .monitor import LAYERS, NumericsMonitor
 from .report import FILES, print_table
 
@@ -39,7 +40,7 @@ class Request:
 
     model: str
     data: Path | None = None
-    split: str = "train"
+    split: str = ""
     layers: str = ""
     mode: str = ""
     img_size: int | None = None
@@ -62,23 +63,20 @@ def run(request: Request, setting: Setting) -> None:
         raise ProfileError(f"mode {request.mode!r}: a step runs in one mode, give one")
     if request.output is not None:
         check_folder(request.output, (*FILES, JSON))
-    if request.data is not None:
-        check_exists(request.data, "folder or .tar file", "--data")
     target = choose_targets([request.model], request.mode, setting, request.img_size, request.batch_size)[0]
     if target.part:
         raise ProfileError(
             f"{request.model} is a detector: in its config, add custom_hooks=[dict(type='NumericsHook')]"
         )
-    dataset = None if request.data is None else _open(request.data, request.split)
-    network, converted = _network(target, setting, request.layers, _classes(dataset))
     channels = _channels(target)
+    dataset = None if request.data is None else open_images(request.data, request.split, channels)
+    network, converted = _network(target, setting, request.layers, _classes(dataset))
     if dataset is None:
         source = f"{request.batches} batches of RANDOM numbers as images (give --data for real ones)"
-        batches: Any = list(_random_batches(target, channels, request.batches))
+        batches: Iterable[Any] = list(_random_batches(target, channels, request.batches))
     else:
-        chosen = _sample(dataset, target, channels, request.batches)
-        source = f"{len(chosen)} batches of {request.data} ({request.split})"
-        batches = chosen
+        count, batches = _sample(dataset, target, channels, request.batches)
+        source = f"{count} batches of {request.data} ({request.split or 'train'})"
     fp8_products(reset=True)
     records = _watch(network, batches, target, setting, request.grad_scale)
     title = f"{target}, {target.mode_name}{converted}: {source} ({describe(setting)})"
@@ -110,7 +108,9 @@ def _channels(target: Target) -> int:
     return int(cfg.input_size[0]) if cfg is not None else 3
 
 
-def _watch(network: nn.Module, batches: Any, target: Target, setting: Setting, grad_scale: float) -> NumericsMonitor:
+def _watch(
+    network: nn.Module, batches: Iterable[Any], target: Target, setting: Setting, grad_scale: float
+) -> NumericsMonitor:
     """One record of all batches: forward and backward pass of each, weights unchanged."""
     if grad_scale != 1 and all(isinstance(m, MunitScaled) for m in network.modules() if isinstance(m, LAYERS)):
         raise ProfileError(
@@ -119,7 +119,7 @@ def _watch(network: nn.Module, batches: Any, target: Target, setting: Setting, g
     monitor = NumericsMonitor(network, every=1, grad_scale=grad_scale)
     layout = torch.channels_last if setting.channels_last else torch.contiguous_format
     with monitor:
-        for x, labels in track(batches, "watching") if isinstance(batches, list) else _readable(batches):
+        for x, labels in track(batches, "watching") if isinstance(batches, list) else batches:
             with refused(f"{target} cannot run", kind=ProfileError):
                 x = x.to(setting.device).contiguous(memory_format=layout)
                 job = as_job(network, x, training_loss, setting)
@@ -129,12 +129,6 @@ def _watch(network: nn.Module, batches: Any, target: Target, setting: Setting, g
         monitor.close()
     network.zero_grad(set_to_none=True)
     return monitor
-
-
-def _readable(batches: Any) -> Iterator[Batch]:
-    """The batches of a loader; images that cannot be read are one sentence."""
-    with refused("--data: an image cannot be read", kind=ProfileError):
-        yield from batches
 
 
 def _loss(y: Any, labels: Tensor | None) -> Tensor:
@@ -154,56 +148,30 @@ def _random_batches(target: Target, channels: int, count: int) -> Iterator[Batch
         yield torch.randn(shape, generator=generator), None
 
 
-def _open(path: Path, split: str) -> Any:
-    """Images in class folders, in a folder or a .tar file; ``path`` itself or its ``split``.
-
-    Raises:
-        ProfileError: where there are none.
-    """
-    from timm.data import create_dataset
-
-    from ..training.data.splits import check_split, split_or_root
-
-    check_exists(path, "folder or .tar file", "--data")
-    try:
-        path = split_or_root(path, split)
-        check_split(path)
-        return create_dataset("", root=str(path), search_split=False, is_training=True)
-    except Exception as error:  # timm's readers raise what their libraries raise
-        raise ProfileError(
-            f"--data: cannot open images in {str(path)!r} ({reason(error)}): expected one folder per class"
-        ) from error
-
-
 def _classes(dataset: Any) -> int | None:
     index = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
     return len(index) if index else None
 
 
-def _sample(dataset: Any, target: Target, channels: int, count: int) -> Any:
-    """Batches of images drawn without replacement, as the network sees them in validation.
+def _sample(dataset: Any, target: Target, channels: int, count: int) -> tuple[int, Iterable[Any]]:
+    """Batches drawn without replacement, as the network sees them in validation, and how many: at most so many.
 
     Raises:
         ProfileError: for fewer images than one batch.
     """
     import timm
-    from timm.data import create_transform, resolve_data_config
+    from timm.data import resolve_data_config
 
     if len(dataset) < target.batch_size:
         raise ProfileError(f"--data: {len(dataset)} images do not fill one batch of {target.batch_size}: lower it")
     cfg = timm.get_pretrained_cfg(target.name)
-    size = (channels, target.img_size, target.img_size)
     config = resolve_data_config(
-        {"input_size": size}, pretrained_cfg=cfg.to_dict() if cfg is not None else {}, verbose=False
+        {"input_size": (channels, target.img_size, target.img_size)},
+        pretrained_cfg=cfg.to_dict() if cfg is not None else {},
+        verbose=False,
     )
-    keep = {key: config[key] for key in ("interpolation", "mean", "std", "crop_pct")}
-    dataset.transform = create_transform(size, **keep)
-    if channels == 1:
-        dataset.input_img_mode = "L"
     count = min(count, len(dataset) // target.batch_size)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
-    chosen = torch.utils.data.Subset(dataset, order[: count * target.batch_size].tolist())
-    return torch.utils.data.DataLoader(chosen, batch_size=target.batch_size)
+    return count, draw_batches(dataset, config, count * target.batch_size, target.batch_size)
 
 
 def _write_json(records: list[dict[str, Any]], title: str, folder: Path) -> Path:
@@ -225,7 +193,7 @@ def numerics_command(
     data: Annotated[
         Path | None, path("folder or .tar file of class folders of images (default: random numbers)")
     ] = None,
-    split: Annotated[str, text("folder or .tar file inside --data")] = "train",
+    split: Annotated[str | None, text("folder or .tar file inside --data (default: train, train.tar)")] = None,
     layers: Annotated[str | None, text("convert first, such as mus_fp8")] = None,
     batches: Annotated[int, number(COUNT, "batches to watch")] = 4,
     img_size: Annotated[int | None, number(COUNT, "where MODEL has none")] = None,
@@ -241,4 +209,4 @@ def numerics_command(
     """Sizes of activations, weights and gradients layer by layer, and what a cast to FP8 flushes and clips of them."""
     setting = Setting(device, channels_last, amp_dtype, exact, optimizer=None)
     sizes = (img_size, batch_size, batches, grad_scale, output)
-    run(Request(model, data, split, layers or "", mode or "", *sizes), setting)
+    run(Request(model, data, split or "", layers or "", mode or "", *sizes), setting)

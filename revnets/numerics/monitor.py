@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ..layers.munit.fp8 import E4M3, E5M2, check_grad_scale
 from ..layers.munit.functional import gradient_scale
 from ..layers.munit.layers import MunitScaled
+from ..reversible import every_pass
 from ..training.options.values import COUNT
 from .report import Record, draw_picture, read_table, write_table
 from .stats import StatsSum
@@ -128,10 +128,9 @@ class NumericsMonitor:
         Returns:
             The files written.
         """
-        written = [write_table(self.records, folder)]
-        with suppress(ImportError):  # the table holds all figures
-            written.append(draw_picture(self.records, folder, title or type(self.model).__name__))
-        return written
+        table = write_table(self.records, folder)
+        drawn = draw_picture(self.records, folder, title or type(self.model).__name__)
+        return [table, drawn] if drawn else [table]
 
     # --- watching ---------------------------------------------------------------------------------------------------
 
@@ -147,7 +146,7 @@ class NumericsMonitor:
                 self._add(layer, "weight_grad", weight.grad)
 
         for layer in layers:
-            self._handles.append(layer.register_forward_hook(after, with_kwargs=True))
+            self._handles.append(layer.register_forward_hook(every_pass(after, keeps=False), with_kwargs=True))
             weight: Any = layer.weight
             if isinstance(weight, nn.Parameter) and weight.requires_grad:
                 # not a tensor hook: those fire in each of the engine's inner backward passes, on parts of the gradient

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training.files import write_csv
-from ..training.pictures import caption, save_figure
+from ..training.pictures import caption, picture
 
 Record = dict[str, Any]
 FILES = TABLE, PICTURE = "numerics.csv", "numerics.png"
@@ -102,18 +102,17 @@ def _value(key: str, text: str) -> Any:
     return None if not text else int(text) if key == "step" else float(text)
 
 
-def draw_picture(records: Sequence[Record], folder: Path, title: str) -> Path:
+def draw_picture(records: Sequence[Record], folder: Path, title: str) -> Path | None:
     """``numerics.png``: sizes, shares flushed and shares clipped over the layers; crosses are the first watched step.
 
-    Raises:
-        ImportError: without matplotlib.
+    Returns:
+        The file; None where matplotlib is not installed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    return picture(folder / PICTURE, (12, 10), lambda figure: _paint(figure, records, title))
 
+
+def _paint(figure: Any, records: Sequence[Record], title: str) -> None:
     steps = sorted({r["step"] for r in records})
-    figure = Figure(figsize=(12, 10), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(3, 1, sharex=True)
     for step, marker in {steps[0]: "x", steps[-1]: "."}.items():
         chosen = [r for r in records if r["step"] == step]
@@ -138,7 +137,6 @@ def draw_picture(records: Sequence[Record], folder: Path, title: str) -> Path:
     for panel in axes:
         panel.grid(alpha=0.3)
     axes[0].legend(fontsize="small", ncols=2)
-    return save_figure(figure, folder / PICTURE)
 
 
 def _column(records: Sequence[Record], key: str) -> list[float]:

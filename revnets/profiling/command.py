@@ -155,8 +155,8 @@ def track(work: Sequence[T], what: str) -> Iterable[T]:
     return bar(work, what, console=Console(stderr=True), transient=True)
 
 
-def _wrote(paths: Sequence[Path]) -> None:
-    _say([f"wrote {path}" for path in paths])
+def _wrote(paths: Sequence[Path | None]) -> None:
+    _say([f"wrote {path}" for path in paths if path])
 
 
 def _say(lines: Sequence[str]) -> None:

@@ -67,14 +67,8 @@ def print_conversion(model: str, spec: str, img_size: int | None, output: Path |
     console.print(flops.table())
     if output is not None:
         folder = make_folder(output)
-        console.print("\n".join(f"wrote {path}" for path in _save(flops, folder, f"{model} · {spec}")), soft_wrap=True)
-
-
-def _save(flops: FlopsReport, folder: Path, title: str) -> list[Path]:
-    try:
-        return [*flops.write(folder), flops.draw(folder, title)]
-    except ImportError as error:
-        raise ValueError("pictures need matplotlib: pip install matplotlib, or leave --output out") from error
+        files = [*flops.write(folder), flops.draw(folder, f"{model} · {spec}")]
+        console.print("\n".join(f"wrote {path}" for path in files if path), soft_wrap=True)
 
 
 def _flops(report: ConversionReport) -> FlopsReport:

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from .fake import ProfileError, explain, fake_input, fake_twin, new_fake_mode
 from .memory import call, check_loss, check_step, mean_square, tensors_of
 from .tracker import Event, StorageTracker, Trace
 
+Tracker = TypeVar("Tracker", bound=StorageTracker)
 CATEGORIES = ("parameters", "buffers", "gradients", "optimizer state", "input", "activations", "temporary")
 """``activations``: alive when the forward pass ends, or recomputed for the backward pass; ``temporary``: all else."""
 
@@ -88,6 +89,31 @@ def predict_training_step(
         >>> predicted.categories["parameters"], predicted.gradient_bytes, predicted.macs
         (576, 576, 8192)
     """
+    tracker = trace_training_step(model, x, loss_fn, optimizer, device)
+    return summarize(tracker.trace, sum(p.numel() for p in model.parameters()))
+
+
+def trace_training_step(
+    model: nn.Module,
+    x: Any,
+    loss_fn: Callable[[Any], Tensor] | None = None,
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
+    device: torch.device | str | None = None,
+    kind: type[Tracker] = StorageTracker,  # type: ignore[assignment]
+) -> Tracker:
+    """The tracker that followed one training step on fake tensors, for what a summary does not say.
+
+    Args:
+        model: see ``predict_training_step``, as ``x``, ``loss_fn``, ``optimizer`` and ``device``.
+        x: input.
+        loss_fn: from the model's output to a scalar.
+        optimizer: makes one for a model.
+        device: to predict for.
+        kind: of the tracker.
+
+    Raises:
+        ProfileError: as there.
+    """
     try:
         given = check_step(model, x, loss_fn, optimizer)
         wanted = find_device(device or ("cpu" if given.type == "meta" else given), here=False)
@@ -96,9 +122,10 @@ def predict_training_step(
     with new_fake_mode():
         twin = fake_twin(model, traceable(wanted))
         names = {module: name or type(module).__name__ for name, module in twin.named_modules()}
-        tracker = StorageTracker(wanted, traceable(wanted), names)
+        tracker = kind(wanted, traceable(wanted), names)
         with tracker, _explained(tracker):
-            return _trace(twin, fake_input(x, traceable(wanted)), loss_fn or mean_square, optimizer, tracker)
+            _run(twin, fake_input(x, traceable(wanted)), loss_fn or mean_square, optimizer, tracker)
+        return tracker
 
 
 def traceable(device: torch.device) -> torch.device:
@@ -122,13 +149,13 @@ def _explained(tracker: StorageTracker) -> Iterator[None]:
         logger.disabled = before
 
 
-def _trace(
+def _run(
     model: nn.Module,
     x: Any,
     loss_fn: Callable[[Any], Tensor],
     make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None,
     tracker: StorageTracker,
-) -> StepPrediction:
+) -> None:
     for parameter in model.parameters():
         tracker.follow(parameter, "parameters")
     for buffer in model.buffers():
@@ -148,7 +175,6 @@ def _trace(
             tracker.follow(parameter.grad, "gradients")
     if optimizer is not None:
         _optimize(optimizer, tracker)
-    return summarize(tracker.trace, sum(p.numel() for p in model.parameters()))
 
 
 def _optimize(optimizer: torch.optim.Optimizer, tracker: StorageTracker) -> None:
@@ -177,7 +203,7 @@ def summarize(trace: Trace, parameters: int) -> StepPrediction:
     resident = sum(now.values())
     peak, at, peak_event = resident, dict(now), Event(None, 0, "forward", "")
     timeline, phases = [tuple(now.values())], ["forward"]
-    for event in _in_place(trace.events):
+    for event in in_place(trace.events):
         if event.block is not None and trace.blocks[event.block].phase == "setup":
             continue
         name = "temporary" if event.block is None else category[event.block]
@@ -210,7 +236,7 @@ def _category(block: Any) -> str:
     return "activations" if block.phase == "backward" and block.recorded else "temporary"
 
 
-def _in_place(events: list[Event]) -> Iterator[Event]:
+def in_place(events: list[Event]) -> Iterator[Event]:
     """The events, with a sum of gradients replacing the former sum where that is released at once (see tracker)."""
     index = 0
     while index < len(events):

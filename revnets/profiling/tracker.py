@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..reversible import every_pass
 from .flops import count_flops
 from .kernel_memory import FAKE_KERNELS, decomposition, temporary_bytes
 
@@ -206,8 +207,8 @@ class _Where:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        before = nn.modules.module.register_module_forward_pre_hook(self._enter)
-        after = nn.modules.module.register_module_forward_hook(self._leave, always_call=True)
+        before = nn.modules.module.register_module_forward_pre_hook(every_pass(self._enter, keeps=False))
+        after = nn.modules.module.register_module_forward_hook(every_pass(self._leave, keeps=False), always_call=True)
         try:
             yield
         finally:

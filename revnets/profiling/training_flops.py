@@ -13,7 +13,7 @@ from ..layers.accounting import ModelCost
 from ..sparsity.accounting import run_flops, step_flops
 from ..sparsity.schedules import SCHEDULES, Schedule
 from ..training.files import write_csv, write_json
-from ..training.pictures import save_figure
+from ..training.pictures import picture
 
 FILES = TABLE, FIGURES, PICTURE = "flops.csv", "flops.json", "flops.png"
 PREFIXES = {"P": 1e15, "T": 1e12, "G": 1e9}
@@ -124,24 +124,23 @@ class FlopsReport:
         rows = _rows(self.costs)
         return [write_csv(folder / TABLE, rows, COLUMNS), write_json(folder / FIGURES, {**data, "layers": rows})]
 
-    def draw(self, folder: Path, title: str = "") -> Path:
+    def draw(self, folder: Path, title: str = "") -> Path | None:
         """Draw ``flops.png``: layers dense-equivalent and sparse, and the training by schedule.
 
         Args:
             folder: to write to; it exists.
             title: above the picture.
 
-        Raises:
-            ImportError: where matplotlib is not installed.
+        Returns:
+            The file; None where matplotlib is not installed.
         """
-        from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(14, 5.5), layout="constrained")
-        figure.suptitle(title)
-        left, right = figure.subplots(1, 2, width_ratios=(3, 1))
-        self._draw_layers(left)
-        self._draw_training(right)
-        return save_figure(figure, folder / PICTURE)
+        def paint(figure: Any) -> None:
+            left, right = figure.subplots(1, 2, width_ratios=(3, 1))
+            self._draw_layers(left)
+            self._draw_training(right)
+
+        return picture(folder / PICTURE, (14, 5.5), paint, title, f"; see {TABLE}")
 
     def _draw_layers(self, axis: Any) -> None:
         groups = self.groups()

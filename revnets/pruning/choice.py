@@ -17,7 +17,7 @@ from ..layers.registry import SparseConfig
 from ..layers.sites import Surroundings
 from ..sparsity.masks import DISTRIBUTIONS, densities, kept
 from .inputs import shape
-from .solve import Pattern
+from .solve import Blocked, Blocks, Pattern
 
 RULES: Mapping[str, str] = {
     "first": "the first layer, where it reads the image's own channels",
@@ -89,7 +89,7 @@ def _reason(around: Surroundings, name: str, exclude: Sequence[str], patterns: S
     return f"left out by {fitting[0]!r}" if fitting else None
 
 
-def targets(layers: Layers, goal: float | Pattern, distribution: str) -> dict[str, int | Pattern]:
+def targets(layers: Layers, goal: float | Pattern | Blocked, distribution: str) -> dict[str, int | Pattern | Blocks]:
     """How many weights of each layer become 0, or N:M.
 
     Args:
@@ -106,6 +106,10 @@ def targets(layers: Layers, goal: float | Pattern, distribution: str) -> dict[st
             raise ValueError(f"distribution={distribution!r}: every layer has the sparsity of {goal}; expected uniform")
         _check_fits(layers, goal)
         return dict.fromkeys(layers, goal)
+    if isinstance(goal, Blocked):
+        _check_fits(layers, goal)
+        zeros = targets(layers, goal.sparsity, distribution)
+        return {name: Blocks(round(int(count) / goal.of), goal.of) for name, count in zeros.items()}  # type: ignore
     if distribution == "global":
         return {**global_zeros(weights, goal)}
     if distribution not in DISTRIBUTIONS:
@@ -119,7 +123,7 @@ def targets(layers: Layers, goal: float | Pattern, distribution: str) -> dict[st
     }
 
 
-def _check_fits(layers: Layers, pattern: Pattern) -> None:
+def _check_fits(layers: Layers, pattern: Pattern | Blocked) -> None:
     odd = {name: layer for name, layer in layers.items() if int(layer.weight.shape[1]) % pattern.of}  # type: ignore
     if odd:
         name, layer = next(iter(odd.items()))
@@ -127,7 +131,7 @@ def _check_fits(layers: Layers, pattern: Pattern) -> None:
         raise ValueError(
             f"pattern='{pattern}': {name or 'the model'}, {described(layer)},{more} has {layer.weight.shape[1]} input "  # type: ignore
             f"channels per group, expected a multiple of {pattern.of}; leave out such layers with exclude, or give "
-            "sparsity instead"
+            "sparsity without a pattern"
         )
 
 

@@ -193,20 +193,38 @@ def calibration_batches(
     Raises:
         ValueError: where there are none.
     """
-    from timm.data import create_dataset, resolve_data_config
+    from timm.data import resolve_data_config
+
+    config = resolve_data_config({name: trained.get(name) for name in _DATA}, model=model)
+    dataset = open_images(source.data, source.split, config["input_size"][0])
+    return draw_batches(dataset, config, images, source.batch_size, source.seed)
+
+
+def open_images(data: Path, split: str, channels: int) -> Any:
+    """A data set of timm, of a folder or .tar file of class folders.
+
+    Args:
+        data: the folder or file.
+        split: one inside it; where none is named, that to train on, or ``data`` itself.
+        channels: 1 for grey images.
+
+    Raises:
+        ValueError: where there are none.
+    """
+    from timm.data import create_dataset
 
     from ..training.data.splits import check_split, find_split, split_or_root
 
-    config = resolve_data_config({name: trained.get(name) for name in _DATA}, model=model)
-    check_exists(source.data, "folder or .tar file", "--data")
-    mode = "L" if config["input_size"][0] == 1 else "RGB"
+    check_exists(data, "folder or .tar file", "--data")
     try:
-        path = find_split(source.data, source.split) if source.split else split_or_root(source.data, "train")
+        path = find_split(data, split) if split else split_or_root(data, "train")
         check_split(path)
-        dataset: Any = create_dataset("", root=str(path), search_split=False, input_img_mode=mode)
+        mode = "L" if channels == 1 else "RGB"
+        return create_dataset("", root=str(path), search_split=False, input_img_mode=mode)
     except Exception as error:  # timm's readers raise what their libraries raise
-        raise ValueError(f"no images in {str(source.data)!r} ({reason(error)}): give class folders of them") from error
-    return draw_batches(dataset, config, images, source.batch_size, source.seed)
+        raise ValueError(
+            f"--data: cannot open images in {str(data)!r} ({reason(error)}): expected one folder per class"
+        ) from error
 
 
 def draw_batches(
@@ -232,7 +250,7 @@ def draw_batches(
 
 def _readable(batches: Any) -> Iterator[tuple[Tensor, ...]]:
     """The batches of a loader; images that cannot be read are one sentence."""
-    with refused("data: an image cannot be read", kind=ValueError):
+    with refused("--data: an image cannot be read", kind=ValueError):
         yield from batches
 
 
@@ -246,7 +264,7 @@ def prune_command(
         Path | None, path("trained weights, also of train.py or pruned; else the published ones")
     ] = None,
     sparsity: Annotated[float | None, number(FINITE, "share of zeros, such as 0.7")] = None,
-    pattern: Annotated[str | None, text("instead of --sparsity: N:M, such as 2:4")] = None,
+    pattern: Annotated[str | None, text("instead of --sparsity: N:M, as 2:4; or with it 4x1: zeros in fours")] = None,
     method: Annotated[str, text("sparsegpt, wanda or magnitude")] = "sparsegpt",
     distribution: Annotated[str, text("of the sparsity: uniform, er, erk, global")] = "uniform",
     exclude: Annotated[

@@ -20,9 +20,11 @@ from .choice import DEFAULT_EXCLUDE, Layers, blocks, choose, targets
 from .densify import densify
 from .inputs import Moments, as_matrices, like_weight
 from .report import PrunedLayer, PruningReport
-from .solve import METHODS, Pattern, error, solve
+from .solve import METHODS, Blocked, Blocks, Pattern, error, solve
 
 Progress = Callable[[float, str], None]
+BLOCKED = "4x1"
+"""The pattern of zeros in blocks of four input channels."""
 
 
 def prune(
@@ -52,7 +54,8 @@ def prune(
         model: any network of images; stays as it is. Sparse layers of this library become plain ones with zeros.
         data: images to calibrate on: a tensor ``(N, C, H, W)``, or batches, such as a loader that draws by a seed.
         sparsity: share of zeros of all pruned layers together, in [0, 1).
-        pattern: instead of it, N:M such as ``"2:4"``: N of every M input channels stay.
+        pattern: instead of it, N:M such as ``"2:4"``: N of every M input channels stay; or with it, ``"4x1"``: zeros
+            come in blocks of four input channels, which the INT8 kernel of ``revnets deploy`` skips.
         method: ``sparsegpt`` (2301.00774); ``wanda`` (2306.11695) and ``magnitude``, which leave the other weights as
             they are.
         distribution: of the sparsity over layers: ``uniform``, ``er``, ``erk``, or ``global``, one threshold for all.
@@ -90,7 +93,8 @@ def prune(
     around = Surroundings(network, recorded)
     layers, skipped = choose(around, exclude)
     aims = targets(layers, goal, distribution)
-    report = PruningReport(network, method, pattern or f"{sparsity:g}", distribution, sum(map(len, batches)))
+    words = " ".join(word for word in (pattern, None if sparsity is None else f"{sparsity:g}") if word)
+    report = PruningReport(network, method, words, distribution, sum(map(len, batches)))
     report.skipped, report.flops = skipped, {name: n for name, n in recorded.flops_by_module().items() if n}
     passes = Passes(network, batches, Counter(call.module for call in recorded.calls))
     modes = [module.training for module in network.modules()]
@@ -113,7 +117,7 @@ def check_options(
     distribution: str = "uniform",
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
     **numbers: Any,
-) -> float | Pattern:
+) -> float | Pattern | Blocked:
     """What is to be reached, once all options of ``prune`` are known to be possible.
 
     Raises:
@@ -127,6 +131,10 @@ def check_options(
         if name in ("images", "block_size", "max_passes"):
             COUNT.check(name, value)
     NOT_NEGATIVE.check("damping", numbers.get("damping", 0.0))
+    if pattern == BLOCKED:
+        if sparsity is None:
+            raise ValueError(f"pattern={pattern!r}: expected a sparsity besides, such as sparsity=0.7")
+        return Blocked(check_sparsity(sparsity))
     if (sparsity is None) == (pattern is None):
         raise ValueError(f"sparsity={sparsity}, pattern={pattern!r}: expected one of the two, such as sparsity=0.7")
     return check_sparsity(sparsity) if pattern is None else Pattern.parse(pattern)  # type: ignore[arg-type]
@@ -142,7 +150,7 @@ def _traced(model: nn.Module, images: Tensor) -> Trace:
 def _prune_blocks(
     report: PruningReport,
     layers: Layers,
-    aims: dict[str, int | Pattern],
+    aims: dict[str, int | Pattern | Blocks],
     passes: Passes,
     max_passes: int,
     options: tuple[str, float, int],
@@ -157,7 +165,7 @@ def _prune_blocks(
 
         tell(0.0)
         start = time.perf_counter()
-        by_channel = isinstance(aims[names[0]], Pattern)
+        by_channel = isinstance(aims[names[0]], Pattern | Blocks)
         moments = {name: Moments(layers[name], by_channel) for name in names}
         passes.watch(moments, lambda share: tell(0.9 * share))
         watching = (time.perf_counter() - start) / len(names)
@@ -170,7 +178,7 @@ def _prune_blocks(
 
 @torch.no_grad()
 def _prune_layer(
-    name: str, layer: Any, moments: Moments, aim: int | Pattern, options: tuple[str, float, int]
+    name: str, layer: Any, moments: Moments, aim: int | Pattern | Blocks, options: tuple[str, float, int]
 ) -> PrunedLayer:
     start = time.perf_counter()
     method, damping, block_size = options

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..layers.convert import Skipped
 from ..training.files import write_csv, write_json
-from ..training.pictures import save_figure
+from ..training.pictures import picture
 
 
 @dataclass
@@ -149,19 +149,12 @@ class PruningReport:
         found |= {name: getattr(self, name) for name in more}
         found |= {"layers": rows, "skipped": [dataclasses.asdict(one) for one in self.skipped]}
         paths = [write_json(stem.with_suffix(".json"), found), write_csv(stem.with_suffix(".csv"), rows)]
-        picture = self._figure()
-        if picture is not None:
-            paths.append(save_figure(picture, stem.with_suffix(".png")))
-        return paths
+        title = f"{type(self.model).__name__}: {self.method} {self.target}, {self.images} images"
+        drawn = picture(stem.with_suffix(".png"), (11, 6), self._paint, title)
+        return [*paths, drawn] if drawn else paths
 
-    def _figure(self) -> Any:
-        """Error and sparsity by layer, in running order; None without matplotlib."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            return None
-        figure = Figure(figsize=(11, 6), layout="constrained")
-        figure.suptitle(f"{type(self.model).__name__}: {self.method} {self.target}, {self.images} images")
+    def _paint(self, figure: Any) -> None:
+        """Error and sparsity by layer, in running order."""
         upper, lower = figure.subplots(2, 1, sharex=True)
         places = range(len(self.layers))
         upper.semilogy(places, [max(layer.error, 1e-12) for layer in self.layers], "o-", markersize=3)
@@ -171,4 +164,3 @@ class PruningReport:
         lower.set(ylabel="sparsity", ylim=(0, 1))
         shown = places[:: max(1, len(self.layers) // 40)]
         lower.set_xticks(list(shown), [self.layers[i].name for i in shown], rotation=90, fontsize=6)
-        return figure

@@ -44,11 +44,48 @@ class Pattern:
         """
         found = re.fullmatch(r"(\d+):(\d+)", text)
         if not found or not 1 <= int(found[1]) < int(found[2]):
-            raise ValueError(f"pattern={text!r}: expected N:M, N of every M weights stay, such as '2:4'")
+            raise ValueError(
+                f"pattern={text!r}: expected N:M, N of every M weights stay, such as '2:4', or with a sparsity '4x1'"
+            )
         return cls(int(found[1]), int(found[2]))
 
     def __str__(self) -> str:
         return f"{self.kept}:{self.of}"
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """A sparsity of whole blocks of ``of`` consecutive input channels of an output: the pattern ``4x1``."""
+
+    sparsity: float
+    of: int = 4
+
+    def __str__(self) -> str:
+        return f"{self.of}x1"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Whole blocks of consecutive input channels of an output go, as ``4x1``: ``count`` of them in a layer.
+
+    Example:
+        >>> solve(torch.tensor([[[3.0, 0.0, 0.0, 1.0, 2.0, 2.0, 0.0, 1.0]]]), None, Blocks(1), "magnitude").weight
+        tensor([[[3., 0., 0., 1., 0., 0., 0., 0.]]])
+    """
+
+    count: int
+    of: int = 4
+
+    def __str__(self) -> str:
+        return f"{self.of}x1"
+
+    def whole(self, numbers: Tensor) -> Tensor:
+        """Numbers of inputs as ``(..., blocks, inputs of a block)``."""
+        return numbers.unflatten(-1, (-1, self.of))
+
+    def spread(self, mask: Tensor) -> Tensor:
+        """A mask of blocks as one of inputs."""
+        return mask.repeat_interleave(self.of, -1)
 
 
 @dataclass(frozen=True)
@@ -63,7 +100,7 @@ class Solved:
 def solve(
     weight: Tensor,
     hessian: Tensor | None,
-    target: int | Pattern,
+    target: int | Pattern | Blocks,
     method: str = "sparsegpt",
     damping: float = 0.01,
     block_size: int = 128,
@@ -76,7 +113,7 @@ def solve(
     Args:
         weight: ``(G, R, D)``, float64.
         hessian: ``(G, D, D)``; only ``magnitude`` does without.
-        target: how many weights of the whole layer become 0, or N:M.
+        target: how many weights of the whole layer become 0, or N:M, or how many blocks.
         method: one of ``METHODS``.
         damping: of SparseGPT, relative to the mean of the diagonal.
         block_size: of SparseGPT, columns whose mask is chosen at once.
@@ -117,7 +154,7 @@ def error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> float:
 
 
 def sparsegpt(
-    weight: Tensor, hessian: Tensor, target: int | Pattern, damping: float = 0.01, block_size: int = 128
+    weight: Tensor, hessian: Tensor, target: int | Pattern | Blocks, damping: float = 0.01, block_size: int = 128
 ) -> Solved:
     r"""Optimal brain surgery column by column (SparseGPT, 2301.00774, algorithm 1).
 
@@ -127,10 +164,13 @@ def sparsegpt(
     there are more of them than are to go, the largest stay (the paper's code takes them all), as other images or sizes
     may need them: counts are exact.
 
+    Of ``Blocks``, the mask takes those whose columns together cost least, each after what those before it hand on:
+    :math:`\|w_S U_{SS}^{-1}\|^2`.
+
     Args:
         weight: ``(G, R, D)``.
         hessian: ``(G, D, D)``, undamped.
-        target: how many weights become 0, or N:M.
+        target: how many weights become 0, or N:M, or how many blocks.
         damping: relative to the mean of the diagonal; ten times more as often as the factorisation fails.
         block_size: columns of a block.
 
@@ -143,6 +183,9 @@ def sparsegpt(
     if isinstance(target, Pattern):
         block_size = max(block_size // target.of, 1) * target.of
         quota = None
+    elif isinstance(target, Blocks):
+        block_size = max(block_size // target.of, 1) * target.of
+        quota = _Quota(target.whole(gone).all(-1), target.count)
     else:
         count = min(max(target - int(gone.sum()), 0), int(dead.sum()))
         gone = _lowest_left(weight.abs().masked_fill(~dead, torch.inf), gone, count)
@@ -153,7 +196,11 @@ def sparsegpt(
         diagonal = own.diagonal(dim1=-2, dim2=-1)[:, None, :]
         block, lost = weight[..., start:stop].clone(), gone[..., start:stop]
         errors = torch.zeros_like(block)
-        if quota is not None:
+        if isinstance(target, Blocks) and quota is not None:
+            empty = target.whole(lost).all(-1)
+            costs = _block_costs(block.masked_fill(dead[..., start:stop], 0), own, target)
+            mask = target.spread(_lowest_left(costs, empty, quota.of(empty))) | lost
+        elif quota is not None:
             mask = _lowest_left((block / diagonal).square(), lost, quota.of(lost))
         for j in range(stop - start):
             if isinstance(target, Pattern) and j % target.of == 0:
@@ -167,6 +214,16 @@ def sparsegpt(
         weight[..., start:stop] = block.masked_fill(mask, 0)
         weight[..., stop:] -= errors @ factor[:, start:stop, stop:]
     return Solved(weight, used)
+
+
+def _block_costs(weight: Tensor, factor: Tensor, target: Blocks) -> Tensor:
+    """What it costs to lose each block: ``(G, R, blocks)``."""
+    found = []
+    for j in range(0, weight.shape[-1], target.of):
+        some = slice(j, j + target.of)
+        errors = torch.linalg.solve_triangular(factor[:, some, some], weight[..., some], upper=True, left=False)
+        found.append(errors.square().sum(-1))
+    return torch.stack(found, -1)
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
@@ -224,8 +281,13 @@ def _lowest_left(scores: Tensor, gone: Tensor, count: int) -> Tensor:
     return gone.flatten().index_fill(0, order, True).view(gone.shape)
 
 
-def _lowest(scores: Tensor, target: int | Pattern, by_row: bool = False) -> Tensor:
-    """A mask of the lowest scores: of each M inputs, of each row (numbers differ by 1 at most), or of all."""
+def _lowest(scores: Tensor, target: int | Pattern | Blocks, by_row: bool = False) -> Tensor:
+    """A mask of the lowest scores: of each M inputs, of each row (numbers differ by 1 at most), or of all.
+
+    The score of a block is the sum of the squares of its inputs' scores.
+    """
+    if isinstance(target, Blocks):
+        return target.spread(_lowest(target.whole(scores).square().sum(-1), target.count, by_row))
     if isinstance(target, Pattern):
         grouped = scores.unflatten(-1, (-1, target.of))
         chosen = grouped.argsort(dim=-1, stable=True)[..., : target.of - target.kept]

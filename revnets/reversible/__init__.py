@@ -9,6 +9,7 @@ from .compiled import compile_branches
 from .coupling import AdditiveCoupling
 from .errors import RangeError, ReversibleError
 from .grid import DEFAULT_GRID_BITS, round_to_grid
+from .hooks import every_pass
 from .leapfrog import Leapfrog
 from .mode import MODES, recompute, set_mode
 from .op import ReversibleOp
@@ -37,6 +38,7 @@ __all__ = [
     "SpaceToDepth",
     "check_reversibility",
     "compile_branches",
+    "every_pass",
     "once",
     "recompute",
     "round_to_grid",

@@ -1,6 +1,7 @@
 """Additive coupling of two halves: the reversible residual block."""
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from .op import Grads, ReversibleOp, Step, Tensors
@@ -72,11 +73,21 @@ class AdditiveCoupling(ReversibleOp):
             raise ValueError(
                 f"AdditiveCoupling takes one tensor, to be split along its channels, or two; got {len(xs)}"
             )
-        channels = xs[0].shape[1]
-        if channels < 2:
-            raise ValueError(f"AdditiveCoupling splits the channels in halves: expected at least 2, got {channels}")
-        first, second = xs[0].split((channels - channels // 2, channels // 2), dim=1)
+        first, second = split_channels(xs[0])
         return first, second
+
+
+@torch.fx.wrap
+def split_channels(x: Tensor) -> Tensors:
+    """The two halves of a tensor's channels, the first the larger one.
+
+    Raises:
+        ValueError: there is only one channel.
+    """
+    channels = x.shape[1]
+    if channels < 2:
+        raise ValueError(f"AdditiveCoupling splits the channels in halves: expected at least 2, got {channels}")
+    return x.split((channels - channels // 2, channels // 2), dim=1)
 
 
 def _joined(pair: tuple[Tensor, Tensor], count: int) -> Tensors:

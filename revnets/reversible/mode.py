@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .replay import BranchRecord, activated, active, recording, replaying, tree
+from .traced import is_traced
 
 MODES = ("reversible", "checkpoint", "store")
 """``reversible``: activations are rebuilt from outputs. ``checkpoint``: torch's own, the input of every op is kept.
@@ -55,7 +56,7 @@ def recompute(module: Callable[..., Any], *xs: Tensor) -> Any:
         module: a module, or a bound method of one.
         xs: its inputs, kept until the backward pass.
     """
-    if not torch.is_grad_enabled() or active.inside_branch or torch.compiler.is_exporting():
+    if not torch.is_grad_enabled() or active.inside_branch or torch.compiler.is_exporting() or is_traced(*xs):
         return module(*xs)
     return _checkpointed(module, *xs)
 
@@ -67,7 +68,7 @@ def _checkpointed(module: Callable[..., Any], *xs: Tensor) -> Any:
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         in_stack = active.in_stack
-        return recording(record, *xs), _again(record, owner, in_stack)
+        return recording(record, tree(owner), *xs), _again(record, owner, in_stack)
 
     # The generator state is in the record, and only where something drew from it.
     return checkpoint(

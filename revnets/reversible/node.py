@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .errors import ReversibleError
 from .grid import check_range, grid_limit, max_abs
-from .op import Grads, ReversibleOp, Step, Tensors
+from .hooks import no_hook_changes
+from .op import Grads, ReversibleOp, Step, Tensors, ops_of, rewound
 from .replay import BranchRecord, Precision, Recorder, activated, active, is_fake, parameters_of
 
 
@@ -103,9 +104,10 @@ class OpNode(torch.autograd.Function):
     def forward(
         ctx: Any, op: ReversibleOp, name: str, tape: Tape, index: int, num_inputs: int, *tensors: Tensor
     ) -> Tensors:
-        xs, parameters = tensors[:num_inputs], tensors[num_inputs:]
+        # detached: views of what needs a gradient, made here, would be neither leaves nor results to those who look
+        xs, parameters = tuple(x.detach() for x in tensors[:num_inputs]), tensors[num_inputs:]
         recorder = Recorder()
-        with activated(runner=recorder):
+        with no_hook_changes(ops_of(op), name), activated(runner=recorder):
             ys = op(*xs)
         ctx.op, ctx.name, ctx.tape, ctx.index, ctx.num_inputs = op, name, tape, index, num_inputs
         ctx.records = _put_away(ctx, recorder.records)
@@ -121,7 +123,7 @@ class OpNode(torch.autograd.Function):
         needs_input_grad = ctx.needs_input_grad[5 : 5 + ctx.num_inputs]
         step = Step(_taken_out(ctx), ctx.parameters, needs_input_grad)
         with tape.precision.entered(), activated(in_stack=True, runner=None, record=None, playback=None):
-            xs, grad_xs = op.rewind(step, ys, grad_ys)
+            xs, grad_xs = rewound(op, step, ys, grad_ys)
         if ctx.index > 0:
             tape.put(ctx.index - 1, xs, grad_xs, step.shared["exclusive"])
             stand_ins = zip(tape.stand_ins(xs), needs_input_grad, strict=True)

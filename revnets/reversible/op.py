@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .call import call
 from .grid import add_rounded, resolve_grid_bits, round_to_grid, sub_rounded_
+from .hooks import has_backward_hooks, hooks_silent, post_backward, pre_backward, seen_again
 from .replay import BranchRecord, FrozenRunner, Replayer, activated, active, replaying, tree
 
 Tensors = tuple[Tensor, ...]
@@ -49,6 +50,10 @@ class ReversibleOp(nn.Module):
         """Inputs from outputs."""
         raise NotImplementedError(f"{type(self).__name__} needs an inverse(*ys)")
 
+    def num_outputs_of(self, num_inputs: int) -> int:
+        """How many tensors come out when so many go in: as many, unless an op says otherwise."""
+        return num_inputs
+
     def rewind(self, step: "Step", ys: Tensors, grad_ys: Grads) -> tuple[Tensors, Grads]:
         """From outputs and their gradients to inputs and theirs; parameter gradients gather in ``step``.
 
@@ -58,12 +63,17 @@ class ReversibleOp(nn.Module):
         they return must share no memory.
         """
         step.shared["exclusive"] = False  # an inverse may return views: the next op gets copies
-        with torch.no_grad(), activated(runner=Replayer(step.records)):
+        with torch.no_grad(), hooks_silent(ops_of(self)), activated(runner=Replayer(step.records)):
             xs = self.inverse(*ys)
         inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in xs]
         modules = tree(self)
-        with torch.enable_grad(), _without_hooks(modules), activated(runner=Replayer(step.records)):
-            outputs = [_Output(y) for y in self(*inputs)]
+        with (
+            torch.enable_grad(),
+            _without_hooks(modules),
+            hooks_silent(ops_of(self)),
+            activated(runner=Replayer(step.records)),
+        ):
+            outputs = [_Output(y) for y in self.forward(*inputs)]
             in_use = step.in_use(modules)
         return xs, step.pull(outputs, grad_ys, inputs, *in_use)
 
@@ -134,6 +144,33 @@ class ReversibleOp(nn.Module):
             yield
 
 
+def ops_of(op: ReversibleOp) -> list[ReversibleOp]:
+    """The op and those that it is made of; what is inside of branches is not looked at."""
+    found: list[ReversibleOp] = []
+    stack: list[nn.Module | None] = [op]
+    while stack:
+        module = stack.pop()
+        if isinstance(module, ReversibleOp):
+            found.append(module)
+        if isinstance(module, ReversibleOp | nn.ModuleList | nn.ModuleDict):
+            stack.extend(module._modules.values())
+    return found
+
+
+def rewound(op: ReversibleOp, step: "Step", ys: Tensors, grad_ys: Grads) -> tuple[Tensors, Grads]:
+    """``op.rewind``, and what backward hooks on the op make of the gradients; they may keep what they see."""
+    if not has_backward_hooks(op):
+        return op.rewind(step, ys, grad_ys)
+    outputs = pre_backward(op, _copies(grad_ys))
+    xs, grad_xs = op.rewind(step, ys, _copies(outputs))
+    wanted = tuple(g if needed else None for g, needed in zip(grad_xs, step.needs_input_grad, strict=True))
+    return xs, _copies(post_backward(op, _copies(wanted), outputs))
+
+
+def _copies(grads: Grads) -> Grads:
+    return tuple(None if g is None else g.clone() for g in grads)
+
+
 class Step:
     """One op's backward pass: evaluates recorded branches with gradient, once each, and gathers parameter gradients.
 
@@ -195,9 +232,11 @@ class Step:
             (parameter gradients are gathered here) and frees the graph: from then on the value is the caller's to
             change in place.
         """
-        # .data has a version counter of its own: one half of a tensor may be written while the other is in use
-        inputs = [x.data.requires_grad_(needs_grad) for x in xs]
         modules = tree(module)
+        seen_now = seen_again(modules, self.records[key].hooks)  # by hooks
+        seen_later = any(map(has_backward_hooks, modules))
+        # .data has a version counter of its own: one half of a tensor may be written while the other is in use
+        inputs = [(x.clone() if seen_now else x).data.requires_grad_(needs_grad) for x in xs]
         with torch.enable_grad(), _without_hooks(modules), replaying(self.records[key], modules):
             value = call(module, *inputs)
             output = _DenseGrad.apply(value) if dense_grad and _minds_gaps(value) else value
@@ -205,12 +244,14 @@ class Step:
             del output
         if value.is_leaf or value._is_view():  # may be an input or a parameter in disguise
             value = value.clone()
+        value = value.detach().clone() if seen_now else value.detach()
 
         def pull(grad: Tensor | None) -> Grads:
             output, in_use = graph.pop()
+            grad = grad.clone() if seen_later and grad is not None else grad
             return self.pull([output], [grad], inputs, *in_use)
 
-        return value.detach(), pull
+        return value, pull
 
     def in_use(self, modules: list[nn.Module]) -> tuple[list[int], list[Tensor]]:
         """Owners (identities of the true parameters) and the tensors that stand for them in the graph being built."""

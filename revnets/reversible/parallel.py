@@ -5,7 +5,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from .op import Grads, ReversibleOp, Step, Tensors
+from .op import Grads, ReversibleOp, Step, Tensors, rewound
 
 
 class Parallel(ReversibleOp):
@@ -37,7 +37,7 @@ class Parallel(ReversibleOp):
     def rewind(self, step: Step, ys: Tensors, grad_ys: Grads) -> tuple[Tensors, Grads]:
         xs, grads = list(ys), list(grad_ys)
         for k, op in reversed(list(enumerate(self._ops()))):
-            (xs[k],), (grads[k],) = op.rewind(step.narrowed(k), (ys[k],), (grad_ys[k],))
+            (xs[k],), (grads[k],) = rewound(op, step.narrowed(k), (ys[k],), (grad_ys[k],))
         return tuple(xs), tuple(grads)
 
     def _ops(self) -> Sequence[ReversibleOp]:

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from .call import call
 from .draws import DrawnAgain, Draws
 from .errors import ReversibleError
+from .hooks import HookLog, hooks_again, hooks_noted
 
 
 class _Active(threading.local):
@@ -257,6 +258,32 @@ def frozen_statistics(modules: list[nn.Module], owners: set[int] | frozenset[int
             norm._buffers = own
 
 
+def _small_state(modules: list[nn.Module]) -> list[tuple[nn.Module, str, Tensor]]:
+    """Buffers that a forward pass may move besides those of norms: spectral norm's vectors, an observer's range."""
+    return [
+        (m, name, b)
+        for m in modules
+        if m._buffers and m.training and not isinstance(m, _NormBase)
+        for name, b in m._buffers.items()
+        if b is not None and b.dim() <= 1 and b.dtype != torch.bool
+    ]
+
+
+@contextmanager
+def _former_state(state: list[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
+    """Start from these buffers again, and leave those of now as they are."""
+    own = [(m, m._buffers) for m in dict.fromkeys(m for m, _, _ in state)]
+    for module, buffers in own:
+        module._buffers = dict(buffers)
+    for module, name, former in state:
+        module._buffers[name] = former.clone()
+    try:
+        yield
+    finally:
+        for module, buffers in own:
+            module._buffers = buffers
+
+
 # --- recording and replaying -----------------------------------------------------------------------------------------
 
 
@@ -269,21 +296,36 @@ class BranchRecord:
     rng: _RngState | None = None
     draws: list[Any] | None = None  # instead of ``rng`` where a CUDA graph is captured
     side: bool = False  # no branch: what an op handed to ``keep``, for autograd to hold and to free
+    hooks: HookLog = field(default_factory=HookLog)
+    state: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)  # buffers that it moved, as they were
 
 
 @contextmanager
-def recording(record: BranchRecord, *xs: Tensor) -> Iterator[None]:
+def recording(record: BranchRecord, modules: list[nn.Module], *xs: Tensor) -> Iterator[None]:
     """Note in ``record`` what the code inside consumes. Costs microseconds; free of memory where nothing is random."""
+    buffers = [(m, name, b, b._version, b.clone()) for m, name, b in _small_state(modules)]
+    with activated(runner=None, record=record, playback=None), _consumption(record, modules, xs):
+        yield
+    record.state = [
+        (m, name, former)
+        for m, name, b, version, former in buffers
+        if m._buffers.get(name) is not b or b._version != version
+    ]
+
+
+@contextmanager
+def _consumption(record: BranchRecord, modules: list[nn.Module], xs: tuple[Tensor, ...]) -> Iterator[None]:
     if active.captured:
         record.draws = []
-        with Draws(record.draws), activated(runner=None, record=record, playback=None):
+        with Draws(record.draws), hooks_noted(modules, dict) as record.hooks:
             yield
         return
     devices = _devices(xs)
-    before = {} if any(is_fake(x) for x in xs) else _rng_state(devices)  # fake tensors draw nothing
-    with activated(runner=None, record=record, playback=None):
+    known = not any(is_fake(x) for x in xs)  # fake tensors draw nothing
+    before = _rng_state(devices) if known else {}
+    with hooks_noted(modules, (lambda: _rng_state(devices)) if known else dict) as record.hooks:
         yield
-    after = _rng_state(devices) if before else {}
+    after = _rng_state(devices) if known else {}
     if any(before[d].numpy().tobytes() != after[d].numpy().tobytes() for d in before):  # `equal` would be a launch
         record.rng = before
 
@@ -295,6 +337,8 @@ def replaying(record: BranchRecord, modules: list[nn.Module]) -> Iterator[None]:
     with (
         _rng_replayed(record.rng) if kept is None else DrawnAgain(kept),
         frozen_statistics(modules, record.owners),
+        _former_state(record.state),
+        hooks_again(modules, record.hooks),
         activated(runner=None, record=None, playback=iter(record.kept), captured=kept is not None),
     ):
         yield
@@ -315,7 +359,7 @@ class Recorder(Runner):
                 "call of its op: give each call a key of its own, and each place an op of its own"
             )
         record = self.records[key] = BranchRecord()
-        with recording(record, *xs):
+        with recording(record, tree(module), *xs):
             return call(module, *xs)
 
     def keep(self, key: Hashable, value: Any) -> None:

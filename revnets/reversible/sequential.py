@@ -13,6 +13,7 @@ from .mode import check_mode, recompute
 from .node import Handover, OpNode, RangeGuard, Tape
 from .op import ReversibleOp, Tensors
 from .replay import activated, active, autocast_cache_off, parameters_of
+from .traced import as_one_node, is_traced
 
 
 class RevSequential(nn.Module):
@@ -68,7 +69,15 @@ class RevSequential(nn.Module):
         """
         if not self.training or torch.compiler.is_exporting():
             return self._plain(xs, self._named_ops())
+        if is_traced(*xs):
+            return as_one_node(self, self.num_outputs(len(xs)), *xs)
         return self._train(xs)
+
+    def num_outputs(self, num_inputs: int) -> int:
+        """How many tensors come out of the chain when so many go in."""
+        for _, op in self._named_ops():
+            num_inputs = op.num_outputs_of(num_inputs)
+        return num_inputs
 
     def inverse(self, *ys: Tensor) -> Tensors:
         """Inputs of the chain from its outputs; running statistics are left alone."""

@@ -77,6 +77,9 @@ class RevSilo(ReversibleOp):
             ys[i] = self._plus(us[i], self._sum("up", i, us))  # us[j] with j > i is not yet replaced
         return tuple(ys)
 
+    def num_outputs_of(self, num_inputs: int) -> int:
+        return self.num_outputs
+
     def inverse(self, *ys: Tensor) -> Tensors:
         """Undo ``forward``: m maps in, n maps out."""
         with self.undoing():
@@ -122,7 +125,7 @@ class RevSilo(ReversibleOp):
         for source, branch in self._edges(direction, target):
             value = self.branch((direction, source, target), branch, xs[source])
             if ours and total is not None and not torch.is_grad_enabled():
-                total.add_(value)
+                total = total.add_(value)  # a traced graph drops what nobody reads
             else:
                 total, ours = value if total is None else total + value, total is not None
         return total

@@ -1,8 +1,14 @@
 """Space-to-depth: the reversible stem."""
 
+import torch.fx
 from torch import Tensor
 
 from .op import ReversibleOp, Tensors
+
+
+def wants_channels_last(x: Tensor) -> bool:
+    """Whether convolutions copy maps like ``x`` unless they are channels-last: oneDNN's do, in and out, on a CPU."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
 class SpaceToDepth(ReversibleOp):
@@ -15,6 +21,8 @@ class SpaceToDepth(ReversibleOp):
         in_chans: C, channels of the image.
         block_size: side of the blocks; 1 only repeats.
         repeated: channels after repetition: whole copies of the image, then its first ``repeated % in_chans`` channels.
+        channels_last: in training, lay the output out so where that saves copies (see ``wants_channels_last``),
+            whatever the input's layout; what follows stays in it.
 
     Raises:
         ValueError: when ``repeated < in_chans`` (channels would be lost), or sizes do not fit.
@@ -25,11 +33,14 @@ class SpaceToDepth(ReversibleOp):
         torch.Size([1, 48, 8, 8])
     """
 
-    def __init__(self, in_chans: int, block_size: int, repeated: int | None = None) -> None:
+    def __init__(
+        self, in_chans: int, block_size: int, repeated: int | None = None, channels_last: bool = False
+    ) -> None:
         super().__init__()
         self.in_chans = in_chans
         self.block_size = block_size
         self.repeated = in_chans if repeated is None else repeated
+        self.channels_last = channels_last
         if self.repeated < in_chans:
             raise ValueError(
                 f"SpaceToDepth would lose channels: in_chans={in_chans} does not fit in {self.repeated}; "
@@ -43,16 +54,17 @@ class SpaceToDepth(ReversibleOp):
 
     def forward(self, *xs: Tensor) -> Tensors:
         (x,) = xs
-        if x.shape[1] != self.in_chans:
-            raise ValueError(
-                f"input has {x.shape[1]} channels, expected in_chans={self.in_chans}: shape {tuple(x.shape)}"
-            )
+        _check_channels(x, self.in_chans)
         indices = [c % self.in_chans for c in range(self.repeated)]
         if self.repeated != self.in_chans:
             x = x[:, indices]
         n, c, h, w = x.shape
         s = self.block_size
-        x = x.reshape(n, c, h // s, s, w // s, s).permute(0, 3, 5, 1, 2, 4)
+        x = x.reshape(n, c, h // s, s, w // s, s)
+        if self.channels_last and self.training and wants_channels_last(x):
+            x = x.permute(0, 2, 4, 3, 5, 1).reshape(n, h // s, w // s, s * s * c)
+            return (x.permute(0, 3, 1, 2),)
+        x = x.permute(0, 3, 5, 1, 2, 4)
         return (x.reshape(n, s * s * c, h // s, w // s),)
 
     def inverse(self, *ys: Tensor) -> Tensors:
@@ -64,3 +76,9 @@ class SpaceToDepth(ReversibleOp):
 
     def extra_repr(self) -> str:
         return f"in_chans={self.in_chans}, block_size={self.block_size}, repeated={self.repeated}"
+
+
+@torch.fx.wrap
+def _check_channels(x: Tensor, in_chans: int) -> None:
+    if x.shape[1] != in_chans:
+        raise ValueError(f"input has {x.shape[1]} channels, expected in_chans={in_chans}: shape {tuple(x.shape)}")

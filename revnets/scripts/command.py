@@ -5,21 +5,13 @@ from typing import Annotated
 import typer
 
 from ..arguments import passing
-from ..training.errors import USER_ERROR
 from . import script
 
 Arguments = Annotated[list[str] | None, typer.Argument(help="of the script; --help lists them", metavar="[OPTIONS]")]
 
 
 def _run(name: str, program: str, arguments: list[str] | None) -> None:
-    try:
-        main = script(name).main
-    except ModuleNotFoundError as missing:
-        extra = "detection" if name.startswith("detection") else "quickstart"
-        package = (missing.name or str(missing)).partition(".")[0]
-        typer.echo(f"revnets: `{program}` needs {package}: pip install 'revnets[{extra}]'", err=True)
-        raise typer.Exit(USER_ERROR) from None
-    raise typer.Exit(main(arguments or [], program))
+    raise typer.Exit(script(name).main(arguments or [], program))
 
 
 @passing

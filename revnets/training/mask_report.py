@@ -5,7 +5,7 @@ from typing import Any
 
 from ..sparsity import SparsityController
 from .files import write_csv
-from .pictures import save_figure
+from .pictures import picture
 
 TABLE, PICTURE = "sparsity.csv", "sparsity.png"
 COLUMNS = ("step", "layer", "weights", "active", "density", "fraction", "exchanged", "changed")
@@ -41,7 +41,7 @@ def write_table(controller: SparsityController, folder: Path) -> Path:
     return write_csv(folder / TABLE, rows(controller), COLUMNS)
 
 
-def draw_picture(controller: SparsityController, folder: Path, title: str = "") -> Path:
+def draw_picture(controller: SparsityController, folder: Path, title: str = "") -> Path | None:
     """Draw ``sparsity.png``: density by layer, and the share of active weights that is new at every change.
 
     Args:
@@ -49,17 +49,16 @@ def draw_picture(controller: SparsityController, folder: Path, title: str = "") 
         folder: to write to; it exists.
         title: above the picture.
 
-    Raises:
-        ImportError: where matplotlib is not installed.
+    Returns:
+        The file; None where matplotlib is not installed.
     """
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    figure.suptitle(title)
-    left, right = figure.subplots(1, 2)
-    _draw_density(left, controller)
-    _draw_changes(right, controller)
-    return save_figure(figure, folder / PICTURE)
+    def paint(figure: Any) -> None:
+        left, right = figure.subplots(1, 2)
+        _draw_density(left, controller)
+        _draw_changes(right, controller)
+
+    return picture(folder / PICTURE, (11, 5), paint, title, f"; see {TABLE}")
 
 
 def _draw_density(axis: Any, controller: SparsityController) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,36 @@ from .files import whole_file
 _logger = logging.getLogger("revnets")
 
 
-def new_figure(path: Path, size: tuple[float, float], instead: str = "") -> Any:
-    """A figure of matplotlib; None, said in one line, where that is not installed.
+def picture(
+    path: Path,
+    size: tuple[float, float],
+    paint: Callable[[Any], object],
+    title: str = "",
+    instead: str = "",
+    dpi: int = 120,
+) -> Path | None:
+    """A picture as a PNG file, whole or not at all.
 
     Args:
-        path: Of the picture.
+        path: Of the file.
         size: Width and height in inches.
-        instead: What else to say where there is none.
+        paint: Draws on the figure.
+        title: Above it.
+        instead: What else to say where there is no matplotlib.
+        dpi: Pixels per inch.
+
+    Returns:
+        The path, or None, said in one line, where matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        _logger.info(f"no {path.name}: matplotlib is not installed (pip install matplotlib){instead}")
+        _logger.warning(f"no {path.name}: matplotlib is not installed (pip install matplotlib){instead}")
         return None
-    return Figure(figsize=size, layout="constrained")
-
-
-def save_figure(figure: Any, path: Path, dpi: int = 120) -> Path:
-    """Writes the picture, whole or not at all, and returns its path."""
+    figure = Figure(figsize=size, layout="constrained")
+    if title:
+        figure.suptitle(title)
+    paint(figure)
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=dpi, format="png")
     return path

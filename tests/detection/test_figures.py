@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("mmdet", reason="MMDetection is not installed: pip install 'revnets[detection]'")
 
-from detection.progress import VALIDATIONS, Progress, metric_words
-from detection.report import write_summary
+from detection.progress import VALIDATIONS, Progress
+from detection.report import metric_words, write_summary
 
 
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])

@@ -15,6 +15,8 @@ from torch import Tensor
 from revnets import kernels
 from revnets.kernels import compressed
 from revnets.kernels.build import Geometry
+from revnets.kernels.byte_calls import compress_bytes
+from revnets.kernels.byte_ops import LAYERS
 from revnets.kernels.calls import ConvCall, MapCall, MaxPoolCall, MeanCall, SliceCall, UpsampleCall, _check_weights
 from revnets.kernels.compressed import compress
 from revnets.kernels.operands import address, readable
@@ -69,6 +71,63 @@ OPERATORS: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {
         },
         {},
     ),
+}
+_BYTES = _numbers(2, 2, 9, 7, 4).mul(50).add(100).clamp(0, 255).to(torch.uint8)
+_INT8 = (WEIGHT * 40).to(torch.int8)
+_FINISH = {"numbers": [100, 90, 0, 255, 80], "residual_scale": 0.5}
+_SCALE, _TABLE = torch.linspace(0.001, 0.002, 8), torch.arange(256, dtype=torch.uint8).flip(0)
+_WHOLE = torch.arange(8, dtype=torch.int32) * 50
+OPERATORS |= {
+    "int8_conv2d": (
+        {
+            "x": _BYTES,
+            **dict(zip(("values", "columns", "rows"), compress_bytes(_INT8), strict=True)),
+            "bias": _WHOLE,
+            "scale": _SCALE,
+            "residual": _BYTES[:, :, :5, :4],
+            "table": _TABLE,
+        },
+        {
+            "in_channels": 6,
+            "kernel_size": [3, 3],
+            "stride": [2, 2],
+            "padding": [1, 1],
+            "dilation": [1, 1],
+            "to_float": False,
+            **_FINISH,
+        },
+    ),
+    "int8_depthwise_conv2d": (
+        {
+            "x": _BYTES,
+            "weight": _INT8[:, :1].contiguous(),
+            "bias": _WHOLE,
+            "scale": _SCALE,
+            "residual": _BYTES,
+            "table": _TABLE,
+        },
+        {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], **_FINISH},
+    ),
+    "int8_linear": (
+        {
+            "x": _BYTES[:, :, :1, :1],
+            "weight": _INT8[:, :, 0, 0].contiguous(),
+            "bias": _WHOLE,
+            "scale": _SCALE,
+            "residual": _BYTES[:, :, 1:2, :1],
+            "table": _TABLE,
+        },
+        {"to_float": False, **_FINISH},
+    ),
+    "int8_mean": ({"x": _BYTES, "table": _TABLE}, {"scale": 0.9, "numbers": _FINISH["numbers"]}),
+    "int8_add": ({"x": _BYTES, "residual": _BYTES.flip(3), "table": _TABLE}, {"scale": 0.9, **_FINISH}),
+    "int8_mul": (
+        {"x": _BYTES, "gates": _BYTES[:, :, :1, :1], "table": _TABLE},
+        {"scale": 0.01, "numbers": _FINISH["numbers"]},
+    ),
+    "int8_max_pool2d": ({"x": _BYTES}, {"kernel_size": [3, 3], "stride": [2, 2], "padding": [1, 1]}),
+    "int8_quantize": ({"x": _numbers(2, 6, 9, 7)}, {"scale": 0.02, "zero": 99}),
+    "int8_dequantize": ({"x": _BYTES}, {"channels": 6, "scale": 0.02, "zero": 99}),
 }
 TRAINING: dict[str, tuple[Callable[..., Any], dict[str, Tensor]]] = {
     "sparse_conv": (
@@ -197,7 +256,8 @@ TAKEN = {
 
 
 def test_every_operator_is_here() -> None:
-    assert {name.split("::")[1] for name in compressed._SCHEMAS._op_defs} == set(OPERATORS)
+    assert {name.split("::")[1] for name in compressed.SCHEMAS._op_defs} == set(OPERATORS)
+    assert {str(operator) for operator in LAYERS} == {f"revnets.{name}.default" for name in OPERATORS if "int8" in name}
     for name, (tensors, _) in OPERATORS.items():
         schema = getattr(torch.ops.revnets, name).default._schema
         assert [a.name for a in schema.arguments if "Tensor" in str(a.type)] == list(tensors)

@@ -33,7 +33,7 @@ FAULTS = (
     ),
     Fault(
         "progress-metrics",
-        "detection/progress.py",
+        "detection/report.py",
         old='key.endswith(("_mAP", "_mAP_50"))',
         new='key.endswith("_mAP")',
         tests=("tests/detection/test_figures.py",),

@@ -88,8 +88,8 @@ FAULTS = (
     Fault(
         "parallel-narrowed",
         "revnets/reversible/parallel.py",
-        old="op.rewind(step.narrowed(k), ",
-        new="op.rewind(step, ",
+        old="rewound(op, step.narrowed(k), ",
+        new="rewound(op, step, ",
         tests=(
             "tests/reversible/test_gradients.py",
             "tests/reversible/test_autograd.py",
@@ -142,8 +142,8 @@ FAULTS = (
     Fault(
         "mode-in-stack",
         "revnets/reversible/mode.py",
-        old="return recording(record, *xs), _again(record, owner, in_stack)",
-        new="return recording(record, *xs), _again(record, owner, False)",
+        old="return recording(record, tree(owner), *xs), _again(record, owner, in_stack)",
+        new="return recording(record, tree(owner), *xs), _again(record, owner, False)",
         tests=(
             "tests/reversible/test_gradients.py",
             "tests/reversible/test_modes.py",

@@ -3,6 +3,7 @@
 import csv
 import json
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,14 @@ def test_profile_writes_table_files_and_timeline(tmp_path: Path) -> None:
     for picture in pictures:
         assert_png(picture)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_all_but_the_pictures_where_there_is_no_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = profile(TINY, "--mode", "store", "--output", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".csv", ".json"]
+    assert ".png" not in result.stdout
 
 
 @pytest.mark.parametrize("kind", ["depth", "resolution"])

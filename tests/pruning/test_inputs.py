@@ -104,6 +104,16 @@ def test_pattern_runs_along_the_channels() -> None:
     assert ((weight == 0).unflatten(1, (2, 4)).sum(2) == 2).all()
 
 
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
+def test_blocks_run_along_the_channels(method: str) -> None:
+    report = prune(nn.Sequential(conv("plain")), torch.randn(4, 8, 7, 6).double(), 0.7, "4x1", method, exclude=())
+    weight = report.model[0].weight
+    empty = (weight == 0).unflatten(1, (2, 4)).all(2)
+    assert int(empty.sum()) == round(0.7 * empty.numel())
+    assert int((weight == 0).sum()) == 4 * int(empty.sum())
+    assert report.target == "4x1 0.7"
+
+
 def test_padding_that_depends_on_the_image() -> None:
     same, plain = Conv2dSame(8, 6, 3, stride=2).double(), nn.Conv2d(8, 6, 3, stride=2).double()
     plain.load_state_dict(same.state_dict())

@@ -290,6 +290,7 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         lambda: {"sparsity": None, "pattern": "2:4", "distribution": "erk"},
         "expected uniform",
     ),
+    "blocks without a sparsity": (lambda: {"sparsity": None, "pattern": "4x1"}, "expected a sparsity besides"),
     "unknown pattern": (lambda: {"sparsity": None, "pattern": "4:2"}, "expected N:M"),
     "does not divide": (
         lambda: {"sparsity": None, "pattern": "2:4", "exclude": ()},

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from revnets.pruning.solve import METHODS, Pattern, error, inverse_factor, solve, sparsegpt, wanda_scores
+from revnets.pruning.solve import METHODS, Blocks, Pattern, error, inverse_factor, solve, sparsegpt, wanda_scores
 
 
 def problem(seed: int, groups: int = 1, rows: int = 3, columns: int = 6, samples: int = 40) -> tuple[Tensor, Tensor]:
@@ -100,6 +100,43 @@ def test_never_worse_than_magnitude(
         else:
             assert (zeros.unflatten(-1, (-1, pattern.of)).sum(-1) == pattern.of - pattern.kept).all()
     assert errors["sparsegpt"] <= errors["magnitude"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    groups=st.integers(1, 3),
+    rows=st.integers(1, 5),
+    blocks=st.integers(1, 5),
+    samples=st.integers(1, 30),
+    share=st.floats(0, 0.99),
+    block_size=st.sampled_from([1, 8, 128]),
+)
+def test_whole_blocks_go(
+    seed: int, groups: int, rows: int, blocks: int, samples: int, share: float, block_size: int
+) -> None:
+    """As many as asked for, by every method; what is 0 already counts, and SparseGPT is no worse than magnitude."""
+    weight, hessian = problem(seed, groups, rows, 4 * blocks, samples)
+    weight[0, 0, :4] = 0
+    weight[0, -1, 1] = 0
+    target, errors = Blocks(round(share * weight.numel() / 4)), {}
+    for method in METHODS:
+        found = solve(weight, hessian, target, method, block_size=block_size).weight
+        errors[method] = error(weight, found, hessian)
+        empty = (found == 0).unflatten(-1, (-1, 4)).all(-1)
+        extra = int(empty.sum()) - target.count  # the empty one may be besides those that its row has to lose
+        assert extra in (0, 1) if method == "wanda" or not target.count else extra == 0
+        assert (found[weight == 0] == 0).all()
+    assert errors["sparsegpt"] <= errors["magnitude"]
+
+
+def test_the_block_that_costs_least_goes_first() -> None:
+    """Against the exact least-squares answer without each block."""
+    weight, hessian = problem(5, rows=1, columns=12)
+    rest = [[i for i in range(12) if i // 4 != block] for block in range(3)]
+    exact = [best_with(weight[0, 0], hessian[0], tuple(kept)) for kept in rest]
+    found = sparsegpt(weight, hessian, Blocks(1), damping=0.0).weight
+    assert int((found[0, 0] == 0).unflatten(-1, (3, 4)).all(-1).nonzero()) == exact.index(min(exact))
 
 
 def test_groups_are_solved_as_if_alone() -> None:

@@ -112,6 +112,19 @@ def test_space_to_depth_order() -> None:
                 assert y[0, (row * 4 + column) * 4 + channel] == x[0, channel % 3, row, column]
 
 
+@pytest.mark.parametrize("repeated", [3, 7])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_space_to_depth_channels_last_is_the_same(layout: torch.memory_format, repeated: int) -> None:
+    x = torch.randn(2, 3, 8, 12, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=layout)
+    op = SpaceToDepth(3, 4, repeated, channels_last=True)
+    (expected,) = SpaceToDepth(3, 4, repeated)(x)
+    (y,) = op(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, expected)
+    assert torch.equal(op.inverse(y)[0], x)
+    assert op.eval()(x)[0].is_contiguous()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

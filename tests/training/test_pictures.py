@@ -5,20 +5,21 @@ from pathlib import Path
 
 import pytest
 
-from revnets.training.pictures import caption, new_figure, save_figure
+from revnets.training.pictures import caption, picture
 
 
 def test_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
-    figure = new_figure(tmp_path / "a.png", (2, 1))
-    assert save_figure(figure, tmp_path / "a.png", dpi=50).read_bytes().startswith(b"\x89PNG")
+    path = picture(tmp_path / "a.png", (2, 1), lambda figure: figure.subplots().plot([1, 2]), "title", dpi=50)
+    assert path is not None
+    assert path.read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_no_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with caplog.at_level("INFO"):
-        assert new_figure(tmp_path / "a.png", (2, 1), "; see a.csv") is None
+        assert picture(tmp_path / "a.png", (2, 1), lambda figure: 1 / 0, instead="; see a.csv") is None
     assert caplog.messages == ["no a.png: matplotlib is not installed (pip install matplotlib); see a.csv"]
 
 

@@ -12,11 +12,11 @@ import timm
 import torch
 
 from ...profiling.target import training_loss
+from ...profiling.turns import milliseconds
 from ...reversible import MODES
 from ...training.errors import reason
 from ...version import __version__
 from ..registry import REPORT, Column, Context, Row
-from ..timing import milliseconds
 
 COMMAND = "revnets gpu-report --sections a --output DIR"
 PRECISIONS = ("float32", "bfloat16")

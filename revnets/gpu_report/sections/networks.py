@@ -14,13 +14,14 @@ import revnets
 from ...profiling.memory import StepMemory, measure_training_step
 from ...profiling.profile import free_bytes, resident_bytes
 from ...profiling.target import Job, Setting, Target, is_reversible
+from ...profiling.turns import milliseconds
 from ...reversible import compile_branches
 from ...training.errors import reason
 from ..predictions import Predictions, predicting
 from ..registry import REPORT, Column, Context, Row, first
 from ..registry import Target as Promise
 from ..rows import failure
-from ..timing import Energy, kernels, milliseconds, release
+from ..timing import Energy, kernels, release
 
 _SIZES = {"revbifpn_s0": 224, "revbifpn_s1": 256, "revbifpn_s2": 256, "revbifpn_s3": 288, "revbifpn_s4": 320,
           "revbifpn_s6": 352, "efficientnet_b0": 224, "hrnet_w18": 224, "resnet50": 224}  # fmt: skip

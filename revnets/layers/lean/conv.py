@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.training import Structure
+from ...reversible.traced import is_traced
 from .norm_act import dense, has_hooks, uses_lean_layers
 
 
@@ -25,7 +26,8 @@ def conv(x: Tensor, module: nn.Module) -> Tensor:
         >>> conv(torch.ones(1, 4, 8, 8), nn.Conv2d(4, 4, 3, groups=4)).shape
         torch.Size([1, 4, 6, 6])
     """
-    if not (torch.is_grad_enabled() and uses_lean_layers() and is_plain_conv(module)) or uses_kernel(module):
+    lean = torch.is_grad_enabled() and uses_lean_layers() and not is_traced(x)
+    if not (lean and is_plain_conv(module)) or uses_kernel(module):
         return module(x)
     return _Conv.apply(dense(x), weight_of(module), module.bias, module)
 
@@ -92,10 +94,20 @@ def conv_grads(
         _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(*operands, *fixed, [False, *needed[1:]])
     if needed[0] and grad_x is None:
         grad_x, _, _ = torch.ops.aten.convolution_backward(*operands, *fixed, [True, False, False])
+    if grad_weight is not None:
+        grad_weight = _laid_out_as(weight, grad_weight)
     dtypes = (x.dtype, weight.dtype, weight.dtype)
     return tuple(
         g if g is None else g.to(dtype) for g, dtype in zip((grad_x, grad_weight, grad_bias), dtypes, strict=True)
     )
+
+
+def _laid_out_as(weight: Tensor, grad: Tensor) -> Tensor:
+    """The gradient with the weight's strides, if those of sides of length 1 alone differ: DDP's buckets have them."""
+    if grad.stride() == weight.stride():
+        return grad
+    sides = zip(weight.shape, weight.stride(), grad.stride(), strict=True)
+    return grad if any(n != 1 and a != b for n, a, b in sides) else grad.as_strided(weight.shape, weight.stride())
 
 
 def _as_forward(x: Tensor, grad: Tensor, conv: nn.Conv2d) -> bool:

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...reversible.hooks import has_hooks
 from ...reversible.operators import calls
 from ...reversible.replay import once
+from ...reversible.traced import is_traced
 from . import cuda  # noqa: F401 - registers the operators and their kernels
 from .activations import ACTIVATIONS, name_of
 from .ops import dense
@@ -36,7 +38,7 @@ def norm_act(x: Tensor, norm: nn.Module, act: nn.Module | None = None) -> Tensor
         >>> norm_act(torch.ones(2, 4, 3, 3), nn.BatchNorm2d(4), nn.Hardswish()).shape
         torch.Size([2, 4, 3, 3])
     """
-    if not is_lean(norm, act):
+    if is_traced(x) or not is_lean(norm, act):
         x = norm(x)
         return x if act is None else act(x)
     fresh: list[Tensor] = []
@@ -83,13 +85,6 @@ def is_lean(norm: nn.Module, act: nn.Module | None) -> bool:
         and norm.affine
         and not has_hooks(norm)
         and not (act is not None and has_hooks(act))
-    )
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody watches this module, so that it must be called."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 

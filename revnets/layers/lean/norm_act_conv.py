@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...kernels.training import Structure
 from ...reversible.operators import calls as lean
 from ...reversible.replay import is_recomputed, once, tree
+from ...reversible.traced import is_traced
 from .activations import ACTIVATIONS, name_of
 from .conv import conv_grads, convolved, is_plain_conv, structure_of, weight_of
 from .cuda import is_small
@@ -42,7 +43,7 @@ def norm_act_conv(x: Tensor, norm: nn.Module, act: nn.Module, se: SEModule | Non
         >>> norm_act_conv(torch.ones(2, 4, 3, 3), nn.BatchNorm2d(4), nn.Hardswish(), SEModule(4), conv).shape
         torch.Size([2, 6, 3, 3])
     """
-    if not (is_lean(norm, act) and is_plain_conv(conv) and (se is None or _is_plain_se(se))):
+    if is_traced(x) or not (is_lean(norm, act) and is_plain_conv(conv) and (se is None or _is_plain_se(se))):
         x = norm_act(x, norm, act)
         return conv(x if se is None else se(x))
     structure = structure_of(conv, x)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...reversible.operators import operator
 from .activations import ACTIVATIONS
+from .sums import affine_grads, batch_statistics
 
 # --- shared arguments -------------------------------------------------------------------------------------------------
 
@@ -98,7 +99,7 @@ def batch_norm_act_(*batch: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _measured(x: Tensor, weight: Tensor, bias: Tensor, eps: float, act: str, *rest: Any) -> Norm:
     running = Running(*rest)
     running.batches.add_(1)
-    mean, var = torch.batch_norm_update_stats(x, running.mean, running.var, running.momentum)
+    mean, var = batch_statistics(x, running.mean, running.var, running.momentum)
     return Norm(x, weight, bias, mean, var, eps, act)
 
 
@@ -239,7 +240,7 @@ def batch_norm_grad(grad: Tensor, norm: Norm, needed: Sequence[bool], owned: boo
     kernel = torch.ops.aten.native_batch_norm_backward
     if x.device.type != "cpu" or not needed[0] or not grad.dtype == x.dtype == weight.dtype:
         return kernel(grad, x, weight, None, None, mean, invstd, True, norm.eps, list(needed[:3]))
-    _, grad_weight, grad_bias = kernel(grad, x, weight, None, None, mean, invstd, True, norm.eps, [False, True, True])
+    grad_weight, grad_bias = affine_grads(grad, x, weight, mean, invstd, norm.eps)
     scale, count = weight * invstd, x.numel() // x.shape[1]
     slope = -scale * invstd * grad_weight / count
     shift = -scale * grad_bias / count - slope * mean

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,6 +14,9 @@ from ..sparse_ift.sparse import MaskedWeight
 from .fp8 import check_backend, check_floating, check_grad_scale
 from .fp8_conv import choose, padded_words
 from .functional import munit_scale, mus_conv2d, mus_linear
+
+for _name in ("check_floating", "mus_conv2d", "mus_linear"):  # which look at their tensors: nodes of a traced graph
+    torch.fx.wrap(_name)
 
 
 class MunitScaled(nn.Module):
@@ -224,6 +228,7 @@ class _SparseMunitScaled(MaskedWeight):
         """Weights of variance 1 where the mask leaves them; biases 0."""
         if "mask" not in self._buffers:
             return  # called by torch's own constructor
+        self._draw_missing_mask()
         self.weight.normal_().mul_(self.mask)
         if self.bias is not None:
             self.bias.zero_()

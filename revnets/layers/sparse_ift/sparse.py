@@ -19,6 +19,7 @@ from ...kernels.training import (
     sparse_conv,
     sparse_linear,
 )
+from ...reversible.traced import is_traced
 from ...sparsity.masks import check_sparsity, kept, mask_with_count
 from ..fold import folded_layer, plain_layer
 from ..sites import MASKED
@@ -66,11 +67,13 @@ class MaskedWeight(nn.Module):
     bias: nn.Parameter | None
     mask: Tensor
     sparsity: float
+    _count: int
     init_scale: bool
     gather_dense_grad: bool
     dense_grad: Tensor | None
     sparse_kernel: bool = False
     _structures: StructureCache | None = None
+    _mask_known: bool = True
 
     def __init__(
         self, *args: Any, sparsity: float, init_scale: bool = False, count: int | None = None, **kwargs: Any
@@ -83,14 +86,33 @@ class MaskedWeight(nn.Module):
         self.dense_grad = None
         if count is None:
             count = max(1, kept(self.weight.numel(), self.sparsity))  # a layer without weights would never learn
-        self.register_buffer("mask", mask_with_count(self.weight.shape, count).to(self.weight.device))
+        self._count = count
+        self.register_buffer("mask", self._drawn_mask())
+        self._mask_known = not self.mask.is_meta
         self.reset_parameters()
+
+    def _drawn_mask(self) -> Tensor:
+        if self.weight.is_meta:
+            return torch.empty(self.weight.shape, dtype=torch.bool, device="meta")
+        return mask_with_count(self.weight.shape, self._count).to(self.weight.device)
+
+    def _draw_missing_mask(self) -> None:
+        """A mask that was made on the meta device is what happens to be in memory, until one is drawn or loaded."""
+        if not (self._mask_known or self.mask.is_meta):
+            self.mask.copy_(self._drawn_mask())
+            self._mask_known = True
+
+    def _apply(self, *args: Any, **kwargs: Any) -> MaskedWeight:
+        super()._apply(*args, **kwargs)
+        self._mask_known = self._mask_known and not self.mask.is_meta
+        return self
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Kaiming normal weights by fan-out (of a group), with ``init_scale`` as wide as the density asks; biases 0."""
         if "mask" not in self._buffers:
             return  # called by torch's own constructor
+        self._draw_missing_mask()
         fan_out = self.weight.shape[0] * self.weight[0, 0].numel() / getattr(self, "groups", 1)
         if self.init_scale:
             fan_out *= 1 - self.sparsity
@@ -104,9 +126,13 @@ class MaskedWeight(nn.Module):
             return _gathering(self.weight, self.mask, self)
         return self.weight * self.mask
 
+    def _may_skip(self, x: Tensor) -> bool:
+        """Whether the kernel that skips zeros may be used."""
+        return self.sparse_kernel and not self.gather_dense_grad and not is_traced(x)
+
     def _structure(self, x: Tensor, channels: int, expected: int) -> Structure | None:
         """The mask's, where the kernel is to be used for so many channels or features; else None."""
-        if not self.sparse_kernel or self.gather_dense_grad or channels != expected:  # of which torch complains
+        if channels != expected:  # of which torch complains
             return None
         if x.numel() // expected * self.weight.numel() < MIN_PRODUCTS:
             return None
@@ -135,10 +161,12 @@ class MaskedWeight(nn.Module):
         mask = mask.to(self.mask.device)
         self.weight.mul_(self.mask & mask)
         self.mask.copy_(mask)
+        self._mask_known = not self.mask.is_meta
 
     @torch.no_grad()
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._mask_known = (self._mask_known or f"{prefix}mask" in state_dict) and not self.mask.is_meta
         self.weight.mul_(self.mask)  # a dense checkpoint loads with strict=False
 
     def extra_repr(self) -> str:
@@ -177,7 +205,7 @@ class SparseConv2d(MaskedWeight, nn.Conv2d):  # type: ignore[misc]
 
     def structure(self, x: Tensor) -> Structure | None:
         """What the kernel needs to compute this layer for an input; None where the masked path is to be taken."""
-        return self._structure(x, x.shape[1], self.in_channels) if x.ndim == 4 else None
+        return self._structure(x, x.shape[1], self.in_channels) if self._may_skip(x) and x.ndim == 4 else None
 
 
 class SparseConv2dSame(SparseConv2d):
@@ -218,7 +246,7 @@ class SparseLinear(MaskedWeight, nn.Linear):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x: ``(..., in_features)``. Returns: ``(..., out_features)``."""
-        structure = self._structure(x, x.shape[-1], self.in_features) if x.ndim else None
+        structure = self._structure(x, x.shape[-1], self.in_features) if self._may_skip(x) and x.ndim else None
         if structure is not None:
             return sparse_linear(x, self.weight, self.bias, structure)
         return nn.functional.linear(x, self.effective_weight(), self.bias)

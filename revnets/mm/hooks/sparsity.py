@@ -120,15 +120,10 @@ class SparsityHook(Hook):
             return
         folder = Path(runner.log_dir)
         write_table(self.controller, folder)
-        flops = None if self._flops is None else self._flops.finish(runner)
-        if flops is not None:
+        draw_picture(self.controller, folder, self.schedule)
+        if self._flops is not None and (flops := self._flops.finish(runner)) is not None:
             flops.write(folder)
-        try:
-            draw_picture(self.controller, folder, self.schedule)
-            if flops is not None:
-                flops.draw(folder, self.schedule)
-        except ImportError:
-            runner.logger.info("no pictures of masks: matplotlib is not installed (pip install matplotlib)")
+            flops.draw(folder, self.schedule)
 
     def _mask_averages(self, runner: Any) -> None:
         for hook in runner.hooks:

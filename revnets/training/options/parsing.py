@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -96,7 +97,17 @@ def _joined(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes are `UserError`s."""
+    """A command line whose mistakes are `UserError`s.
+
+    Args:
+        prog: What was typed before it; where it is not given, the script's name, or `python -m` and the module's, which
+            argparse itself finds from Python 3.14 on.
+        **how: Further arguments of argparse.
+    """
+
+    def __init__(self, prog: str | None = None, **how: Any) -> None:
+        module = getattr(sys.modules["__main__"], "__spec__", None)
+        super().__init__(prog or (f"python -m {module.name}" if module else None), allow_abbrev=False, **how)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; `{self.prog} --help` lists all options.")
@@ -104,9 +115,7 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(schema: type, description: str, prog: str | None = None) -> argparse.ArgumentParser:
     """The command line of a dataclass of options. Values stay text, absent options stay absent."""
-    parser = Parser(
-        prog=prog, description=description, epilog=EFFECT, argument_default=argparse.SUPPRESS, allow_abbrev=False
-    )
+    parser = Parser(prog, description=description, epilog=EFFECT, argument_default=argparse.SUPPRESS)
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML file of options; the command line wins over it")
     groups: dict[str, argparse._ArgumentGroup] = {}
     for each in options_of(schema).values():
@@ -128,24 +137,14 @@ def make_parser(schema: type, description: str, prog: str | None = None) -> argp
     return parser
 
 
-def parse(
-    schema: type[T],
-    argv: Sequence[str] | None,
-    description: str,
-    *,
-    prog: str | None = None,
-    ignored: frozenset[str] = frozenset(),
-    ours: Path | None = None,
-) -> T:
+def parse(schema: type[T], argv: Sequence[str] | None, description: str, *, prog: str | None = None) -> T:
     """Reads the command line and the configuration file it names.
 
     Args:
         schema: The dataclass of options.
         argv: The arguments, `sys.argv[1:]` where None.
         description: First line of `--help`.
-        prog: Name of the script in messages.
-        ignored: Keys of the YAML file that are known but not for this script.
-        ours: Folder of files that `--config` finds by name.
+        prog: See `Parser`.
 
     Returns:
         An instance of `schema`.
@@ -153,7 +152,7 @@ def parse(
     Raises:
         UserError: An unknown option or key, a value that does not fit, or one that has no effect.
     """
-    return settled(schema, read_layers(schema, argv, description, prog=prog, ignored=ignored, ours=ours))
+    return settled(schema, read_layers(schema, argv, description, prog=prog))
 
 
 def read_layers(
@@ -165,7 +164,16 @@ def read_layers(
     ignored: frozenset[str] = frozenset(),
     ours: Path | None = None,
 ) -> list[Layer]:
-    """Like `parse`, but only the values that the files and the command line set, the command line last."""
+    """Like `parse`, but only the values that the files and the command line set, the command line last.
+
+    Args:
+        schema: The dataclass of options.
+        argv: The arguments, `sys.argv[1:]` where None.
+        description: First line of `--help`.
+        prog: See `Parser`.
+        ignored: Keys of the YAML file that are known but not for this script.
+        ours: Folder of files that `--config` finds by name.
+    """
     known = options_of(schema)
     parser = make_parser(schema, description, prog)
     namespace, rest = parser.parse_known_args(argv)

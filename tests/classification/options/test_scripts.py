@@ -199,6 +199,11 @@ def test_every_shipped_config_parses_and_starts_with_its_command(path: Path) -> 
     read_layers(ValidateOptions, ["--config", str(path)], "", ignored=trained_only)  # validate.py reads the same files
 
 
+def test_recipes_leave_it_to_the_user_where_data_are() -> None:
+    named = {path.stem: options("--config", str(path)).data_dir for path in CONFIGS.rglob("*.yaml")}
+    assert [name for name, data in named.items() if data] == ["quickstart"], "which makes them"
+
+
 def test_imagenet_recipes_follow_the_table_of_variants() -> None:
     recipes = [options("-c", str(CONFIGS / f"imagenet_s{n}.yaml")) for n in range(7)]
     assert [r.img_size for r in recipes] == [224, 256, 256, 288, 320, 352, 352]

@@ -5,41 +5,61 @@ import json
 import math
 import tarfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from classification.options import TrainOptions
-from classification.tables import lr_transfer, series, sparse
+from classification.tables import lr_transfer, mus, series, sparse, spdf
 from classification.tables import prune as prune_table
 from classification.tables.series import part_of
 from revnets.training.errors import UserError
 
 
-def test_data_are_taken_once(tmp_path: Path) -> None:
-    """Also where they were, in an older version, a link to what has moved since."""
-    made, options = (
-        tmp_path / "made",
-        TrainOptions(data_dir=str(tmp_path), train_split="train.tar", val_split="val.tar"),
-    )
+def names_of(path: Path) -> list[str]:
+    with tarfile.open(path) as file:
+        return file.getnames()
+
+
+def archive(path: Path, *names: str) -> None:
+    with tarfile.open(path, "w") as file:
+        for name in names:
+            file.addfile(tarfile.TarInfo(name))
+
+
+def test_data_are_taken_once_and_again_where_they_changed(tmp_path: Path) -> None:
+    options = TrainOptions(data_dir=str(tmp_path), train_split="train.tar", val_split="val.tar")
     for split in ("train.tar", "val.tar"):
-        with tarfile.open(tmp_path / split, "w") as file:
-            for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png"):
-                file.addfile(tarfile.TarInfo(name))
-    made.mkdir()
-    (made / "val.tar").symlink_to(tmp_path / "gone.tar")
-    assert series.parts(options, made, 2) == made
-    counts = {}
-    for split in ("train.tar", "val.tar"):
-        with tarfile.open(made / split) as file:
-            counts[split] = len(file.getnames())
-    assert counts == {"train.tar": 2, "val.tar": 4}
-    (tmp_path / "train.tar").unlink()
-    series.parts(options, made, 2)
+        archive(tmp_path / split, "a/1.png", "a/2.png", "b/1.png", "b/2.png")
+    made = series.parts(options, tmp_path, 2)
+    assert names_of(made / "train.tar") == ["a/1.png", "b/1.png"]
+    assert len(names_of(made / "val.tar")) == 4
+    stamps = {path: path.stat().st_mtime_ns for path in made.iterdir()}
+    assert series.parts(options, tmp_path, 2) == made
+    assert stamps == {path: path.stat().st_mtime_ns for path in made.iterdir()}
+    assert series.parts(options, tmp_path, 4) != made
+    archive(tmp_path / "train.tar", "c/1.png", "d/1.png")
+    other = series.parts(options, tmp_path, 2)
+    assert names_of(other / "train.tar") == ["c/1.png", "d/1.png"]
+    assert series.digest_of(options, made) != series.digest_of(options, other), "nor are the runs the same"
+    (tmp_path / "val.tar").unlink()
+    with pytest.raises(UserError, match=r"--data-dir: there is no \.tar file '.*val\.tar'"):
+        series.parts(options, tmp_path, 2)
+
+
+@pytest.mark.parametrize("table", [mus, prune_table, sparse, spdf], ids=lambda table: table.Table.folder)
+def test_recipes_of_the_tables_name_no_data(
+    table: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert table.Table.main(["--output", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("error: --data-dir: not given")
+    assert table.Table.main(["--output", str(tmp_path / "out"), "--data-dir", str(tmp_path / "none")]) == 2
+    assert f"no .tar file '{tmp_path / 'none' / 'train.tar'}'" in capsys.readouterr().err
 
 
 def test_an_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    assert sparse.Table.main(["--output", str(tmp_path / "file")]) == 2
+    assert sparse.Table.main(["--output", str(tmp_path / "file"), "--data-dir", "x"]) == 2
     assert capsys.readouterr().err.startswith("error: --output: the output folder '")
 
 

@@ -34,7 +34,7 @@ def test_small_network_of_the_table_takes_every_member(member: str) -> None:
     ],
 )
 def test_mistakes_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], words: str) -> None:
-    assert sparse_table.Table.main(["--output", str(tmp_path / "out"), *more]) == 2
+    assert sparse_table.Table.main(["--output", str(tmp_path / "out"), "--data-dir", "x", *more]) == 2
     message = capsys.readouterr().err
     assert words in message
     assert len(message.splitlines()) == 1

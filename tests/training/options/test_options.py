@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +183,24 @@ def test_some_needs_are_asked_of_the_command_line_alone(tmp_path: Path) -> None:
 
 def test_what_nobody_asked_for_may_lack_an_effect() -> None:
     assert settled(Recipe, [Layer("old.pth", {"blur_share": 0.25}, asked=False), Layer("", {})]).blur_share == 0.5
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [(ModuleSpec("some.script", None), "usage: python -m some.script "), (None, "usage: script.py ")],
+    ids=["as a module", "by its path"],
+)
+def test_usage_is_as_it_was_typed(
+    spec: ModuleSpec | None, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    monkeypatch.setattr(sys, "argv", ["/some/script.py"])
+    with pytest.raises(SystemExit):
+        parse(Recipe, ["--help"], "")
+    assert capsys.readouterr().out.startswith(words)
+    with pytest.raises(SystemExit):
+        parse(Recipe, ["--help"], "", prog="revnets some")
+    assert capsys.readouterr().out.startswith("usage: revnets some ")
 
 
 # --- helpers ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 # BCCD, photographs of blood cells (MIT licence) with COCO files. Where they are: BCCD_ROOT=/path, or in
 # detection/train.py `--cfg-options data_root=/path`.
-data_root = "{{$BCCD_ROOT:../shared/data/bccd}}"
+data_root = "{{$BCCD_ROOT:data/bccd}}"
 read = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations", with_bbox=True)]
 resize = [dict(type="Resize", scale=(320, 240), keep_ratio=True)]
 pack = [dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor"))]
