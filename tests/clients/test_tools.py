@@ -21,8 +21,7 @@ def _torchinfo(model: Any, training: bool) -> float:
 def _fvcore(model: Any, training: bool) -> float:
     analysis = client("fvcore.nn").FlopCountAnalysis(model.train(training), images(64, 1))
     analysis.unsupported_ops_warnings(False)
-    with torch.no_grad():
-        return float(analysis.total())
+    return float(analysis.total())
 
 
 def _ptflops(model: Any, training: bool) -> float:

@@ -92,5 +92,5 @@ def test_peft_trains_low_rank_adapters(tmp_path: Path) -> None:
     assert any("lora_A" in name for name in grads[0])
     assert_equal(*grads)
     model.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(network(NAME), tmp_path)
-    assert torch.equal(loaded.eval()(BATCHES[0]), model.eval()(BATCHES[0]))
+    loaded = peft.PeftModel.from_pretrained(network(NAME), tmp_path)  # statistics of norms are not in an adapter's file
+    assert_equal(dict(loaded.named_parameters()), dict(model.named_parameters()))
