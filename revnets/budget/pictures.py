@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ..training.pictures import caption, new_figure, save_figure
-
-if TYPE_CHECKING:
-    from .plan import Plan
 
 WORDS = {
     "store": "keeps what autograd needs",
@@ -20,8 +17,8 @@ WORDS = {
 REST = "all the rest"
 
 
-def plan_table(plan: Plan) -> str:
-    """A plan in words and numbers."""
+def plan_table(plan: Any) -> str:
+    """A plan (see ``plan.Plan``) in words and numbers."""
     batch = "" if plan.batch_size is None else f", batch {plan.batch_size}"
     lines = [
         f"{plan.model} on {plan.inputs}{batch}: peak {_mb(plan.peak_bytes)} of {_mb(plan.budget)} MB, "
@@ -39,7 +36,7 @@ def plan_table(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def draw_plan(plan: Plan, path: Path) -> Path:
+def draw_plan(plan: Any, path: Path) -> Path:
     """What is in use over the step, without the plan and with it, and the budget.
 
     Raises:

@@ -103,7 +103,8 @@ class OpNode(torch.autograd.Function):
     def forward(
         ctx: Any, op: ReversibleOp, name: str, tape: Tape, index: int, num_inputs: int, *tensors: Tensor
     ) -> Tensors:
-        xs, parameters = tensors[:num_inputs], tensors[num_inputs:]
+        # detached: views of what needs a gradient, made here, would be neither leaves nor results to those who look
+        xs, parameters = tuple(x.detach() for x in tensors[:num_inputs]), tensors[num_inputs:]
         recorder = Recorder()
         with no_hook_changes(ops_of(op), name), activated(runner=recorder):
             ys = op(*xs)
