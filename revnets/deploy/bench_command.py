@@ -14,8 +14,12 @@ def bench_deploy_command(
     models: Annotated[list[str], argument("any timm models; random weights", "MODEL")],
     sparsity: Annotated[str, text("of copies pruned by magnitude, separated by commas")] = "0,0.7,0.8,0.9",
     threads: Annotated[str, text("numbers of threads, separated by commas")] = "1",
+    pattern: Annotated[
+        str | None, text("4x1: zeros in blocks of four input channels, as sparse INT8 skips them")
+    ] = None,
     engines: Annotated[
-        str | None, text("torch eager, torch compiled, onnxruntime, ... (default: all that are installed)")
+        str | None,
+        text("torch eager, onnxruntime, onnxruntime int8, openvino default, ... (default: all that are installed)"),
     ] = None,
     img_size: Annotated[int | None, number(COUNT, "default: the published one")] = None,
     batch_size: Annotated[int, number(COUNT, "images per call")] = 1,
@@ -27,5 +31,5 @@ def bench_deploy_command(
     shares = SPARSITY.read_list("--sparsity", sparsity)
     counts = THREADS.read_list("--threads", threads)
     names = words("--engines", engines, blanks=False) if engines else []
-    size = (batch_size, img_size, repeats, layers, output)
+    size = (batch_size, img_size, repeats, layers, output, pattern)
     bench(BenchRequest(models, shares, counts, names, *size))

@@ -22,6 +22,7 @@ from ..models.named import build_model, check_model
 from ..profiling.command import track
 from ..pruning import prune
 from ..pruning.command import Source, calibration_batches, load_model
+from ..pruning.one_shot import BLOCKED
 from ..sparsity.masks import check_sparsity
 from ..training.errors import refused
 from ..training.files import write_json
@@ -31,6 +32,7 @@ from ..training.places import check_exists, check_folder
 from .compare import COMPILED, EAGER, EXPLOITS, Measurement, compare, compare_layers, machine, speedups
 from .engines import ENGINES, Deployed, check_limits, deploy, get_engine, load, open_folder
 from .graph import ExportError
+from .peers import check_engine
 from .quantize import CALIBRATIONS, INT8_ENGINES, Quantized, accuracy, quantize
 
 
@@ -181,8 +183,9 @@ def _print_deployed(made: Deployed) -> None:
 
 def _print_quantized(small: Quantized, engine: str) -> None:
     agreement = "" if small.agreement is None else f", the same class for {100 * small.agreement:.1f}%"
+    runs = "sparse" if engine == "sparse" else "onnxruntime and openvino"
     _say(
-        f"wrote {small.path} for {'sparse' if engine == 'sparse' else 'onnxruntime and openvino'} ({small.path.stat().st_size / 1e6:.2f} MB): "
+        f"wrote {small.path} for {runs} ({small.path.stat().st_size / 1e6:.2f} MB): "
         f"{small.weights / 1e6:.2f} M INT8 weights, {100 * small.zeros / max(small.weights, 1):.0f}% of them zero; on "
         f"calibration images outputs differ by {100 * small.error:.1f}% (root mean square){agreement}"
     )
@@ -229,6 +232,7 @@ class BenchRequest:
     repeats: int = 25
     layers: bool = True
     output: Path | None = None
+    pattern: str | None = None
 
 
 def bench(request: BenchRequest) -> None:
@@ -239,9 +243,11 @@ def bench(request: BenchRequest) -> None:
     """
     for sparsity in request.sparsities:
         check_sparsity(sparsity)
+    if request.pattern is not None:
+        check_choice("pattern", request.pattern, [BLOCKED])
     for engine in request.engines:
         if engine not in (EAGER, COMPILED):
-            get_engine(engine)
+            check_engine(engine)
     check_once("models", request.models)
     for name in request.models:
         check_model(name)
@@ -260,7 +266,7 @@ def bench(request: BenchRequest) -> None:
         pruned = [s for s in request.sparsities if s]
         repeats = request.repeats
         layers = compare_layers(pruned, threads=request.threads, repeats=repeats, progress=partial(_track, "layers"))
-    for title, rows in (("Whole networks, float32", found), ("1x1 convolutions, float32", layers)):
+    for title, rows in (("Whole networks", found), ("1x1 convolutions, float32", layers)):
         if rows:
             print_measurements(title, rows)
     if request.output is not None:
@@ -285,25 +291,29 @@ def _networks(name: str, request: BenchRequest) -> tuple[dict[float, nn.Module],
         with torch.no_grad():
             model(x)  # what it refuses is known before it is pruned and exported
     pruned = {
-        s: prune(model, x, s, method="magnitude", recalibrate=False, images=len(x)).model.eval() if s else model
+        s: prune(model, x, s, request.pattern, "magnitude", recalibrate=False, images=len(x)).model.eval()
+        if s
+        else model
         for s in request.sparsities
     }
     return pruned, x
 
 
 def print_measurements(title: str, found: Sequence[Measurement]) -> None:
-    """A table of measurements, each with how many times as fast it is as the fastest dense engine of its case."""
+    """A table of measurements, each with how many times as fast it is as the fastest dense engine of its case: of the
+    same class of accuracy (float32, or INT8 and bfloat16), and of all."""
     from rich.table import Table
 
     table = Table(title=f"{title}, medians of interleaved calls ({machine()})")
     words = ("case", "engine", "zeros that it exploits")
-    for column in ("case", "sparsity", "threads", "engine", "ms", "x dense", "CPU ms", "x dense (CPU)", words[-1]):
+    ratios_of = ("x dense", "CPU ms", "x dense (CPU)", "x all dense")
+    for column in ("case", "sparsity", "threads", "engine", "precision", "ms", *ratios_of, words[-1]):
         table.add_column(column, justify="left" if column in words else "right")
-    ratios = zip(speedups(found), speedups(found, cpu=True), strict=True)
-    for (m, wall), (_, cpu) in ratios:
-        numbers = (f"{1e3 * m.seconds:.3f}", f"{wall:.2f}", f"{1e3 * m.cpu_seconds:.3f}", f"{cpu:.2f}")
+    ratios = zip(speedups(found), speedups(found, cpu=True), speedups(found, any_precision=True), strict=True)
+    for (m, wall), (_, cpu), (_, of_all) in ratios:
+        numbers = (f"{1e3 * m.seconds:.3f}", f"{wall:.2f}", f"{1e3 * m.cpu_seconds:.3f}", f"{cpu:.2f}", f"{of_all:.2f}")
         exploits = EXPLOITS.get(m.engine, "none")
-        table.add_row(m.case, f"{m.sparsity:g}", str(m.threads), m.engine, *numbers, exploits)
+        table.add_row(m.case, f"{m.sparsity:g}", str(m.threads), m.engine, m.precision, *numbers, exploits)
     _say(table)
 
 
@@ -314,7 +324,8 @@ def _save(folder: Path, found: Sequence[Measurement], layers: Sequence[Measureme
 
 
 def _records(found: Sequence[Measurement]) -> list[dict[str, Any]]:
-    return [{**asdict(m), "times_dense": ratio} for m, ratio in speedups(found)]
+    both = zip(speedups(found), speedups(found, any_precision=True), strict=True)
+    return [{**asdict(m), "times_dense": ratio, "times_all_dense": of_all} for (m, ratio), (_, of_all) in both]
 
 
 def _draw(folder: Path, found: Sequence[Measurement]) -> Path | None:

@@ -24,14 +24,22 @@ from ..kernels.build import Geometry, kernel_problem, kernel_target, load_kernel
 from ..kernels.calls import ConvCall
 from ..kernels.compressed import compress
 from ..profiling.turns import medians
-from .engines import ENGINES, get_engine, sparse_graph, verify
-from .graph import export_graph
+from .engines import ENGINES, sparse_graph, verify
+from .graph import export_graph, flat
+from .peers import FLOAT32, PEERS, check_engine, instructions
 from .runners import Runner, module_runner, torch_threads
 from .seal import read
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 EAGER, COMPILED = "torch eager", "torch compiled"
-EXPLOITS = {EAGER: "none", COMPILED: "none", **{name: engine.exploits for name, engine in ENGINES.items()}}
+_OURS = ("sparse", "sparse int8")
+EXPLOITS = {
+    EAGER: "none",
+    COMPILED: "none",
+    **{name: engine.exploits for name, engine in ENGINES.items()},
+    **dict.fromkeys(PEERS, "none"),
+    "sparse int8": "blocks of four input channels",
+}
 
 _WARM_SECONDS = 0.06
 LAYERS = [  # input channels, output channels, side of the image: those of MobileNets and ResNet-50
@@ -58,7 +66,8 @@ class Measurement:
         threads: of the engine.
         seconds: median of the wall time.
         cpu_seconds: median of the processor's time, which other programs disturb less.
-        error: relative to the model's outputs.
+        error: relative to the model's outputs: the largest; of other precisions than float32 the root mean square.
+        precision: that it computed in.
     """
 
     case: str
@@ -68,6 +77,7 @@ class Measurement:
     seconds: float
     cpu_seconds: float
     error: float = 0.0
+    precision: str = FLOAT32
 
 
 def compare(
@@ -85,8 +95,9 @@ def compare(
     Args:
         networks: by the share of zeros of their pruned layers; 0 is the dense one.
         x: the images of one call.
-        engines: names of ``ENGINES``, ``"torch eager"``, ``"torch compiled"`` (of the dense network only: it takes
-            minutes); none for all that are installed.
+        engines: names of ``ENGINES`` (in float32), of ``PEERS`` (in INT8, or what the engine takes by default),
+            ``"torch eager"``, ``"torch compiled"`` (which takes minutes); none for all that are installed. Compiled and
+            at other precisions, engines that skip no zeros run the first network alone.
         threads: numbers of threads, each a round of its own.
         repeats: timed calls per case.
         name: of the network.
@@ -96,10 +107,12 @@ def compare(
     Raises:
         ExportError: for an engine that is unknown or not installed, outputs that differ.
     """
-    names = list(engines) or [EAGER, COMPILED, *(e.name for e in ENGINES.values() if not e.missing())]
+    installed = [e.name for e in ENGINES.values() if not e.missing()]
+    installed += [peer.name for peer in PEERS.values() if not peer.missing()]
+    names = list(engines) or [EAGER, COMPILED, *installed]
     for engine in names:
         if engine not in (EAGER, COMPILED):
-            get_engine(engine)
+            check_engine(engine)
     found = []
     with tempfile.TemporaryDirectory() as folder:
         files = _Files(Path(folder), x)
@@ -107,16 +120,28 @@ def compare(
             cases: dict[tuple[float, str], Runner] = {}
             errors: dict[tuple[float, str], float] = {}
             for sparsity, engine in progress(list(itertools.product(networks, names))):
-                if engine == COMPILED and sparsity != min(networks):
+                dense = engine == COMPILED or (engine in PEERS and engine not in _OURS)
+                if dense and sparsity != min(networks):
                     continue
                 run = files.runner(networks[sparsity], sparsity, engine, number)
-                errors[sparsity, engine] = verify(run, networks[sparsity], x, tolerance, engine)
+                model = networks[sparsity]
+                near = _error(run, model, x) if engine in PEERS else verify(run, model, x, tolerance, engine)
+                errors[sparsity, engine] = near
                 cases[sparsity, engine] = run
             with torch.no_grad():
                 times = medians([partial(run, x) for run in cases.values()], repeats, _WARM_SECONDS, progress)
             for (sparsity, engine), (wall, cpu) in zip(cases, times, strict=True):
-                found.append(Measurement(name, sparsity, engine, number, wall, cpu, errors[sparsity, engine]))
+                used = PEERS[engine].used() if engine in PEERS else FLOAT32
+                found.append(Measurement(name, sparsity, engine, number, wall, cpu, errors[sparsity, engine], used))
     return found
+
+
+@torch.no_grad()
+def _error(run: Runner, model: nn.Module, x: Tensor) -> float:
+    """Root mean square of the difference, relative to the model's outputs."""
+    outputs, wanted = run(x), flat(model.eval()(x))
+    off = sum(float((a - b).double().square().sum()) for a, b in zip(outputs, wanted, strict=True))
+    return (off / max(sum(float(b.double().square().sum()) for b in wanted), 1e-12)) ** 0.5
 
 
 class _Files:
@@ -134,6 +159,8 @@ class _Files:
         graph = self._graphs[sparsity]
         if engine == COMPILED:
             return _compiled(graph, self._x, threads)
+        if engine in PEERS:
+            return PEERS[engine].open(graph, self._x, self._folder, str(sparsity), threads)
         one = ENGINES[engine]
         path = self._folder / f"{engine}-{sparsity}-{threads if engine == 'sparse' else ''}{one.suffix}"
         if not path.exists():
@@ -219,18 +246,28 @@ def _sparse_way(x: Tensor, weight: Tensor, bias: Tensor, sparsity: float) -> Cal
     return lambda: call(x)
 
 
-def speedups(found: Sequence[Measurement], cpu: bool = False) -> list[tuple[Measurement, float]]:
-    """Each measurement with how many times as fast it is as the fastest dense engine of its case and threads."""
+def speedups(
+    found: Sequence[Measurement], cpu: bool = False, any_precision: bool = False
+) -> list[tuple[Measurement, float]]:
+    """Each measurement with how many times as fast it is as the fastest dense engine of its case and threads.
+
+    Args:
+        found: of one run.
+        cpu: by the processor's time.
+        any_precision: against the fastest of all; else of the same class of accuracy: float32, or INT8 and bfloat16.
+    """
 
     def seconds(m: Measurement) -> float:
         return m.cpu_seconds if cpu else m.seconds
 
-    best: dict[tuple[str, int], float] = {}
+    def kind(m: Measurement) -> tuple[str, int, bool]:
+        return m.case, m.threads, any_precision or m.precision == FLOAT32
+
+    best: dict[tuple[str, int, bool], float] = {}
     for m in found:
-        if m.sparsity == min(o.sparsity for o in found if o.case == m.case) and m.engine != "sparse":
-            key = (m.case, m.threads)
-            best[key] = min(best.get(key, seconds(m)), seconds(m))
-    return [(m, best[m.case, m.threads] / seconds(m) if (m.case, m.threads) in best else float("nan")) for m in found]
+        if m.sparsity == min(o.sparsity for o in found if o.case == m.case) and m.engine not in _OURS:
+            best[kind(m)] = min(best.get(kind(m), seconds(m)), seconds(m))
+    return [(m, best.get(kind(m), float("nan")) / seconds(m)) for m in found]
 
 
 def machine() -> str:
@@ -243,4 +280,7 @@ def machine() -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = [f"{name} {version(name)}" for name in ("torch", "onnxruntime", "openvino", "timm") if find_spec(name)]
     kernel = f"kernel: {kernel_target() if kernel_problem() is None else 'none'}"
-    return ", ".join([processor or platform.machine(), f"{cores} cores", kernel, *versions, time.strftime("%Y-%m-%d")])
+    has = "/".join(instructions()) or "unknown instructions"
+    return ", ".join(
+        [processor or platform.machine(), f"{cores} cores", has, kernel, *versions, time.strftime("%Y-%m-%d")]
+    )

@@ -152,7 +152,7 @@ class _Lowering:
         return node in self._bytes or not is_changed(node, after=node)
 
     def _settled(self, node: fx.Node) -> bool:
-        """Whether nobody sees that its value is changed in place later: nobody does so, or who does is all who read it."""
+        """Whether nobody sees that its value is changed in place later: no such change, or by its only reader."""
         users = list(node.users)
         return not is_changed(node, after=node) or (len(users) == 1 and sole_name(node, users[0]))
 
@@ -203,7 +203,7 @@ class _Lowering:
         """A layer whose sums are not rounded to bytes at all."""
         scale: Any = constant(self._graph, made.kwargs["scale"])
         more: Any = made.kwargs["residual_scale"]
-        new = {"scale": self._constant(made, "plain_scale", scale * known.scale), "to_float": True}
+        new: dict[str, Any] = {"scale": self._constant(made, "plain_scale", scale * known.scale), "to_float": True}
         made.kwargs = {**made.kwargs, **new, "residual_scale": _float32(more * known.scale)}
         return made
 

@@ -57,9 +57,9 @@ def quantize(
 ) -> Quantized:
     """Write a model as a file with INT8 weights (symmetric, per channel) and activations (calibrated ranges).
 
-    An ONNX file has the standard QuantizeLinear and DequantizeLinear operators, so ONNX Runtime and OpenVINO both run it;
-    they multiply zeros. That of the engine ``sparse``, a ``.pt2``, skips blocks of four input channels that are 0, as
-    ``prune(pattern="4x1")`` makes them; layers that its kernel has not in INT8 stay float.
+    An ONNX file has the standard QuantizeLinear and DequantizeLinear operators, so ONNX Runtime and OpenVINO both run
+    it; they multiply zeros. That of the engine ``sparse``, a ``.pt2``, skips blocks of four input channels that are 0,
+    as ``prune(pattern="4x1")`` makes them; layers that its kernel has not in INT8 stay float.
 
     Args:
         model: in float32, on the CPU, such as a pruned one.

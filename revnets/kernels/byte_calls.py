@@ -1,7 +1,7 @@
 """Layers of bytes (uint8 with a zero point) that the kernel computes; see ``bytes.h`` for what they compute, exactly.
 
-Values between them are ``(N, C / 4, H, W, 4)``, channels rounded up to fours: shapes here are ``(N, C, H, W)`` with such
-a C. Weights are int8, of convolutions in blocks of four input channels of which only those that hold a non-zero are kept.
+Values between them are ``(N, C / 4, H, W, 4)``, channels rounded up to fours: shapes here are ``(N, C, H, W)`` with
+such a C. Weights are int8, of convolutions in blocks of four input channels; those that are all 0 are not kept.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .operands import call, pointing, readable
 from .plan import Part, Plan, Shape, Step
 
 CONVOLUTION, DEPTHWISE, LINEAR, MEAN, MAP, SCALE, MAX_POOL, TO_BYTES, FROM_BYTES = range(8, 17)  # ``Kind`` of call.h
-_LINES = 112  # of a panel, four input channels each: of four vectors of pixels they fill the first cache
+_LINES = 128  # of a panel, four input channels each: of four vectors of pixels they fill the first cache
 _MOST_BLOCKS = 2**15  # of int16
 
 
@@ -183,7 +183,9 @@ class _Weighted(_ByteLayer):
             raise ValueError("sums of a layer's products may leave int32: expected fewer inputs, or a smaller bias")
         reach = largest * self._scale.abs().double() + 255 * abs(finish.residual_scale)
         if not finish.to_float and not bool((reach < 2**30).all()):
-            raise ValueError(f"scaled sums of up to {float(reach.max()):.1e}: expected less than 2^30; is a scale wrong?")
+            raise ValueError(
+                f"scaled sums of up to {float(reach.max()):.1e}: expected less than 2^30; is a scale wrong?"
+            )
         self._bias = (given - zero_in * sums).to(torch.int32)
         self._table = finish.checked_table()
 
@@ -388,7 +390,7 @@ class ByteMaxPoolCall(_ByteLayer):
 
 
 class ToBytesCall(_ByteLayer):
-    """Floats ``(N, C, H, W)`` to bytes: ``round(x * (1 / scale)) + zero``, saturated; what is no number is the lowest."""
+    """Floats ``(N, C, H, W)`` to bytes: ``round(x * (1 / scale)) + zero``, saturated; NaN becomes the lowest."""
 
     takes_bytes = False
 

@@ -18,7 +18,7 @@ constexpr int kByteVectors = 4;
 #define REVNETS_UNROLLED
 #endif
 constexpr int64_t kByteBlock = kByteVectors * kPixels;  // pixels
-constexpr int64_t kBytePanel = 28672 / kBytes;          // vectors of a panel, about
+constexpr int64_t kBytePanel = 57344 / kBytes;          // vectors of a panel, about
 
 struct ByteBlocks {
   int64_t pixels, vectors, count, largest;
@@ -39,6 +39,23 @@ struct BytePiece {
   int64_t from;
   int32_t first, last;
 };
+
+#if defined(REVNETS_VNNI)
+// The lanes of a piece as masks of what is loaded: of one vector, or of two for every other pixel.
+struct ByteMasks {
+  __mmask16 all, low, high;
+  ByteMasks() = default;
+  explicit ByteMasks(const BytePiece& piece)
+      : all(first_lanes(piece.last) & ~first_lanes(piece.first)), low(spread(all)), high(spread(all >> 8)) {}
+  // Eight bits, each followed by a 0.
+  static __mmask16 spread(uint32_t bits) {
+    bits &= 0xFF;
+    bits = (bits | bits << 4) & 0x0F0F;
+    bits = (bits | bits << 2) & 0x3333;
+    return static_cast<__mmask16>((bits | bits << 1) & 0x5555);
+  }
+};
+#endif
 
 // Where the vectors of a block lie in the image, for one tap.
 class BytePieces {
@@ -71,51 +88,62 @@ class BytePieces {
     }
     while (vector < (length_ + kPixels - 1) / kPixels) starts_[++vector] = count_;
   }
-  // A line of the panel, of the plane of four channels at x.
-  void pack(const uint8_t* x, int64_t vectors, uint8_t* to) const {
-    for (int64_t v = 0; v < vectors; ++v, to += kBytes) pack_vector(x, starts_[v], starts_[v + 1], to);
+  // Lines of the panel, of the planes of four channels from x on.
+  void pack(const uint8_t* x, int64_t lines, int64_t vectors, int64_t pitch, uint8_t* to) const {
+    for (int64_t v = 0; v < vectors; ++v, to += kBytes) {
+      const BytePiece* pieces = pieces_ + starts_[v];
+      const int32_t count = starts_[v + 1] - starts_[v];
+#if defined(REVNETS_VNNI)
+      if (count == 1 && c_.stride_w == 1) pack_vectors<1>(x, pieces, 1, lines, pitch, to);
+      else if (count == 2 && c_.stride_w == 1) pack_vectors<1>(x, pieces, 2, lines, pitch, to);
+      else if (count <= kPieces && c_.stride_w == 1) pack_vectors<1>(x, pieces, count, lines, pitch, to);
+      else if (count == 1 && c_.stride_w == 2) pack_vectors<2>(x, pieces, 1, lines, pitch, to);
+      else if (count <= kPieces && c_.stride_w == 2) pack_vectors<2>(x, pieces, count, lines, pitch, to);
+      else
+#endif
+        for (int64_t k = 0; k < lines; ++k) pack_pixels(x + k * plane(), pieces, count, to + k * pitch);
+    }
   }
 
  private:
+  int64_t plane() const { return 4 * c_.h * c_.w; }
 #if defined(REVNETS_VNNI)
-  void pack_vector(const uint8_t* x, int32_t first, int32_t last, uint8_t* to) const {
-    const int32_t* pixels = reinterpret_cast<const int32_t*>(x);
-    __m512i v = _mm512_set1_epi8(static_cast<char>(c_.zero_in));
-    for (int32_t i = first; i < last; ++i) {
-      const BytePiece& piece = pieces_[i];
-      const __mmask16 mask = first_lanes(piece.last) & ~first_lanes(piece.first);
-      if (c_.stride_w == 1) {
-        v = _mm512_mask_loadu_epi32(v, mask, pixels + piece.from);
-      } else if (c_.stride_w == 2) {
-        const __m512i index = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-        const __m512i low = _mm512_maskz_loadu_epi32(spread(mask), pixels + piece.from);
-        const __m512i high = _mm512_maskz_loadu_epi32(spread(mask >> 8), pixels + piece.from + 16);
-        v = _mm512_mask_blend_epi32(mask, v, _mm512_permutex2var_epi32(low, index, high));
-      } else {
-        alignas(64) int32_t some[16];
-        _mm512_store_si512(some, v);
-        for (int32_t k = piece.first; k < piece.last; ++k) some[k] = pixels[piece.from + k * c_.stride_w];
-        v = _mm512_load_si512(some);
-      }
+  static constexpr int32_t kPieces = 8;
+  // The same vector of all lines.
+  template <int kStride>
+  inline __attribute__((always_inline)) void pack_vectors(const uint8_t* x, const BytePiece* pieces, int32_t count,
+                                                          int64_t lines, int64_t pitch, uint8_t* to) const {
+    const __m512i index = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i zero = _mm512_set1_epi8(static_cast<char>(c_.zero_in));
+    ByteMasks masks[kPieces];
+    int64_t from[kPieces];
+    for (int32_t i = 0; i < count; ++i) {
+      masks[i] = ByteMasks(pieces[i]);
+      from[i] = pieces[i].from;
     }
-    _mm512_store_si512(to, v);
-  }
-  // Eight bits, each followed by a 0.
-  static __mmask16 spread(uint32_t bits) {
-    bits &= 0xFF;
-    bits = (bits | bits << 4) & 0x0F0F;
-    bits = (bits | bits << 2) & 0x3333;
-    return static_cast<__mmask16>((bits | bits << 1) & 0x5555);
-  }
-#else
-  void pack_vector(const uint8_t* x, int32_t first, int32_t last, uint8_t* to) const {
-    std::memset(to, static_cast<int>(c_.zero_in), kBytes);
-    for (int32_t i = first; i < last; ++i) {
-      const BytePiece& piece = pieces_[i];
-      for (int32_t k = piece.first; k < piece.last; ++k) std::memcpy(to + 4 * k, x + 4 * (piece.from + k * c_.stride_w), 4);
+    const int64_t step = plane();
+    for (int64_t k = 0; k < lines; ++k, x += step, to += pitch) {
+      const int32_t* pixels = reinterpret_cast<const int32_t*>(x);
+      __m512i v = zero;
+      for (int32_t i = 0; i < count; ++i) {
+        if (kStride == 1) {
+          v = _mm512_mask_loadu_epi32(v, masks[i].all, pixels + from[i]);
+        } else {
+          const __m512i low = _mm512_maskz_loadu_epi32(masks[i].low, pixels + from[i]);
+          const __m512i high = _mm512_maskz_loadu_epi32(masks[i].high, pixels + from[i] + 16);
+          v = _mm512_mask_mov_epi32(v, masks[i].all, _mm512_permutex2var_epi32(low, index, high));
+        }
+      }
+      _mm512_store_si512(to, v);
     }
   }
 #endif
+  // Any number of pieces.
+  void pack_pixels(const uint8_t* x, const BytePiece* pieces, int32_t count, uint8_t* to) const {
+    std::memset(to, static_cast<int>(c_.zero_in), kBytes);
+    for (const BytePiece* piece = pieces; piece < pieces + count; ++piece)
+      for (int32_t k = piece->first; k < piece->last; ++k) std::memcpy(to + 4 * k, x + 4 * (piece->from + k * c_.stride_w), 4);
+  }
 
   const Call& c_;
   int64_t length_, row_, column_;
@@ -131,7 +159,9 @@ void pack_bytes(const Call& c, BytePieces& pieces, const uint8_t* x, int64_t fir
   for (int64_t k = first; k < last;) {
     const int64_t tap = k / blocks, end = std::min(last, (tap + 1) * blocks);
     pieces.at_tap(tap / c.kw * c.dil_h, tap % c.kw * c.dil_w);
-    for (; k < end; ++k, panel += pitch) pieces.pack(x + (k - tap * blocks) * plane, vectors, panel);
+    pieces.pack(x + (k - tap * blocks) * plane, end - k, vectors, pitch, panel);
+    panel += (end - k) * pitch;
+    k = end;
   }
 }
 

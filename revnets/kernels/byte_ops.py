@@ -1,7 +1,7 @@
 """Layers of bytes as operators of torch, ``torch.ops.revnets.int8_*``: exported programs hold them.
 
-Each is a call of the kernel, or where that cannot be had the same numbers by ``byte_reference``. ``LAYERS`` says of each
-how its arguments make a call, so that ``revnets.deploy`` can put many of them into one plan.
+Each is a call of the kernel, or where that cannot be had the same numbers by ``byte_reference``. ``LAYERS`` says of
+each how its arguments make a call, so that ``revnets.deploy`` can put many of them into one plan.
 
 The numbers that a ``Finish`` has besides its scale are one list: zero_in, zero, low, high, residual_zero.
 """
@@ -66,8 +66,10 @@ def _geometry(a: Arguments) -> Geometry:
     groups = outputs if "weight" in a else 1
     size = a["weight"].shape[2:] if "weight" in a else a["kernel_size"]
     height, width = size
-    pairs = [(int(p[0]), int(p[-1])) for p in (a["stride"], a["padding"], a.get("dilation", [1, 1]))]
-    return Geometry(inputs, outputs, (int(height), int(width)), *pairs, groups)
+    stride, padding, dilation = (
+        (int(p[0]), int(p[-1])) for p in (a["stride"], a["padding"], a.get("dilation", [1, 1]))
+    )
+    return Geometry(inputs, outputs, (int(height), int(width)), stride, padding, dilation, groups)
 
 
 def _conv_call(a: Arguments) -> ByteConvCall:
@@ -90,9 +92,7 @@ def _conv_shape(a: Arguments) -> Sequence[Any]:
 
 
 def _depthwise_plain(a: Arguments) -> Tensor:
-    return byte_reference.conv(
-        a["x"], a["weight"], a["bias"], _geometry(a), a["numbers"][0], _finish(a), a["residual"]
-    )
+    return byte_reference.conv(a["x"], a["weight"], a["bias"], _geometry(a), a["numbers"][0], _finish(a), a["residual"])
 
 
 def _linear_shape(a: Arguments) -> Sequence[Any]:
@@ -106,13 +106,13 @@ def _pool_shape(a: Arguments) -> Sequence[Any]:
 
 
 _SIGNATURES = {
-    "int8_conv2d": "Tensor x, Tensor values, Tensor columns, Tensor rows, Tensor? bias, Tensor scale, Tensor? residual, "
-    "Tensor? table, int in_channels, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int[] numbers, "
-    "float residual_scale, bool to_float",
+    "int8_conv2d": "Tensor x, Tensor values, Tensor columns, Tensor rows, Tensor? bias, Tensor scale, "
+    "Tensor? residual, Tensor? table, int in_channels, int[2] kernel_size, int[2] stride, int[2] padding, "
+    "int[2] dilation, int[] numbers, float residual_scale, bool to_float",
     "int8_depthwise_conv2d": "Tensor x, Tensor weight, Tensor? bias, Tensor scale, Tensor? residual, Tensor? table, "
     "int[2] stride, int[2] padding, int[2] dilation, int[] numbers, float residual_scale",
-    "int8_linear": "Tensor x, Tensor weight, Tensor? bias, Tensor scale, Tensor? residual, Tensor? table, int[] numbers, "
-    "float residual_scale, bool to_float",
+    "int8_linear": "Tensor x, Tensor weight, Tensor? bias, Tensor scale, Tensor? residual, Tensor? table, "
+    "int[] numbers, float residual_scale, bool to_float",
     "int8_mean": "Tensor x, Tensor? table, float scale, int[] numbers",
     "int8_add": "Tensor x, Tensor? residual, Tensor? table, float scale, int[] numbers, float residual_scale",
     "int8_mul": "Tensor x, Tensor gates, Tensor? table, float scale, int[] numbers",
@@ -138,9 +138,7 @@ _LAYERS = {
     "int8_linear": Layer(
         _BOTH,
         lambda a: ByteLinearCall(a["weight"], a["bias"], a["numbers"][0], _finish(a)),
-        lambda a: byte_reference.linear(
-            a["x"], a["weight"], a["bias"], a["numbers"][0], _finish(a), a["residual"]
-        ),
+        lambda a: byte_reference.linear(a["x"], a["weight"], a["bias"], a["numbers"][0], _finish(a), a["residual"]),
         _linear_shape,
     ),
     "int8_mean": Layer(

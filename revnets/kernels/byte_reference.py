@@ -1,6 +1,7 @@
 """What layers of bytes compute, in whole numbers by torch: slow, and equal to the kernel's outputs to the last bit.
 
-Values are bytes ``(N, C / 4, H, W, 4)`` as the kernel has them; what missing channels hold does not matter. Where there is no kernel, this is what runs.
+Values are bytes ``(N, C / 4, H, W, 4)`` as the kernel has them; what missing channels hold does not matter. Where there
+is no kernel, this is what runs.
 """
 
 from __future__ import annotations

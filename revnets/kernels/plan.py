@@ -164,8 +164,7 @@ class Plan:
     def _prepare(self, key: tuple[Shape, ...]) -> _Ready:
         shapes: list[Shape] = [tuple(shape) for shape in key]
         for v in self._bytes & set(range(self._inputs)):
-            n, blocks, *size, four = shapes[v]
-            shapes[v] = (n, four * blocks, *size)
+            shapes[v] = (shapes[v][0], 4 * shapes[v][1], *shapes[v][2:4])
         structs: list[CallStruct] = []
         pointers: list[tuple[int, str, int]] = []  # of which call, its field, the value
         for name, given in zip(self._names, shapes, strict=True):

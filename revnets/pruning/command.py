@@ -264,7 +264,7 @@ def prune_command(
         Path | None, path("trained weights, also of train.py or pruned; else the published ones")
     ] = None,
     sparsity: Annotated[float | None, number(FINITE, "share of zeros, such as 0.7")] = None,
-    pattern: Annotated[str | None, text("instead of --sparsity: N:M, such as 2:4; or with it, 4x1: zeros in fours")] = None,
+    pattern: Annotated[str | None, text("instead of --sparsity: N:M, as 2:4; or with it 4x1: zeros in fours")] = None,
     method: Annotated[str, text("sparsegpt, wanda or magnitude")] = "sparsegpt",
     distribution: Annotated[str, text("of the sparsity: uniform, er, erk, global")] = "uniform",
     exclude: Annotated[

@@ -54,8 +54,8 @@ def prune(
         model: any network of images; stays as it is. Sparse layers of this library become plain ones with zeros.
         data: images to calibrate on: a tensor ``(N, C, H, W)``, or batches, such as a loader that draws by a seed.
         sparsity: share of zeros of all pruned layers together, in [0, 1).
-        pattern: instead of it, N:M such as ``"2:4"``: N of every M input channels stay; or with it, ``"4x1"``: zeros come
-            in blocks of four input channels, which the INT8 kernel of ``revnets deploy`` skips.
+        pattern: instead of it, N:M such as ``"2:4"``: N of every M input channels stay; or with it, ``"4x1"``: zeros
+            come in blocks of four input channels, which the INT8 kernel of ``revnets deploy`` skips.
         method: ``sparsegpt`` (2301.00774); ``wanda`` (2306.11695) and ``magnitude``, which leave the other weights as
             they are.
         distribution: of the sparsity over layers: ``uniform``, ``er``, ``erk``, or ``global``, one threshold for all.

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from revnets.cli import app
 from revnets.deploy import ENGINES, ExportError, accuracy, compare, deploy, engines, load, quantize
 from revnets.deploy.compare import Measurement, speedups
+from revnets.deploy.peers import PEERS
 from revnets.deploy.quantize import _checked
 from revnets.kernels.build import COMPILER_VARIABLE, kernel_problem, load_kernel
 
@@ -174,6 +175,38 @@ def test_speedups_are_against_the_fastest_dense_engine() -> None:
     ]
     assert [ratio for _, ratio in speedups(rows)] == [0.5, 1.0, 2.0, 4.0, 1.0]
     assert [ratio for _, ratio in speedups(rows, cpu=True)] == [0.75, 1.0, 3.0, 3.0, 1.0]
+
+
+def test_speedups_by_class_of_accuracy() -> None:
+    rows = [
+        Measurement("net", 0.0, "a", 1, 8.0, 8.0),
+        Measurement("net", 0.0, "a default", 1, 4.0, 4.0, precision="bfloat16"),
+        Measurement("net", 0.0, "a int8", 1, 2.0, 2.0, precision="int8"),
+        Measurement("net", 0.9, "sparse", 1, 4.0, 4.0),
+        Measurement("net", 0.9, "sparse int8", 1, 1.0, 1.0, precision="int8"),
+    ]
+    assert [ratio for _, ratio in speedups(rows)] == [1.0, 0.5, 1.0, 2.0, 2.0]
+    assert [ratio for _, ratio in speedups(rows, any_precision=True)] == [0.25, 0.5, 1.0, 0.5, 2.0]
+    only = [m for m in rows if m.precision == "int8"]
+    assert [ratio for _, ratio in speedups(only)] == [1.0, 2.0]
+
+
+def test_compare_at_other_precisions() -> None:
+    """INT8 of every engine that is installed, and what OpenVINO takes by itself."""
+    names = [name for name, peer in PEERS.items() if not peer.missing()]
+    if kernel_problem() is not None:
+        names.remove("sparse int8")
+    net = Net(nn.ReLU)
+    found = compare({0.0: net}, images(1), names, repeats=1, name="net")
+    assert [m.engine for m in found] == names
+    assert [m.precision for m in found] == [PEERS[name].used() for name in names]
+    assert all(1e-6 < m.error < 0.3 for m in found if m.precision == "int8")
+
+
+@pytest.mark.parametrize("name", ["torch int8", "onnxruntime default", "sparse int4", "int8"])
+def test_engines_at_precisions_that_there_are_not(name: str) -> None:
+    with pytest.raises(ExportError, match=f"unknown engine '{name}': expected "):
+        compare({0.0: Net()}, images(1), [name])
 
 
 def test_compare() -> None:

@@ -33,7 +33,11 @@ class Residuals(nn.Module):
         torch.manual_seed(0)
         self.stem, self.fc = nn.Conv2d(3, 10, 7, 2, 3), nn.Linear(12, 5)
         self.a, self.b, self.down = nn.Conv2d(10, 12, 3, 2, 1), nn.Conv2d(12, 12, 1), nn.Conv2d(10, 12, 1, 2)
-        self.grouped, self.reduce, self.expand = nn.Conv2d(12, 12, 3, 1, 1, groups=2), nn.Conv2d(12, 5, 1), nn.Conv2d(5, 12, 1)
+        self.grouped, self.reduce, self.expand = (
+            nn.Conv2d(12, 12, 3, 1, 1, groups=2),
+            nn.Conv2d(12, 5, 1),
+            nn.Conv2d(5, 12, 1),
+        )
         for layer in (self.a, self.b, self.grouped):
             layer.weight.data.copy_(pruned_weight(*layer.weight.shape, sparsity=0.6) / layer.weight[0].numel() ** 0.5)
 
@@ -86,7 +90,9 @@ def test_zeros_are_skipped() -> None:
     x = torch.randn(2, 3, 32, 32)
     graph = export_graph(net, x)
     lower_int8(graph, [x])
-    node = next(n for n in graph.graph.nodes if str(n.target) == "revnets.int8_conv2d.default" and n.kwargs["in_channels"] > 3)
+    node = next(
+        n for n in graph.graph.nodes if str(n.target) == "revnets.int8_conv2d.default" and n.kwargs["in_channels"] > 3
+    )
     values = getattr(graph, node.kwargs["values"].target)
     dense = net.blocks[0].expand.weight  # type: ignore[union-attr]
     assert len(values) < 0.5 * dense.numel() / 4  # type: ignore[union-attr,operator]

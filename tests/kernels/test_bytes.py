@@ -303,7 +303,7 @@ def test_what_does_not_fit_is_refused() -> None:
 @pytest.mark.parametrize("flags", ["-mno-avx512vnni", "-mno-avx512f", "-mno-avx", ""])
 def test_other_widths(flags: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same source without VNNI, for AVX2 and 128-bit vectors, and without ``-march``: as on other machines."""
-    attempt = (["-march=native", *flags.split()] if flags else [], [])
+    attempt: tuple[list[str], list[str]] = (["-march=native", *flags.split()] if flags else [], [])
     monkeypatch.setattr(build, "_ATTEMPTS", [attempt])
     monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path))
     library = build.load_kernel.__wrapped__()

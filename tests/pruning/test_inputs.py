@@ -106,9 +106,7 @@ def test_pattern_runs_along_the_channels() -> None:
 
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
 def test_blocks_run_along_the_channels(method: str) -> None:
-    report = prune(
-        nn.Sequential(conv("plain")), torch.randn(4, 8, 7, 6).double(), 0.7, "4x1", method, exclude=()
-    )
+    report = prune(nn.Sequential(conv("plain")), torch.randn(4, 8, 7, 6).double(), 0.7, "4x1", method, exclude=())
     weight = report.model[0].weight
     empty = (weight == 0).unflatten(1, (2, 4)).all(2)
     assert int(empty.sum()) == round(0.7 * empty.numel())
