@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers.lean.network import make_lean
+from ..layers.lean.network import kept_per_image, make_lean
 from ..models.named import build_model, check_model
 from ..reversible import MODES
 from ..training.errors import refused
@@ -136,7 +136,7 @@ class Target:
         with torch.device(device), refused(f"{self} cannot be built on {torch.device(device)}", kind=ProfileError):
             model = create(self.name, self.img_size, setting, self.options)
             x = torch.randn(self.batch_size, channels, self.img_size, self.img_size)
-        if not set_mode(model, self.mode):
+        if not set_mode(model, self.mode, tuple(x.shape[1:])):
             raise ProfileError(f"{self.name} has no mode {self.mode!r}")
         if setting.channels_last:
             model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
@@ -177,10 +177,18 @@ def create(name: str, img_size: int, setting: Setting, options: tuple[tuple[str,
     return build_model(name, f"{name} @{img_size} cannot be built", ProfileError, **kwargs, **dict(options))
 
 
-def set_mode(model: Any, mode: str) -> bool:
-    """Switch the memory mode; False where the network has no such mode."""
+def set_mode(model: Any, mode: str, input_size: tuple[int, ...] | None = None) -> bool:
+    """Switch the memory mode; False where the network has no such mode.
+
+    Args:
+        model: any.
+        mode: its name.
+        input_size: of one example, with which ``LEAN`` keeps what it does after ``convert(model, "lean")``; without it,
+            the least.
+    """
     if mode == LEAN:
-        return set_mode(model, "store") and make_lean(model) is model
+        found = None if input_size is None else kept_per_image(model, input_size)
+        return set_mode(model, "store") and make_lean(model, None if found is None else found.plan) is model
     if hasattr(model, "set_mode"):
         model.set_mode(mode)
         return True

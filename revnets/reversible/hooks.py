@@ -88,17 +88,15 @@ class HookLog:
         calls: for every hook, whether it was part of the function, call by call.
         seen: identities of the modules that there were.
         hooked: identities of those with hooks.
-        keeps: whether hooks that are called again may keep the tensors that they are given.
     """
 
     calls: dict[Key, list[bool]] = field(default_factory=dict)
     seen: frozenset[int] = frozenset()
     hooked: frozenset[int] = frozenset()
-    keeps: bool = False
 
     @property
     def changing(self) -> list[Key]:
-        """The hooks that are called again."""
+        """The hooks that were part of the function."""
         return [key for key, calls in self.calls.items() if any(calls)]
 
 
@@ -118,6 +116,10 @@ class _Watched:
     @property
     def _keeps(self) -> bool:
         return bool(getattr(self.hook, "_keeps", True))
+
+    @property
+    def _every_pass(self) -> bool:
+        return bool(getattr(self.hook, "_every_pass", False))
 
     def __call__(self, module: nn.Module, *given: Any) -> Any:
         watcher = _watching.watcher
@@ -147,25 +149,24 @@ class _First(_Watcher):
         result = hook.run(module, given)
         changed = (
             result is not None
-            or getattr(hook.hook, "_every_pass", False)
             or versions != [x._version for x in tensors]
             or (hook.key[1] == "_forward_pre_hooks" and _other_tensors(owned, _tensors_of(module), tensors))
             or not _alike(drawn, self.state())
         )
         self.log.calls.setdefault(hook.key, []).append(changed)
-        self.log.keeps |= changed and hook._keeps
         return result
 
 
 class _Again(_Watcher):
-    """Calls the hooks that were part of the function, in the calls in which they were, and no others."""
+    """Calls the hooks that were part of the function, in the calls in which they were, and those for every pass."""
 
     def __init__(self, log: HookLog) -> None:
         self.log = log
         self.rest = {key: iter(calls) for key, calls in log.calls.items()}
 
     def called(self, hook: _Watched, module: nn.Module, given: tuple[Any, ...]) -> Any:
-        return hook.run(module, given) if next(self.rest.get(hook.key, iter(())), False) else None
+        part_of_it = next(self.rest.get(hook.key, iter(())), False)
+        return hook.run(module, given) if part_of_it or hook._every_pass else None
 
 
 def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
@@ -227,6 +228,16 @@ def hooks_again(modules: Sequence[nn.Module], log: HookLog) -> Iterator[None]:
                     "recomputed activations would differ: remove it after backward"
                 )
         yield
+
+
+def seen_again(modules: Sequence[nn.Module], log: HookLog) -> bool:
+    """Whether hooks that may keep what they are given are called in the recomputation."""
+    present = [*_global_hooks()[:2], *(getattr(m, kind) for m in modules for kind in _FORWARD)]
+    return bool(log.changing) or any(
+        getattr(hook, "_every_pass", False) and getattr(hook, "_keeps", True)
+        for hooks in present
+        for hook in hooks.values()
+    )
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .call import call
 from .grid import add_rounded, resolve_grid_bits, round_to_grid, sub_rounded_
-from .hooks import has_backward_hooks, hooks_silent, post_backward, pre_backward
+from .hooks import has_backward_hooks, hooks_silent, post_backward, pre_backward, seen_again
 from .replay import BranchRecord, FrozenRunner, Replayer, activated, active, replaying, tree
 
 Tensors = tuple[Tensor, ...]
@@ -103,7 +103,7 @@ class ReversibleOp(nn.Module):
             active.runner.keep((id(self), key), value())
 
     def kept(self, key: Hashable) -> Any:
-        """In ``inverse``: what ``forward`` kept under this name; None outside of a backward pass, which has no record."""
+        """In ``inverse``: what ``forward`` kept under this name; None outside of a backward pass."""
         return None if active.runner is None else active.runner.kept((id(self), key))
 
     @property
@@ -233,7 +233,7 @@ class Step:
             change in place.
         """
         modules = tree(module)
-        seen_now = self.records[key].hooks.keeps  # by hooks
+        seen_now = seen_again(modules, self.records[key].hooks)  # by hooks
         seen_later = any(map(has_backward_hooks, modules))
         # .data has a version counter of its own: one half of a tensor may be written while the other is in use
         inputs = [(x.clone() if seen_now else x).data.requires_grad_(needs_grad) for x in xs]

@@ -46,8 +46,9 @@ def test_programs_of_the_readme(index: int, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != README], ids=NAMES[1:])
-def test_programs_of_the_pages(page: Path) -> None:
+def test_programs_of_the_pages(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of a page in a row, as somebody who reads it would type them, on small networks."""
+    monkeypatch.chdir(tmp_path)  # some write files
     names: dict[str, object] = {}
     for block in blocks(page):
         if block.language != "python" or "--8<--" in block.text:
@@ -63,4 +64,5 @@ def _small(program: str) -> str:
     return program
 
 
-SMALL = {r"revbifpn_s\d": "test_revbifpn", "resnet18": "test_resnet", "mus_vit_tiny_patch16_224": "test_mus_vit"}
+SMALL = {r"revbifpn_s\d": "test_revbifpn", "resnet(18|50)": "test_resnet", "mus_vit_tiny_patch16_224": "test_mus_vit"}
+SMALL |= {"vit_small_patch16_224": "test_vit", "pretrained=True": "pretrained=False"}  # nothing is fetched

@@ -15,14 +15,13 @@ from revnets.profiling.target import Setting, Target
 ASKED_FOR = {
     "pyramid": lambda model, x: model.forward_pyramid(x),
     "features": lambda model, x: [model.forward_features(x)],
-    "intermediates": lambda model, x: sum(([y] if isinstance(y, Tensor) else y for y in maps_of(model, x)), []),
+    "intermediates": lambda model, x: all_of(*model.forward_intermediates(x)),
     "intermediates only": lambda model, x: model.forward_intermediates(x, indices=[0, 3], intermediates_only=True),
 }
 
 
-def maps_of(model: Any, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    final, maps = model.forward_intermediates(x)
-    return final, maps
+def all_of(final: Tensor, maps: list[Tensor]) -> list[Tensor]:
+    return [final, *maps]
 
 
 def tiny(**options: Any) -> Any:

@@ -84,8 +84,8 @@ FAULTS = (
     Fault(
         "lean-shared-in-place",
         "revnets/layers/lean/nodes.py",
-        old="not self.stays and self.readers <= 1\n",
-        new="not self.stays\n",
+        old="not stays and self.readers <= 1\n",
+        new="not stays\n",
         tests=("tests/layers/lean/test_network.py",),
     ),
     Fault(

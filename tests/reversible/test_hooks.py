@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations, prune
+from torch.utils.flop_counter import FlopCounterMode
 
 from revnets.reversible import MODES, AdditiveCoupling, ReversibleError, ReversibleOp, RevSequential, every_pass
 from tests.helpers import assert_same_step, training_step
@@ -287,6 +288,29 @@ def test_hooks_that_ask_for_every_pass_get_it_and_see_gradients() -> None:
     assert len(seen) == 2
     assert seen[0].equal(seen[1])
     assert len(grads) == 1
+
+
+def test_a_hook_for_every_pass_may_come_and_go() -> None:
+    """What follows a step, phase by phase, as `revnets profile` does."""
+    net, seen = network(), []
+    conv = first(net, nn.Conv2d)
+    with conv.register_forward_hook(every_pass(lambda *_: seen.append("forward"), keeps=False)):
+        loss = cubic(net(image()))
+    with conv.register_forward_hook(every_pass(lambda *_: seen.append("again"), keeps=False)):
+        loss.backward()
+    assert seen == ["forward", "again"]
+
+
+def test_operations_are_counted_in_reversible_mode() -> None:
+    """torch's counter puts hooks on the gradients of what every module is given."""
+    counts = []
+    for mode in ("reversible", "checkpoint"):
+        net = network()
+        net.mode = mode
+        with FlopCounterMode(display=False) as counter:
+            cubic(net(image())).backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == pytest.approx(counts[1], rel=0.01)  # a checkpoint stops before a branch's last operations
 
 
 # --- hooks on ops ----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ in place ends what was known of that memory; a tensor of which nothing is known 
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,13 +22,16 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
-from torch.utils._pytree import tree_leaves
 
 from . import recipes
-from .nodes import DEEPEST, Kept, Memory, Node, closure, mapped, sources, spec_of
+from .kinds import KINDS, Kind, kind_of
+from .nodes import DEEPEST, ChangedInPlace, Kept, Ledger, Memory, Node, closure, mapped, spec_of
+from .share import Candidate, Plan
 
 SMALL = 1024
 """Bytes of a tensor that is not worth a recipe."""
+VECTOR = 64 * 1024
+"""The same for vectors, such as the statistics of norms."""
 LONGEST = 4
 """Tensors of its own size that may come back with one: sums of a stage of a network need all sums before them."""
 
@@ -49,10 +53,13 @@ class Recorder(TorchDispatchMode):
 
     Args:
         persistent: tensors that stay anyway: parameters and buffers.
+        plan: results that stay although they could be computed again.
+        to_the_end: count bytes also where the plan has nothing left to do.
 
     Attributes:
         kept: bytes held for the backward pass, each storage once; persistent ones are not counted.
         asked: bytes that autograd asked to hold.
+        candidates: what was dropped.
 
     Example:
         >>> x, weight = torch.randn(64, 64), torch.randn(64, 64, requires_grad=True)
@@ -62,10 +69,19 @@ class Recorder(TorchDispatchMode):
         True
     """
 
-    def __init__(self, persistent: Iterable[Tensor] = ()) -> None:
+    def __init__(self, persistent: Iterable[Tensor] = (), plan: Plan | None = None, to_the_end: bool = False) -> None:
         super().__init__()
         self.kept = self.asked = 0
-        self._persistent = {tensor.untyped_storage()._cdata for tensor in persistent if _is_plain(tensor)}
+        self.candidates: list[Candidate] = []
+        self._plan = plan or Plan()
+        self._awaited = dict(self._plan.last)
+        self._to_the_end = to_the_end or plan is None
+        self._done = False
+        self._places: dict[str, int] = defaultdict(int)
+        self._ledger = Ledger()
+        stay = [t for t in persistent if type(t) in _TYPES and t.layout is torch.strided]
+        self._stay = {id(tensor) for tensor in stay}
+        self._persistent = {tensor.untyped_storage()._cdata for tensor in stay}
         self._memory: dict[int, Memory] = {}
         self._busy = False
 
@@ -91,105 +107,99 @@ class Recorder(TorchDispatchMode):
     # --- what operators do -----------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind = KINDS.get(func) or kind_of(func)
         kwargs = kwargs or {}
-        if self._busy:
+        if kind.nothing or self._done or self._busy:
             return func(*args, **kwargs)
-        kind = _kind(func)
-        if kind.nothing:
-            return func(*args, **kwargs)
-        former: tuple[list[Any], dict[str, Any]] | None = None
+        former: Any = None
+        source: Node | None = None
         if kind.batch_norm:
             former = [self._node(a) for a in args[:3]], {}
+        elif kind.view:
+            source = self._known(args[0]) if isinstance(args[0], Tensor) else None
         elif kind.again is not None and _is_large(args):
             former = [mapped(self._node, a) for a in args], {name: mapped(self._node, a) for name, a in kwargs.items()}
-        source = self._known(args[0]) if kind.view and isinstance(args[0], Tensor) else None
         out = func(*args, **kwargs)
         for place in kind.writes:
-            for written in tree_leaves(kwargs.get(place) if isinstance(place, str) else args[place : place + 1]):
-                if isinstance(written, Tensor):
-                    self._forget(written)
+            self._forget(kwargs.get(place) if isinstance(place, str) else args[place] if place < len(args) else None)
         if former is not None:
             self._note(func, kind, former, args, out)
         elif source is not None:
             self._note_view(func, source, args, kwargs, out)
         elif kind.code is not None and torch.is_grad_enabled():
-            self._note_code(kind.code, bool(kind.writes), args, kwargs, out)
+            self._note_code(kind, args, kwargs, out)
         return out
 
-    def _note(self, func: Any, kind: _Kind, inputs: Any, given: Any, out: Any) -> None:
+    def _note(self, func: Any, kind: Kind, inputs: Any, given: Any, out: Any) -> None:
         """Remember how an operator's (first) result came about."""
         result = out if isinstance(out, Tensor) else out[0]
-        if not _is_plain(result) or result.nbytes < SMALL or _is_cast_of_parameter(func, inputs):
+        if not _is_plain(result) or result.nbytes < SMALL or (kind.moves and _is_of_model(inputs)):
             return
-        memory = self._memory.get(result.untyped_storage()._cdata)
+        storage = result.untyped_storage()
+        memory = self._memory.get(storage._cdata)
         if memory is not None and memory.nodes:  # a view of an argument, by an operator that does not say so
             return
-        node = self._new(result, result._version + bool(kind.writes))
-        node.again, node.inplace, node.inputs = kind.again, kind.inplace, inputs
+        node = self._new(result, result._version + bool(kind.writes), storage)
+        node.again, node.inplace, node.kind = kind.again, kind.inplace, kind
         first = inputs[0][0]
         if kind.batch_norm:
-            node.again, node.inputs = _batch_norm(func, inputs[0], given, out)
-        elif kind.copies and first.again is not None and first.spec == node.spec:
+            node.again, inputs = _batch_norm(func, inputs[0], given, out)
+        elif kind.copies and type(first) is Node and first.again is not None and first.spec == node.spec:
             node.again, node.base = _itself, first.base or first
-        self._link(node)
+        node.follows_from(*inputs)
 
     def _note_view(self, func: Any, source: Node, args: Any, kwargs: Any, out: Any) -> None:
         several = isinstance(out, (list, tuple))
         for place, view in enumerate(out if several else [out]):
-            if not _is_plain(view) or view.untyped_storage()._cdata != args[0].untyped_storage()._cdata:
+            if not _is_plain(view):
                 continue
-            node = self._new(view, args[0]._version)  # which it will share
+            storage = view.untyped_storage()
+            if storage._cdata != args[0].untyped_storage()._cdata:
+                continue
+            node = self._new(view, args[0]._version, storage)  # which it will share
             node.again = _view_of(func, place if several else None)
-            node.inputs, node.base = ([source, *args[1:]], kwargs), source.base or source
-            self._link(node)
+            node.base = source.base or source
+            node.follows_from([source, *args[1:]], kwargs)
 
-    def _note_code(self, code: recipes.Code, written: bool, args: Any, kwargs: Any, out: Any) -> None:
+    def _note_code(self, kind: Kind, args: Any, kwargs: Any, out: Any) -> None:
         """Remember a result by a few bits per element."""
+        code: recipes.Code = kind.code
         result = out if isinstance(out, Tensor) else out[code.result]
         if not _is_plain(result) or result.nbytes < SMALL or not code.fits(*args, **kwargs):
             return
-        node = self._new(result, result._version + written)
+        node = self._new(result, result._version + bool(kind.writes), result.untyped_storage())
         short = code.encode(result, *args)
-        packed = Node(spec_of(short), short.nbytes, short._version)
-        packed.hold(short)
         spec = node.spec
-        node.again, node.inputs = (lambda bits: code.decode(bits, *spec)), ([packed], {})
-        self._link(node)
+        node.again, node.kind = (lambda bits: code.decode(bits, *spec)), kind
+        node.follows_from([Kept(short, short._version)])
         if code.other is not None:
-            self._note_other(code.other, args[0], node, out[1 - code.result])
+            self._note_other(code.other, kind, args[0], node, out[1 - code.result])
 
-    def _note_other(self, again: Callable[..., Tensor], source: Any, coded: Node, other: Any) -> None:
+    def _note_other(self, again: Callable[..., Tensor], kind: Kind, source: Any, coded: Node, other: Any) -> None:
         """Remember the second result of an operator, which follows from its argument and the coded one."""
         inputs = [self._node(source), coded]
-        node = self._new(other, other._version)
-        node.again, node.inputs = again, (inputs, {})
-        self._link(node)
-
-    @staticmethod
-    def _link(node: Node) -> None:
-        level = 0
-        for source in sources(node):
-            source.readers += 1
-            level = max(level, source.level)
-        node.level = level + 1
+        node = self._new(other, other._version, other.untyped_storage())
+        node.again, node.kind = again, kind
+        node.follows_from(inputs)
 
     # --- what is known of memory -----------------------------------------------------------------------------------
 
-    def _new(self, tensor: Tensor, version: int) -> Node:
-        spec = spec_of(tensor)
-        key = tensor.untyped_storage()._cdata
+    def _new(self, tensor: Tensor, version: int, storage: torch.UntypedStorage) -> Node:
+        key = storage._cdata
         memory = self._memory.get(key)
         if memory is None:
-            memory = self._memory[key] = Memory(tensor)
+            memory = self._memory[key] = Memory(storage, self._ledger)
+        spec = spec_of(tensor)
         node = Node(spec, tensor.nbytes, version)
         node.storage = memory
-        node.persistent = key in self._persistent
+        if key in self._persistent:
+            node.persistent = True
         memory.nodes[(*spec, tensor.storage_offset())] = node
         return node
 
-    def _find(self, tensor: Tensor) -> Node | None:
-        memory = self._memory.get(tensor.untyped_storage()._cdata)
-        if memory is None:
+    def _find(self, tensor: Tensor, storage: torch.UntypedStorage) -> Node | None:
+        memory = self._memory.get(storage._cdata)
+        if memory is None or not memory.nodes:
             return None
         node = memory.nodes.get((*spec_of(tensor), tensor.storage_offset()))
         return node if node is not None and node.version == tensor._version else None
@@ -198,57 +208,73 @@ class Recorder(TorchDispatchMode):
         """The node of a tensor that can be computed again."""
         if not _is_plain(tensor):
             return None
-        node = self._find(tensor)
+        node = self._find(tensor, tensor.untyped_storage())
         return node if node is not None and node.again is not None else None
 
     def _node(self, value: Any) -> Any:
-        """The node of a tensor; anything else as it is."""
+        """The node of a tensor, or the tensor if it stays anyway; anything else as it is."""
         if not isinstance(value, Tensor):
             return value
+        if type(value) is nn.Parameter:
+            return Kept(value, value._version)
         if not _is_plain(value):
             return Node((), 0, 0)  # of which nothing can be known
-        node = self._find(value)
+        storage = value.untyped_storage()
+        node = self._find(value, storage)
         if node is None:
-            node = self._new(value, value._version)
-            if isinstance(value, nn.Parameter):
-                node.hold(value)
-            elif value.nbytes < SMALL:
-                node.version = 0
-                node.hold(value.clone())  # whoever else has it may let it go, or change it
-            else:
-                node.alive = ref(value)
+            if value.nbytes < SMALL:
+                return Kept(value.clone(), 0)  # whoever else has it may let it go, or change it
+            node = self._new(value, value._version, storage)
+            node.alive = ref(value)
         return node
 
-    def _forget(self, tensor: Tensor) -> None:
-        if _is_plain(tensor):
-            memory = self._memory.get(tensor.untyped_storage()._cdata)
+    def _forget(self, written: Any) -> None:
+        """Nothing is known any more of what was written to."""
+        if isinstance(written, (list, tuple)):
+            for one in written:
+                self._forget(one)
+        elif isinstance(written, Tensor) and id(written) not in self._stay and _is_plain(written):
+            memory = self._memory.get(written.untyped_storage()._cdata)
             if memory is not None:
                 memory.nodes.clear()
 
     # --- what autograd keeps ---------------------------------------------------------------------------------------
 
     def _pack(self, tensor: Tensor) -> Any:
+        if self._done:
+            return self._alias(tensor), tensor._version
+        if id(tensor) in self._stay:
+            if tensor.requires_grad:
+                self._ledger.limit -= tensor.nbytes
+            return tensor, tensor._version
         if not _is_plain(tensor):
-            return Kept(tensor, tensor._version)
+            return tensor, tensor._version
         storage = tensor.untyped_storage()
-        if storage._cdata in self._persistent or storage.nbytes() < SMALL:
-            return Kept(self._alias(tensor), tensor._version)
-        node = self._find(tensor)
-        if node is None:
-            node = self._new(tensor, tensor._version)
-        if node.storage is not None and not node.storage.asked:
-            node.storage.asked = True
-            self.asked += node.storage.nbytes
+        nbytes = storage.nbytes()
+        if nbytes < SMALL or (nbytes < VECTOR and tensor.dim() < 2):
+            if storage._cdata not in self._persistent:
+                self.asked += nbytes
+                self.kept += nbytes
+            return self._alias(tensor), tensor._version
+        if storage._cdata in self._persistent:
+            if tensor.requires_grad:
+                self._ledger.limit -= tensor.nbytes
+            return self._alias(tensor), tensor._version
+        node = self._find(tensor, storage) or self._new(tensor, tensor._version, storage)
+        memory: Any = node.storage
+        if not memory.asked:
+            memory.asked = True
+            self.asked += memory.nbytes
         if node.tensor is None and not self._dropped(node):
             node.hold(self._alias(tensor))
-            if node.storage is not None and not node.storage.kept:
-                node.storage.kept = True
-                self.kept += node.storage.nbytes
+            if not memory.kept:
+                memory.keep()
+                self.kept += memory.nbytes
         return node
 
     def _alias(self, tensor: Tensor) -> Tensor:
         """The same memory and version, without the graph behind it, which would hold itself."""
-        if tensor.grad_fn is None:
+        if tensor.is_leaf:
             return tensor
         if type(tensor) is Tensor:
             with torch._C._DisableTorchDispatch():
@@ -261,16 +287,24 @@ class Recorder(TorchDispatchMode):
 
     def _dropped(self, node: Node) -> bool:
         """Whether the tensor need not be kept; what its recipe needs is held from now on."""
-        if node.again is None or node.persistent or (node.storage is not None and node.storage.kept):
+        memory: Any = node.storage
+        if node.again is None or node.persistent or memory.kept:
             return False
         home = node.base or node
         if home.saved:
             return True
         if home.tensor is not None or home.level > DEEPEST:
             return False
+        op = home.kind.name
+        place = self._places[op]
+        self._places[op] += 1
         leaves: dict[int, tuple[Node, Tensor]] = {}
         chain: dict[int, Node] = {}
-        if not closure(home, leaves, chain, set()):
+        own: dict[int, Node] = {}
+        if self._awaited.get(op) == place:
+            del self._awaited[op]
+            self._done = not (self._awaited or self._to_the_end)
+        if place in self._plan.spared.get(op, ()) or not closure(home, leaves, chain, own):
             return False
         back = sum(node.back for node in chain.values())
         if back > LONGEST * home.nbytes:
@@ -279,6 +313,9 @@ class Recorder(TorchDispatchMode):
             leaf.hold(self._alias(tensor))
         home.saved, home.rank = True, 1 + max((node.rank for node in chain.values()), default=0)
         home.back = back + (home.nbytes if home.stays else 0)
+        again = [one for one in (home, *own.values()) if one.kind is not None]
+        work = sum(one.kind.weight * one.nbytes for one in again)
+        self.candidates.append(Candidate(op, place, memory.nbytes, work, len(again)))
         return True
 
 
@@ -320,10 +357,12 @@ def paused() -> Iterator[None]:
             recorder.__enter__()
 
 
-def _is_cast_of_parameter(func: Any, inputs: Any) -> bool:
+def _is_of_model(inputs: Any) -> bool:
     """Autocast's copies of weights are kept: the weights may change before the backward pass, their copies not."""
     first = inputs[0][0] if inputs[0] else None
-    return recipes.name_of(func) in recipes.MOVES and isinstance(first, Node) and first.persistent
+    if isinstance(first, Kept):
+        return isinstance(first.tensor, nn.Parameter)
+    return isinstance(first, Node) and first.persistent
 
 
 def _is_large(args: Any) -> bool:
@@ -339,12 +378,7 @@ def _batch_norm(func: Any, args: Any, given: Any, out: Any) -> tuple[Callable[..
     """How to run a batch norm again: with the statistics that it had, which move without a new version."""
     if not recipes.normalises_by_batch(func, given):
         return _first_of(func), ([*args, *(t if t is None else t.clone() for t in given[3:5]), *given[5:]], {})
-    statistics = []
-    for tensor in out[1:3]:
-        node = Node((), tensor.nbytes, tensor._version)
-        node.hold(tensor)
-        statistics.append(node)
-    return recipes.batch_norm, ([*args, *statistics], {})
+    return recipes.batch_norm, ([*args, *(Kept(tensor, tensor._version) for tensor in out[1:3])], {})
 
 
 def _first_of(func: Any) -> Callable[..., Tensor]:
@@ -356,31 +390,10 @@ def _view_of(func: Any, place: int | None) -> Callable[..., Tensor]:
 
 
 def _unpack(kept: Any) -> Tensor:
-    found: Tensor = kept.value()
-    return found
-
-
-class _Kind:
-    """What an operator does, as far as it matters here."""
-
-    __slots__ = ("again", "batch_norm", "code", "copies", "inplace", "nothing", "view", "writes")
-
-    def __init__(self, func: Any) -> None:
-        self.view = recipes.is_view(func)
-        self.writes = recipes.writes(func)
-        self.again = None if self.view else recipes.cheap(func)
-        self.inplace = None if self.again is None else recipes.in_place(func)
-        self.batch_norm = self.again is not None and recipes.is_batch_norm(func)
-        self.copies = recipes.name_of(func) == "clone"
-        self.code = recipes.CODES.get(recipes.name_of(func))
-        self.nothing = not (self.view or self.writes or self.again or self.code)
-
-
-_KINDS: dict[Any, _Kind] = {}
-
-
-def _kind(func: Any) -> _Kind:
-    kind = _KINDS.get(func)
-    if kind is None:
-        kind = _KINDS[func] = _Kind(func)
-    return kind
+    if type(kept) is not tuple:
+        found: Tensor = kept.value()
+        return found
+    tensor, version = kept
+    if tensor._version != version:
+        raise ChangedInPlace(tensor.shape, tensor._version, version)
+    return tensor  # type: ignore[no-any-return]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,21 +17,43 @@ from ..registry import LayerConfig, register_layer
 from ..trace import meta_twin
 from .keeping import Recorder
 from .norm_act import uses_lean_layers
+from .share import SHARE, Plan, choose
 
 
-@register_layer("lean", network=True, whole=True, keeps_weights=True)
-def lean(job: Any, config: LayerConfig) -> nn.Module:
+@dataclass(frozen=True)
+class LeanConfig(LayerConfig):
+    """Options of ``lean``.
+
+    Args:
+        share: of the bytes that plain training keeps. What costs most to compute again stays up to this share; with 0,
+            as little stays as possible.
+
+    Raises:
+        ValueError: for a share outside [0, 1).
+    """
+
+    share: float = SHARE
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise ValueError(f"share={self.share}: expected a number from 0 (which keeps the least) to below 1 (plain)")
+
+
+@register_layer("lean", config=LeanConfig, network=True, whole=True, keeps_weights=True)
+def lean(job: Any, config: LeanConfig) -> nn.Module:
     """Any network as it is, which in training computes norms, activations and sums again instead of keeping them."""
     from ..convert import Converted, Skipped
 
     model: nn.Module = job.model
     if isinstance(model, (DistributedDataParallel, DataParallel, torch.jit.ScriptModule, _compiled_class())):
         raise ValueError(f"lean: {type(model).__name__} wraps or replaces the network: convert it before")
-    found = kept_per_image(model, job.input_size)
-    for name, part in _parts(model, set(job.names)):
+    parts = dict(_parts(model, set(job.names)))
+    forecasts = forecast(model, job.input_size, tuple(parts), share=config.share)
+    for name, part in parts.items():
+        found = forecasts.get(name)
         reason = _reason_to_keep(part, found)
         if reason is None:
-            make_lean(part)
+            make_lean(part, None if found is None else found.plan)
             job.report.converted.append(Converted(name, "lean", "" if found is None else str(found)))
         else:
             job.report.skipped.append(Skipped(name, reason))
@@ -73,10 +96,17 @@ def _reason_to_keep(module: nn.Module, found: Kept | None) -> str | None:
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes per image that a training pass keeps for its backward pass, with torch's own means and lean."""
+    """Bytes per image that a training pass keeps for its backward pass, with torch's own means and lean.
+
+    Attributes:
+        plain: with torch's own means.
+        lean: with a lean network.
+        plan: what it keeps although it could be computed again.
+    """
 
     plain: float
     lean: float
+    plan: Plan | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         share = self.lean / self.plain if self.plain else 1.0
@@ -84,35 +114,90 @@ class Kept:
         return f"keeps {lean} MB per image for the backward pass, plain {plain} ({share:.2f})"
 
 
-def kept_per_image(model: nn.Module, input_size: tuple[int, ...], batch_size: int = 2) -> Kept | None:
+def kept_per_image(
+    model: nn.Module, input_size: tuple[int, ...], batch_size: int = 2, share: float = SHARE
+) -> Kept | None:
     """What a training pass would keep, found on tensors without memory; None where it cannot be told.
 
     Args:
         model: on any device, in any mode; it is left as it is.
         input_size: of one example.
         batch_size: of the pass that is tried.
+        share: see ``LeanConfig``.
 
     Example:
         >>> kept_per_image(nn.Sequential(nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 8)), (512,))
         Kept(plain=6144.0, lean=4096.0)
+    """
+    return forecast(model, input_size, ("",), batch_size, share).get("")
+
+
+def forecast(
+    model: nn.Module, input_size: tuple[int, ...], names: Sequence[str], batch_size: int = 2, share: float = SHARE
+) -> dict[str, Kept]:
+    """What parts of a model would keep (see ``kept_per_image``): those that can be told.
+
+    Args:
+        model: on any device, in any mode; it is left as it is.
+        input_size: of one example.
+        names: of the parts; ``""`` is the model.
+        batch_size: of the pass that is tried.
+        share: see ``LeanConfig``.
     """
     try:
         twin = meta_twin(model)
         twin.train()
         dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
         x = torch.empty(batch_size, *input_size, device="meta", dtype=dtype)
-        with torch.enable_grad(), Recorder(_tensors_of(twin)).active() as recorder:
-            _plain(twin)(twin, x)
+        calls = {"": (twin, (x,), {})} if tuple(names) == ("",) else _calls(twin, names, x)
     except Exception:  # whatever a model may raise: this is a forecast only
-        return None
-    return Kept(recorder.asked / batch_size, recorder.kept / batch_size)
+        return {}
+    found = {}
+    for name, (part, args, kwargs) in calls.items():
+        with suppress(Exception):
+            found[name] = _forecast(part, args, kwargs, batch_size, share)
+    return found
+
+
+def _forecast(part: nn.Module, args: Any, kwargs: Any, batch_size: int, share: float) -> Kept:
+    least = _recorded(part, args, kwargs, None)
+    plan = choose(least.candidates, share * least.asked - least.kept, batch_size)
+    planned = least if plan is None else _recorded(part, args, kwargs, plan)
+    return Kept(least.asked / batch_size, planned.kept / batch_size, plan)
+
+
+def _recorded(part: nn.Module, args: Any, kwargs: Any, plan: Plan | None) -> Recorder:
+    with torch.enable_grad(), Recorder(_tensors_of(part), plan, to_the_end=True).active() as recorder:
+        _plain(part)(part, *args, **kwargs)
+    return recorder
+
+
+def _calls(twin: nn.Module, names: Sequence[str], x: Tensor) -> dict[str, tuple[nn.Module, Any, Any]]:
+    """The parts of a model, and what they are first called with."""
+    found: dict[str, tuple[nn.Module, Any, Any]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda part, args, kwargs: found.setdefault(name, (part, args, kwargs)) and None
+
+    handles = [twin.get_submodule(n).register_forward_pre_hook(note(n), with_kwargs=True) for n in names]
+    try:
+        with torch.enable_grad():
+            twin(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 # --- how it is done --------------------------------------------------------------------------------------------------
 
 
-def make_lean(module: nn.Module) -> nn.Module:
+def make_lean(module: nn.Module, plan: Plan | None = None) -> nn.Module:
     """Let ``module(...)`` keep less in training, in place; its class becomes a subclass that differs in ``forward``.
+
+    Args:
+        module: any.
+        plan: what stays although it could be computed again, see ``kept_per_image``; by default nothing does.
 
     Example:
         >>> net = make_lean(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 8, 3)))
@@ -122,7 +207,11 @@ def make_lean(module: nn.Module) -> nn.Module:
     if not is_lean(module):
         kind: Any = type(module)
         module.__class__ = _lean_class(kind)
+        vars(module)[_PLAN] = plan
     return module
+
+
+_PLAN = "_lean_plan"
 
 
 def is_lean(module: nn.Module) -> bool:
@@ -151,7 +240,7 @@ def call_lean(module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any
     """``forward(module, ...)``, which keeps less where that is a training pass (see ``saves``)."""
     if not saves(module):
         return forward(module, *args, **kwargs)
-    with Recorder(_tensors_of(module)).active():
+    with Recorder(_tensors_of(module), vars(module).get(_PLAN)).active():
         return forward(module, *args, **kwargs)
 
 

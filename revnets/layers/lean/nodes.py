@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 DEEPEST = 150
 """Operators in a row that may be run again for one tensor (as Python's recursion, too)."""
 
 STRIDE = 3
 """Of tensors that are computed from each other, such as the sums of a stage, so many's last one stays on the way."""
+
+
+WORKING = 4
+"""Tensors of one size in a step of the backward pass: the one that stays, gradients, what is on the way."""
 
 
 class ChangedInPlace(RuntimeError):
@@ -27,6 +30,55 @@ class ChangedInPlace(RuntimeError):
         )
 
 
+class Ledger:
+    """Bytes that one pass holds for its backward pass: now, and how many there may be.
+
+    The limit is what the forward pass ends with, less the gradients of weights. The backward pass lets go of tensors
+    step by step, and gradients appear: what is left is room for tensors that were computed again.
+    """
+
+    __slots__ = ("limit", "now")
+
+    def __init__(self) -> None:
+        self.now = self.limit = 0
+
+    def fits(self, nbytes: int) -> bool:
+        """Whether a tensor of so many bytes may stay, and a step with its like takes no more than there was before."""
+        return self.now + WORKING * nbytes <= self.limit
+
+
+class Entry:
+    """Bytes in a ledger, as long as this lives."""
+
+    __slots__ = ("ledger", "nbytes")
+
+    def __init__(self, ledger: Ledger, nbytes: int) -> None:
+        self.ledger, self.nbytes = ledger, nbytes
+        ledger.now += nbytes
+
+    def __del__(self) -> None:
+        self.ledger.now -= self.nbytes
+
+
+class Kept:
+    """A tensor as it is, for a recipe: a parameter, or a small one."""
+
+    __slots__ = ("tensor", "version")
+
+    def __init__(self, tensor: Tensor, version: int) -> None:
+        self.tensor, self.version = tensor, version
+
+    def value(self) -> Tensor:
+        """The tensor.
+
+        Raises:
+            ChangedInPlace: where it was changed since.
+        """
+        if self.tensor._version != self.version:
+            raise ChangedInPlace(self.tensor.shape, self.tensor._version, self.version)
+        return self.tensor
+
+
 class Node:
     """A tensor at a moment: held, or to be computed from others.
 
@@ -35,8 +87,10 @@ class Node:
         version: of its memory at that moment.
         alive: the tensor, as long as somebody else holds it.
         again: computes it; None where only holding helps.
-        inputs: arguments of ``again``, with nodes in place of tensors.
+        inputs: arguments of ``again``, with nodes (or kept tensors) in place of tensors.
+        sources: the nodes among these, as often as they are there.
         inplace: does the same in the memory of the first argument, or is None.
+        kind: the operator's.
         base: the node whose memory this one is a view of, if that one has a recipe.
         saved: whether autograd asked for it: it is then computed once.
         readers: recipes that use it.
@@ -46,45 +100,37 @@ class Node:
         level: operators in a row behind it.
     """
 
-    __slots__ = (
-        "again",
-        "alive",
-        "back",
-        "base",
-        "inplace",
-        "inputs",
-        "level",
-        "memo",
-        "nbytes",
-        "persistent",
-        "rank",
-        "readers",
-        "saved",
-        "spec",
-        "storage",
-        "tensor",
-        "version",
-    )
+    tensor: Tensor | None = None
+    alive: Callable[[], Tensor | None] | None = None
+    again: Callable[..., Tensor] | None = None
+    inputs: tuple[Sequence[Any], dict[str, Any]] = (), {}
+    sources: tuple[Node, ...] = ()
+    inplace: Any = None
+    kind: Any = None
+    base: Node | None = None
+    saved = persistent = False
+    memo: Tensor | None = None
+    readers = back = rank = level = 0
+    storage: Memory | None = None
+    entry: Entry | None = None
 
     def __init__(self, spec: tuple[Any, ...], nbytes: int, version: int) -> None:
         self.spec, self.nbytes, self.version = spec, nbytes, version
-        self.tensor: Tensor | None = None
-        self.alive: Callable[[], Tensor | None] | None = None
-        self.again: Callable[..., Tensor] | None = None
-        self.inputs: tuple[Sequence[Any], dict[str, Any]] = ((), {})
-        self.inplace: Any = None
-        self.base: Node | None = None
-        self.saved = False
-        self.persistent = False
-        self.readers = 0
-        self.memo: Tensor | None = None
-        self.back = self.rank = self.level = 0
-        self.storage: Memory | None = None
 
     def hold(self, tensor: Tensor) -> None:
         """Hold the tensor itself; how it came about does not matter any more."""
         self.tensor, self.alive, self.again, self.base = tensor, None, None, None
-        self.inputs, self.inplace, self.level, self.back = ((), {}), None, 0, 0
+        self.inputs, self.sources, self.inplace, self.level, self.back = Node.inputs, (), None, 0, 0
+
+    def follows_from(self, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> None:
+        """What its recipe is given; the nodes among it have a reader more."""
+        self.inputs = args, kwargs or {}
+        self.sources = tuple(_nodes(*self.inputs))
+        level = 0
+        for source in self.sources:
+            source.readers += 1
+            level = max(level, source.level)
+        self.level = level + 1
 
     def value(self) -> Tensor:
         """The tensor.
@@ -98,15 +144,24 @@ class Node:
             return self.memo
         if self.base is not None:
             self.base.value()  # it stays there, for further views of it
-        with torch.no_grad(), torch._C._DisableAutocast():
+        if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
+            with torch.no_grad(), torch._C._DisableAutocast():
+                found, _ = self.computed({})
+        else:
             found, _ = self.computed({})
-        if self.saved:
-            self.memo = found
+        if self.saved and self.memo is None:
+            self.remember(found)
         return found
+
+    def remember(self, tensor: Tensor) -> None:
+        """Have the tensor stay: it will be asked for again."""
+        self.memo = tensor
+        if self.storage is not None and self.base is None:
+            self.entry = Entry(self.storage.ledger, self.nbytes)
 
     @property
     def stays(self) -> bool:
-        """Whether it stays when it is computed for another."""
+        """Whether it stays when it is computed for another, however little room there is."""
         return self.saved and self.rank % STRIDE == 0
 
     def held(self, tensor: Tensor) -> Tensor:
@@ -118,8 +173,9 @@ class Node:
     def computed(self, shared: dict[int, Tensor]) -> tuple[Tensor, bool]:
         """The tensor, and whether nobody else reads its memory.
 
-        Of saved ones in a row only some stay (``STRIDE``): each of the others is a few steps from one of these when its
-        turn comes.
+        Saved ones on the way stay where there is room, in what the backward pass has let go. Where there is none, as at
+        its start, only some stay of those in a row (``STRIDE``): each of the others is a few steps from one of these
+        when its turn comes.
         """
         if self.tensor is not None:
             return self.held(self.tensor), False
@@ -127,47 +183,62 @@ class Node:
             return self.memo, False
         if id(self) in shared:
             return shared[id(self)], False
-        args, kwargs = self.inputs
         found: dict[int, tuple[Tensor, bool]] = {}
-        for source in sorted(sources(self), key=lambda node: -node.level):  # the others would wait for the deepest
+        sources = [source for source in self.sources if source.tensor is None]
+        if len(sources) > 1:  # the others would wait for the deepest
+            sources.sort(key=_level, reverse=True)
+        for source in sources:
             if id(source) not in found:
                 found[id(source)] = source.computed(shared)
 
-        def get(argument: Any) -> Any:
-            return found[id(argument)][0] if isinstance(argument, Node) else argument
-
-        owned = bool(args) and isinstance(args[0], Node) and found[id(args[0])][1]
-        first, *rest = (mapped(get, argument) for argument in args)
-        more = {name: mapped(get, argument) for name, argument in kwargs.items()}
-        if owned and self.inplace is not None and spec_of(first) == self.spec:
-            out: Tensor = self.inplace(first, *rest, **more)
+        args, kwargs = self.inputs
+        given = [_given(argument, found) for argument in args]
+        more = {name: _given(argument, found) for name, argument in kwargs.items()} if kwargs else kwargs
+        owned = bool(found) and type(args[0]) is Node and found.get(id(args[0]), _NOT_OWNED)[1]
+        if owned and self.inplace is not None and spec_of(given[0]) == self.spec:
+            out: Tensor = self.inplace(*given, **more)
         else:
-            out = self.again(first, *rest, **more)  # type: ignore[misc]
+            out = self.again(*given, **more)  # type: ignore[misc]
         if self.base is None and out.stride() != self.spec[2]:
             out = torch.empty_strided(self.spec[1], self.spec[2], dtype=out.dtype, device=out.device).copy_(out)
-        if self.stays:
-            self.memo = out
+        stays = self.saved and self.base is None and (self.stays or self.storage.ledger.fits(self.nbytes))  # type: ignore[union-attr]
+        if stays:
+            self.remember(out)
         elif self.readers > 1:
             shared[id(self)] = out
-        return out, self.base is None and not self.stays and self.readers <= 1
+        return out, self.base is None and not stays and self.readers <= 1
 
 
 class Memory:
     """A storage that the recorder knows: its address is taken as long as this lives."""
 
-    __slots__ = ("asked", "kept", "nbytes", "nodes", "weak")
+    __slots__ = ("asked", "entry", "ledger", "nbytes", "nodes", "weak")
 
-    def __init__(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        self.weak = StorageWeakRef(storage)
+    def __init__(self, storage: torch.UntypedStorage, ledger: Ledger) -> None:
+        self.weak = storage._weak_ref()
         self.nbytes = storage.nbytes()
         self.nodes: dict[tuple[Any, ...], Node] = {}
-        self.asked = self.kept = False
+        self.ledger = ledger
+        self.asked = False
+        self.entry: Entry | None = None
+
+    def __del__(self, free: Callable[[Any], None] = torch.UntypedStorage._free_weak_ref) -> None:  # torch may be gone
+        free(self.weak)
+
+    @property
+    def kept(self) -> bool:
+        """Whether it stays for the backward pass."""
+        return self.entry is not None
+
+    def keep(self) -> None:
+        """It stays for the backward pass, as long as nodes say so."""
+        self.entry = Entry(self.ledger, self.nbytes)
+        self.ledger.limit += self.nbytes
 
 
 def spec_of(tensor: Tensor) -> tuple[Any, ...]:
     """Type, shape and strides."""
-    return tensor.dtype, tuple(tensor.shape), tensor.stride()
+    return tensor.dtype, tensor.shape, tensor.stride()
 
 
 def mapped(function: Callable[[Any], Any], argument: Any) -> Any:
@@ -175,18 +246,23 @@ def mapped(function: Callable[[Any], Any], argument: Any) -> Any:
     return [function(one) for one in argument] if isinstance(argument, (list, tuple)) else function(argument)
 
 
-def closure(node: Node, leaves: dict[int, tuple[Node, Tensor]], chain: dict[int, Node], seen: set[int]) -> bool:
-    """Collect what a recipe needs, tensors and others that come back with it; False where one is not kept anyway."""
-    for source in sources(node):
-        if id(source) in seen:
-            continue
-        seen.add(id(source))
-        if source.tensor is not None:
+def closure(node: Node, leaves: dict[int, tuple[Node, Tensor]], chain: dict[int, Node], own: dict[int, Node]) -> bool:
+    """Collect what a recipe needs; False where something is not kept anyway.
+
+    Args:
+        node: whose recipe it is.
+        leaves: tensors that the recipe starts from, which are to be held.
+        chain: other saved nodes that come back with it.
+        own: nodes that are computed for this one alone.
+    """
+    for source in node.sources:
+        if source.tensor is not None or id(source) in own or id(source) in leaves:
             continue
         if source.saved:
             chain[id(source)] = source
         elif source.again is not None:
-            if len(seen) > DEEPEST or not closure(source, leaves, chain, seen):
+            own[id(source)] = source
+            if len(own) + len(leaves) + len(chain) > DEEPEST or not closure(source, leaves, chain, own):
                 return False
         else:
             alive = None if source.alive is None else source.alive()
@@ -197,25 +273,27 @@ def closure(node: Node, leaves: dict[int, tuple[Node, Tensor]], chain: dict[int,
     return True
 
 
-def sources(node: Node) -> Iterator[Node]:
-    """The nodes that a recipe reads, as often as it does."""
-    args, kwargs = node.inputs
-    for argument in (*args, *kwargs.values()):
-        for one in argument if isinstance(argument, (list, tuple)) else (argument,):
-            if isinstance(one, Node):
-                yield one
+_NOT_OWNED = (None, False)
 
 
-class Kept:
-    """A small or strange tensor, as it is."""
+def _level(node: Node) -> int:
+    return node.level
 
-    __slots__ = ("tensor", "version")
 
-    def __init__(self, tensor: Tensor, version: int) -> None:
-        self.tensor, self.version = tensor, version
+def _nodes(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Node]:
+    for argument in (*args, *kwargs.values()) if kwargs else args:
+        if type(argument) is Node:
+            yield argument
+        elif type(argument) is list or type(argument) is tuple:
+            yield from (one for one in argument if type(one) is Node)
 
-    def value(self) -> Tensor:
-        """The tensor."""
-        if self.tensor._version != self.version:
-            raise ChangedInPlace(self.tensor.shape, self.tensor._version, self.version)
-        return self.tensor
+
+def _given(argument: Any, found: dict[int, tuple[Tensor, bool]]) -> Any:
+    """An argument of a recipe as the operator takes it."""
+    if type(argument) is Node:
+        return argument.held(argument.tensor) if argument.tensor is not None else found[id(argument)][0]
+    if isinstance(argument, Kept):
+        return argument.value()
+    if isinstance(argument, (list, tuple)):
+        return [_given(one, found) for one in argument]
+    return argument

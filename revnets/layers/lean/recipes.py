@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -54,6 +55,18 @@ BATCH_NORMS = {
 
 VIEWS_WITHOUT_ALIAS = {"_unsafe_view", "_reshape_alias"}
 
+WEIGHTS = {
+    **dict.fromkeys(("gelu", "mish", "erf", "_softmax", "_log_softmax"), 3.0),
+    **dict.fromkeys(("silu", "sigmoid", "tanh", "elu", "exp", "log", "softplus", "log_sigmoid_forward", "pow"), 2.0),
+    **dict.fromkeys(("native_layer_norm", "native_group_norm", "_fused_rms_norm"), 1.5),
+    **dict.fromkeys(("relu", "relu_", "add_", "mul_", "threshold"), 0.5),
+}
+"""How many times as long as a copy operators take per byte of their result; all others take one.
+
+In place no new memory is touched; norms of rows read them twice; exponential functions are arithmetic. Measured on one
+core of an AMD EPYC, in float32: a batch norm's second half and a copy 10 GB/s, SiLU 4, Hardswish 13, ReLU in place 25.
+"""
+
 
 def name_of(func: Any) -> str:
     """An operator's name without namespace and overload.
@@ -63,6 +76,17 @@ def name_of(func: Any) -> str:
         'add_'
     """
     return str(func._schema.name).removeprefix("aten::")
+
+
+def weight(func: Any) -> float:
+    """How many times as long as a copy an operator takes per byte of its result.
+
+    Example:
+        >>> weight(torch.ops.aten.silu_.default), weight(torch.ops.aten.add.Tensor)
+        (2.0, 1.0)
+    """
+    name = name_of(func)
+    return WEIGHTS.get(name, WEIGHTS.get(name.removesuffix("_"), 1.0))
 
 
 def writes(func: Any) -> tuple[int | str, ...]:
@@ -165,10 +189,20 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tens
     """
     if x.is_cuda and not is_fake(x):
         return torch.batch_norm_elemt(x, weight, bias, mean, invstd, 0.0)
-    scale = invstd if weight is None else (invstd * weight).to(weight.dtype)
+    scale = invstd if weight is None else invstd * weight
+    if weight is not None and scale.dtype is not weight.dtype:
+        scale = scale.to(weight.dtype)
+    if mean.dtype is not scale.dtype:
+        mean = mean.to(scale.dtype)
     shift = torch.zeros_like(scale) if bias is None else bias
-    ones = torch.ones_like(scale)
-    return _first(aten.native_batch_norm(x, scale, shift, mean.to(scale.dtype), ones, False, 0.0, 0.0))
+    plain = type(scale) is Tensor and scale.device.type == "cpu"
+    ones = _ones(len(scale), scale.dtype) if plain else torch.ones_like(scale)
+    return torch.native_batch_norm(x, scale, shift, mean, ones, False, 0.0, 0.0)[0]
+
+
+@functools.lru_cache(64)
+def _ones(n: int, dtype: torch.dtype) -> Tensor:
+    return torch.ones(n, dtype=dtype, device="cpu")
 
 
 class Code(NamedTuple):

@@ -1,13 +1,17 @@
 """Sums per channel of channels-last maps on a CPU, as precise as those of contiguous ones.
 
-torch's kernels for batch norms add up contiguous float32 maps in float64, channels-last ones in float32, pixel after
-pixel: errors grow with their number. Here so many pixels in a row stand for one of as many times the channels: the same
-kernels, on the same memory, then add up every part for itself, and the few sums are added in float64.
+torch's kernels for batch norms add up contiguous float32 maps in float64, channels-last ones in float32, one pixel
+after the other: errors grow with the pixels. Here so many pixels in a row stand for one of as many times the channels:
+the same kernels, on the same memory, then add up every part for itself, and the few sums are added in the end.
 """
 
 import torch
 from torch import Tensor
 
+FEW = 1024
+"""Pixels of a map that is left to torch's kernel: the error is small, and so is the map."""
+PART = 128
+"""Pixels of a part, or up to twice as many, if ``WIDEST`` allows."""
 WIDEST = 4096
 """Sums at a time: they stay in the fastest cache."""
 
@@ -23,13 +27,13 @@ def batch_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor, momen
     parts = _parts(x)
     if parts == 1:
         return torch.batch_norm_update_stats(x, running_mean, running_var, momentum)
-    mean, var = (t.double().view(parts, -1) for t in torch.batch_norm_update_stats(_widened(x, parts), None, None, 0.0))
-    var = var.mean(0) + mean.var(0, correction=0)
-    mean = mean.mean(0)
+    means, variances = torch.batch_norm_update_stats(_widened(x, parts), None, None, 0.0)
+    between, mean = torch.var_mean(means.view(parts, -1), 0, correction=0)
+    var = between.add_(variances.view(parts, -1).mean(0))
     pixels = x.numel() // x.shape[1]
     running_mean.lerp_(mean.to(running_mean.dtype), momentum)
     running_var.lerp_((var * (pixels / (pixels - 1))).to(running_var.dtype), momentum)
-    return mean.to(x.dtype), var.to(x.dtype)
+    return mean, var
 
 
 def affine_grads(
@@ -47,28 +51,27 @@ def affine_grads(
     """
     parts = min(_parts(grad), _parts(x))
     if parts > 1:
-        grad, x = _widened(grad, parts), _widened(x, parts)
-        weight, mean, invstd = (t.repeat(parts) for t in (weight, mean, invstd))
-    _, *found = torch.ops.aten.native_batch_norm_backward(
-        grad, x, weight, None, None, mean, invstd, True, eps, [False, True, True]
+        grad, x, mean, invstd = _widened(grad, parts), _widened(x, parts), mean.repeat(parts), invstd.repeat(parts)
+    _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+        grad, x, weight if parts == 1 else None, None, None, mean, invstd, True, eps, [False, True, True]
     )
     if parts > 1:
-        found = [t.double().view(parts, -1).sum(0).to(t.dtype) for t in found]
-    return found[0], found[1]
+        of_weight, of_bias = of_weight.view(parts, -1).sum(0), of_bias.view(parts, -1).sum(0)
+    return of_weight, of_bias
 
 
 def _parts(x: Tensor) -> int:
     """How many pixels in a row are taken for one: a power of 2."""
-    parts = 1
-    channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    if x.device.type == "cpu" and x.dtype == torch.float32 and channels_last:
-        pixels, channels = x.numel() // x.shape[1], x.shape[1]
-        while pixels and pixels % (4 * parts) == 0 and 2 * parts * channels <= WIDEST:
+    parts, pixels = 1, x.numel() // max(1, x.shape[1])
+    if pixels <= FEW or x.device.type != "cpu" or x.dtype != torch.float32 or x.dim() != 4 or x.is_contiguous():
+        return parts
+    if x.is_contiguous(memory_format=torch.channels_last):
+        while pixels > 2 * PART * parts and pixels % (2 * parts) == 0 and 2 * parts * x.shape[1] <= WIDEST:
             parts *= 2
     return parts
 
 
 def _widened(x: Tensor, parts: int) -> Tensor:
     """The memory of ``x`` as ``(1, parts * C, pixels / parts, 1)``, channels-last."""
-    rows = x.permute(0, 2, 3, 1).reshape(1, -1, 1, parts * x.shape[1])
-    return rows.permute(0, 3, 1, 2)
+    wide = parts * x.shape[1]
+    return x.as_strided((1, wide, x.numel() // wide, 1), (x.numel(), 1, wide, wide))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...layers import lean_layers
-from ...reversible import AdditiveCoupling, Parallel, ReversibleOp, RevSilo
+from ...reversible import AdditiveCoupling, Parallel, ReversibleOp, RevSilo, SpaceToDepth
 from ..target import Job, Setting, Target
 
 AS_IT_IS = "as it is"
@@ -53,12 +53,18 @@ def _store_ends(model: Any) -> None:
     model.neck.mode = model.head.mode = "store"
 
 
+def _contiguous_inside(model: Any) -> None:
+    for op in model.body.ops:
+        if isinstance(op, SpaceToDepth):
+            op.channels_last = False
+
+
 VARIANTS: dict[str, Variant] = {
     AS_IT_IS: Variant(),
     "branches evaluated twice": Variant(active=_textbook_backward),
     "plain layers": Variant(active=lambda: lean_layers(False)),
     "neck and head stored": Variant(prepare=_store_ends),
-    "contiguous": Variant(change=lambda setting: replace(setting, channels_last=False)),
+    "contiguous": Variant(change=lambda setting: replace(setting, channels_last=False), prepare=_contiguous_inside),
     "exact=False": Variant(change=lambda setting: replace(setting, exact=False)),
     COMPILED: Variant(prepare=lambda model: model.compile_branches()),
 }

@@ -46,7 +46,8 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
 
 
 def kept_bytes(model: nn.Module, x: Tensor) -> int:
-    with keeping.Recorder([*model.parameters(), *model.buffers()]).active() as recorder:
+    plan = vars(model).get("_lean_plan")
+    with keeping.Recorder([*model.parameters(), *model.buffers()], plan, to_the_end=True).active() as recorder:
         y = model(x)
     del y
     return recorder.kept
