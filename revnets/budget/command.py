@@ -8,13 +8,16 @@ from typing import Annotated
 import typer
 
 from ..arguments import SIZED, argument, excludes, needs, number, path, sized, text, without_effect
+from ..profiling.bench.peers import compare, read_target, ways
+from ..profiling.bench.peers_shown import print_comparison, save_table
+from ..profiling.command import track
 from ..profiling.fake import ProfileError
 from ..profiling.fit import parse_budget
 from ..profiling.target import Setting
 from ..training.options.values import COUNT
 from ..training.places import check_file, check_folder, make_folder
-from . import table
 from .step import as_amp_dtype
+from .table import planner_of
 
 
 @excludes("budget", "sweep")
@@ -23,6 +26,7 @@ from .step import as_amp_dtype
 @excludes("amp", "sweep")
 @needs("output", "sweep")
 @needs("repeats", "sweep")
+@needs("peers", "sweep")
 @without_effect("batch_size", SIZED, lambda v: sized([v["model"]], ":"))
 def fit_command(
     model: Annotated[str, argument("NAME@SIZE:BATCH of timm, or an MMDetection CONFIG.py@800x1333:1", "MODEL")],
@@ -38,6 +42,10 @@ def fit_command(
         int | None, number(COUNT, "instead: measure so many budgets, from the least possible to plain")
     ] = None,
     repeats: Annotated[int, number(COUNT, "of --sweep: timed steps per row; their median counts")] = 5,
+    peers: Annotated[
+        bool,
+        typer.Option("--peers", help="of --sweep: beside torch.compile's own budget, too; compiling takes minutes"),
+    ] = False,
     output: Annotated[Path | None, path("of --sweep: folder for CSV and picture")] = None,
 ) -> None:
     """Train any network within a budget of bytes: what each of its blocks keeps, chosen for the shortest step.
@@ -55,15 +63,16 @@ def fit_command(
     if output is not None:
         check_folder(output)
     setting = Setting(device, channels_last, None, True, None if optimizer == "none" else optimizer)
-    target = table.read_target(model, setting, batch_size)
+    target = read_target(model, setting, batch_size)
     if sweep is not None:
-        rows = table.sweep(target, setting, sweep, repeats)
-        table.print_rows(rows, target, setting)
+        work = ways(target, setting, sweep, peers)
+        measured = compare(target, setting, work, repeats, lambda pieces: track(list(pieces), "measuring"))
+        print_comparison(measured, setting)
         if output is not None:
-            for written in table.save(rows, target, make_folder(output)):
+            for written in save_table(measured, make_folder(output)):
                 typer.echo(f"wrote {written}")
         return
-    found = table.planner_of(target, setting, amp).plan(allowed or 0)
+    found = planner_of(target, setting, amp).plan(allowed or 0)
     typer.echo(str(found))
     if plan is not None:
         typer.echo(f"wrote {found.save(plan)}")

@@ -77,12 +77,12 @@ def test_mistakes(hook: dict[str, Any], said: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_detector_trains_within_its_budget() -> None:
     pytest.importorskip("mmdet", reason="MMDetection is not installed: pip install 'revnets[detection]'")
-    from revnets.budget.table import read_target, sweep
+    from revnets.profiling.bench.peers import compare, read_target, ways
     from revnets.profiling.target import Setting
 
     setting = Setting(optimizer=None)
     target = read_target("mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py@128x160:1", setting, 1)
-    rows = sweep(target, setting, count=3, repeats=1)
+    rows = compare(target, setting, ways(target, setting, 3, compiled=False), repeats=1).rows
     plans = [row for row in rows if row.budget_bytes is not None]
     assert all(row.measured_bytes <= row.budget_bytes for row in plans)  # type: ignore[operator]
     assert plans[0].measured_bytes < rows[0].measured_bytes
