@@ -55,9 +55,10 @@ def test_a_curve_of_budgets_is_measured(tmp_path: Path, capsys: pytest.CaptureFi
         ("fit test_resnet@64:8 --budget 1GB --plan /no/such/folder/plan.json", ["/no/such/folder"]),
         ("fit test_resnet@64:8 --sweep 3 --plan plan.json", ["--plan has no effect"]),
         ("fit test_resnet@64:8 --budget 1GB --repeats 3", ["--repeats has no effect"]),
+        ("fit test_resnet@64:8 --budget 1GB --peers", ["--peers has no effect without --sweep"]),
         ("fit test_resnet@64:8 --budget 1GB --batch-size 3", ["--batch-size has no effect"]),
     ],
-    ids=["neither", "no unit", "too small", "amp", "model", "folder", "plan", "repeats", "batch"],
+    ids=["neither", "no unit", "too small", "amp", "model", "folder", "plan", "repeats", "peers", "batch"],
 )
 def test_mistakes_end_with_one_sentence(line: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(line, capsys)

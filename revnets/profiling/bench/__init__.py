@@ -1,4 +1,4 @@
-"""``revnets bench``: networks and their modes side by side, steps timed or launches counted.
+"""``revnets bench``: networks, modes and peers side by side, steps timed or launches counted.
 
 A single network's figures are one folder up, benchmarks of kernels and layers in `revnets.benchmarks`.
 """

@@ -49,8 +49,8 @@ def print_comparison(found: Comparison, setting: Setting) -> None:
 
     table = Table(
         title=f"{found.target}: ways to train it, MB of 10^6 bytes ({describe(setting)})",
-        caption="ours: the fastest plan with at most the peak of the row, and the lowest peak of the plans that take at "
-        "most its time",
+        caption="ours: the fastest plan with at most the peak of the row, and the lowest peak of the plans that "
+        "take at most its time",
     )
     words = ("way", "which")
     numbers = ("budget", "planned peak", "measured peak", "off", "step, s", "x plain", "ours, x plain", "ours, peak")
