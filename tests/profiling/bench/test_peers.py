@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import revnets.budget.table  # noqa: F401 - registers the curve, or an import within a test would
 from revnets.cli import app
 from revnets.profiling.bench import peers
 from revnets.profiling.bench.peers import (
