@@ -59,6 +59,9 @@ class Leapfrog(ReversibleOp):
         else:
             self.own = block
 
+    def num_outputs_of(self, num_inputs: int) -> int:
+        return 2
+
     @property
     def block(self) -> nn.Module:
         """What runs on x."""

@@ -15,6 +15,10 @@ STRIDE = 3
 """Of tensors that are computed from each other, such as the sums of a stage, so many's last one stays on the way."""
 
 
+WORKING = 4
+"""Tensors of one size in a step of the backward pass: the one that stays, gradients, what is on the way."""
+
+
 class ChangedInPlace(RuntimeError):
     """A tensor that the backward pass needs was changed after the forward pass."""
 
@@ -39,8 +43,8 @@ class Ledger:
         self.now = self.limit = 0
 
     def fits(self, nbytes: int) -> bool:
-        """Whether so many bytes may come without more memory than the pass had before."""
-        return self.now + nbytes <= self.limit
+        """Whether a tensor of so many bytes may stay, and a step with its like takes no more than there was before."""
+        return self.now + WORKING * nbytes <= self.limit
 
 
 class Entry:
