@@ -9,7 +9,7 @@ ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 INSTALLED := $(VENV)/.installed-dev
 
 .PHONY: help install quickstart quickstart-detection lint docs test test-slow test-wheel test-compat test-kill test-asan
-.PHONY: test-mutants gpu format clean
+.PHONY: test-mutants test-clients gpu format clean
 
 help:
 	@echo "make quickstart   install, train RevBiFPN on real digits, print accuracy and memory (CPU, minutes)"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-kill    50 runs killed at random moments, and compared with one that was let be"
 	@echo "make test-asan    the C++ kernel under AddressSanitizer (g++), at three widths, with VNNI and without"
 	@echo "make test-mutants small faults put into copies of the sources: the share that the quick tests see"
+	@echo "make test-clients   other people's software on our networks (extra [clients], an environment of its own)"
 	@echo "make gpu          everything that only a GPU shows, in 8 minutes: docs/gpu.md"
 	@echo "make format       rewrite the sources as ruff wants them"
 
@@ -87,6 +88,13 @@ test-asan: $(INSTALLED)
 # ONLY names areas or faults, JOBS how many copies are tried at once: make test-mutants ONLY=mm JOBS=2
 test-mutants: $(INSTALLED)
 	$(BIN)/python -m tests.mutants $(addprefix --only ,$(ONLY)) $(addprefix --jobs ,$(JOBS))
+
+# In an environment of its own, so that no client's wishes change what `make test` runs with.
+CLIENTS := .compat/clients
+test-clients:
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[clients]" pytest pillow
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(CLIENTS)/bin/python -m pytest tests/clients
 
 # On a machine that is lent for minutes nothing can be installed: its own python3 does, where there is no .venv.
 GPU_OUTPUT ?= output/gpu

@@ -40,6 +40,7 @@ from .series import read_stored
 
 _logger = logging.getLogger("classification")
 PLAIN, REVERSIBLE = "plain", "reversible"
+SIDE = 32  # of the images
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
@@ -51,20 +52,21 @@ class Network:
     pretrain_lr: float
     finetune_lr: float
     epochs: int  # of the pre-training
+    finetune_epochs: int
 
 
 def _convnext(classes: int) -> nn.Module:
-    sizes: dict[str, Any] = dict(depths=(3, 3, 9, 3), dims=(24, 48, 96, 192), patch_size=2)
+    sizes: dict[str, Any] = {"depths": (3, 3, 9, 3), "dims": (24, 48, 96, 192), "patch_size": 2}
     return timm.create_model("convnext_atto", num_classes=classes, drop_path_rate=0.05, conv_mlp=False, **sizes)
 
 
 def _vit(classes: int) -> nn.Module:
-    sizes: dict[str, Any] = dict(img_size=32, patch_size=8, embed_dim=96, depth=6, num_heads=3)
-    how: dict[str, Any] = dict(class_token=False, global_pool="avg", drop_path_rate=0.05)
+    sizes: dict[str, Any] = {"img_size": SIDE, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3}
+    how: dict[str, Any] = {"class_token": False, "global_pool": "avg", "drop_path_rate": 0.05}
     return timm.create_model("vit_tiny_patch16_224", num_classes=classes, **sizes, **how)
 
 
-NETWORKS = {"vit": Network(_vit, 2e-3, 5e-4, 8), "convnext": Network(_convnext, 4e-3, 1e-3, 4)}
+NETWORKS = {"vit": Network(_vit, 2e-3, 5e-4, 8, 4), "convnext": Network(_convnext, 4e-3, 1e-3, 2, 3)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +137,10 @@ def train(model: nn.Module, data: Data, lr: float, epochs: int, batch_size: int,
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     decayed = [p for p in model.parameters() if p.ndim > 1]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": [p for p in model.parameters() if p.ndim < 2]}]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": 0.05},
+        {"params": [p for p in model.parameters() if p.ndim < 2]},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
     steps = epochs * (len(data.labels) // batch_size)
     warm = max(steps // 20, 1)
@@ -190,7 +195,7 @@ class Table(runner.Table):
         flag("--images", type=positive, default=20000, help="of the pre-training, of each class as many"),
         flag("--finetune-images", type=positive, default=5000, help="of the new task"),
         flag("--epochs", type=positive, help="of the pre-training; by default the network's own"),
-        flag("--finetune-epochs", type=positive, default=4),
+        flag("--finetune-epochs", type=positive, help="by default the network's own"),
         flag("--batch-size", type=positive, default=100),
         flag("--only-pretrain", action="store_true", help="stop after it"),
     )
@@ -210,6 +215,7 @@ class Table(runner.Table):
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args)
         self._read: dict[tuple[str, bool], tuple[Data, int]] = {}
+        self._memory: dict[tuple[str, str], float] = {}
 
     def line(self, outcome: Any) -> tuple[str, str]:
         return outcome.network, outcome.training
@@ -251,36 +257,43 @@ class Table(runner.Table):
         self, name: str, weights: dict[str, Tensor], pretrain_top1: float, seed: int, training: str
     ) -> Outcome:
         args, network = self.args, NETWORKS[name]
-        words = (
-            name,
-            training,
-            seed,
-            args.images,
-            args.epochs or network.epochs,
-            args.finetune_images,
-            args.finetune_epochs,
-        )
+        epochs, finetune_epochs = args.epochs or network.epochs, args.finetune_epochs or network.finetune_epochs
+        words = (name, training, seed, args.images, epochs, args.finetune_images, finetune_epochs)
         path = self.output / f"{'-'.join(map(str, words))}.json"
         stored = read_stored(path, lambda found: Outcome(**found))
         if stored is not None:
-            return stored
+            return dataclasses.replace(stored, activation_mb=self.memory(name, training))
         (data, classes), (held_out, _) = self.data("train.tar", True), self.data("validation.tar", True)
         torch.manual_seed(seed)
-        model: Any = network.make(classes)
-        model.load_state_dict(weights)
-        model.reset_classifier(classes)
-        if training == REVERSIBLE:
-            model = revnets.reversible(model, input_size=tuple(data.images.shape[1:]))  # type: ignore[operator]
+        model = self.made(name, training, classes, weights)
         part, start = data.part(args.finetune_images // classes, classes), time.perf_counter()
-        train(model, part, network.finetune_lr, args.finetune_epochs, args.batch_size, seed)
+        train(model, part, network.finetune_lr, finetune_epochs, args.batch_size, seed)
         seconds = time.perf_counter() - start
         top1 = validate(model, held_out)
-        model.train()
-        memory = measure_training_step(model, _batch(part.images[: args.batch_size], None))
-        outcome = Outcome(name, training, seed, pretrain_top1, top1, memory.activation_bytes / 1e6, seconds)
+        outcome = Outcome(name, training, seed, pretrain_top1, top1, self.memory(name, training), seconds)
         _logger.info(f"{name}, {training}, seed {seed}: top-1 {top1:.2f}%")
         write_json(path, dataclasses.asdict(outcome))
         return outcome
+
+    @staticmethod
+    def made(name: str, training: str, classes: int, weights: dict[str, Tensor] | None = None) -> Any:
+        """A network with a new classifier, reversible or not."""
+        model: Any = NETWORKS[name].make(classes)
+        if weights is not None:
+            model.load_state_dict(weights)
+        model.reset_classifier(classes)
+        if training == REVERSIBLE:
+            model = revnets.reversible(model, input_size=(3, SIDE, SIDE))  # type: ignore[operator]
+        return model
+
+    def memory(self, name: str, training: str) -> float:
+        """Activation MB of a step, measured."""
+        if (name, training) not in self._memory:
+            x, state = torch.zeros(self.args.batch_size, 3, SIDE, SIDE), torch.get_rng_state()
+            step = measure_training_step(self.made(name, training, 2).train(), x)
+            torch.set_rng_state(state)
+            self._memory[name, training] = step.activation_bytes / 1e6
+        return self._memory[name, training]
 
     def draw(self, figure: Any, done: Outcomes) -> None:
         axes = figure.subplots()

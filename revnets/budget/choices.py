@@ -74,7 +74,8 @@ def apply_choices(model: nn.Module, choices: Mapping[str, str], mode: str | None
     if mode is not None:
         set_mode(model, mode)
     for module, how in found.items():
-        module.__class__ = _planned_class(type(module))
+        kind: Any = type(module)
+        module.__class__ = _planned_class(kind)
         module.__dict__["_budget"] = how
 
 

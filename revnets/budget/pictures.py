@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..training.pictures import caption, new_figure, save_figure
+from ..training.pictures import caption, picture
 
 WORDS = {
     "store": "keeps what autograd needs",
@@ -42,26 +42,28 @@ def draw_plan(plan: Any, path: Path) -> Path:
     Raises:
         ValueError: without matplotlib.
     """
-    figure = new_figure(path, (8, 4.5))
-    if figure is None:
+
+    def paint(figure: Any) -> None:
+        axes = figure.add_subplot()
+        for label, timeline, color in (("plain", plan.before, "C7"), ("with the plan", plan.after, "C0")):
+            length = max(len(timeline.nbytes) - 1, 1)
+            x = [index / length for index in range(len(timeline.nbytes))]
+            peak = max(timeline.nbytes, default=0)
+            axes.plot(x, [n / 1e6 for n in timeline.nbytes], color=color, label=f"{label}: {_mb(peak)} MB", linewidth=1)
+            axes.axvline(timeline.backward / length, color=color, linewidth=0.8, linestyle=":")
+        axes.axhline(plan.budget / 1e6, color="C3", linewidth=1, label=f"budget: {_mb(plan.budget)} MB")
+        batch = "" if plan.batch_size is None else f", batch {plan.batch_size}"
+        axes.set(
+            title=caption(f"{plan.model}{batch}: predicted"),
+            xlabel="a training step, by allocations (dotted: the backward pass begins)",
+            ylabel="in use, MB",
+            ylim=(0, None),
+        )
+        axes.legend(loc="upper right", fontsize="small")
+
+    if picture(path, (8, 4.5), paint) is None:
         raise ValueError("pictures need matplotlib: pip install 'revnets[quickstart]'")
-    axes = figure.add_subplot()
-    for label, timeline, color in (("plain", plan.before, "C7"), ("with the plan", plan.after, "C0")):
-        length = max(len(timeline.nbytes) - 1, 1)
-        x = [index / length for index in range(len(timeline.nbytes))]
-        peak = max(timeline.nbytes, default=0)
-        axes.plot(x, [n / 1e6 for n in timeline.nbytes], color=color, label=f"{label}: {_mb(peak)} MB", linewidth=1)
-        axes.axvline(timeline.backward / length, color=color, linewidth=0.8, linestyle=":")
-    axes.axhline(plan.budget / 1e6, color="C3", linewidth=1, label=f"budget: {_mb(plan.budget)} MB")
-    batch = "" if plan.batch_size is None else f", batch {plan.batch_size}"
-    axes.set(
-        title=caption(f"{plan.model}{batch}: predicted"),
-        xlabel="a training step, by allocations (dotted: the backward pass begins)",
-        ylabel="in use, MB",
-        ylim=(0, None),
-    )
-    axes.legend(loc="upper right", fontsize="small")
-    return save_figure(figure, path)
+    return path
 
 
 def _mb(nbytes: float) -> str:

@@ -146,7 +146,7 @@ def as_amp_dtype(given: torch.dtype | str | None) -> torch.dtype | None:
         return given  # type: ignore[return-value]
     if given not in AMP:
         raise BudgetError(f"unknown amp_dtype {shown(given)}: expected {', '.join(AMP)}, or None")
-    return AMP[given]  # type: ignore[index]
+    return AMP[given]
 
 
 def device_of(model: nn.Module) -> torch.device:

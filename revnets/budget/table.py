@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ..profiling.profile import describe, resident_bytes
 from ..profiling.target import Job, Setting, Target, parse_targets
 from ..training.files import write_csv
 from ..training.options.values import COUNT, find_device
-from ..training.pictures import caption, new_figure, save_figure
+from ..training.pictures import caption, picture
 from .plan import Plan
 from .planner import Planner
 from .step import Step
@@ -141,8 +141,8 @@ def in_short(plan: Plan) -> str:
     for block in plan.blocks:
         if block.name:
             counts[block.choice] = counts.get(block.choice, 0) + 1
-    mode = [plan.mode] if plan.mode not in (None, "store") else []
-    return ", ".join([*mode, *(f"{n} {choice}" for choice, n in counts.items())])  # type: ignore[list-item]
+    mode = [plan.mode] if plan.mode is not None and plan.mode != "store" else []
+    return ", ".join([*mode, *(f"{n} {choice}" for choice, n in counts.items())])
 
 
 @dataclass
@@ -156,14 +156,19 @@ class _Way:
             self.plan.apply(self.network)
         elif self.name == CHECKPOINTING:
             self._checkpoint(True)
-        elif hasattr(self.network, "set_mode"):
-            self.network.set_mode("store")
+        else:
+            self._store()
 
     def __exit__(self, *exc: Any) -> None:
         if self.plan is not None:
             self.plan.undo(self.network)
         elif self.name == CHECKPOINTING:
             self._checkpoint(False)
+
+    def _store(self) -> None:
+        network: Any = self.network
+        if hasattr(network, "set_mode"):
+            network.set_mode("store")
 
     def _checkpoint(self, on: bool) -> None:
         network: Any = self.network
@@ -221,27 +226,27 @@ def save(rows: Sequence[Row], target: Target, folder: Path) -> list[Path]:
     """The rows as ``NAME.csv``, and their curve as ``NAME.png`` where matplotlib is installed."""
     name = target.title.replace(" ", "_")
     written = [write_csv(folder / f"{name}.csv", [asdict(row) for row in rows])]
-    picture = draw(rows, str(target), folder / f"{name}.png")
-    return written if picture is None else [*written, picture]
+    drawn = draw(rows, str(target), folder / f"{name}.png")
+    return written if drawn is None else [*written, drawn]
 
 
 def draw(rows: Sequence[Row], title: str, path: Path) -> Path | None:
     """Measured peak against time of a step: the curve of plans, and the points of the others."""
-    figure = new_figure(path, (6.5, 4.5))
-    if figure is None:
-        return None
-    axes = figure.add_subplot()
-    points: Callable[[str], list[tuple[float, float]]] = lambda way: [  # noqa: E731
-        (row.measured_bytes / 1e6, row.ratio) for row in rows if row.way == way
-    ]
-    axes.plot(*zip(*sorted(points(PLANNED)), strict=True), "o-", label="plans, by budget")
-    for way, marker in ((PLAIN, "s"), (CHECKPOINTING, "^")):
-        if found := points(way):
-            axes.plot(*zip(*found, strict=True), marker, markersize=9, label=way)
-    axes.set(title=caption(title), xlabel="measured peak of a training step, MB", ylabel="time of a step, x plain")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    return save_figure(figure, path)
+
+    def points(way: str) -> list[tuple[float, float]]:
+        return [(row.measured_bytes / 1e6, row.ratio) for row in rows if row.way == way]
+
+    def paint(figure: Any) -> None:
+        axes = figure.add_subplot()
+        axes.plot(*zip(*sorted(points(PLANNED)), strict=True), "o-", label="plans, by budget")
+        for way, marker in ((PLAIN, "s"), (CHECKPOINTING, "^")):
+            if found := points(way):
+                axes.plot(*zip(*found, strict=True), marker, markersize=9, label=way)
+        axes.set(title=caption(title), xlabel="measured peak of a training step, MB", ylabel="time of a step, x plain")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+
+    return picture(path, (6.5, 4.5), paint)
 
 
 def _mb(nbytes: int | None) -> str:

@@ -21,7 +21,7 @@ def _finished(sums: Tensor, finish: Finish, scale: Tensor, residual: Tensor | No
         r = (from_blocks(residual, sums.shape[1]).int() - finish.residual_zero).float()
         t = t + r * torch.tensor(finish.residual_scale, dtype=torch.float32)
     if finish.to_float:
-        return t
+        return t.contiguous()  # in the order that the kernel has
     return to_blocks(_bytes(t, finish))
 
 

@@ -89,7 +89,7 @@ def predict_training_step(
         >>> predicted.categories["parameters"], predicted.gradient_bytes, predicted.macs
         (576, 576, 8192)
     """
-    tracker = trace_training_step(model, x, loss_fn, optimizer, device)
+    tracker: StorageTracker = trace_training_step(model, x, loss_fn, optimizer, device)
     return summarize(tracker.trace, sum(p.numel() for p in model.parameters()))
 
 

@@ -72,7 +72,7 @@ class ReversibleStage(nn.Sequential):
             elif how == "again" and self.mode != "store":
                 input = recompute(self._modules[names[0]], input)
             else:
-                input = self._modules[names[0]](input)  # type: ignore[misc]
+                input = self._modules[names[0]](input)
         return input
 
     @staticmethod
@@ -99,5 +99,5 @@ class ReversibleStage(nn.Sequential):
     def __getitem__(self, index: Any) -> Any:
         """A block; of several, an ``nn.Sequential``."""
         if isinstance(index, slice):
-            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))  # type: ignore[arg-type]
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
         return super().__getitem__(index)

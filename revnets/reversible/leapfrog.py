@@ -59,6 +59,9 @@ class Leapfrog(ReversibleOp):
         else:
             self.own = block
 
+    def num_outputs_of(self, num_inputs: int) -> int:
+        return 2
+
     @property
     def block(self) -> nn.Module:
         """What runs on x."""
@@ -95,15 +98,17 @@ class Leapfrog(ReversibleOp):
             return self.minus(z, value.to(z.dtype) - x), x
 
     def rewind(self, step: Step, ys: Tensors, grad_ys: Grads) -> tuple[Tensors, Grads]:
-        z, x = ys if self.end else (ys[0], self._behind_(*ys, step.kept(self, "rest")))
+        (z, x), (grad_z, grad_ahead) = ys, grad_ys
+        if not self.end:
+            x = self._behind_(z, x, step.kept(self, "rest"))
         value, pull = self.evaluate(step, "block", self.block, x, needs_grad=step.needs_input_grad[-1])
         if not self.start:
             self.subtract(z, value.to(z.dtype) - x, owned=True)
         strides = layout(value)
         del value
-        grad = _grad_of_value(*grad_ys, self._how(), owned=True)
+        grad = _grad_of_value(grad_z, grad_ahead, self._how(), owned=True)
         (through,) = pull(None if grad is None else laid_out(grad, strides))
-        grad_x = step.add(_grad_of_x(grad, grad_ys[1], self._how(), owned=True), through)
+        grad_x = step.add(_grad_of_x(grad, grad_ahead, self._how(), owned=True), through)
         return ((x,), (grad_x,)) if self.start else ((z, x), (grad, grad_x))
 
     def _how(self) -> "_How":
@@ -172,12 +177,12 @@ def _grad_of_value(grad_z: Tensor | None, grad_ahead: Tensor | None, how: _How, 
     """Of what the block gives, and of the former z; in place of ``grad_z`` where that is ``owned``."""
     if how.end or grad_ahead is None:
         return grad_z
-    if grad_z is None:
-        grad = grad_ahead.clone()
-    else:
-        grad = grad_z.add_(grad_ahead) if owned else grad_z + grad_ahead
     b = 2.0**-how.bits
-    return grad.add_(grad_ahead, alpha=b) if owned else grad.add(grad_ahead, alpha=b)
+    if grad_z is None:
+        return grad_ahead.add(grad_ahead, alpha=b)
+    if owned:
+        return grad_z.add_(grad_ahead).add_(grad_ahead, alpha=b)
+    return (grad_z + grad_ahead).add(grad_ahead, alpha=b)
 
 
 def _grad_of_x(grad: Tensor | None, grad_ahead: Tensor | None, how: _How, owned: bool = False) -> Tensor | None:
@@ -203,8 +208,9 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        grad = _grad_of_value(*grads, ctx.how)
-        grad_x = _grad_of_x(grad, grads[1], ctx.how)
+        grad_z, grad_ahead = grads
+        grad = _grad_of_value(grad_z, grad_ahead, ctx.how)
+        grad_x = _grad_of_x(grad, grad_ahead, ctx.how)
         if grad is None:
             return None, grad_x, None, None
         return None if ctx.how.start else grad, grad_x, laid_out(grad, ctx.strides).to(ctx.dtype), None

@@ -56,9 +56,14 @@ def recompute(module: Callable[..., Any], *xs: Tensor) -> Any:
         module: a module, or a bound method of one.
         xs: its inputs, kept until the backward pass.
     """
-    if not torch.is_grad_enabled() or active.inside_branch or torch.compiler.is_exporting() or is_traced(*xs):
+    if not torch.is_grad_enabled() or active.inside_branch or _is_drawn_as_a_graph(*xs):
         return module(*xs)
     return _checkpointed(module, *xs)
+
+
+def _is_drawn_as_a_graph(*xs: Any) -> bool:
+    """Whether somebody notes the operations, of which there shall be no second ones."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or is_traced(*xs)
 
 
 @torch.compiler.disable  # dynamo knows no `context_fn` of this kind

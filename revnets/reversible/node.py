@@ -1,17 +1,18 @@
 """The autograd node of one op, and the tape that hands rebuilt activations from node to node."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .errors import ReversibleError
 from .grid import check_range, grid_limit, max_abs
 from .hooks import no_hook_changes
 from .op import Grads, ReversibleOp, Step, Tensors, ops_of, rewound
-from .replay import Precision, Recorder, activated, active, is_fake, parameters_of
+from .replay import BranchRecord, Precision, Recorder, activated, active, is_fake, parameters_of
 
 
 class Tape:
@@ -109,7 +110,7 @@ class OpNode(torch.autograd.Function):
         with no_hook_changes(ops_of(op), name), activated(runner=recorder):
             ys = op(*xs)
         ctx.op, ctx.name, ctx.tape, ctx.index, ctx.num_inputs = op, name, tape, index, num_inputs
-        ctx.records = recorder.records
+        ctx.records = _put_away(ctx, recorder.records)
         ctx.parameters = parameters
         ctx.versions = [p._version for p in parameters]
         return ys
@@ -120,7 +121,7 @@ class OpNode(torch.autograd.Function):
         op, tape = ctx.op, ctx.tape
         ys, grad_ys = tape.take(ctx.index, ctx.name)
         needs_input_grad = ctx.needs_input_grad[5 : 5 + ctx.num_inputs]
-        step = Step(ctx.records, ctx.parameters, needs_input_grad)
+        step = Step(_taken_out(ctx), ctx.parameters, needs_input_grad)
         with tape.precision.entered(), activated(in_stack=True, runner=None, record=None, playback=None):
             xs, grad_xs = rewound(op, step, ys, grad_ys)
         if ctx.index > 0:
@@ -128,6 +129,25 @@ class OpNode(torch.autograd.Function):
             stand_ins = zip(tape.stand_ins(xs), needs_input_grad, strict=True)
             grad_xs = tuple(stand_in if needed else None for stand_in, needed in stand_ins)
         return (None, None, None, None, None, *grad_xs, *step.parameter_grads())
+
+
+Records = dict[Hashable, BranchRecord]
+
+
+def _put_away(ctx: Any, records: Records) -> Records:
+    """Side information goes where autograd frees it as soon as the op is undone; the other records stay."""
+    leaves, ctx.side = tree_flatten({key: record.kept for key, record in records.items() if record.side})
+    ctx.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+    ctx.others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+    ctx.save_for_backward(*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+    return {key: record for key, record in records.items() if not record.side}
+
+
+def _taken_out(ctx: Any) -> Records:
+    """All records."""
+    tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
+    side = tree_unflatten([next(tensors if is_tensor else others) for is_tensor in ctx.is_tensor], ctx.side)
+    return {**ctx.records, **{key: BranchRecord(kept, side=True) for key, kept in side.items()}}
 
 
 def _saved_outputs(ctx: Any) -> Tensors:

@@ -103,7 +103,7 @@ class ReversibleOp(nn.Module):
             active.runner.keep((id(self), key), value())
 
     def kept(self, key: Hashable) -> Any:
-        """In ``inverse``: what ``forward`` kept under this name; None outside of a backward pass, which has no record."""
+        """In ``inverse``: what ``forward`` kept under this name; None outside of a backward pass."""
         return None if active.runner is None else active.runner.kept((id(self), key))
 
     @property

@@ -295,6 +295,7 @@ class BranchRecord:
     owners: set[int] = field(default_factory=set)
     rng: _RngState | None = None
     draws: list[Any] | None = None  # instead of ``rng`` where a CUDA graph is captured
+    side: bool = False  # no branch: what an op handed to ``keep``, for autograd to hold and to free
     hooks: HookLog = field(default_factory=HookLog)
     state: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)  # buffers that it moved, as they were
 
@@ -362,7 +363,7 @@ class Recorder(Runner):
             return call(module, *xs)
 
     def keep(self, key: Hashable, value: Any) -> None:
-        self.records[key] = BranchRecord([value])
+        self.records[key] = BranchRecord([value], side=True)
 
 
 class Replayer(Runner):

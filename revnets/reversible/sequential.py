@@ -67,7 +67,7 @@ class RevSequential(nn.Module):
         Raises:
             RangeError: in exact mode, when a value leaves the grid's range.
         """
-        if not self.training or torch.compiler.is_exporting():
+        if not self.training or torch.compiler.is_exporting() or torch.jit.is_tracing():
             return self._plain(xs, self._named_ops())
         if is_traced(*xs):
             return as_one_node(self, self.num_outputs(len(xs)), *xs)

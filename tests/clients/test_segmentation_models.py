@@ -49,7 +49,7 @@ def test_its_own_files_hold_the_network(decoder: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = client("segmentation_models_pytorch").from_pretrained(tmp_path)
     assert_same_weights(loaded, model)
-    assert loaded.encoder.model.mode == "reversible"
+    assert loaded.encoder.model.model.mode == "reversible"
 
 
 def test_maps_have_the_stride_that_the_decoder_asks_for() -> None:

@@ -1,4 +1,4 @@
-"""torchvision's detectors; its feature extractor is tested where it is always installed (tests/models/test_traced.py)."""
+"""torchvision's detectors; its feature extractor has its tests where it always is (tests/models/test_traced.py)."""
 
 from typing import Any
 

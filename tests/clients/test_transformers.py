@@ -53,9 +53,7 @@ def _detr(tf: Any) -> Case:
 
 def _deformable_detr(tf: Any) -> Case:
     own = {"num_feature_levels": 4, "num_queries": 5, "num_labels": 3, "use_timm_backbone": False}
-    model = tf.DeformableDetrForObjectDetection(
-        tf.DeformableDetrConfig(backbone_config=backbone(tf), **own, **NARROW)
-    )
+    model = tf.DeformableDetrForObjectDetection(tf.DeformableDetrConfig(backbone_config=backbone(tf), **own, **NARROW))
     return Case(model, {"pixel_values": images(), "labels": BOXES}, loss, unused=True)
 
 

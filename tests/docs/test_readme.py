@@ -65,3 +65,4 @@ def _small(program: str) -> str:
 
 
 SMALL = {r"revbifpn_s\d": "test_revbifpn", "resnet(18|50)": "test_resnet", "mus_vit_tiny_patch16_224": "test_mus_vit"}
+SMALL |= {"vit_small_patch16_224": "test_vit", "pretrained=True": "pretrained=False"}  # nothing is fetched

@@ -99,3 +99,19 @@ def test_a_traced_network_still_says_what_it_takes() -> None:
         traced(torch.zeros(1, 3, 40, 64))
     with pytest.raises(ValueError, match="create the model with in_chans=C"):
         traced(torch.zeros(1, 4, 64, 64))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", QUICK)
+def test_a_trace_of_operations_holds_each_once(name: str, training: bool) -> None:
+    """`torch.jit.trace`, with which counters look at a network: those of the forward pass, in whatever mode."""
+    graphs = []
+    for mode in ("reversible", "store"):
+        model = make(name, drop_rate=0.0)
+        if hasattr(model, "mode"):
+            model.set_mode(mode)
+        trace = torch.jit.trace(model.train(training), own_images(name), check_trace=False)
+        kinds = [node.kind() for node in trace.inlined_graph.nodes()]
+        graphs.append(sorted(kinds))
+    assert graphs[0] == graphs[1]
+    assert graphs[0].count("aten::_convolution") >= len([m for m in model.modules() if type(m) is nn.Conv2d])

@@ -67,7 +67,7 @@ def test_what_cannot_be_made_reversible(make: Callable[[], Any], said: str) -> N
 
 
 def _eva() -> nn.Module:
-    sizes: dict[str, Any] = dict(img_size=64, embed_dim=32, depth=2, num_heads=2)
+    sizes: dict[str, Any] = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2}
     return timm.create_model("eva02_tiny_patch14_224", patch_size=16, **sizes)
 
 

@@ -98,21 +98,23 @@ def test_checkpoints_go_both_ways_after_a_step(name: str) -> None:
     assert torch.equal(model(x), made(name)[0].eval()(x))
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_memory_falls_and_does_not_grow_with_depth(way: str) -> None:
-    x = torch.zeros(4, 3, 64, 64)
+@pytest.mark.parametrize("way", ["one stream", *(pytest.param(w, marks=pytest.mark.slow) for w in list(WAYS)[1:])])
+def test_memory_falls_and_hardly_grows_with_depth(way: str) -> None:
+    """What a block more takes is what is kept of it; weights are frozen, whose gradients would stand in the way."""
+    x = torch.zeros(32, 3, 64, 64)
 
     def activations(depth: int, mode: str) -> int:
-        model = made("vit", depth=depth)[0]
+        model = made("vit", depth=depth)[0].requires_grad_(False)
+        model.patch_embed.requires_grad_(True)
         if mode != "plain":
-            revnets.set_mode(revnets.reversible(model, input_size=(3, 64, 64), **WAYS[way]), mode)  # type: ignore[operator]
-        step = predict_training_step(model, x)
-        return step.step_bytes - step.gradient_bytes
+            model = revnets.reversible(model, input_size=(3, 64, 64), **WAYS[way])  # type: ignore[operator]
+            revnets.set_mode(model, mode)
+        return predict_training_step(model, x).step_bytes
 
-    plain, few, many = activations(12, "plain"), activations(12, "reversible"), activations(24, "reversible")
+    plain, few, many = activations(8, "plain"), activations(8, "reversible"), activations(16, "reversible")
     assert few < 0.35 * plain
-    assert many - few < 0.05 * (activations(24, "plain") - plain)
-    assert many < activations(24, "checkpoint") < activations(24, "store")
+    assert many - few < 0.03 * (activations(16, "plain") - plain)
+    assert many < activations(16, "checkpoint") < activations(16, "store")
 
 
 def test_a_copy_and_a_pickle_are_reversible_too() -> None:

@@ -113,19 +113,27 @@ def test_what_is_kept_is_so_many_bits_of_a_number(make: Make, bits: int) -> None
     net, x = chain(make, bits, depth=3), torch.randn(2, 6, 8, 8, requires_grad=True)
     y = net(x)[0]
     kept, node = [], y.grad_fn.next_functions[0][0]
+    nodes = []
     while node is not None and hasattr(node, "records"):
-        kept.append(sum(t.nbytes for record in node.records.values() for t in _tensors(record.kept)))
+        nodes.append(node)
+        kept.append(sum(t.nbytes for t in node.saved_tensors))
         node = node.next_functions[0][0]
     whole = x.numel() * bits / 8
     scales = x.numel() / 64 * 4 if make is updates else 0
     ends = [0.0] if make is leapfrogs else [whole + scales]
     assert kept == [*ends, whole + scales, whole + scales]
+    loss((y,)).backward()
+    for node in nodes:
+        with pytest.raises(RuntimeError, match="freed"):
+            _ = node.saved_tensors
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [t for item in value for t in _tensors(item)] if isinstance(value, (list, tuple)) else []
+@every_kind
+def test_a_graph_that_is_retained_is_gone_through_again(make: Make, bits: int) -> None:
+    net, x = chain(make, bits), torch.randn(2, 6, 4, 4, requires_grad=True)
+    y = loss(net(x))
+    first, second = (torch.autograd.grad(y, x, retain_graph=again)[0] for again in (True, False))
+    assert first.equal(second)
 
 
 @pytest.mark.parametrize("op", [Leapfrog(nn.Identity(), 4, exact=True), KeptUpdate(nn.Identity(), exact=True)])

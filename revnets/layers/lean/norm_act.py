@@ -52,7 +52,7 @@ class _Lean:
 
 def uses_lean_layers() -> bool:
     """Whether layers save memory; see ``lean_layers``."""
-    return _Lean.enabled and not torch.compiler.is_compiling()
+    return _Lean.enabled and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 @contextmanager

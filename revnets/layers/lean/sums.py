@@ -12,7 +12,7 @@ FEW = 1024
 """Pixels of a map that is left to torch's kernel: the error is small, and so is the map."""
 PART = 128
 """Pixels of a part, or up to twice as many, if ``WIDEST`` allows."""
-WIDEST = 4096
+WIDEST = 2048
 """Sums at a time: they stay in the fastest cache."""
 
 
