@@ -11,39 +11,15 @@ import torch
 from torch import Tensor, fx
 
 from ..kernels import byte_ops as byte_ops
-from ..kernels.byte_calls import compress_bytes
+from ..kernels.byte_blocks import compress_bytes
 from ..kernels.compressed import activate
 from .graph import ATEN, add_constant, argument, clean, constant, is_changed, is_in_place, is_known, sole_name
+from .int8_ranges import Observed, Range, quantised_weights
 from .lower import OPS, _activation, _Tail, _tail, node_geometry, pair
 
 _SHARE = 1e-4  # of the numbers that "percentile" leaves beyond each end of a range
-_SMALLEST = 1e-12  # span of a range
 _ADDS = (ATEN.add.Tensor, ATEN.add_.Tensor)
 _VIEWS = (ATEN.flatten.using_ints, ATEN.view.default, ATEN.reshape.default, ATEN.squeeze.dims)
-
-
-@dataclass(frozen=True)
-class Range:
-    """What bytes stand for: ``(q - zero) * scale``."""
-
-    scale: float
-    zero: int
-
-    @classmethod
-    def of(cls, low: float, high: float) -> Range:
-        """The range that holds these numbers, and 0 exactly.
-
-        Example:
-            >>> Range.of(-1.0, 1.55).zero
-            100
-        """
-        low, high = min(low, 0.0), max(high, 0.0)
-        scale = float(torch.tensor(max(high - low, _SMALLEST) / 255, dtype=torch.float32))
-        return cls(scale, min(max(round(-low / scale), 0), 255))
-
-    def byte(self, value: float) -> int:
-        """The nearest byte."""
-        return min(max(round(value / self.scale) + self.zero, 0), 255)
 
 
 @dataclass(frozen=True)
@@ -65,31 +41,6 @@ class Converted:
     zeros: int
 
 
-class _Observed(fx.Interpreter):
-    """Runs the graph; notes the shape and the range of every node's value."""
-
-    def __init__(self, graph: fx.GraphModule, share: float) -> None:
-        super().__init__(graph)
-        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
-        self.ends: dict[fx.Node, tuple[float, float]] = {}
-        self._share = share
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor) and value.dtype == torch.float32 and n.op != "get_attr" and value.numel():
-            low, high = self._range(value.flatten())
-            before = self.ends.get(n, (low, high))
-            self.ends[n] = (min(low, before[0]), max(high, before[1]))
-            self.shapes[n] = tuple(value.shape)
-        return value
-
-    def _range(self, values: Tensor) -> tuple[float, float]:
-        beyond = int(self._share * len(values))
-        if not beyond:
-            return float(values.min()), float(values.max())
-        return float(values.kthvalue(1 + beyond).values), float(values.kthvalue(len(values) - beyond).values)
-
-
 @torch.no_grad()
 def lower_int8(graph: fx.GraphModule, batches: Sequence[Tensor], calibration: str = "minmax") -> Converted:
     """Swap the graph's layers for layers of bytes, in place; what is none stays float, with conversions between.
@@ -109,14 +60,14 @@ def lower_int8(graph: fx.GraphModule, batches: Sequence[Tensor], calibration: st
         >>> float((graph(x) - net(x)).abs().max()) < 0.05
         True
     """
-    seen = _Observed(graph, _SHARE if calibration == "percentile" else 0.0)
+    seen = Observed(graph, _SHARE if calibration == "percentile" else 0.0)
     for batch in batches:
         seen.run(batch)
     return _Lowering(graph, seen).run()
 
 
 class _Lowering:
-    def __init__(self, graph: fx.GraphModule, seen: _Observed) -> None:
+    def __init__(self, graph: fx.GraphModule, seen: Observed) -> None:
         self._graph, self._seen = graph, seen
         self._bytes: dict[fx.Node, fx.Node] = {}  # what stands for a float value
         self._ranges: dict[fx.Node, Range] = {}
@@ -248,7 +199,7 @@ class _Lowering:
         nodes = _between(node, tail.last)
         before = nodes[-2] if tail.activation != "none" else nodes[-1]
         known, end = self._finish(before, tail.last, tail.activation)
-        quantised, bias, scale = _weights(
+        quantised, bias, scale = quantised_weights(
             weight, constant(self._graph, argument(node, "bias")), self._range(source).scale, known.scale
         )
         if is_conv and weight[0].numel() // 4 >= 2**15:
@@ -421,20 +372,6 @@ def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
     while nodes[-1] is not last:
         nodes.append(next(iter(nodes[-1].users)))
     return nodes
-
-
-def _weights(weight: Tensor, bias: Tensor | None, scale_in: float, scale_out: float) -> tuple[Tensor, Tensor, Tensor]:
-    """INT8 weights, int32 bias, and what sums are multiplied by to reach the output's bytes, per channel."""
-    matrix = weight.detach().double().flatten(1)
-    offset = torch.zeros(len(matrix), dtype=torch.float64) if bias is None else bias.detach().double()
-    step = matrix.abs().amax(1) / 127
-    step = torch.maximum(step, offset.abs() / (scale_in * 2**24))  # the bias has to fit beside the products
-    step = torch.where(step > 0, step, 1.0)
-    quantised = (matrix / step[:, None]).round().clamp(-127, 127)
-    whole = (offset / (scale_in * step)).round()
-    most = 255 * quantised.abs().sum(1) + whole.abs()
-    scale = torch.minimum(scale_in * step / scale_out, 2**29 / most.clamp(min=1))  # beyond it is saturated anyway
-    return quantised.to(torch.int8).view(weight.shape), whole.to(torch.int32), scale.float()
 
 
 _WEIGHTED = (ATEN.conv2d.default, ATEN.linear.default)

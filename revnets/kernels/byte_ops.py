@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import byte_reference
 from .build import Geometry, kernel_problem, warn_of_dense_path
+from .byte_blocks import decompress_bytes, fours
 from .byte_calls import (
     ByteConvCall,
     ByteDepthwiseCall,
@@ -27,8 +28,6 @@ from .byte_calls import (
     Finish,
     FromBytesCall,
     ToBytesCall,
-    decompress_bytes,
-    fours,
 )
 from .compressed import SCHEMAS, check_devices
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .build import Geometry
-from .byte_calls import Finish, fours, from_blocks, reciprocal, to_blocks
+from .byte_blocks import fours, from_blocks, reciprocal, to_blocks
+from .byte_calls import Finish
 
 
 def _finished(sums: Tensor, finish: Finish, scale: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -30,7 +30,7 @@ class Call(Protocol):
     """A layer of a plan.
 
     Its operands and its output are floats ``(N, C, H, W)``; where the attributes ``takes_bytes``, ``gives_bytes`` say
-    so, bytes ``(N, C / 4, H, W, 4)`` (see ``byte_calls``), whose shape is ``(N, C, H, W)`` here.
+    so, bytes ``(N, C / 4, H, W, 4)`` (see ``byte_blocks``), whose shape is ``(N, C, H, W)`` here.
     """
 
     def parts(self, shapes: Sequence[Shape]) -> tuple[list[Part], Shape]:

@@ -11,6 +11,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from tests.clients.steps import Case, assert_same_gradients, images, network
 
+pytestmark = pytest.mark.slow
 TARGETS = [{"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}] * 2
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 from revnets.deploy.bind import bind
 from revnets.deploy.engines import load
 from revnets.deploy.graph import ExportError, export_graph
-from revnets.deploy.lower_int8 import Range, lower_int8
+from revnets.deploy.int8_ranges import Range
+from revnets.deploy.lower_int8 import lower_int8
 from revnets.deploy.quantize import quantize
 from revnets.kernels import byte_ops
 from revnets.kernels.build import kernel_problem

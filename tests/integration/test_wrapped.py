@@ -92,7 +92,7 @@ def test_wrapped_layers(name: str, wrap: Callable[[nn.Module], None]) -> None:
     assert sum(g is not None for g in steps[0].grads.values()) >= len(layers(model))
 
 
-@each_network
+@pytest.mark.parametrize("name", [pytest.param(TINY, marks=pytest.mark.slow), NETWORKS[1]])
 def test_averages_and_accumulation(name: str) -> None:
     """Two optimizer steps of two small batches each, and a moving average of the network."""
     results = []

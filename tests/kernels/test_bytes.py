@@ -12,6 +12,7 @@ from torch import Tensor
 from revnets.deploy.runners import torch_threads
 from revnets.kernels import build, byte_reference, plan
 from revnets.kernels.build import Geometry, kernel_problem
+from revnets.kernels.byte_blocks import compress_bytes, decompress_bytes, fours, from_blocks, to_blocks
 from revnets.kernels.byte_calls import (
     ByteConvCall,
     ByteDepthwiseCall,
@@ -23,11 +24,6 @@ from revnets.kernels.byte_calls import (
     Finish,
     FromBytesCall,
     ToBytesCall,
-    compress_bytes,
-    decompress_bytes,
-    fours,
-    from_blocks,
-    to_blocks,
 )
 
 pytestmark = pytest.mark.skipif(kernel_problem() is not None, reason=f"no kernel: {kernel_problem()}")

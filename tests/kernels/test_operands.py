@@ -15,7 +15,7 @@ from torch import Tensor
 from revnets import kernels
 from revnets.kernels import compressed
 from revnets.kernels.build import Geometry
-from revnets.kernels.byte_calls import compress_bytes
+from revnets.kernels.byte_blocks import compress_bytes
 from revnets.kernels.byte_ops import LAYERS
 from revnets.kernels.calls import ConvCall, MapCall, MaxPoolCall, MeanCall, SliceCall, UpsampleCall, _check_weights
 from revnets.kernels.compressed import compress

@@ -101,8 +101,8 @@ def test_a_traced_network_still_says_what_it_takes() -> None:
         traced(torch.zeros(1, 4, 64, 64))
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("name", [pytest.param(QUICK[0], marks=pytest.mark.slow), TINY])
 def test_a_trace_of_operations_holds_each_once(name: str, training: bool) -> None:
     """`torch.jit.trace`, with which counters look at a network: those of the forward pass, in whatever mode."""
     graphs = []
