@@ -170,6 +170,7 @@ def test_the_command_prints_and_writes_all(
 ) -> None:
     compiler(eager)
     monkeypatch.setitem(peers._CURVES, peers.CURVE, lambda target, setting, count: (1, [Way(PLANNED, PEERS[0].start)]))
+    monkeypatch.setattr(peers, "PEERS", [way for way in PEERS if not way.compiles or way.detail.endswith("=0.25")])
     output = tmp_path / "peers.json"
     line = f"bench test_convnext@32:2 test_resnet@32:2 --peers --budgets 1 --repeats 1 --output {output}"
     with pytest.raises(SystemExit) as end:
@@ -213,4 +214,3 @@ def test_torchs_own_budget_lowers_the_peak() -> None:
     peaks = [row.measured_bytes for row in compiled]
     assert peaks == sorted(peaks, reverse=True)
     assert peaks[-1] < peaks[0] < plain.measured_bytes
-    assert peers.COMPILER == "inductor"
