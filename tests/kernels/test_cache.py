@@ -29,6 +29,7 @@ as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root gives files to 
 SOURCE = f"""
 extern "C" {{
 const char* revnets_target() {{ return "small"; }}
+const char* revnets_byte_target() {{ return "small"; }}
 long long revnets_call_size() {{ return {ctypes.sizeof(CallStruct)}; }}
 long long revnets_grad_call_size() {{ return {ctypes.sizeof(GradStruct)}; }}
 long long revnets_fits(const void*, const void*, long long, long long, long long) {{ return 1; }}

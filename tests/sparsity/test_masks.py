@@ -74,7 +74,7 @@ def test_erk_and_er_equal_their_definition(layers: list[tuple[int, ...]], sparsi
         expected = bisected(layers, raw, sparsity)
         got = masks.DISTRIBUTIONS[name](layers, sparsity, power)
         for shape, a, b in zip(layers, got, expected, strict=True):
-            assert abs(a - b) * math.prod(shape) < 1 + 1e-6  # whole weights
+            assert abs(a - b) * math.prod(shape) < len(layers) + 1e-6  # whole weights, and what others had to round
 
 
 @pytest.mark.parametrize("distribution", sorted(masks.DISTRIBUTIONS))

@@ -11,6 +11,7 @@ from torch import nn
 
 from revnets.layers import convert, count_costs, fold, fp8_products
 from revnets.layers.munit.layers import MunitScaled
+from revnets.reversible import every_pass
 from tests.helpers import assert_same_step, training_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:FP8 is emulated")
@@ -153,7 +154,7 @@ def test_recomputed_branches_are_the_same_bits(backend: str) -> None:
     seen: dict[str, list[torch.Tensor]] = {}
     layers = {name: m for name, m in model.named_modules() if isinstance(m, MunitScaled) and m.fp8}
     for name, layer in layers.items():
-        layer.register_forward_hook(lambda m, args, y, name=name: seen.setdefault(name, []).append(y.detach().clone()))
+        layer.register_forward_hook(every_pass(lambda m, a, y, name=name: seen.setdefault(name, []).append(y.clone())))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = model(torch.randn(2, 3, 32, 32))
     y.float().square().mean().backward()
