@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import logging
 import math
 import sys
-import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,9 +22,10 @@ from typing import Any
 
 import timm
 import torch
-from PIL import Image
+from timm.data import create_dataset
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.transforms.functional import pil_to_tensor
 
 import revnets
 from revnets.profiling.memory import measure_training_step
@@ -104,20 +103,12 @@ def read(path: Path, second_half: bool) -> tuple[Data, int]:
     """
     if not path.is_file():
         raise UserError(f"--data-dir: there is no '{path}'; give the folder with train.tar and validation.tar.")
-    images, labels = [], []
-    with tarfile.open(path) as file:
-        members = sorted((m for m in file if m.isfile()), key=lambda m: m.name)
-        names = sorted({Path(m.name).parent.name for m in members})
-        half = names[len(names) // 2 :] if second_half else names[: len(names) // 2]
-        for member in members:
-            if (name := Path(member.name).parent.name) not in half:
-                continue
-            opened = file.extractfile(member)
-            assert opened is not None
-            picture = Image.open(io.BytesIO(opened.read())).convert("RGB")
-            images.append(torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(*picture.size, 3))
-            labels.append(half.index(name))
-    return Data(torch.stack(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)), len(half)
+    dataset = create_dataset("", root=str(path))
+    classes = len(dataset.reader.class_name_to_idx)
+    first, last = (classes // 2, classes) if second_half else (0, classes // 2)
+    found = [(pil_to_tensor(image.convert("RGB")), label - first) for image, label in dataset if first <= label < last]
+    images, labels = zip(*found, strict=True)
+    return Data(torch.stack(images), torch.tensor(labels)), last - first
 
 
 def _batch(images: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -253,13 +254,15 @@ class Planner:
             yield self._try(Solution(choices, 0.0, seconds), mode)
 
     def _level_peak(self, index: int) -> float:
-        least = self._level(0)
-        assert least is not None  # any choice has a peak
-        return least.peak + (self.plain.predicted.peak_bytes - least.peak) * index / LEVELS
+        return self._least.peak + (self.plain.predicted.peak_bytes - self._least.peak) * index / LEVELS
+
+    @cached_property
+    def _least(self) -> Solution:
+        return self.program.least()
 
     def _level(self, index: int) -> Solution | None:
         if index not in self._levels:
-            self._levels[index] = self.program.fastest(self._level_peak(index)) if index else self.program.least()
+            self._levels[index] = self.program.fastest(self._level_peak(index)) if index else self._least
         return self._levels[index]
 
     def least(self) -> Tried:

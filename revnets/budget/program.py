@@ -76,7 +76,7 @@ class Program:
         self.size = 2 * len(blocks.blocks) + 1
         self.candidates = [c for block in blocks.blocks for c in self._of_block(block)]
         if self.again is not None:
-            self.candidates += [self._of_run(run) for run in blocks.runs]
+            self.candidates += [self._of_run(run, self.again) for run in blocks.runs]
         self._rows()
 
     # --- bytes and seconds -----------------------------------------------------------------------------------------
@@ -100,10 +100,9 @@ class Program:
             found.append(self._uniform(block.name, "offload", block.position, self.away, 2 * moved / self.link))
         return found
 
-    def _of_run(self, run: Run) -> Candidate:
+    def _of_run(self, run: Run, again: Figures) -> Candidate:
         """Of a run: it keeps its input, and when its turn comes it is computed again, storing everything."""
-        store, again = self.store, self.again
-        assert again is not None
+        store = self.store
         start, needs, inside = store.before(run.first), {}, 0.0
         end = store.before(run.last + 1)
         arriving = max(store.begun[run.last] - end, 0) if store.begun[run.last] else 0
@@ -200,7 +199,10 @@ class Program:
     def least(self) -> Solution:
         """The choices with the lowest peak."""
         found = self._solve(None)
-        assert found is not None  # any choice has a peak
+        if found is None:  # any choice has a peak, so that one would have been found in time
+            raise ProfileError(
+                f"no plan was found for {len(self.candidates)} choices within {LONGEST} s; fit a part of the network"
+            )
         return found
 
     def fastest(self, budget: float) -> Solution | None:

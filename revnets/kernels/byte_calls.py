@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .build import CallStruct, Geometry, load_kernel
 from .byte_blocks import fours, reciprocal
-from .calls import check_geometry, check_residual, in_chunks
+from .calls import check_geometry, check_residual, in_chunks, pooled
 from .operands import call, pointing, readable
 from .plan import Part, Plan, Shape, Step
 
@@ -319,10 +319,7 @@ class ByteMaxPoolCall(_ByteLayer):
 
     def parts(self, shapes: Sequence[Shape]) -> tuple[list[Part], Shape]:
         """See ``Call``."""
-        g = self._geometry
-        out = (*shapes[0][:2], *g.output_size(*shapes[0][2:]))
-        names = ("kh", "kw", "stride_h", "stride_w", "pad_h", "pad_w")
-        numbers: dict[str, Any] = dict(zip(names, (*g.kernel_size, *g.stride, *g.padding), strict=True))
+        out, numbers = pooled(self._geometry, shapes[0])
         return [_part(MAX_POOL, shapes, out, (), **numbers)], out
 
 

@@ -258,11 +258,15 @@ class MaxPoolCall(_Layer):
 
     def parts(self, shapes: Sequence[Shape]) -> tuple[list[Part], Shape]:
         """See ``Call``."""
-        g = self._geometry
-        out = (*shapes[0][:2], *g.output_size(*shapes[0][2:]))
-        names = ("kh", "kw", "stride_h", "stride_w", "pad_h", "pad_w")
-        numbers: dict[str, Any] = dict(zip(names, (*g.kernel_size, *g.stride, *g.padding), strict=True))
+        out, numbers = pooled(self._geometry, shapes[0])
         return [Part(_struct(MAX_POOL, shapes[0], out, **numbers), {"x": 0})], out
+
+
+def pooled(g: Geometry, shape: Shape) -> tuple[Shape, dict[str, Any]]:
+    """The shape that a pool leaves of another, and the fields of a call that say how."""
+    names = ("kh", "kw", "stride_h", "stride_w", "pad_h", "pad_w")
+    numbers = dict(zip(names, (*g.kernel_size, *g.stride, *g.padding), strict=True))
+    return (*shape[:2], *g.output_size(*shape[2:])), numbers
 
 
 def chunk_size(inputs: int, density: float) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 from torch import nn
 from torch._dynamo import OptimizedModule
@@ -102,9 +103,9 @@ def reversible(
     if not converted:
         raise ValueError(_nothing(model, skipped))
     for name, steps in planned.items():
-        module = model.get_submodule(name)
-        assert isinstance(module, nn.Sequential)
-        ReversibleStage.of(module, steps, partial(_ops, streams, bits), exact, mode)
+        ReversibleStage.of(
+            cast(nn.Sequential, model.get_submodule(name)), steps, partial(_ops, streams, bits), exact, mode
+        )
     vars(model)["retrofit"] = Report(tuple(converted), tuple(skipped))
     return model
 

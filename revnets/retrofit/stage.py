@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,11 +53,10 @@ class ReversibleStage(nn.Sequential):
         """
         runs = [names for names, how in steps if how == "chain"]
         made = [RevSequential(ops([Lent(stage, name) for name in names]), mode, exact) for names in runs]
-        stage.__class__ = cls
-        assert isinstance(stage, cls)
         chains = {f"reversible{i}": chain for i, chain in enumerate(made)}
         vars(stage).update(mode=check_mode(mode), steps=tuple(steps), chains=chains)
-        return stage
+        stage.__class__ = cls
+        return cast(ReversibleStage, stage)
 
     def forward(self, input: Tensor) -> Tensor:
         """See ``nn.Sequential``."""

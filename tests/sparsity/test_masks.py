@@ -73,8 +73,9 @@ def test_erk_and_er_equal_their_definition(layers: list[tuple[int, ...]], sparsi
         raw = [(sum(shape) / math.prod(shape)) ** power for shape in used]
         expected = bisected(layers, raw, sparsity)
         got = masks.DISTRIBUTIONS[name](layers, sparsity, power)
-        for shape, a, b in zip(layers, got, expected, strict=True):
-            assert abs(a - b) * math.prod(shape) < len(layers) + 1e-6  # whole weights, and what others had to round
+        kept_alive = sum(b * math.prod(shape) < 1 for shape, b in zip(layers, expected, strict=True))
+        for shape, a, b in zip(layers, got, expected, strict=True):  # whole weights, less those that keep a layer alive
+            assert abs(a - b) * math.prod(shape) < 1 + kept_alive + 1e-6
 
 
 @pytest.mark.parametrize("distribution", sorted(masks.DISTRIBUTIONS))
