@@ -215,7 +215,7 @@ class Recorder(TorchDispatchMode):
         """The node of a tensor, or the tensor if it stays anyway; anything else as it is."""
         if not isinstance(value, Tensor):
             return value
-        if type(value) is nn.Parameter:
+        if isinstance(value, nn.Parameter):  # of a trace, too, whose type is FakeTensor
             return Kept(value, value._version)
         if not _is_plain(value):
             return Node((), 0, 0)  # of which nothing can be known

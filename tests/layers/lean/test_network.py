@@ -20,6 +20,8 @@ import revnets
 from revnets.layers import convert, fold, is_lean, make_lean
 from revnets.layers.lean import keeping
 from revnets.layers.lean.network import kept_per_image, saves
+from revnets.profiling.memory import measure_training_step
+from revnets.profiling.predict import predict_training_step
 from tests.helpers import assert_same_step, training_step
 
 from .networks import BLOCKS, C, images, network
@@ -449,3 +451,15 @@ def test_measured_peak(name: str, channels_last: bool) -> None:
     plain, lean = run(make_cases([f"{name}@224:8"], "plain,lean", setting), setting, repeats=1)
     print(f"\n{name}: {plain.bytes_per_sample / 1e6:.1f} MB per image plain, {lean.bytes_per_sample / 1e6:.1f} lean")
     assert lean.bytes_per_sample <= SHARES[name] * plain.bytes_per_sample
+
+
+@pytest.mark.parametrize("width", [64, 256])
+def test_a_prediction_is_what_a_step_takes(width: int) -> None:
+    """A trace's weights are fake tensors; their vectors are no small change from 256 channels on."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, width, 1), nn.BatchNorm2d(width), nn.SiLU(), nn.Conv2d(width, width, 1)]
+    net = make_lean(nn.Sequential(*layers, nn.BatchNorm2d(width), nn.SiLU(), nn.Conv2d(width, 4, 1)))
+    x = torch.randn(4, 3, 24, 24)
+    before = sum(t.nbytes for t in (*net.parameters(), *net.buffers(), x))
+    measured = measure_training_step(net, x).peak_bytes + before
+    assert predict_training_step(net, x).peak_bytes == pytest.approx(measured, rel=0.01)
