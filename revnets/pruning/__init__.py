@@ -6,12 +6,13 @@ training loops live in ``classification``, INT8 and export elsewhere. ``distilla
 
 from .choice import DEFAULT_EXCLUDE, RULES
 from .densify import densify
-from .one_shot import prune
+from .one_shot import BLOCKED, prune
 from .report import PrunedLayer, PruningReport
 from .solve import METHODS, Pattern
 from .zeros import keep_zeros
 
 __all__ = [
+    "BLOCKED",
     "DEFAULT_EXCLUDE",
     "METHODS",
     "RULES",
