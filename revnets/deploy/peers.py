@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, fx
 
+from .candidates import FLOAT32, INT8
 from .engines import ENGINES, get_engine, write_onnx, write_torch
 from .graph import ExportError
 from .lower_int8 import lower_int8
@@ -17,7 +18,7 @@ from .quantize import quantize_onnx
 from .runners import Runner, open_onnxruntime, open_openvino, open_torch
 from .seal import read
 
-FLOAT32, INT8, DEFAULT = "float32", "int8", "default"
+DEFAULT = "default"
 
 
 @dataclass(frozen=True)

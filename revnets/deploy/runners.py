@@ -100,19 +100,22 @@ class _OpenVino:
             return self._compiled[shape]
 
 
-def open_openvino(content: Content, threads: int | None, precision: str | None = "f32") -> Runner:
+def open_openvino(content: Content, threads: int | None, precision: str | None = "") -> Runner:
     """A model by OpenVINO, on the CPU: an ``.xml`` with its ``.bin``, or an ``.onnx``.
 
     Args:
         content: of the file.
         threads: None: as many as torch uses.
-        precision: that it computes in; None leaves it to OpenVINO, which takes bfloat16 where the machine has it.
+        precision: that it computes in; None leaves it to OpenVINO, which takes bfloat16 where the machine has it; by
+            default float32, unless the file was chosen for another one.
 
     Raises:
         ExportError: where it cannot be opened, or names other files.
     """
     import openvino
 
+    if precision == "":
+        precision = None if content.purpose.precision else "f32"
     settings = {"INFERENCE_NUM_THREADS": threads or torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
     if precision is not None:
         settings["INFERENCE_PRECISION_HINT"] = precision

@@ -16,7 +16,7 @@ from revnets.cli import app
 from revnets.deploy import ENGINES, ExportError, accuracy, compare, deploy, engines, load, quantize
 from revnets.deploy.compare import Measurement, speedups
 from revnets.deploy.peers import PEERS
-from revnets.deploy.quantize import _checked
+from revnets.deploy.quantize import calibration_images
 from revnets.kernels.build import COMPILER_VARIABLE, kernel_problem, load_kernel
 
 from .nets import Net, evaluated, images
@@ -132,7 +132,7 @@ def test_quantize(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sizes", [(30,), (8, 8, 8, 6), (1, 11, 12, 6)])
 def test_as_many_images_as_asked_for_calibrate(images: int, sizes: tuple[int, ...]) -> None:
     data = torch.arange(30.0)[:, None, None, None].expand(30, 1, 2, 2)
-    found = list(_checked([(batch, None) for batch in data.split(list(sizes))], images))
+    found = list(calibration_images([(batch, None) for batch in data.split(list(sizes))], images))
     assert torch.equal(torch.cat(found), data[:images])
 
 
