@@ -22,7 +22,7 @@ from ..profiling.command import track
 from ..profiling.turns import medians
 from ..pruning import prune
 from ..pruning.command import Source, calibration_batches, load_model
-from ..pruning.one_shot import BLOCKED
+from ..sparsity.blocks import BLOCKED
 from ..sparsity.masks import check_sparsity
 from ..training.data.splits import find_split, split_or_root
 from ..training.errors import refused

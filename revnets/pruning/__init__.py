@@ -4,9 +4,10 @@ It stands on ``revnets.layers`` (which layers there are) and ``revnets.sparsity`
 training loops live in ``classification``, INT8 and export elsewhere. ``distillation`` is imported where it is used.
 """
 
+from ..sparsity.blocks import BLOCKED
 from .choice import DEFAULT_EXCLUDE, RULES
 from .densify import densify
-from .one_shot import BLOCKED, prune
+from .one_shot import prune
 from .report import PrunedLayer, PruningReport
 from .solve import METHODS, Pattern
 from .zeros import keep_zeros

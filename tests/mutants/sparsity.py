@@ -6,15 +6,15 @@ FAULTS = (
     Fault(
         "masks-empty-layer",
         "revnets/sparsity/masks.py",
-        old="if counts[most] > 1:",
+        old="if counts[most] > some <= sizes[i]:",
         new="if False:",
         tests=("tests/sparsity/test_masks.py",),
     ),
     Fault(
         "masks-remainders",
         "revnets/sparsity/masks.py",
-        old="counts = [min(math.floor(w), size) for w, size in zip(wanted, sizes, strict=True)]",
-        new="counts = [min(math.ceil(w), size) for w, size in zip(wanted, sizes, strict=True)]",
+        old="counts = [min(of * math.floor(w / of), n) for w, n, of in zip(wanted, sizes, blocks, strict=True)]",
+        new="counts = [min(of * math.ceil(w / of), n) for w, n, of in zip(wanted, sizes, blocks, strict=True)]",
         tests=("tests/sparsity/test_masks.py",),
     ),
     Fault(
