@@ -11,12 +11,13 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ..profiling.turns import medians
+from ..profiling.turns import rounds
 from .lower import Layer
 from .runners import Runner
 
 FLOAT32, INT8 = "float32", "int8"
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+_WARM_SECONDS = 0.06
 _CLOSE, _REPEATS_OF_CLOSE = 1.05, 3  # of times that differ by less, how many times as many runs are counted
 
 
@@ -31,7 +32,7 @@ class Candidate:
         run: the file, opened.
         error: largest difference from the model's outputs, relative to the largest; in INT8 the root mean square.
         layers: of the engine ``sparse``: what became of each.
-        seconds: median on the example input; NaN where it was not timed.
+        seconds: of a call on the example input, the least of some; NaN where it was not timed.
         accuracy: top-1 in percent, where it was measured.
         refused: why it cannot be taken; empty where it can.
     """
@@ -77,7 +78,7 @@ class Deployed:
         engine: that runs it.
         path: of the file; OpenVINO has a ``.bin`` beside its ``.xml``.
         error: largest difference from the model's outputs, relative to the largest output.
-        seconds: median on the example input by the name of the candidate, where several were compared.
+        seconds: of a call on the example input, the least of some, by the name of the candidate; empty for one alone.
         layers: of the engine ``sparse``: what became of each.
         precision: that it computes in.
         candidates: all that were compared, those that were refused included.
@@ -98,11 +99,11 @@ def plainly(work: Iterable[Any], what: str) -> Iterable[Any]:
 
 
 def timed(made: Sequence[Candidate], x: Tensor, repeats: int, progress: Progress = plainly) -> None:
-    """Median seconds of each, by turns."""
+    """Seconds of each, by turns: the least, since other programs only ever make a call slower."""
     steps: list[Any] = [partial(one.run, x) for one in made if one.run is not None]
-    times = medians(steps, repeats, progress=lambda rounds: progress(rounds, "timing"))
-    for one, (wall, _) in zip(made, times, strict=True):
-        one.seconds = wall
+    taken = rounds(steps, repeats, _WARM_SECONDS, lambda numbers: progress(numbers, "timing"))
+    for one, found in zip(made, taken, strict=True):
+        one.seconds = min(wall for wall, _ in found)
 
 
 def fastest(made: Sequence[Candidate], x: Tensor, repeats: int) -> Candidate:

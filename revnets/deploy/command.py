@@ -5,9 +5,9 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import takewhile
+from itertools import product, takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,18 +19,17 @@ from ..arguments import argument, excludes, needs, number, path, text, without_e
 from ..kernels.build import kernel_problem
 from ..models.named import build_model, check_model
 from ..profiling.command import track
-from ..profiling.turns import medians
+from ..profiling.turns import rounds
 from ..pruning import prune
 from ..pruning.command import Source, calibration_batches, load_model
 from ..sparsity.blocks import BLOCKED
 from ..sparsity.masks import check_sparsity
 from ..training.data.splits import find_split, split_or_root
 from ..training.errors import refused
-from ..training.files import write_json
 from ..training.options.values import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, THREADS, check_choice, check_once
-from ..training.pictures import picture
 from ..training.places import check_exists, check_folder
-from .compare import COMPILED, EAGER, EXPLOITS, Measurement, compare, compare_layers, machine, speedups
+from .bench_report import print_measurements, save_measurements
+from .compare import COMPILED, EAGER, Measurement, compare, compare_layers
 from .engines import ENGINES, check_limits, deploy, get_engine, load, open_folder
 from .graph import ExportError
 from .peers import check_engine
@@ -122,7 +121,7 @@ def _compare_with_dense(path: Path, model: nn.Module, x: Tensor, folder: Path, r
             for one in track(dense, "comparing with dense engines")
         }
         steps = [partial(load(each), x) for each in (path, *files.values())]
-        ours, *others = (1e3 * wall for wall, _ in medians(steps, 11))
+        ours, *others = (1e3 * min(wall for wall, _ in found) for found in rounds(steps, 11, 0.06))
     best = min(others)
     words = f"{ours:.2f} ms here, {list(files)[others.index(best)]} in float32 {best:.2f} ms"
     if ours < best:
@@ -242,7 +241,7 @@ class BenchRequest:
     sparsities: Sequence[float]
     threads: Sequence[int]
     engines: Sequence[str] = ()
-    batch_size: int = 1
+    batch_sizes: Sequence[int] = (1,)
     img_size: int | None = None
     repeats: int = 25
     layers: bool = True
@@ -268,14 +267,19 @@ def bench(request: BenchRequest) -> None:
         check_model(name)
     for count in request.threads:
         THREADS.check("threads", count)
-    if not (request.models and request.sparsities and request.threads):
-        raise ExportError("there is nothing to measure: give a model, a sparsity and a number of threads at least")
+    for size in request.batch_sizes:
+        COUNT.check("batch_size", size)
+    if not (request.models and request.sparsities and request.threads and request.batch_sizes):
+        raise ExportError(
+            "there is nothing to measure: give a model, a sparsity, a number of threads and a batch size at least"
+        )
     if request.output is not None:
         check_folder(request.output)
     found: list[Measurement] = []
-    for name in request.models:
-        networks, x = _networks(name, request)
-        found += compare(networks, x, request.engines, request.threads, request.repeats, name, partial(_track, name))
+    for name, size in product(request.models, request.batch_sizes):
+        networks, x = _networks(name, size, request)
+        shown = partial(_track, f"{name}, batch {size}")
+        found += compare(networks, x, request.engines, request.threads, request.repeats, name, shown)
     layers: list[Measurement] = []
     if request.layers and kernel_problem() is None:
         pruned = [s for s in request.sparsities if s]
@@ -286,14 +290,14 @@ def bench(request: BenchRequest) -> None:
             print_measurements(title, rows)
     if request.output is not None:
         folder = open_folder(request.output)
-        say("wrote " + ", ".join(str(path) for path in _save(folder, found, layers)))
+        say("wrote " + ", ".join(str(path) for path in save_measurements(folder, found, layers)))
 
 
 def _track(what: str, work: Iterable[Any]) -> Iterable[Any]:
     return track(list(work), what)
 
 
-def _networks(name: str, request: BenchRequest) -> tuple[dict[float, nn.Module], Tensor]:
+def _networks(name: str, batch_size: int, request: BenchRequest) -> tuple[dict[float, nn.Module], Tensor]:
     """The network with random weights, pruned by magnitude: time does not depend on their values."""
     import timm
 
@@ -301,8 +305,8 @@ def _networks(name: str, request: BenchRequest) -> tuple[dict[float, nn.Module],
     model = build_model(name).eval()
     channels, *published = timm.get_pretrained_cfg(name).input_size
     sides = [request.img_size] * 2 if request.img_size else published
-    with refused(f"{name} @{sides[0]} batch {request.batch_size} cannot run", kind=ExportError):
-        x = torch.randn(request.batch_size, channels, *sides)
+    with refused(f"{name} @{sides[0]} batch {batch_size} cannot run", kind=ExportError):
+        x = torch.randn(batch_size, channels, *sides)
         with torch.no_grad():
             model(x)  # what it refuses is known before it is pruned and exported
     pruned = {
@@ -312,53 +316,6 @@ def _networks(name: str, request: BenchRequest) -> tuple[dict[float, nn.Module],
         for s in request.sparsities
     }
     return pruned, x
-
-
-def print_measurements(title: str, found: Sequence[Measurement]) -> None:
-    """A table of measurements, each with how many times as fast it is as the fastest dense engine of its case: of the
-    same class of accuracy (float32, or INT8 and bfloat16), and of all."""
-    from rich.table import Table
-
-    table = Table(title=f"{title}, medians of interleaved calls ({machine()})")
-    words = ("case", "engine", "zeros that it exploits")
-    ratios_of = ("x dense", "CPU ms", "x dense (CPU)", "x all dense")
-    for column in ("case", "sparsity", "threads", "engine", "precision", "ms", *ratios_of, words[-1]):
-        table.add_column(column, justify="left" if column in words else "right")
-    ratios = zip(speedups(found), speedups(found, cpu=True), speedups(found, any_precision=True), strict=True)
-    for (m, wall), (_, cpu), (_, of_all) in ratios:
-        numbers = (f"{1e3 * m.seconds:.3f}", f"{wall:.2f}", f"{1e3 * m.cpu_seconds:.3f}", f"{cpu:.2f}", f"{of_all:.2f}")
-        exploits = EXPLOITS.get(m.engine, "none")
-        table.add_row(m.case, f"{m.sparsity:g}", str(m.threads), m.engine, m.precision, *numbers, exploits)
-    say(table)
-
-
-def _save(folder: Path, found: Sequence[Measurement], layers: Sequence[Measurement]) -> list[Path]:
-    data = {"machine": machine(), "networks": _records(found), "layers": _records(layers)}
-    path, drawn = write_json(folder / "deploy.json", data), _draw(folder, found) if found else None
-    return [path, drawn] if drawn else [path]
-
-
-def _records(found: Sequence[Measurement]) -> list[dict[str, Any]]:
-    both = zip(speedups(found), speedups(found, any_precision=True), strict=True)
-    return [{**asdict(m), "times_dense": ratio, "times_all_dense": of_all} for (m, ratio), (_, of_all) in both]
-
-
-def _draw(folder: Path, found: Sequence[Measurement]) -> Path | None:
-    """Time over sparsity, a panel per network and number of threads; nothing without matplotlib."""
-    panels = list(dict.fromkeys((m.case, m.threads) for m in found))
-
-    def paint(figure: Any) -> None:
-        for axes, (case, threads) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            here = [m for m in found if (m.case, m.threads) == (case, threads)]
-            for engine in dict.fromkeys(m.engine for m in here):
-                points = sorted((m.sparsity, 1e3 * m.seconds) for m in here if m.engine == engine)
-                axes.plot(*zip(*points, strict=True), "o-", label=engine)
-            axes.set(title=f"{case}, {threads} threads", xlabel="sparsity", ylabel="ms per call, median")
-            axes.set_ylim(bottom=0)
-            axes.grid(alpha=0.3)
-            axes.legend(fontsize="small")
-
-    return picture(folder / "deploy.png", (5 * len(panels), 4), paint, dpi=150)
 
 
 @needs("data", "int8", "eval_split", "accuracy_drop")

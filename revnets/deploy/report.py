@@ -50,9 +50,9 @@ def exploits(engine: str, precision: str) -> str:
 def _table(candidates: Sequence[Candidate]) -> Any:
     from rich.table import Table
 
-    table = Table(title=f"Candidates at this input ({machine()})")
+    table = Table(title=f"Candidates at this input, least of some calls by turns ({machine()})")
     with_top1 = any(one.accuracy is not None for one in candidates)
-    for column in ("engine", "precision", "ms, median", *(["top-1, %"] if with_top1 else []), "zeros that it exploits"):
+    for column in ("engine", "precision", "ms", *(["top-1, %"] if with_top1 else []), "zeros that it exploits"):
         table.add_column(column, justify="right" if column[:2] in ("ms", "to") else "left")
     with_refusals = any(one.refused for one in candidates)
     if with_refusals:

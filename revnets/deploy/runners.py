@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -72,7 +73,7 @@ def open_onnxruntime(content: Content, threads: int | None) -> Runner:
     return lambda x: [torch.from_numpy(value) for value in session.run(None, {name: x.numpy()})]
 
 
-class _OpenVino:
+class OpenVino:
     """A model of OpenVINO: compiled once per shape, and one infer request per call that is under way."""
 
     def __init__(self, core: Any, model: Any, settings: dict[str, Any]) -> None:
@@ -90,6 +91,17 @@ class _OpenVino:
         outputs = [torch.from_numpy(found[port].copy()) for port in request.model_outputs]
         at_rest.append(request)  # one that failed is left out
         return outputs
+
+    def kernels(self) -> str:
+        """The kernel that ran most of the layers with weights, in OpenVINO's word, such as ``jit_avx512_BF16``."""
+        found: Counter[str] = Counter()
+        with self._lock:
+            for compiled, _ in self._compiled.values():
+                for op in compiled.get_runtime_model().get_ordered_ops():
+                    words = op.get_rt_info()
+                    if words["layerType"].astype(str) in ("Convolution", "FullyConnected"):
+                        found[words["primitiveType"].astype(str)] += 1
+        return found.most_common(1)[0][0] if found else ""
 
     def _for_shape(self, shape: tuple[int, ...]) -> tuple[Any, list[Any]]:
         """For fixed shapes it plans better. The model is reshaped in place, so by one thread at a time."""
@@ -129,7 +141,7 @@ def open_openvino(content: Content, threads: int | None, precision: str | None =
             model = core.read_model(content.data, content.weights)
     except RuntimeError as error:
         raise _cannot_open("OpenVINO", content, error) from error
-    return _OpenVino(core, model, settings)
+    return OpenVino(core, model, settings)
 
 
 def _cannot_open(engine: str, content: Content, error: Exception) -> ExportError:

@@ -1,5 +1,6 @@
 """Files for engines: verified, complete or not there; INT8; the command; errors in one sentence."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -189,6 +190,8 @@ def test_speedups_by_class_of_accuracy() -> None:
     assert [ratio for _, ratio in speedups(rows, any_precision=True)] == [0.25, 0.5, 1.0, 0.5, 2.0]
     only = [m for m in rows if m.precision == "int8"]
     assert [ratio for _, ratio in speedups(only)] == [1.0, 2.0]
+    larger = [dataclasses.replace(m, batch_size=64, seconds=10 * m.seconds) for m in rows]
+    assert [ratio for _, ratio in speedups([*rows, *larger])] == [*([1.0, 0.5, 1.0, 2.0, 2.0] * 2)]
 
 
 def test_compare_at_other_precisions() -> None:
@@ -200,6 +203,7 @@ def test_compare_at_other_precisions() -> None:
     found = compare({0.0: net}, images(1), names, repeats=1, name="net")
     assert [m.engine for m in found] == names
     assert [m.precision for m in found] == [PEERS[name].used() for name in names]
+    assert all(m.kernels for m in found if not m.engine.startswith("onnxruntime"))
     assert all(1e-6 < m.error < 0.3 for m in found if m.precision == "int8")
 
 
@@ -310,10 +314,15 @@ def test_int8_command(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_bench_command(tmp_path: Path) -> None:
     arguments = ("--sparsity", "0,0.9", "--engines", "torch eager,sparse", "--img-size", 64, "--repeats", 1)
+    arguments += ("--batch-size", "1,3")
     result = command("bench-deploy", "test_efficientnet", *arguments, "--no-layers", "--output", tmp_path)
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "deploy.json").read_text())["networks"]
-    assert [(r["engine"], r["sparsity"]) for r in rows] == [(e, s) for s in (0, 0.9) for e in ("torch eager", "sparse")]
-    for wrong in (("--sparsity", "1"), ("--threads", "x"), ("--engines", "nonsense")):
+    assert [(r["batch_size"], r["engine"], r["sparsity"]) for r in rows] == [
+        (b, e, s) for b in (1, 3) for s in (0, 0.9) for e in ("torch eager", "sparse")
+    ]
+    assert all(r["kernels"] for r in rows), "torch and our kernel tell what they use"
+    assert "class of accuracy" in result.output
+    for wrong in (("--sparsity", "1"), ("--threads", "x"), ("--engines", "nonsense"), ("--batch-size", "0")):
         assert command("bench-deploy", "test_efficientnet", *wrong).exit_code == 2
     assert command("bench-deploy", "nonsense").exit_code == 2
