@@ -73,4 +73,25 @@ FAULTS = (
         new="module.mask.logical_and_(source.mask)",
         tests=("tests/sparsity/test_controller.py",),
     ),
+    Fault(
+        "blocks-of-one-kind",
+        "revnets/sparsity/blocks.py",
+        old="torch.equal(spread(of_blocks(mask, of), of), mask)",
+        new="True",
+        tests=("tests/sparsity/test_blocks.py",),
+    ),
+    Fault(
+        "blocks-smallest-number",
+        "revnets/sparsity/blocks.py",
+        old="torch.linalg.vector_norm(numbers.unflatten(1, (-1, of)), dim=2)",
+        new="numbers.unflatten(1, (-1, of)).abs().amin(2)",
+        tests=("tests/sparsity/test_blocks.py",),
+    ),
+    Fault(
+        "controller-blocks-kept",
+        "revnets/sparsity/controller.py",
+        old="if ours.get(name, 1) != theirs.get(name, 1)",
+        new="if False",
+        tests=("tests/sparsity/test_blocks.py",),
+    ),
 )
