@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..profiling.turns import rounds
+from .graph import ExportError
 from .lower import Layer
 from .runners import Runner
 
@@ -56,6 +57,14 @@ class Candidate:
     def dense(self) -> bool:
         """Whether zeros are multiplied like all numbers."""
         return self.engine != "sparse"
+
+
+def attempt(make: Callable[[], Candidate], engine: str, precision: str) -> Candidate:
+    """The candidate, or one that is refused with the reason why it could not be made."""
+    try:
+        return make()
+    except ExportError as error:
+        return Candidate(engine, precision, None, refused=str(error))
 
 
 class Precisions(Protocol):

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..kernels.build import kernel_problem
+from ..training.errors import refused
 from ..training.files import put_in_place
 from ..training.options.values import COUNT
 from ..training.places import make_folder
-from .candidates import FLOAT32, Candidate, Deployed, Precisions, Progress, fastest, plainly, timed
+from .candidates import FLOAT32, Candidate, Deployed, Precisions, Progress, attempt, fastest, plainly, timed
 from .graph import (
     INPUT_NAME,
     OUTPUT_NAME,
@@ -123,7 +124,8 @@ def _write_openvino(graph: fx.GraphModule, x: Tensor, any_batch: bool, path: Pat
     with tempfile.TemporaryDirectory() as folder:
         onnx = Path(folder) / "model.onnx"
         write_onnx(graph, x, any_batch, onnx)
-        openvino.save_model(openvino.convert_model(str(onnx)), str(path), compress_to_fp16=False)
+        with refused("OpenVINO cannot convert the model", kind=ExportError):
+            openvino.save_model(openvino.convert_model(str(onnx)), str(path), compress_to_fp16=False)
 
 
 # --- ours ------------------------------------------------------------------------------------------------------------
@@ -222,12 +224,16 @@ def deploy(
             return Candidate(one.name, FLOAT32, path, run, near, tuple(layers))
 
         made: list[Candidate] = []
-        works = [partial(try_in_float32, one) for one in chosen]
+        works: list[Callable[[], Candidate]] = [partial(try_in_float32, one) for one in chosen]
+        if len(chosen) > 1:  # one that cannot run the network leaves it to the others
+            works = [partial(attempt, w, one.name, FLOAT32) for w, one in zip(works, chosen, strict=True)]
         if precisions is not None:
             works += precisions.works(model, x, any_batch, Path(temporary), name, made)
         for work in progress(works, "writing files"):
             made.append(work())
         ready = [one for one in made if not one.refused]
+        if not any(one.precision == FLOAT32 for one in ready):
+            raise ExportError("; ".join(dict.fromkeys(one.refused for one in made if one.precision == FLOAT32)))
         if len(ready) > 1:
             timed(ready, x, repeats, progress)
         if precisions is not None:

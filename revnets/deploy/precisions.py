@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..training.options.values import NOT_NEGATIVE
-from .candidates import FLOAT32, INT8, Candidate, Progress
+from .candidates import FLOAT32, INT8, Candidate, Progress, attempt
 from .engines import get_engine, verify
 from .graph import ExportError
 from .peers import PEERS
@@ -73,7 +73,8 @@ class Precisions:
         for peer in PEERS.values():
             if not peer.missing() and peer.used() != FLOAT32:
                 make = trial.quantised if peer.precision == INT8 else trial.by_default
-                found.append(partial(_tried, make, peer.engine, peer.used()))
+                names = (peer.engine, peer.used())
+                found.append(partial(attempt, partial(make, *names), *names))
         return found
 
     @torch.no_grad()
@@ -98,13 +99,6 @@ class Precisions:
                 one.refused = f"it loses {base - top1:.2f} points of top-1, more than {self.drop:g}"
 
 
-def _tried(make: Callable[[str, str], Candidate], engine: str, precision: str) -> Candidate:
-    try:
-        return make(engine, precision)
-    except ExportError as error:
-        return Candidate(engine, precision, None, refused=str(error))
-
-
 @dataclass(frozen=True)
 class _Trial:
     """The files of one network."""
@@ -121,6 +115,8 @@ class _Trial:
     def by_default(self, engine: str, precision: str) -> Candidate:
         """The engine's file in float32, with a note that it is to take the precision that it likes."""
         source = next(one.path for one in self.made if (one.engine, one.precision) == (engine, FLOAT32))
+        if source is None:
+            raise ExportError(f"{engine} has no file in float32")
         path = self._copied(source, engine, precision)
         run = get_engine(engine).open(read(path), None)
         return Candidate(
@@ -132,7 +128,7 @@ class _Trial:
         twin = next(
             (one for one in self.made if one.precision == INT8 and one.path and one.path.suffix == ".onnx"), None
         )
-        if engine != "sparse" and twin is not None:
+        if engine != "sparse" and twin is not None and twin.path is not None:
             path = self._copied(twin.path, engine, precision)
             return Candidate(engine, precision, path, get_engine(engine).open(read(path), None), twin.error)
         method = "minmax" if engine == "sparse" and self.method == "entropy" else self.method
@@ -141,12 +137,12 @@ class _Trial:
         small = quantize(self.model, self.images, folder, name, sum(map(len, self.images)), method, **sizes)
         return Candidate(engine, precision, small.path, get_engine(engine).open(read(small.path), None), small.error)
 
-    def _copied(self, source: Path | None, engine: str, precision: str) -> Path:
+    def _copied(self, source: Path, engine: str, precision: str) -> Path:
         """A candidate's files under the name of another precision, with its note."""
         folder = self.folder / f"{engine}-{precision}"
         folder.mkdir()
-        for file in source.parent.iterdir() if source is not None else ():
+        for file in source.parent.iterdir():
             shutil.copyfile(file, folder / f"{self.name}-{precision}{file.suffix}")
-        path = folder / f"{self.name}-{precision}{source.suffix if source is not None else ''}"
+        path = folder / f"{self.name}-{precision}{source.suffix}"
         seal(path, Purpose(engine, precision))
         return path

@@ -73,8 +73,11 @@ def _verdict(made: Deployed) -> str:
     others = sorted((one for one in taken if one is not best), key=lambda one: one.seconds)
     if others:
         words += f": {others[0].seconds / best.seconds:.2f} times as fast as the next, {others[0].name}"
-    dense = min((one for one in taken if one.dense and one.precision == FLOAT32), key=lambda one: one.seconds)
-    if best is not dense and others and others[0] is not dense:
+    plain = [one for one in taken if one.dense and one.precision == FLOAT32]
+    if not plain:
+        return words
+    dense = min(plain, key=lambda one: one.seconds)
+    if best is not dense and others[0] is not dense:
         words += f", {dense.seconds / best.seconds:.2f} times as fast as the fastest dense one in float32, {dense.name}"
     if best.accuracy is not None and dense.accuracy is not None:
         words += f"; top-1 {best.accuracy:.2f}%, in float32 {dense.accuracy:.2f}%"

@@ -17,7 +17,19 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from revnets.cli import app
-from revnets.deploy import ENGINES, Candidate, Engine, Precisions, Untrusted, accuracy, deploy, load, quantize
+from revnets.deploy import (
+    ENGINES,
+    Candidate,
+    Engine,
+    ExportError,
+    Precisions,
+    Untrusted,
+    accuracy,
+    deploy,
+    engines,
+    load,
+    quantize,
+)
 from revnets.deploy import candidates as choice
 from revnets.deploy.candidates import FLOAT32, INT8, fastest
 from revnets.deploy.peers import PEERS
@@ -173,6 +185,22 @@ def test_a_candidate_that_fails_is_left_out_with_the_reason(ours_alone: None, tm
     assert made.precision == FLOAT32
     assert [one.refused != "" for one in made.candidates] == [False, False, True]
     assert "no convolution or linear layer" in made.candidates[-1].refused
+
+
+def test_an_engine_that_cannot_run_the_network_leaves_it_to_the_others(
+    ours_alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ExportError("it has no such operator")
+
+    monkeypatch.setattr(engines, "sparse_graph", fail)
+    made = deploy(Net(), images(1), tmp_path / "a")
+    assert made.engine == "torch"
+    assert {one.name: one.refused for one in made.candidates} == {"torch": "", "sparse": "it has no such operator"}
+    monkeypatch.setattr(engines, "verify", fail)
+    with pytest.raises(ExportError, match=r"^it has no such operator$"):
+        deploy(Net(), images(1), tmp_path / "b")
+    assert not list((tmp_path / "b").iterdir())
 
 
 @SLOW
