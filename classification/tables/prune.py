@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +258,7 @@ class Network:
 
         def make() -> Line:
             model, images = self.model(weights), self.args.calibration
-            anyhow = {"max_error": 1e9, "engine": engine}  # however large the error is, the table says it
+            anyhow: dict[str, Any] = {"max_error": 1e9, "engine": engine}  # the table says how large the error is
             try:
                 made = quantize(model, self._images(), path.parent, path.stem, images, **anyhow)
                 top1 = accuracy(load(made.path), self.loader)
@@ -268,7 +268,7 @@ class Network:
 
         return _stored(path, make)
 
-    def _images(self) -> Iterator[tuple[torch.Tensor, ...]]:
+    def _images(self) -> Iterable[tuple[torch.Tensor, ...]]:
         """Training images, as in validation, drawn by the seed."""
         train = open_dataset(self.options, self.options.train_split, training=False)
         return draw_batches(train, self.data, self.args.calibration, seed=self.args.seed)

@@ -69,7 +69,7 @@ class Precisions:
         """
         images = list(calibration_images(self.calibration, self.images))
         trial = _Trial(model, x, any_batch, folder, name, made, images, self.method)
-        found = []
+        found: list[Callable[[], Candidate]] = []
         for peer in PEERS.values():
             if not peer.missing() and peer.used() != FLOAT32:
                 make = trial.quantised if peer.precision == INT8 else trial.by_default
@@ -133,7 +133,7 @@ class _Trial:
             return Candidate(engine, precision, path, get_engine(engine).open(read(path), None), twin.error)
         method = "minmax" if engine == "sparse" and self.method == "entropy" else self.method
         folder, name = self.folder / f"{engine}-{precision}", f"{self.name}-{precision}"
-        sizes = {"any_batch": self.any_batch, "engine": engine, "batch_size": len(self.x)}
+        sizes: dict[str, Any] = {"any_batch": self.any_batch, "engine": engine, "batch_size": len(self.x)}
         small = quantize(self.model, self.images, folder, name, sum(map(len, self.images)), method, **sizes)
         return Candidate(engine, precision, small.path, get_engine(engine).open(read(small.path), None), small.error)
 

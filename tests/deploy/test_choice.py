@@ -59,8 +59,8 @@ def ours_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def times(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     """Has candidates take so many seconds, by the order in which they are timed; gives how often each round ran."""
 
-    def take(*rounds: Sequence[float]) -> list[int]:
-        left, counted = [list(one) for one in rounds], []
+    def take(*found_in_rounds: Sequence[float]) -> list[int]:
+        left, counted = [list(one) for one in found_in_rounds], []
 
         def rounds(steps: Sequence[Any], repeats: int, *_: Any) -> list[list[tuple[float, float]]]:
             counted.append(repeats)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ from .wide import widened
 def sparse_layer(site: Site, config: MaskConfig) -> nn.Module:
     """A random mask over the layer's own weights, which stay: (1-s) of the dense FLOPs."""
     layer = site.layer
-    options = {"sparsity": config.sparsity, "init_scale": config.init_scale, "pattern": config.pattern}
+    options: dict[str, Any] = {"sparsity": config.sparsity, "init_scale": config.init_scale, "pattern": config.pattern}
     made = sparse_kind(layer)(**arguments(layer), **options)
     with torch.no_grad():
         for name, own in layer.named_parameters():
