@@ -140,9 +140,7 @@ def run(file: Path, networks: Iterable[str] = NETWORKS, options: Iterable[str] =
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.clients.timm_models", description=inspect.getdoc(sys.modules[__name__])
-    )
+    parser = argparse.ArgumentParser(prog="python -m tests.clients.timm_models", description=__doc__)
     parser.add_argument("file", type=Path, metavar="FILE", help="timm's tests/test_models.py")
     parser.add_argument("--models", nargs="+", default=NETWORKS, metavar="NAME", help="ours to be tested")
     arguments, options = parser.parse_known_args()
