@@ -10,16 +10,16 @@ from .common import gradients
 def _reassemble(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
     """One product of maps per tap of the kernel: nothing of ``kernel_size ** 2`` times the channels exists."""
     n, channels, height, width = features.shape
-    taps = masks.view(n, group_size, 1, kernel_size**2, height, scale_factor, width, scale_factor)
+    taps = F.pixel_unshuffle(masks, scale_factor)  # whatever comes from one pixel lies in channels of that pixel
+    taps = taps.view(n, group_size, 1, kernel_size**2, scale_factor**2, height, width)
     padded = F.pad(features, [kernel_size // 2] * 4)
-    total = None
+    padded = padded.unflatten(1, (group_size, channels // group_size, 1))
+    total = features.new_zeros(())
     for tap in range(kernel_size**2):
         row, column = divmod(tap, kernel_size)
-        shifted = padded[:, :, row : row + height, column : column + width]
-        term = shifted.reshape(n, group_size, channels // group_size, height, 1, width, 1) * taps[:, :, :, tap]
-        total = term if total is None else total + term
-    assert total is not None  # a kernel has a tap
-    return total.reshape(n, channels, height * scale_factor, width * scale_factor)
+        shifted = padded[..., row : row + height, column : column + width]
+        total = torch.addcmul(total, shifted, taps[:, :, :, tap])
+    return F.pixel_shuffle(total.reshape(n, channels * scale_factor**2, height, width), scale_factor)
 
 
 def carafe_naive_forward(
