@@ -73,11 +73,13 @@ def test_the_second_assigner_of_tood(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", [name for name, detector in ZOO.items() if detector.memory])
 def test_memory_is_less_than_that_of_store(name: str, tmp_path: Path) -> None:
     """Of a whole step, heads included, which are stored in both modes."""
     measured = {}
     for mode in ("reversible", "store"):
         made = job(name, mode, tmp_path, 128)
         measured[mode] = measure_training_step(made.model, made.x, made.loss_fn).activation_bytes
-    assert measured["reversible"] < ZOO[name].memory * measured["store"]
+    bound = ZOO[name].memory
+    assert bound is not None
+    assert measured["reversible"] < bound * measured["store"]

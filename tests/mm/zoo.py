@@ -42,14 +42,15 @@ class Detector:
         config: below ``configs/``.
         levels: the backbone's maps that its neck reads.
         change: of the shrunk model.
-        memory: activations in reversible mode are less than this part of those in `store`, two images of 128 pixels.
+        memory: activations in reversible mode are less than this part of those in `store`, two images of 128 pixels;
+            where it was measured.
         unused: parameters that no loss of this step reaches, by a part of their name.
     """
 
     config: str
     levels: Sequence[int] = (0, 1, 2, 3)
     change: Callable[[Any], None] = lambda model: None
-    memory: float = 0.5
+    memory: float | None = None
     unused: tuple[str, ...] = ()
 
 
@@ -119,28 +120,30 @@ def _sparse_rcnn(model: Any) -> None:
 
 
 ZOO = {
-    "FCOS": Detector("fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py", (1, 2, 3)),
-    "ATSS": Detector("atss/atss_r50_fpn_1x_coco.py", (1, 2, 3)),
-    "GFL": Detector("gfl/gfl_r50_fpn_1x_coco.py", (1, 2, 3)),
-    "Cascade R-CNN": Detector("cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py"),
-    "Deformable DETR": Detector("deformable_detr/deformable-detr_r50_16xb2-50e_coco.py", (1, 2, 3), _detr),
-    "DINO": Detector("dino/dino-4scale_r50_8xb2-12e_coco.py", (1, 2, 3), _dino),
-    "RetinaNet": Detector("retinanet/retinanet_r50_fpn_1x_coco.py", (1, 2, 3)),
-    "SOLOv2": Detector("solov2/solov2_r50_fpn_1x_coco.py"),
-    "CondInst": Detector("condinst/condinst_r50_fpn_ms-poly-90k_coco_instance.py", (1, 2, 3), _condinst),
-    "VFNet": Detector("vfnet/vfnet_r50_fpn_1x_coco.py", (1, 2, 3)),
-    "Mask2Former": Detector("mask2former/mask2former_r50_8xb2-lsj-50e_coco.py", change=_mask2former),
-    "MaskFormer": Detector("maskformer/maskformer_r50_ms-16xb1-75e_coco.py"),
-    "YOLOX": Detector("yolox/yolox_tiny_8xb8-300e_coco.py", (1, 2, 3)),
-    "RTMDet": Detector("rtmdet/rtmdet_tiny_8xb32-300e_coco.py", (1, 2, 3)),
-    "CenterNet": Detector("centernet/centernet_r18_8xb16-crop512-140e_coco.py", (3,), _centernet),
-    "CenterNet, updated": Detector("centernet/centernet-update_r50_fpn_8xb8-amp-lsj-200e_coco.py", (1, 2, 3)),
-    "Sparse R-CNN": Detector("sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py", change=_sparse_rcnn),
-    "TOOD": Detector("tood/tood_r50_fpn_1x_coco.py", (1, 2, 3)),
-    "Faster R-CNN, CARAFE": Detector("carafe/faster-rcnn_r50_fpn-carafe_1x_coco.py"),
-    "Mask R-CNN, CARAFE": Detector("carafe/mask-rcnn_r50_fpn-carafe_1x_coco.py"),
-    "Guided Anchoring": Detector("guided_anchoring/ga-retinanet_r50_fpn_1x_coco.py", (1, 2, 3)),
-    "Guided Anchoring, Faster R-CNN": Detector("guided_anchoring/ga-faster-rcnn_r50_fpn_1x_coco.py"),
+    "FCOS": Detector("fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py", (1, 2, 3), memory=0.15),
+    "ATSS": Detector("atss/atss_r50_fpn_1x_coco.py", (1, 2, 3), memory=0.15),
+    "GFL": Detector("gfl/gfl_r50_fpn_1x_coco.py", (1, 2, 3), memory=0.15),
+    "Cascade R-CNN": Detector("cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py", memory=0.6),
+    "Deformable DETR": Detector("deformable_detr/deformable-detr_r50_16xb2-50e_coco.py", (1, 2, 3), _detr, memory=0.15),
+    "DINO": Detector("dino/dino-4scale_r50_8xb2-12e_coco.py", (1, 2, 3), _dino, memory=0.15),
+    "RetinaNet": Detector("retinanet/retinanet_r50_fpn_1x_coco.py", (1, 2, 3), memory=0.15),
+    "SOLOv2": Detector("solov2/solov2_r50_fpn_1x_coco.py", memory=0.3),
+    "CondInst": Detector("condinst/condinst_r50_fpn_ms-poly-90k_coco_instance.py", (1, 2, 3), _condinst, memory=0.15),
+    "VFNet": Detector("vfnet/vfnet_r50_fpn_1x_coco.py", (1, 2, 3), memory=0.15),
+    "Mask2Former": Detector("mask2former/mask2former_r50_8xb2-lsj-50e_coco.py", change=_mask2former, memory=0.25),
+    "MaskFormer": Detector("maskformer/maskformer_r50_ms-16xb1-75e_coco.py", memory=0.5),
+    "YOLOX": Detector("yolox/yolox_tiny_8xb8-300e_coco.py", (1, 2, 3), memory=0.15),
+    "RTMDet": Detector("rtmdet/rtmdet_tiny_8xb32-300e_coco.py", (1, 2, 3), memory=0.15),
+    "CenterNet": Detector("centernet/centernet_r18_8xb16-crop512-140e_coco.py", (3,), _centernet, memory=0.15),
+    "CenterNet, updated": Detector(
+        "centernet/centernet-update_r50_fpn_8xb8-amp-lsj-200e_coco.py", (1, 2, 3), memory=0.15
+    ),
+    "Sparse R-CNN": Detector("sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py", change=_sparse_rcnn, memory=0.15),
+    "TOOD": Detector("tood/tood_r50_fpn_1x_coco.py", (1, 2, 3), memory=0.15),
+    "Faster R-CNN, CARAFE": Detector("carafe/faster-rcnn_r50_fpn-carafe_1x_coco.py", memory=0.42),
+    "Mask R-CNN, CARAFE": Detector("carafe/mask-rcnn_r50_fpn-carafe_1x_coco.py", memory=0.92),
+    "Guided Anchoring": Detector("guided_anchoring/ga-retinanet_r50_fpn_1x_coco.py", (1, 2, 3), memory=0.15),
+    "Guided Anchoring, Faster R-CNN": Detector("guided_anchoring/ga-faster-rcnn_r50_fpn_1x_coco.py", memory=0.25),
     "PISA": Detector("pisa/faster-rcnn_r50_fpn_pisa_1x_coco.py"),
     "AutoAssign": Detector("autoassign/autoassign_r50-caffe_fpn_1x_coco.py", (1, 2, 3)),
     "Cascade Mask R-CNN": Detector("cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py"),

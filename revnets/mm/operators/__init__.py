@@ -2,7 +2,7 @@
 
 ``mmcv.ops`` calls functions of an extension module ``mmcv._ext`` that write into tensors they are given. Where a
 compiled one is installed it is used; otherwise ``install`` puts the functions below, with mmcv's signatures, in its
-place.
+place, in this process. ``plug_in`` does it for all that start later.
 """
 
 import importlib.machinery
@@ -31,6 +31,7 @@ from .losses import (
     softmax_focal_loss_backward,
     softmax_focal_loss_forward,
 )
+from .plug_in import NAME, is_ours
 from .regions import (
     roi_align_backward,
     roi_align_forward,
@@ -44,8 +45,6 @@ from .upsampling import (
     masked_im2col_forward,
 )
 
-NAME = "mmcv._ext"
-
 
 def install() -> bool:
     """Put the stand-in where ``mmcv.ops`` looks, unless a compiled extension is there.
@@ -57,10 +56,12 @@ def install() -> bool:
         ImportError: when mmcv is not installed.
     """
     if NAME in sys.modules:
-        return isinstance(sys.modules[NAME], _StandIn)
+        module = sys.modules[NAME]
+        return isinstance(module, _StandIn) or is_ours(getattr(module, "__file__", None))
     if importlib.util.find_spec("mmcv") is None:
         raise ImportError("revnets.mm needs MMDetection: pip install 'revnets[detection]'")
-    if importlib.util.find_spec(NAME) is not None:
+    spec = importlib.util.find_spec(NAME)
+    if spec is not None and not is_ours(spec.origin):
         return False
     sys.modules[NAME] = _StandIn(NAME)
     return True
@@ -75,17 +76,22 @@ class _StandIn(ModuleType):
         self.__file__ = __file__
         self.__dict__.update(OPERATORS)
 
-    def __getattr__(self, name: str) -> Callable[..., NoReturn]:
+    def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("__"):
             raise AttributeError(name)
+        return operator(name)
 
-        def missing(*args: Any, **kwargs: Any) -> NoReturn:
-            raise MissingOperatorError(
-                f"mmcv operator {name!r} needs mmcv's compiled extension, which is not installed: install an mmcv "
-                f"built with operators for torch {torch.__version__}; without one, there are {', '.join(OPERATORS)}"
-            )
 
-        return missing
+def operator(name: str) -> Callable[..., Any]:
+    """The stand-in of an operator; one that raises where there is none."""
+
+    def missing(*args: Any, **kwargs: Any) -> NoReturn:
+        raise MissingOperatorError(
+            f"mmcv operator {name!r} needs mmcv's compiled extension, which is not installed: install an mmcv "
+            f"built with operators for torch {torch.__version__}; without one, there are {', '.join(OPERATORS)}"
+        )
+
+    return OPERATORS.get(name, missing)
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {
