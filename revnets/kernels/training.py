@@ -97,11 +97,7 @@ class Structure:
     """
 
     def __init__(self, mask: Tensor, groups: int = 1) -> None:
-        if mask.dtype is not torch.bool or not mask.is_cpu or mask.dim() < 2:
-            raise ValueError(
-                f"a mask of {mask.dtype} and shape {tuple(mask.shape)} on {mask.device}: expected torch.bool on cpu, "
-                "(C_out, C_in / groups, ...); convert it by .bool()"
-            )
+        self._check_mask(mask)
         outputs, inputs = mask.shape[:2]
         if groups < 1 or outputs % groups:
             raise ValueError(f"{groups} groups of {outputs} outputs: expected whole ones")
@@ -119,6 +115,14 @@ class Structure:
         self._transposed, found = Compressed.of(turned, groups)
         self._order = found.long() - 1
 
+    @staticmethod
+    def _check_mask(mask: Tensor) -> None:
+        if mask.dtype is not torch.bool or not mask.is_cpu or mask.dim() < 2:
+            raise ValueError(
+                f"a mask of {mask.dtype} and shape {tuple(mask.shape)} on {mask.device}: expected torch.bool on cpu, "
+                "(C_out, C_in / groups, ...); convert it by .bool()"
+            )
+
     def values(self, weight: Tensor) -> Tensor:
         """The weights that stay, in the kernel's order.
 
@@ -134,11 +138,17 @@ class Structure:
         Raises:
             ValueError: for other numbers of dimensions, channels or values, other types, another device.
         """
-        _check_images(x)
-        return _laid_out(self._forward.convolve(_planes(x), values, bias), x)
+        check_images(x)
+        return laid_out(self._forward.convolve(planes(x), values, bias), x)
 
     def grads(
-        self, grad: Tensor, x: Tensor | None, values: Tensor, shape: torch.Size, needed: Sequence[bool]
+        self,
+        grad: Tensor,
+        x: Tensor | None,
+        values: Tensor,
+        shape: torch.Size,
+        needed: Sequence[bool],
+        size: torch.Size | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of input, weight and bias, where they are needed.
 
@@ -148,19 +158,20 @@ class Structure:
             values: see ``values()``.
             shape: of the weight, whose gradient is 0 where the mask is False.
             needed: three.
+            size: of the input, where there is no x.
 
         Raises:
             ValueError: for tensors that do not belong together.
         """
-        _check_images(grad)
+        check_images(grad)
         values = readable("values", values, numel=len(self.places))
-        dy = _planes(grad)
+        dy = planes(grad)
         grad_x = grad_weight = None
         if needed[0]:
             found = self._transposed.convolve(dy, values.index_select(0, self._order), None)
-            grad_x = _laid_out(found, grad)
+            grad_x = laid_out(found, grad)
         if needed[1] and x is not None:
-            grad_weight = self._weight_grad(_planes(x, like=grad), dy, shape)
+            grad_weight = self._weight_grad(planes(x, like=grad), dy, shape)
         return grad_x, grad_weight, dy.sum((0, 2, 3)) if needed[2] else None
 
     def _weight_grad(self, x: Tensor, dy: Tensor, shape: torch.Size) -> Tensor:
@@ -183,34 +194,34 @@ class Structure:
             raise ValueError(f"a weight of {numel} numbers: expected {self._numel}, those of the mask")
 
 
-def _check_images(x: Tensor) -> None:
+def check_images(x: Tensor) -> None:
     if x.dim() != 4:
         raise ValueError(f"input of shape {tuple(x.shape)}: expected (N, C, H, W)")
 
 
-def _by_pixel(x: Tensor) -> bool:
+def by_pixel(x: Tensor) -> bool:
     """Whether the channels of a pixel are neighbours in memory."""
     return x.shape[2:] == (1, 1) or (x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous())
 
 
-def _planes(x: Tensor, like: Tensor | None = None) -> Tensor:
+def planes(x: Tensor, like: Tensor | None = None) -> Tensor:
     """The pixels of each channel one after the other: x, or ``(1, C, 1, N H W)`` where it is (``like`` is) by pixel."""
-    if not _by_pixel(x if like is None else like):
+    if not by_pixel(x if like is None else like):
         return x.contiguous()
     matrix = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(-1, x.shape[1])
     return transposed(matrix)[None, :, None]
 
 
-def _laid_out(y: Tensor, like: Tensor) -> Tensor:
-    """What was computed from ``_planes(like)``, of its shape and in its layout."""
-    if not _by_pixel(like):
+def laid_out(y: Tensor, like: Tensor, shape: torch.Size | None = None) -> Tensor:
+    """What was computed from ``planes(like)``, of its height and width or of this shape, in its layout."""
+    if not by_pixel(like):
         return y
-    n, _, height, width = like.shape
+    n, _, height, width = like.shape if shape is None else shape
     # no view of what `transposed` makes: autograd refuses changes in place of a view that a Function returns
     channels, pixels = y.shape[1], height * width
-    laid_out = y.new_empty_strided((n, channels, height, width), (pixels * channels, 1, width * channels, channels))
-    _transpose(y[0, :, 0], laid_out.permute(0, 2, 3, 1))
-    return laid_out
+    made = y.new_empty_strided((n, channels, height, width), (pixels * channels, 1, width * channels, channels))
+    _transpose(y[0, :, 0], made.permute(0, 2, 3, 1))
+    return made
 
 
 def transposed(x: Tensor) -> Tensor:
@@ -244,14 +255,14 @@ class _SparseConv(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, structure: Structure) -> Tensor:
         values = structure.values(weight.detach())
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values)
-        ctx.structure, ctx.shape = structure, weight.shape
+        ctx.structure, ctx.shape, ctx.size = structure, weight.shape, x.shape
         return structure.convolve(x, values, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, values = ctx.saved_tensors
-        return *ctx.structure.grads(grad, x, values, ctx.shape, ctx.needs_input_grad), None
+        return *ctx.structure.grads(grad, x, values, ctx.shape, ctx.needs_input_grad, ctx.size), None
 
 
 def sparse_conv(x: Tensor, weight: Tensor, bias: Tensor | None, structure: Structure) -> Tensor:
