@@ -104,7 +104,7 @@ def load_kernel() -> ctypes.CDLL:
         compiler = _compiler()
     except _NoCompiler as error:
         missing = error
-    key = _key()
+    key = kernel_key()
     problems: list[str] = []
     for folder in folders(problems):
         try:
@@ -188,8 +188,8 @@ def _split(words: str, variable: str, problem: type[KernelUnavailable]) -> list[
         raise problem(f"{variable}={words!r} cannot be read ({error}): quote it as in a shell") from error
 
 
-def _key() -> str:
-    """What a kernel is compiled from and for. The compiler is no part: it is not known where there is none."""
+def kernel_key() -> str:
+    """What a kernel is compiled from and for, as a checksum. The compiler is no part: it is not known where there is none."""
     source = b"".join(path.read_bytes() for path in (SOURCE, *HEADERS))
     build = [*_OPTIONS, *_more_flags(), str(_ATTEMPTS), _machine()]
     return hashlib.sha256(source + os.fsencode("\n".join(build))).hexdigest()

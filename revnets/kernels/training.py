@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
-from .build import CallStruct, GradStruct, kernel_problem, load_kernel, warn_of_dense_path
+from .build import CallStruct, Geometry, GradStruct, kernel_problem, load_kernel, warn_of_dense_path
 from .calls import chunk_size, in_chunks
 from .compressed import MAX_COLUMNS, compress
 from .operands import call, pointing, readable
@@ -89,12 +89,17 @@ class Structure:
     Attributes:
         density: share of True.
         places: int64, where the non-zeros are in the flattened weight, in the order of their values.
+        geometry: of the convolution.
+        verdicts: whether it pays, by kind of input: see ``breakeven.pays``.
 
     Example:
         >>> structure = Structure(torch.tensor([[True, False], [True, False]]))
         >>> structure.density, structure.places.tolist()
         (0.5, [0, 2])
     """
+
+    geometry: Geometry
+    verdicts: dict[tuple[Any, ...], bool]
 
     def __init__(self, mask: Tensor, groups: int = 1) -> None:
         self._check_mask(mask)
@@ -104,6 +109,7 @@ class Structure:
         mask = readable("mask", mask.detach(), torch.bool)
         matrix = mask.reshape(outputs, inputs)
         places = torch.arange(1, matrix.numel() + 1, dtype=torch.int32, device=mask.device).view_as(matrix) * matrix
+        self.geometry, self.verdicts = Geometry(inputs * groups, outputs, groups=groups), {}
         self._forward, found = Compressed.of(places, groups)
         self._places = found - 1
         self.places = self._places.long()
@@ -322,13 +328,13 @@ class StructureCache:
         self._known: Tensor | None = None
         self._structure: Structure | None = None
 
-    def of(self, mask: Tensor, groups: int) -> Structure:
-        """The structure of the mask as it is now."""
+    def of(self, mask: Tensor, make: Callable[[Tensor], Structure]) -> Structure:
+        """The structure of the mask as it is now, which a function makes of it."""
         uncounted = mask.is_inference() or (dist.is_available() and dist.is_initialized())
         version = -1 if uncounted else mask._version
         if self._structure is None or mask is not self._mask or version != self._version or version < 0:
             if self._structure is None or self._known is None or not _equal(self._known, mask):
-                self._known, self._structure = mask.clone(), Structure(mask, groups)
+                self._known, self._structure = mask.clone(), make(mask)
             self._mask, self._version = mask, version
         return self._structure
 

@@ -62,7 +62,8 @@ class WindowStructure(Structure):
             raise ValueError(f"a mask of shape {tuple(mask.shape)}: expected that of {geometry}, of one group")
         self._check_mask(mask)
         mask = readable("mask", mask.detach(), torch.bool)
-        self._geometry, self._numel = geometry, mask.numel()
+        self.geometry, self._numel = geometry, mask.numel()
+        self.verdicts = {}
         numbers = torch.arange(1, mask.numel() + 1, dtype=torch.int32, device="cpu").view(mask.shape) * mask
         self._lines, found = Lines.of(numbers.flatten(2))
         self._places = found - 1
@@ -80,9 +81,9 @@ class WindowStructure(Structure):
         """
         check_images(x)
         values = readable("values", values, numel=len(self.places))
-        bias = None if bias is None else readable("bias", bias, numel=self._geometry.out_channels)
+        bias = None if bias is None else readable("bias", bias, numel=self.geometry.out_channels)
         given = _planes(x)
-        g = self._geometry
+        g = self.geometry
         out = torch.Size((len(x), g.out_channels, *g.output_size(*x.shape[2:])))
         if min(out) < 0 or x.shape[1] != g.in_channels:
             raise ValueError(f"input of shape {tuple(x.shape)}: too small, or not of {g.in_channels} channels")
@@ -119,20 +120,20 @@ class WindowStructure(Structure):
         return grad_x, grad_weight, grad_bias
 
     def _check_sizes(self, grad: Tensor, size: torch.Size | None, shape: torch.Size) -> None:
-        g = self._geometry
+        g = self.geometry
         self._check_size(math.prod(shape))
         expected = None if size is None else (size[0], g.out_channels, *g.output_size(*size[2:]))
         if expected is None or size is None or size[1] != g.in_channels or grad.shape != expected:
             raise ValueError(f"gradient of shape {tuple(grad.shape)} for an input of {size}: expected {expected}")
 
     def _sides(self, out: Sequence[int]) -> tuple[Side, Side]:
-        g = self._geometry
+        g = self.geometry
         numbers = zip(out[2:], g.kernel_size, g.stride, g.padding, g.dilation, strict=True)
         high, wide = (Side.forwards(*each) for each in numbers)
         return high, wide
 
     def _input_grad(self, grad: Tensor, dy: Planes, values: Tensor, size: torch.Size) -> Tensor:
-        g = self._geometry
+        g = self.geometry
         dx = _made(grad, size)
         if len(self._phases) < math.prod(g.stride):
             dx.tensor.zero_()  # no weight sees the others
@@ -171,6 +172,22 @@ def _phases(ranks: Tensor, g: Geometry) -> list[_Phase]:
         lines, order = Lines.of(part)
         found.append(_Phase((phase[0], phase[1]), (shifts[0], shifts[1]), lines, order.long() - 1))
     return found
+
+
+def structure_of(mask: Tensor, geometry: Geometry) -> Structure:
+    """What the kernel has to know of the mask of a convolution."""
+    return Structure(mask, geometry.groups) if is_pointwise(geometry) else WindowStructure(mask, geometry)
+
+
+def is_pointwise(geometry: Geometry) -> bool:
+    """Whether an output is a sum over one pixel of the input, the one in its place.
+
+    Example:
+        >>> is_pointwise(Geometry(64, 64)), is_pointwise(Geometry(64, 64, stride=(2, 2)))
+        (True, False)
+    """
+    g = geometry
+    return (g.kernel_size, g.stride, g.padding) == ((1, 1), (1, 1), (0, 0))
 
 
 def windows_fit(geometry: Geometry) -> bool:

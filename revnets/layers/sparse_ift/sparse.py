@@ -8,7 +8,8 @@ import torch
 from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 
-from ...kernels.build import load_kernel
+from ...kernels.breakeven import pays
+from ...kernels.build import Geometry, load_kernel
 from ...kernels.training import (
     MAX_DENSITY,
     MIN_PRODUCTS,
@@ -19,6 +20,7 @@ from ...kernels.training import (
     sparse_conv,
     sparse_linear,
 )
+from ...kernels.windows import is_pointwise, structure_of, windows_fit
 from ...reversible.traced import is_traced
 from ...sparsity.masks import check_sparsity, kept, mask_with_count
 from ..fold import folded_layer, plain_layer
@@ -140,8 +142,11 @@ class MaskedWeight(nn.Module):
             return None
         if self._structures is None:
             self._structures = StructureCache()
-        structure = self._structures.of(self.mask, getattr(self, "groups", 1))
-        return structure if structure.density <= MAX_DENSITY else None
+        structure = self._structures.of(self.mask, self._make_structure)
+        return structure if structure.density <= MAX_DENSITY and pays(structure, x) else None
+
+    def _make_structure(self, mask: Tensor) -> Structure:
+        return Structure(mask)
 
     @torch.no_grad()
     def set_mask(self, mask: Tensor) -> None:
@@ -205,7 +210,22 @@ class SparseConv2d(MaskedWeight, nn.Conv2d):  # type: ignore[misc]
 
     def structure(self, x: Tensor) -> Structure | None:
         """What the kernel needs to compute this layer for an input; None where the masked path is to be taken."""
-        return self._structure(x, x.shape[1], self.in_channels) if self._may_skip(x) and x.ndim == 4 else None
+        if not (self._may_skip(x) and x.ndim == 4) or min(geometry_of(self).output_size(*x.shape[2:])) < 1:
+            return None
+        return self._structure(x, x.shape[1], self.in_channels)
+
+    def _make_structure(self, mask: Tensor) -> Structure:
+        return structure_of(mask, geometry_of(self))
+
+
+def geometry_of(conv: nn.Conv2d) -> Geometry:
+    """Its numbers, padding by words as what it is for kernels of odd sides."""
+    numbers = zip(conv.kernel_size, conv.dilation, strict=True)
+    padding: Any = conv.padding
+    if isinstance(padding, str):
+        padding = [dilation * (k - 1) // 2 if padding == "same" else 0 for k, dilation in numbers]
+    sizes: list[Any] = [(a, b) for a, b in (conv.kernel_size, conv.stride, padding, conv.dilation)]
+    return Geometry(conv.in_channels, conv.out_channels, *sizes, conv.groups)
 
 
 class SparseConv2dSame(SparseConv2d):
@@ -299,12 +319,14 @@ def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
 
 def _served(layer: Any) -> bool:
     """Whether the kernel has a loop for the layer."""
-    pointwise = isinstance(layer, SparseLinear) or (
-        layer.kernel_size == (1, 1)
-        and layer.stride == (1, 1)
-        and layer.padding in ((0, 0), "valid", "same")  # "same" adds nothing to a 1x1 kernel
-    )
-    return pointwise and kernel_fits(layer.weight)
+    if isinstance(layer, SparseLinear):
+        return kernel_fits(layer.weight)
+    geometry = geometry_of(layer)
+    if is_pointwise(geometry):
+        return kernel_fits(layer.weight)
+    even = any(d * (k - 1) % 2 for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
+    plain = layer.padding_mode == "zeros" and not (layer.padding == "same" and even)  # which pads one side more
+    return plain and windows_fit(geometry) and layer.weight.numel() < 2**31
 
 
 def sparse_kind(layer: nn.Module) -> type[SparseConv2d] | type[SparseLinear]:
