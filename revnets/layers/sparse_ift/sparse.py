@@ -75,6 +75,7 @@ class MaskedWeight(nn.Module):
     dense_grad: Tensor | None
     sparse_kernel: bool = False
     _structures: StructureCache | None = None
+    _dense_for: tuple[Any, ...] | None = None  # the kind of input for which this mask does not pay, seen last
     _mask_known: bool = True
 
     def __init__(
@@ -138,12 +139,16 @@ class MaskedWeight(nn.Module):
             return None
         if x.numel() // expected * self.weight.numel() < MIN_PRODUCTS:
             return None
-        if not kernel_serves(x, self.weight, self.bias):
+        kind = (x.shape, x.stride(), torch.get_num_threads())
+        if kind == self._dense_for or not kernel_serves(x, self.weight, self.bias):
             return None
         if self._structures is None:
             self._structures = StructureCache()
         structure = self._structures.of(self.mask, self._make_structure)
-        return structure if structure.density <= MAX_DENSITY and pays(structure, x) else None
+        if structure.density <= MAX_DENSITY and pays(structure, x):
+            return structure
+        self._dense_for = kind
+        return None
 
     def _make_structure(self, mask: Tensor) -> Structure:
         return Structure(mask)
@@ -166,12 +171,13 @@ class MaskedWeight(nn.Module):
         mask = mask.to(self.mask.device)
         self.weight.mul_(self.mask & mask)
         self.mask.copy_(mask)
-        self._mask_known = not self.mask.is_meta
+        self._mask_known, self._dense_for = not self.mask.is_meta, None
 
     @torch.no_grad()
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._mask_known = (self._mask_known or f"{prefix}mask" in state_dict) and not self.mask.is_meta
+        self._dense_for = None
         self.weight.mul_(self.mask)  # a dense checkpoint loads with strict=False
 
     def extra_repr(self) -> str:
@@ -180,7 +186,7 @@ class MaskedWeight(nn.Module):
         return f"{super().extra_repr()}, sparsity={self.sparsity:.4g}, weights={count}/{self.mask.numel()}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "dense_grad": None, "_structures": None}
+        return {**self.__dict__, "dense_grad": None, "_structures": None, "_dense_for": None}
 
 
 class SparseConv2d(MaskedWeight, nn.Conv2d):  # type: ignore[misc]
@@ -210,9 +216,10 @@ class SparseConv2d(MaskedWeight, nn.Conv2d):  # type: ignore[misc]
 
     def structure(self, x: Tensor) -> Structure | None:
         """What the kernel needs to compute this layer for an input; None where the masked path is to be taken."""
-        if not (self._may_skip(x) and x.ndim == 4) or min(geometry_of(self).output_size(*x.shape[2:])) < 1:
+        if not (self._may_skip(x) and x.ndim == 4):
             return None
-        return self._structure(x, x.shape[1], self.in_channels)
+        found = self._structure(x, x.shape[1], self.in_channels)
+        return found if found is not None and min(found.geometry.output_size(*x.shape[2:])) > 0 else None
 
     def _make_structure(self, mask: Tensor) -> Structure:
         return structure_of(mask, geometry_of(self))
@@ -283,12 +290,14 @@ def _folded(layer: Any) -> nn.Module:
 
 
 def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
-    """Have sparse 1x1 convolutions of stride 1, and linear layers, train on a kernel that skips zeros, on the CPU.
+    """Have sparse convolutions and linear layers train on a kernel that skips zeros, on the CPU, where that pays.
 
-    Gradients are those of the masked path to float32 accuracy, and are differentiable once. Other layers stay as they
-    are. A layer takes the masked path by itself where the kernel does not apply: more than half of the weights there,
-    less than a million products, not float32 or not on the CPU, autocast, ``torch.compile``, ``torch.func``, while
-    RigL gathers dense gradients. Inputs that are channels last are transposed for it and back. The choice belongs to
+    It has loops for convolutions of any window, stride and dilation, for 1x1 ones of stride 1 in groups, too. Gradients
+    are those of the masked path to float32 accuracy, and are differentiable once. Other layers stay as they are. A layer
+    takes the masked path by itself where the kernel does not apply: more than half of the weights there, less than a
+    million products, not float32 or not on the CPU, autocast, ``torch.compile``, ``torch.func``, while RigL gathers
+    dense gradients; and where it was measured, once for its kind of input, that the kernel is no faster: see
+    ``revnets.kernels.breakeven``. Inputs that are channels last are transposed for it and back. The choice belongs to
     the module: it is copied and pickled with it, and is no part of ``state_dict``.
 
     Args:
@@ -296,13 +305,13 @@ def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
         enabled: False goes back to the masked path everywhere.
 
     Returns:
-        How many layers use the kernel now.
+        How many layers may use the kernel now.
 
     Raises:
         KernelUnavailable: where it cannot be compiled; the message says why.
 
     Example:
-        >>> use_sparse_kernel(nn.Sequential(SparseConv2d(8, 8, 1, sparsity=0.9), SparseConv2d(8, 8, 3, sparsity=0.9)))
+        >>> use_sparse_kernel(nn.Sequential(SparseConv2d(8, 8, 3, sparsity=0.9), nn.Conv2d(8, 8, 3)))
         1
     """
     if enabled:
