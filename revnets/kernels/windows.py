@@ -85,7 +85,7 @@ class WindowStructure(Structure):
         given = _planes(x)
         g = self.geometry
         out = torch.Size((len(x), g.out_channels, *g.output_size(*x.shape[2:])))
-        if min(out) < 0 or x.shape[1] != g.in_channels:
+        if min(out[2:]) < 1 or x.shape[1] != g.in_channels:
             raise ValueError(f"input of shape {tuple(x.shape)}: too small, or not of {g.in_channels} channels")
         y = _made(x, out)
         if y.tensor.numel():

@@ -75,7 +75,7 @@ class MaskedWeight(nn.Module):
     dense_grad: Tensor | None
     sparse_kernel: bool = False
     _structures: StructureCache | None = None
-    _dense_for: tuple[Any, ...] | None = None  # the kind of input for which this mask does not pay, seen last
+    _dense_for: tuple[Any, ...] | None = None  # the input and the mask, seen last, for which the kernel does not pay
     _mask_known: bool = True
 
     def __init__(
@@ -139,8 +139,11 @@ class MaskedWeight(nn.Module):
             return None
         if x.numel() // expected * self.weight.numel() < MIN_PRODUCTS:
             return None
-        kind = (x.shape, x.stride(), torch.get_num_threads())
-        if kind == self._dense_for or not kernel_serves(x, self.weight, self.bias):
+        if not kernel_serves(x, self.weight, self.bias):
+            return None
+        version = 0 if self.mask.is_inference() else self.mask._version
+        kind = (x.shape, x.stride(), torch.get_num_threads(), id(self.mask), version)
+        if kind == self._dense_for:
             return None
         if self._structures is None:
             self._structures = StructureCache()
@@ -171,13 +174,12 @@ class MaskedWeight(nn.Module):
         mask = mask.to(self.mask.device)
         self.weight.mul_(self.mask & mask)
         self.mask.copy_(mask)
-        self._mask_known, self._dense_for = not self.mask.is_meta, None
+        self._mask_known = not self.mask.is_meta
 
     @torch.no_grad()
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._mask_known = (self._mask_known or f"{prefix}mask" in state_dict) and not self.mask.is_meta
-        self._dense_for = None
         self.weight.mul_(self.mask)  # a dense checkpoint loads with strict=False
 
     def extra_repr(self) -> str:
