@@ -8,7 +8,8 @@ import torch
 from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 
-from ...kernels.build import load_kernel
+from ...kernels.breakeven import pays
+from ...kernels.build import Geometry, load_kernel
 from ...kernels.training import (
     MAX_DENSITY,
     MIN_PRODUCTS,
@@ -19,6 +20,7 @@ from ...kernels.training import (
     sparse_conv,
     sparse_linear,
 )
+from ...kernels.windows import is_pointwise, structure_of, windows_fit
 from ...reversible.traced import is_traced
 from ...sparsity.blocks import block_of, is_whole, shape_of_blocks
 from ...sparsity.masks import check_sparsity, kept, mask_with_count
@@ -95,6 +97,7 @@ class MaskedWeight(nn.Module):
     dense_grad: Tensor | None
     sparse_kernel: bool = False
     _structures: StructureCache | None = None
+    _dense_for: tuple[Any, ...] | None = None  # the input and the mask, seen last, for which the kernel does not pay
     _mask_known: bool = True
 
     def __init__(
@@ -171,10 +174,20 @@ class MaskedWeight(nn.Module):
             return None
         if not kernel_serves(x, self.weight, self.bias):
             return None
+        version = 0 if self.mask.is_inference() else self.mask._version
+        kind = (x.shape, x.stride(), torch.get_num_threads(), id(self.mask), version)
+        if kind == self._dense_for:
+            return None
         if self._structures is None:
             self._structures = StructureCache()
-        structure = self._structures.of(self.mask, getattr(self, "groups", 1))
-        return structure if structure.density <= MAX_DENSITY else None
+        structure = self._structures.of(self.mask, self._make_structure)
+        if structure.density <= MAX_DENSITY and pays(structure, x):
+            return structure
+        self._dense_for = kind
+        return None
+
+    def _make_structure(self, mask: Tensor) -> Structure:
+        return Structure(mask)
 
     @torch.no_grad()
     def set_mask(self, mask: Tensor) -> None:
@@ -216,7 +229,7 @@ class MaskedWeight(nn.Module):
         return f"{super().extra_repr()}, sparsity={self.sparsity:.4g}{pattern}, weights={count}/{self.mask.numel()}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "dense_grad": None, "_structures": None}
+        return {**self.__dict__, "dense_grad": None, "_structures": None, "_dense_for": None}
 
 
 class SparseConv2d(MaskedWeight, nn.Conv2d):  # type: ignore[misc]
@@ -247,7 +260,23 @@ class SparseConv2d(MaskedWeight, nn.Conv2d):  # type: ignore[misc]
 
     def structure(self, x: Tensor) -> Structure | None:
         """What the kernel needs to compute this layer for an input; None where the masked path is to be taken."""
-        return self._structure(x, x.shape[1], self.in_channels) if self._may_skip(x) and x.ndim == 4 else None
+        if not (self._may_skip(x) and x.ndim == 4):
+            return None
+        found = self._structure(x, x.shape[1], self.in_channels)
+        return found if found is not None and min(found.geometry.output_size(*x.shape[2:])) > 0 else None
+
+    def _make_structure(self, mask: Tensor) -> Structure:
+        return structure_of(mask, geometry_of(self))
+
+
+def geometry_of(conv: nn.Conv2d) -> Geometry:
+    """Its numbers, padding by words as what it is for kernels of odd sides."""
+    numbers = zip(conv.kernel_size, conv.dilation, strict=True)
+    padding: Any = conv.padding
+    if isinstance(padding, str):
+        padding = [dilation * (k - 1) // 2 if padding == "same" else 0 for k, dilation in numbers]
+    sizes: list[Any] = [(a, b) for a, b in (conv.kernel_size, conv.stride, padding, conv.dilation)]
+    return Geometry(conv.in_channels, conv.out_channels, *sizes, conv.groups)
 
 
 class SparseConv2dSame(SparseConv2d):
@@ -306,12 +335,14 @@ def _folded(layer: Any) -> nn.Module:
 
 
 def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
-    """Have sparse 1x1 convolutions of stride 1, and linear layers, train on a kernel that skips zeros, on the CPU.
+    """Have sparse convolutions and linear layers train on a kernel that skips zeros, on the CPU, where that pays.
 
-    Gradients are those of the masked path to float32 accuracy, and are differentiable once. Other layers stay as they
-    are. A layer takes the masked path by itself where the kernel does not apply: more than half of the weights there,
-    less than a million products, not float32 or not on the CPU, autocast, ``torch.compile``, ``torch.func``, while
-    RigL gathers dense gradients. Inputs that are channels last are transposed for it and back. The choice belongs to
+    It has loops for convolutions of any window, stride and dilation, for 1x1 ones of stride 1 in groups, too. Gradients
+    are those of the masked path to float32 accuracy, and are differentiable once. Other layers stay as they are. A layer
+    takes the masked path by itself where the kernel does not apply: more than half of the weights there, less than a
+    million products, not float32 or not on the CPU, autocast, ``torch.compile``, ``torch.func``, while RigL gathers
+    dense gradients; and where it was measured, once for its kind of input, that the kernel is no faster: see
+    ``revnets.kernels.breakeven``. Inputs that are channels last are transposed for it and back. The choice belongs to
     the module: it is copied and pickled with it, and is no part of ``state_dict``.
 
     Args:
@@ -319,13 +350,13 @@ def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
         enabled: False goes back to the masked path everywhere.
 
     Returns:
-        How many layers use the kernel now.
+        How many layers may use the kernel now.
 
     Raises:
         KernelUnavailable: where it cannot be compiled; the message says why.
 
     Example:
-        >>> use_sparse_kernel(nn.Sequential(SparseConv2d(8, 8, 1, sparsity=0.9), SparseConv2d(8, 8, 3, sparsity=0.9)))
+        >>> use_sparse_kernel(nn.Sequential(SparseConv2d(8, 8, 3, sparsity=0.9), nn.Conv2d(8, 8, 3)))
         1
     """
     if enabled:
@@ -342,12 +373,14 @@ def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
 
 def _served(layer: Any) -> bool:
     """Whether the kernel has a loop for the layer."""
-    pointwise = isinstance(layer, SparseLinear) or (
-        layer.kernel_size == (1, 1)
-        and layer.stride == (1, 1)
-        and layer.padding in ((0, 0), "valid", "same")  # "same" adds nothing to a 1x1 kernel
-    )
-    return pointwise and kernel_fits(layer.weight)
+    if isinstance(layer, SparseLinear):
+        return kernel_fits(layer.weight)
+    geometry = geometry_of(layer)
+    if is_pointwise(geometry):
+        return kernel_fits(layer.weight)
+    even = any(d * (k - 1) % 2 for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
+    plain = layer.padding_mode == "zeros" and not (layer.padding == "same" and even)  # which pads one side more
+    return plain and windows_fit(geometry) and layer.weight.numel() < 2**31
 
 
 def sparse_kind(layer: nn.Module) -> type[SparseConv2d] | type[SparseLinear]:
