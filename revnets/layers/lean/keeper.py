@@ -82,6 +82,7 @@ class Keeper:
             finally:  # recipes that are needed live with autograd's nodes
                 _running.keepers.remove(self)
                 self._forget_all()
+                del self._hooks  # which hold this keeper
 
     def _watching(self) -> AbstractContextManager[Any]:
         return nullcontext()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from . import recipes
 from .keeper import Keeper, itself
@@ -230,19 +231,26 @@ class Writes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.hidden = False
-        self._graded: dict[int, torch.UntypedStorage] = {}
+        self._results: dict[int, list[Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        seen = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+        seen = torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(args, kwargs))
         for place in recipes.writes(func):
             written = kwargs.get(place) if isinstance(place, str) else args[place] if place < len(args) else None
-            for one in torch.utils._pytree.tree_leaves(written):
-                if isinstance(one, Tensor) and not (seen and one.requires_grad):
-                    self.hidden |= one.untyped_storage()._cdata in self._graded
+            for one in _tensors(written):
+                if not (seen and one.requires_grad):
+                    self.hidden |= any(t.requires_grad for t in self._results.get(_address(one), ()))
         out = func(*args, **kwargs)
-        if seen:
-            storages = (t.untyped_storage() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor))
-            self._graded |= {storage._cdata: storage for storage in storages}
+        for one in _tensors(out):  # whether they have a gradient is known later
+            self._results.setdefault(_address(one), []).append(one)
         return out
+
+
+def _tensors(*values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _address(tensor: Tensor) -> int:
+    address: int = tensor.untyped_storage()._cdata
+    return address

@@ -90,7 +90,7 @@ def test_activations(activation: Any, inplace: bool) -> None:
 
 @pytest.mark.parametrize("name", ["bottleneck", "gated", "gated by hardswish"])
 def test_it_keeps_what_the_recorder_keeps(name: str) -> None:
-    plain, x = network(name, name, name), images()
+    plain, x = nn.Sequential(nn.Conv2d(C, C, 1).double(), network(name, name, name)), images()
     assert kept_bytes(read(plain), x) == kept_bytes(make_lean(copy.deepcopy(plain)), x)
 
 
@@ -130,8 +130,8 @@ def test_shares(share: float) -> None:
     plain, x = network(*["gated by hardswish"] * 3), images(2)
     lean = convert(copy.deepcopy(plain), f"lean:{share}", input_size=SIZE).model.train()
     assert is_read(lean)
-    assert 0.4 * saved_bytes(plain, x) < kept_bytes(lean, x) <= share * saved_bytes(plain, x)
     assert_same_step(training_step(lean, (x,), loss), training_step(plain, (x,), loss), 1e-10)
+    assert 0.4 * saved_bytes(plain, x) < kept_bytes(lean, x) <= share * saved_bytes(plain, x)
 
 
 # --- what the graph does not show ------------------------------------------------------------------------------------
@@ -142,9 +142,11 @@ class Hidden(nn.Module):
 
     def __init__(self, place: str) -> None:
         super().__init__()
-        self.conv, self.norm, self.head, self.place = nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.Conv2d(C, C, 1), place
+        self.stem, self.conv, self.head = (nn.Conv2d(C, C, 1) for _ in range(3))
+        self.norm, self.place = nn.BatchNorm2d(C), place
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
         h = self.norm(self.conv(x))
         if self.place == "norm":
             h.detach().mul_(2)
@@ -233,7 +235,7 @@ def test_nothing_lives_longer_than_the_graph() -> None:
 
 
 def _living(kind: type) -> int:
-    return sum(isinstance(one, kind) for one in gc.get_objects())
+    return sum(issubclass(type(one), kind) for one in gc.get_objects())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -251,7 +253,7 @@ def test_with_checkpoints_inside(reentrant: bool) -> None:
 
 
 def test_twice_backward_and_gradients_of_gradients() -> None:
-    plain, x = network("bottleneck", "gated"), images()
+    plain, x = network("bottleneck", "mlp"), images()
     found = []
     for net in (plain, read(plain)):
         y = net(x).square().mean()
