@@ -151,7 +151,7 @@ class Recorder(Keeper, TorchDispatchMode):
         """The node of a tensor, or the tensor if it stays anyway; anything else as it is."""
         if not isinstance(value, Tensor):
             return value
-        if isinstance(value, nn.Parameter):  # of a trace, too, whose type is FakeTensor
+        if type(value) is not Tensor and isinstance(value, nn.Parameter):  # of a trace, too, whose type is FakeTensor
             return Kept(value, value._version)
         if not is_plain(value):
             return Node((), 0, 0)  # of which nothing can be known

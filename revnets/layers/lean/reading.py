@@ -49,6 +49,7 @@ class Reader(Keeper):
     def __init__(self, persistent: Iterable[Tensor] = (), plan: Plan | None = None, to_the_end: bool = False) -> None:
         super().__init__(persistent, plan, to_the_end)
         self._values: dict[tuple[Any, int], Node] = {}
+        self._before = torch.Size()
 
     def _forget_all(self) -> None:
         super()._forget_all()
@@ -56,8 +57,12 @@ class Reader(Keeper):
 
     def _node_of(self, tensor: Tensor, storage: torch.UntypedStorage) -> Node:
         function, memory = tensor.grad_fn, self._memory_of(storage)
+        before, self._before = self._before, tensor.shape
         if function is None:
-            return self._unread(tensor, memory)
+            node = self._unread(tensor, memory)
+            if tensor.dtype is torch.int64:
+                _shorten(node, tensor, before)
+            return node
         node = self._value(function, tensor.output_nr, 0)
         if node.storage is None:  # it was on the way to others only, so far
             if node.again is not None and tensor._version > node.writes:
@@ -119,6 +124,14 @@ def _lies_like(copy: Node, source: Node) -> None:
         source.spec = copy.spec
     elif source.spec != copy.spec:
         copy.again, copy.base = aten.clone.default, None
+
+
+def _shorten(node: Node, index: Tensor, before: torch.Size) -> None:
+    """Keep places as short integers: of pooling, which asks to keep the map that they are in right before."""
+    short = recipes.shorter(index, prod(before[-2:])) if len(before) > 2 else None
+    if short is not None:
+        node.again, node.kind = (lambda bits: bits.to(torch.int64)), _MAX_POOL
+        node.follows_from([Kept(short, short._version)])
 
 
 def _unary(op: Any, *numbers: str, named: tuple[str, ...] = ()) -> Rule:
@@ -188,7 +201,13 @@ def _nearest(reader: Reader, function: Any, node: Node, depth: int) -> None:
         reader.follow(node, function, _NEAREST, aten.upsample_nearest2d.default, [x, *numbers])
 
 
-_BATCH_NORM, _ADD, _MUL, _CLONE, _CAT, _NEAREST = map(
+def _max_pool(reader: Reader, function: Any, node: Node, depth: int) -> None:
+    x, places = _held(function._raw_saved_self), _held(function._raw_saved_result1)
+    if x is not None and type(places) is Node:
+        reader.follow(node, function, _MAX_POOL, recipes.picked, [x, places])
+
+
+_BATCH_NORM, _ADD, _MUL, _CLONE, _CAT, _NEAREST, _MAX_POOL = map(
     kind_of,
     (
         aten.native_batch_norm.default,
@@ -197,6 +216,7 @@ _BATCH_NORM, _ADD, _MUL, _CLONE, _CAT, _NEAREST = map(
         aten.clone.default,
         aten.cat.default,
         aten.upsample_nearest2d.default,
+        aten.max_pool2d_with_indices.default,
     ),
 )
 
@@ -217,6 +237,7 @@ _RULES: dict[str, Rule] = {
     "CloneBackward0": _copy,
     "CatBackward0": _cat,
     "UpsampleNearest2DBackward0": _nearest,
+    "MaxPool2DWithIndicesBackward0": _max_pool,
 }
 """By the names of torch's own nodes; those of its users' functions have no number at their end."""
 
