@@ -17,7 +17,7 @@ from .engines import ENGINES, get_engine, write_onnx, write_torch
 from .graph import ExportError
 from .lower_int8 import lower_int8
 from .quantize import quantize_onnx
-from .runners import OpenVino, Runner, open_onnxruntime, open_openvino, open_torch
+from .runners import OpenVino, Runner, open_onnxruntime, open_openvino, open_torch, openvino_core
 from .seal import read
 
 DEFAULT = "default"
@@ -107,9 +107,7 @@ def check_engine(name: str) -> None:
 
 def default_precision() -> str:
     """What OpenVINO computes float networks in on this machine where nobody tells it: ``float32`` or ``bfloat16``."""
-    import openvino
-
-    hint = str(openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT"))
+    hint = str(openvino_core().get_property("CPU", "INFERENCE_PRECISION_HINT"))
     return "bfloat16" if "bf" in hint else "float16" if "16" in hint else FLOAT32
 
 

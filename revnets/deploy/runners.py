@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 from collections import Counter
@@ -73,6 +74,27 @@ def open_onnxruntime(content: Content, threads: int | None) -> Runner:
     return lambda x: [torch.from_numpy(value) for value in session.run(None, {name: x.numpy()})]
 
 
+def openvino_core() -> Any:
+    """OpenVINO's ``Core``: one for the process, and never given back.
+
+    Its CPU plug-in gives the thread that loads it another stack for signals, and unmaps that when it goes. Of two that
+    go in the order in which they came, the second puts the first one's back, which is gone: the next signal that has a
+    handler, such as a SIGTERM that is to save a checkpoint, then ends the process without a word.
+    """
+    with _ONE_CORE:  # threads that come at once would make two
+        return _core()
+
+
+_ONE_CORE = threading.Lock()
+
+
+@functools.cache
+def _core() -> Any:
+    import openvino
+
+    return openvino.Core()
+
+
 class OpenVino:
     """A model of OpenVINO: compiled once per shape, and one infer request per call that is under way."""
 
@@ -124,14 +146,12 @@ def open_openvino(content: Content, threads: int | None, precision: str | None =
     Raises:
         ExportError: where it cannot be opened, or names other files.
     """
-    import openvino
-
     if precision == "":
         precision = None if content.purpose.precision else "f32"
     settings = {"INFERENCE_NUM_THREADS": threads or torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
     if precision is not None:
         settings["INFERENCE_PRECISION_HINT"] = precision
-    core = openvino.Core()
+    core = openvino_core()
     try:
         if content.trusted:
             model = core.read_model(str(content.path))

@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -326,3 +328,26 @@ def test_bench_command(tmp_path: Path) -> None:
     for wrong in (("--sparsity", "1"), ("--threads", "x"), ("--engines", "nonsense"), ("--batch-size", "0")):
         assert command("bench-deploy", "test_efficientnet", *wrong).exit_code == 2
     assert command("bench-deploy", "nonsense").exit_code == 2
+
+
+def test_signals_are_survived_after_openvino(tmp_path: Path) -> None:
+    """Its plug-in changes the stack of signals: of two models that go, the second left one that was unmapped."""
+    if ENGINES["openvino"].missing():
+        pytest.skip("openvino is not installed")
+    path = deploy(Net(), images(1), tmp_path, "openvino").path
+    torch.save(images(1), tmp_path / "x.pt")
+    code = f"""
+import gc, os, signal, torch
+from revnets.deploy import load
+from revnets.deploy.peers import default_precision
+signal.signal(signal.SIGTERM, lambda *_: print("told"))
+first, second = load({str(path)!r}), load({str(path)!r})
+x = torch.load({str(tmp_path / "x.pt")!r})
+first(x), second(x), default_precision()
+for name in ("first", "second"):
+    del globals()[name]
+    gc.collect()
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "told\n"), done.stderr[-2000:]
