@@ -1,9 +1,9 @@
 """From which sparsity on a layer trains faster on the kernel than on torch's dense loops: measured once, then kept.
 
-What a layer gains depends on its shape, its zeros, the layout, the threads and the machine. So each case is timed, forward
-pass and gradients on both ways, when it first comes up: some tens of milliseconds. Sizes are rounded, so that a network
-of many sizes of images has few cases. Verdicts are kept beside the compiled kernel: the same layer takes the same way in
-every run on a machine, which runs that resume to the same bits rely on.
+What a layer gains depends on its shape, its zeros, the layout, the threads and the machine. So each case is timed,
+forward pass and gradients on both ways, when it first comes up: some tens of milliseconds. Sizes are rounded, so that a
+network of many sizes of images has few cases. Verdicts are kept beside the compiled kernel: the same layer takes the
+same way in every run on a machine, which runs that resume to the same bits rely on.
 """
 
 from __future__ import annotations
@@ -221,7 +221,10 @@ def _kept() -> dict[str, tuple[float, float]]:
     path = _file()
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
         if path is not None:
-            return {str(case): (float(kernel), float(dense)) for case, (kernel, dense) in json.loads(path.read_text()).items()}
+            return {
+                str(case): (float(kernel), float(dense))
+                for case, (kernel, dense) in json.loads(path.read_text()).items()
+            }
     return {}
 
 

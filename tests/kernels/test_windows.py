@@ -149,7 +149,7 @@ def test_images_smaller_than_the_window() -> None:
     """Torch says so."""
     made = SparseConv2d(16, 24, 5, sparsity=0.8)
     use_sparse_kernel(made)
-    with pytest.raises(RuntimeError, match="[Kk]ernel size"):
+    with pytest.raises(RuntimeError, match="ernel size"):
         made(images(side=4))
 
 

@@ -294,13 +294,13 @@ def _folded(layer: Any) -> nn.Module:
 def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
     """Have sparse convolutions and linear layers train on a kernel that skips zeros, on the CPU, where that pays.
 
-    It has loops for convolutions of any window, stride and dilation, for 1x1 ones of stride 1 in groups, too. Gradients
-    are those of the masked path to float32 accuracy, and are differentiable once. Other layers stay as they are. A layer
-    takes the masked path by itself where the kernel does not apply: more than half of the weights there, less than a
-    million products, not float32 or not on the CPU, autocast, ``torch.compile``, ``torch.func``, while RigL gathers
-    dense gradients; and where it was measured, once for its kind of input, that the kernel is no faster: see
-    ``revnets.kernels.breakeven``. Inputs that are channels last are transposed for it and back. The choice belongs to
-    the module: it is copied and pickled with it, and is no part of ``state_dict``.
+    It has loops for convolutions of any window, stride and dilation, for 1x1 ones of stride 1 in groups, too.
+    Gradients are those of the masked path to float32 accuracy, and are differentiable once. Other layers stay as they
+    are. A layer takes the masked path by itself where the kernel does not apply: more than half of the weights there,
+    less than a million products, not float32 or not on the CPU, autocast, ``torch.compile``, ``torch.func``, while
+    RigL gathers dense gradients; and where it was measured, once for its kind of input, that the kernel is no faster:
+    see ``revnets.kernels.breakeven``. Inputs that are channels last are transposed for it and back. The choice belongs
+    to the module: it is copied and pickled with it, and is no part of ``state_dict``.
 
     Args:
         model: with sparse layers.
@@ -321,11 +321,7 @@ def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
     layers = [module for module in model.modules() if type(module) in MASKED]
     for layer in layers:
         layer.sparse_kernel = enabled and _served(layer)  # type: ignore[assignment]
-    served = sum(bool(layer.sparse_kernel) for layer in layers)
-    for module in model.modules():
-        if hasattr(module, "keep_layout"):  # the kernel's maps are contiguous: others would be transposed for it
-            module.keep_layout = served > 0  # type: ignore[assignment]
-    return served
+    return sum(bool(layer.sparse_kernel) for layer in layers)
 
 
 def _served(layer: Any) -> bool:
