@@ -22,9 +22,29 @@ from ...kernels.training import (
 )
 from ...kernels.windows import is_pointwise, structure_of, windows_fit
 from ...reversible.traced import is_traced
+from ...sparsity.blocks import block_of, is_whole, shape_of_blocks
 from ...sparsity.masks import check_sparsity, kept, mask_with_count
 from ..fold import folded_layer, plain_layer
-from ..sites import MASKED
+from ..sites import MASKED, Unsuitable
+
+
+def fitting_block(weight: Tensor, pattern: str | None) -> int:
+    """How many input channels of an output are zero together in a weight.
+
+    Raises:
+        Unsuitable: where its input channels make no whole blocks.
+        ValueError: for an unknown pattern.
+
+    Example:
+        >>> fitting_block(torch.ones(2, 8), "4x1")
+        4
+    """
+    block = block_of(pattern)
+    try:
+        shape_of_blocks(weight.shape, block)
+    except ValueError as error:
+        raise Unsuitable(f"pattern={pattern!r}: {error}") from None
+    return block
 
 
 class _GatheredGrad(torch.autograd.Function):
@@ -60,6 +80,7 @@ class MaskedWeight(nn.Module):
         weight: the parameter, with zeros where the mask is False.
         mask: True where a weight stays.
         sparsity: share of zeros that the mask was made for.
+        pattern: ``4x1`` where zeros come in blocks of four input channels, else None.
         gather_dense_grad: while True, every backward pass adds the gradient of the unmasked weight to ``dense_grad``.
         dense_grad: that gradient, or None; whoever reads it sets it back to None.
         sparse_kernel: whether the kernel that skips zeros is used where it can be, see ``use_sparse_kernel``.
@@ -69,6 +90,7 @@ class MaskedWeight(nn.Module):
     bias: nn.Parameter | None
     mask: Tensor
     sparsity: float
+    pattern: str | None = None
     _count: int
     init_scale: bool
     gather_dense_grad: bool
@@ -79,16 +101,26 @@ class MaskedWeight(nn.Module):
     _mask_known: bool = True
 
     def __init__(
-        self, *args: Any, sparsity: float, init_scale: bool = False, count: int | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        sparsity: float,
+        init_scale: bool = False,
+        count: int | None = None,
+        pattern: str | None = None,
+        **kwargs: Any,
     ) -> None:
         check_sparsity(sparsity)
         super().__init__(*args, **kwargs)
-        self.sparsity = sparsity
+        block = fitting_block(self.weight, pattern)
+        self.sparsity, self.pattern = sparsity, pattern
         self.init_scale = init_scale
         self.gather_dense_grad = False
         self.dense_grad = None
         if count is None:
-            count = max(1, kept(self.weight.numel(), self.sparsity))  # a layer without weights would never learn
+            count = kept(self.weight.numel(), self.sparsity, block)
+            count = max(block, count)  # a layer without weights would never learn
+        elif count % block:
+            raise ValueError(f"count={count}: zeros in blocks of {block} leave a multiple of {block} weights")
         self._count = count
         self.register_buffer("mask", self._drawn_mask())
         self._mask_known = not self.mask.is_meta
@@ -97,7 +129,8 @@ class MaskedWeight(nn.Module):
     def _drawn_mask(self) -> Tensor:
         if self.weight.is_meta:
             return torch.empty(self.weight.shape, dtype=torch.bool, device="meta")
-        return mask_with_count(self.weight.shape, self._count).to(self.weight.device)
+        block = block_of(self.pattern)
+        return mask_with_count(self.weight.shape, self._count, block=block).to(self.weight.device)
 
     def _draw_missing_mask(self) -> None:
         """A mask that was made on the meta device is what happens to be in memory, until one is drawn or loaded."""
@@ -164,13 +197,15 @@ class MaskedWeight(nn.Module):
             mask: bool, of the weight's shape.
 
         Raises:
-            ValueError: for another shape or dtype.
+            ValueError: for another shape or dtype, or one that breaks the blocks of the pattern.
         """
         if mask.shape != self.mask.shape or mask.dtype != torch.bool:
             raise ValueError(
                 f"mask of shape {tuple(mask.shape)} and {mask.dtype}: expected a torch.bool mask of the weight's shape "
                 f"{tuple(self.mask.shape)}"
             )
+        if not is_whole(mask, block_of(self.pattern)):
+            raise ValueError(f"the mask has single zeros, where the pattern {self.pattern} has blocks")
         mask = mask.to(self.mask.device)
         self.weight.mul_(self.mask & mask)
         self.mask.copy_(mask)
@@ -180,12 +215,18 @@ class MaskedWeight(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._mask_known = (self._mask_known or f"{prefix}mask" in state_dict) and not self.mask.is_meta
+        if self._mask_known and not is_whole(self.mask, block_of(self.pattern)):
+            args[-1].append(  # torch raises it with those of other layers
+                f"{prefix}mask of the checkpoint has single zeros, where the pattern {self.pattern} of the layer has "
+                "blocks: load it into layers without a pattern"
+            )
         self.weight.mul_(self.mask)  # a dense checkpoint loads with strict=False
 
     def extra_repr(self) -> str:
         """Torch's own, with the sparsity and the count of the weights that stay."""
         count = "?" if self.mask.device.type == "meta" else int(self.mask.sum())
-        return f"{super().extra_repr()}, sparsity={self.sparsity:.4g}, weights={count}/{self.mask.numel()}"
+        pattern = "" if self.pattern is None else f", pattern={self.pattern}"
+        return f"{super().extra_repr()}, sparsity={self.sparsity:.4g}{pattern}, weights={count}/{self.mask.numel()}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "dense_grad": None, "_structures": None, "_dense_for": None}
@@ -199,10 +240,11 @@ class SparseConv2d(MaskedWeight, nn.Conv2d):  # type: ignore[misc]
         sparsity: share of zeros, in [0, 1).
         init_scale: start with a standard deviation larger by ``1 / sqrt(1 - sparsity)``.
         count: exact number of weights that stay; by default ``round((1 - sparsity) * numel)``, at least 1.
+        pattern: ``4x1``: zeros come in blocks of four input channels, so many blocks stay; None: single zeros.
         kwargs: those of ``nn.Conv2d``.
 
     Raises:
-        ValueError: for a sparsity outside [0, 1).
+        ValueError: for a sparsity outside [0, 1), or input channels that make no whole blocks.
 
     Example:
         >>> SparseConv2d(8, 16, 3, sparsity=0.75)
@@ -263,10 +305,11 @@ class SparseLinear(MaskedWeight, nn.Linear):  # type: ignore[misc]
         sparsity: share of zeros, in [0, 1).
         init_scale: start with a standard deviation larger by ``1 / sqrt(1 - sparsity)``.
         count: exact number of weights that stay; by default ``round((1 - sparsity) * numel)``, at least 1.
+        pattern: ``4x1``: zeros come in blocks of four input channels, so many blocks stay; None: single zeros.
         kwargs: those of ``nn.Linear``.
 
     Raises:
-        ValueError: for a sparsity outside [0, 1).
+        ValueError: for a sparsity outside [0, 1), or input channels that make no whole blocks.
 
     Example:
         >>> SparseLinear(32, 8, sparsity=0.5)
