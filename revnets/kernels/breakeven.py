@@ -112,7 +112,8 @@ def _rounded(number: int) -> int:
 def pays(structure: Structure, x: Tensor) -> bool:
     """Whether the kernel trains a layer faster than torch's dense loops with a mask over the weight.
 
-    The first time a case is measured; of one that stays dense, a line is logged.
+    The first time a case is measured; of one that stays dense, a line is logged. The layout of the first input of a size
+    decides for those that follow: where reversible networks compute a layer again, it may be another.
 
     Args:
         structure: of the layer's mask.
@@ -120,9 +121,10 @@ def pays(structure: Structure, x: Tensor) -> bool:
     """
     linear, threads = x.ndim != 4, torch.get_num_threads()
     size = (x.numel() // x.shape[-1], 1, 1) if linear else (len(x), x.shape[2], x.shape[3])
-    key = (size, linear or by_pixel(x), linear, threads)
+    key = (size, linear, threads)
     if key not in structure.verdicts:
-        structure.verdicts[key] = _pays(Case.of(structure.geometry, size, structure.density, *key[1:]))
+        case = Case.of(structure.geometry, size, structure.density, linear or by_pixel(x), linear, threads)
+        structure.verdicts[key] = _pays(case)
     return structure.verdicts[key]
 
 

@@ -175,7 +175,7 @@ class MaskedWeight(nn.Module):
         if not kernel_serves(x, self.weight, self.bias):
             return None
         version = 0 if self.mask.is_inference() else self.mask._version
-        kind = (x.shape, x.stride(), torch.get_num_threads(), id(self.mask), version)
+        kind = (x.shape, torch.get_num_threads(), id(self.mask), version)
         if kind == self._dense_for:
             return None
         if self._structures is None:
@@ -364,7 +364,11 @@ def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
     layers = [module for module in model.modules() if type(module) in MASKED]
     for layer in layers:
         layer.sparse_kernel = enabled and _served(layer)  # type: ignore[assignment]
-    return sum(bool(layer.sparse_kernel) for layer in layers)
+    served = sum(bool(layer.sparse_kernel) for layer in layers)
+    for module in model.modules():
+        if hasattr(module, "keep_layout"):  # the kernel's maps are contiguous: others would be transposed for it
+            module.keep_layout = served > 0  # type: ignore[assignment]
+    return served
 
 
 def _served(layer: Any) -> bool:
