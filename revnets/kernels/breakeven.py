@@ -112,8 +112,8 @@ def _rounded(number: int) -> int:
 def pays(structure: Structure, x: Tensor) -> bool:
     """Whether the kernel trains a layer faster than torch's dense loops with a mask over the weight.
 
-    The first time a case is measured; of one that stays dense, a line is logged. The layout of the first input of a size
-    decides for those that follow: where reversible networks compute a layer again, it may be another.
+    The first time a case is measured; of one that stays dense, a line is logged. The layout of the first input of a
+    size decides for those that follow: where reversible networks compute a layer again, it may be another.
 
     Args:
         structure: of the layer's mask.

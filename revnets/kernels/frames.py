@@ -155,7 +155,7 @@ def _struct(
     start = y.tensor.view(-1)[high.first * line + wide.first :]
     values, bias = weights
     pointers = (x.tensor, values, lines.columns, lines.rows, bias, taps, start, *gradient)
-    numbers = (n, channels, height, width, x.image, x.channel)
+    numbers: tuple[int, ...] = (n, channels, height, width, x.image, x.channel)
     numbers += (lines.outputs, high.count, wide.count, y.image, y.channel, high.step * line, wide.step)
     numbers += (len(pairs), high.stride, wide.stride, high.pad, wide.pad, high.frame, wide.frame, lines.chunk)
     return pointing(WindowStruct, pointers, *numbers)

@@ -276,7 +276,7 @@ def geometry_of(conv: nn.Conv2d) -> Geometry:
     if isinstance(padding, str):
         padding = [dilation * (k - 1) // 2 if padding == "same" else 0 for k, dilation in numbers]
     sizes: list[Any] = [(a, b) for a, b in (conv.kernel_size, conv.stride, padding, conv.dilation)]
-    return Geometry(conv.in_channels, conv.out_channels, *sizes, conv.groups)
+    return Geometry(conv.in_channels, conv.out_channels, *sizes, groups=conv.groups)
 
 
 class SparseConv2dSame(SparseConv2d):
