@@ -275,8 +275,9 @@ def geometry_of(conv: nn.Conv2d) -> Geometry:
     padding: Any = conv.padding
     if isinstance(padding, str):
         padding = [dilation * (k - 1) // 2 if padding == "same" else 0 for k, dilation in numbers]
-    sizes: list[Any] = [(a, b) for a, b in (conv.kernel_size, conv.stride, padding, conv.dilation)]
-    return Geometry(conv.in_channels, conv.out_channels, *sizes, groups=conv.groups)
+    settings: tuple[Any, ...] = (conv.kernel_size, conv.stride, padding, conv.dilation)
+    kernel, stride, pads, dilation = ((int(a), int(b)) for a, b in settings)
+    return Geometry(conv.in_channels, conv.out_channels, kernel, stride, pads, dilation, conv.groups)
 
 
 class SparseConv2dSame(SparseConv2d):
