@@ -1,9 +1,9 @@
 """What a training step keeps for its backward pass: of what is cheap to compute again, only how to.
 
-Autograd's hooks for saved tensors ask a ``Keeper`` what to keep. A tensor whose recipe needs only what is kept anyway is
-not kept: the backward pass computes it again when it is asked for, once, and lets it go with the last node that holds
-it. So the saved values are the same, and every gradient is computed by torch's own kernels. Recipes come from one of
-two: ``keeping.Recorder`` sees every operator, ``reading.Reader`` reads autograd's graph.
+Autograd's hooks for saved tensors ask a ``Keeper`` what to keep. A tensor whose recipe needs only what is kept anyway
+is not kept: the backward pass computes it again when it is asked for, once, and lets it go with the last node that
+holds it. So the saved values are the same, and every gradient is computed by torch's own kernels. Recipes come from one
+of two: ``keeping.Recorder`` sees every operator, ``reading.Reader`` reads autograd's graph.
 """
 
 from __future__ import annotations

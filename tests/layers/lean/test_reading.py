@@ -95,7 +95,8 @@ def test_it_keeps_what_the_recorder_keeps(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "reads"), [("mobilenetv3_small_050", True), ("test_efficientnet", True), ("test_vit", False)]
+    ("model", "reads"),
+    [("mobilenetv3_small_050", True), ("test_efficientnet", True), ("test_resnet", True), ("test_vit", False)],
 )
 def test_conversion_chooses_it_where_it_keeps_as_little(model: str, reads: bool) -> None:
     plain = timm.create_model(model, num_classes=10).train()
