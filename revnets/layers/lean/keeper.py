@@ -206,7 +206,7 @@ def paused() -> Iterator[None]:
     Of tensors that come out, nothing is known: what they are needed for, they are kept for. Where others have had
     their say since (a checkpoint's hooks, another mode), they keep it.
     """
-    keeper = _running.keepers[-1] if _running.keepers else None
+    keeper: Any = _running.keepers[-1] if _running.keepers else None
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     answers = keeper is not None and hooks is not None and getattr(hooks[0], "__self__", None) is keeper
     modes = _get_current_dispatch_mode_stack()
