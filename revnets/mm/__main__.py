@@ -3,6 +3,8 @@
 python -m revnets.mm test.py CONFIG CHECKPOINT
 python -m revnets.mm analysis_tools/get_flops.py CONFIG
 python -m revnets.mm ./test.py                               # one of this folder, not MMDetection's of that name
+python -m revnets.mm --install                               # once, instead: then they find the operators themselves
+python -m revnets.mm --uninstall
 
 Runs hold their work folder, COCO data sets are checked, and checkpoints are read as data. For an old one that holds
 more, and that you trust, set REVNETS_TRUST_CHECKPOINTS=1.
@@ -19,6 +21,8 @@ def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         sys.stderr.write(f"{__doc__}\n")
         return 0 if len(sys.argv) > 1 else 2
+    if sys.argv[1:] in (["--install"], ["--uninstall"]):
+        return _plug_in(sys.argv[1] == "--install")
     import mmdet
 
     from ..training.errors import UserError, guarded, one_line
@@ -48,6 +52,23 @@ def main() -> int:
             raise
         except (OSError, SyntaxError) as error:  # files that are not there, and configurations that are no Python
             raise UserError(f"{script}: {one_line(error)}; correct its arguments.") from error
+
+    return guarded(run)
+
+
+def _plug_in(add: bool) -> int:
+    from ..training.errors import guarded
+    from ..training.files import writing
+    from .operators import plug_in
+
+    def run() -> None:
+        if add:
+            path = plug_in.add()
+            print(f"mmcv.ops finds '{path}'" if path else "mmcv has compiled operators: there is nothing to install")
+            return
+        with writing("mmcv/_ext.py"):
+            path = plug_in.remove()
+        print(f"'{path}' is removed" if path else "there is nothing to remove")
 
     return guarded(run)
 

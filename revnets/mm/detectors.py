@@ -1,14 +1,17 @@
 """MMDetection configs for ``revnets profile``: backbone, backbone and neck, and the whole detector."""
 
 import copy
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope
 from mmengine.utils import get_installed_path
 from torch import Tensor, nn
@@ -23,6 +26,7 @@ DEFAULT_SIZE = (800, 1333)
 DIVISOR = 32
 BOXES_PER_IMAGE = 8
 NECK_DEPTHS = (1, 2, 4, 8)
+PRETRAINED = ("Pretrained", "PretrainedInit")
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,16 @@ class DetectorTarget(Target):
         """The step on ``device``; on ``"meta"``, the one whose shapes do not depend on values."""
         torch.manual_seed(0)
         with torch.device(device):
-            detector = _build(_read(self.config, dict(self.options)), self.mode, setting)
+            cfg = _read(self.config, dict(self.options))
+            detector = _build(cfg, self.mode, setting)
             height, width = (-(-round(s) // DIVISOR) * DIVISOR for s in (self.img_size, self.img_size * self.aspect))
             x = torch.randn(self.batch_size, 3, height, width)
         if setting.channels_last:
             detector, x = detector.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
         measured = self.part == "detector" and torch.device(device).type != "meta"
-        step = RealStep(detector, _annotations(x, self)) if measured else FixedStep(detector, self.part)
+        if measured:
+            _initialise(detector)
+        step = RealStep(detector, _annotations(x, self, _loaded(cfg))) if measured else FixedStep(detector, self.part)
         return as_job(step.train(), x, training_loss if not measured else _itself, setting)
 
     def deeper(self) -> Sequence[Target]:
@@ -144,19 +151,37 @@ def _build(cfg: Config, mode: str | None, setting: Setting) -> Any:
     from mmdet.registry import MODELS
 
     init_default_scope("mmdet")
-    model = cfg.model.copy()
+    model = copy.deepcopy(cfg.model)
     if mode == "checkpoint" and model.backbone.type != "RevBiFPN":
         model.backbone = {**model.backbone, "with_cp": True}
     for part in ("backbone", "neck"):
-        if model.get(part) and model[part].get("type") in ("RevBiFPN", "RevBiFPNNeck"):
-            model[part] = {**model[part], "exact": setting.exact}
+        for node in _nodes(model.get(part)):  # necks may be lists
+            if node.get("type") in ("RevBiFPN", "RevBiFPNNeck"):
+                node["exact"] = setting.exact
     try:
         detector = MODELS.build(model)
     except Exception as error:
         raise ProfileError(f"the model of {cfg.filename} cannot be built: {reason(error)}") from error
+    detector = revert_sync_batchnorm(detector)  # as MMEngine's runner does in a process of its own
     if mode is not None and _is_reversible(detector):
         set_mode(detector, mode)
     return detector
+
+
+def _initialise(detector: Any) -> None:
+    """As at a run's start, without pretrained weights: some parameters are whatever lay in memory before."""
+    for module in detector.modules():
+        cfgs = getattr(module, "init_cfg", None) or []
+        own = [cfg for cfg in (cfgs if isinstance(cfgs, list) else [cfgs]) if _type(cfg) not in PRETRAINED]
+        if cfgs:
+            module.init_cfg = own or None
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # it would say what becomes of each parameter
+    try:
+        detector.init_weights()
+    finally:
+        logger.setLevel(level)
 
 
 def _is_reversible(detector: nn.Module) -> bool:
@@ -253,10 +278,13 @@ def _flat(outputs: Any) -> list[Tensor]:
 
 
 class RealStep(nn.Module):
-    """The loss of a detector in a training step on images with random boxes (and masks)."""
+    """The loss of a detector in a training step on images with random boxes (and masks), in a run's first epoch."""
 
     def __init__(self, detector: Any, samples: list[Any]) -> None:
         super().__init__()
+        hub = MessageHub.get_current_instance()  # where TOOD's head, for one, looks
+        if hub.get_info("epoch") is None:
+            hub.update_info("epoch", 0)
         self.detector = detector
         self.samples = samples
 
@@ -265,10 +293,32 @@ class RealStep(nn.Module):
         return self.detector.parse_losses(self.detector(x, copy.deepcopy(self.samples), mode="loss"))[0]
 
 
-def _annotations(x: Tensor, target: DetectorTarget) -> list[Any]:
+def _loaded(cfg: Config) -> set[str]:
+    """What the config's pipelines load beside boxes: ``"mask"``, which some assigners use where it is, ``"seg"``."""
+    loaders = [node for node in _nodes(cfg.to_dict()) if _type(node).endswith("Annotations")]
+    if not loaders:
+        return {"mask"}
+    kinds = ("mask", "seg")
+    return {k for k in kinds if any(node.get(f"with_{k}", "Panoptic" in _type(node)) for node in loaders)}
+
+
+def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
+    """All dictionaries of a config."""
+    if isinstance(tree, dict):
+        yield tree
+    for child in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ():
+        yield from _nodes(child)
+
+
+def _type(node: dict[str, Any]) -> str:
+    kind = node.get("type", "")
+    return str(getattr(kind, "__name__", kind))
+
+
+def _annotations(x: Tensor, target: DetectorTarget, loaded: set[str]) -> list[Any]:
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
-    from mmengine.structures import InstanceData
+    from mmengine.structures import InstanceData, PixelData
 
     generator = torch.Generator().manual_seed(0)
     height, width = x.shape[-2:]
@@ -284,7 +334,8 @@ def _annotations(x: Tensor, target: DetectorTarget) -> list[Any]:
         masks = torch.zeros(BOXES_PER_IMAGE, height, width, dtype=torch.uint8)
         for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
             mask[top:bottom, left:right] = 1
-        instances.masks = BitmapMasks(masks.numpy(), height, width)
+        if "mask" in loaded:
+            instances.masks = BitmapMasks(masks.numpy(), height, width)
         sample = DetDataSample(
             metainfo={
                 "img_shape": shape,
@@ -295,6 +346,8 @@ def _annotations(x: Tensor, target: DetectorTarget) -> list[Any]:
             }
         )
         sample.gt_instances = instances
+        if "seg" in loaded:
+            sample.gt_sem_seg = PixelData(sem_seg=torch.zeros(1, height, width, dtype=torch.long, device=x.device))
         sample.ignored_instances = InstanceData(bboxes=boxes.new_zeros(0, 4).to(x.device))
         samples.append(sample)
     return samples

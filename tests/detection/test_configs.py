@@ -16,6 +16,16 @@ BASES = sorted(CONFIGS.glob("_base_/*/*.py"))
 SIZES = [f"s{n}" for n in range(7)]
 QUICK = [f for f in FILES if "coco" not in f.stem or "-s0_" in f.stem]  # reading all of them takes a while
 SIZED = [f for f in FILES if "_revbifpn-s" in f.stem]
+KINDS = {
+    "faster-rcnn": "FasterRCNN",
+    "mask-rcnn": "MaskRCNN",
+    "retinanet": "RetinaNet",
+    "gfl": "GFL",
+    "rtmdet": "RTMDet",
+    "deformable-detr": "DeformableDETR",
+}
+FOREIGN = {"rtmdet": ("AdamW", 0.004, 300), "deformable-detr": ("AdamW", 0.0002, 50)}
+"""Recipes that are MMDetection's own but for the backbone and the data set's checks."""
 EACH = [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in SIZED]
 
 
@@ -55,15 +65,27 @@ def test_says_what_its_name_says(path: Path) -> None:
     cfg = load(path)
     kind, size, what = path.stem.split("_", 1)[0], path.stem.split("_revbifpn-s")[1][0], path.stem.split("_")[-1]
     assert cfg.custom_imports == {"imports": ["revnets.mm"], "allow_failed_imports": False}
-    assert cfg.model.type == {"faster-rcnn": "FasterRCNN", "mask-rcnn": "MaskRCNN", "retinanet": "RetinaNet"}[kind]
+    assert cfg.model.type == KINDS[kind]
     assert cfg.model.backbone.type == "RevBiFPN"
     assert cfg.model.backbone.arch == f"s{size}"
-    if what == "coco":
+    if what == "coco" and kind not in FOREIGN:
         assert cfg.train_cfg.max_epochs == (24 if "_2x_" in path.stem else 12)
         assert cfg.optim_wrapper.type == ("Bf16OptimWrapper" if "_amp-" in path.stem else "OptimWrapper")
         optimizer = cfg.optim_wrapper.optimizer
-        assert (optimizer.type, optimizer.lr) == ("SGD", 0.01 if kind == "retinanet" else 0.02)
+        assert (optimizer.type, optimizer.lr) == ("SGD", 0.02 if kind.endswith("rcnn") else 0.01)
         assert cfg.auto_scale_lr.base_batch_size == 16
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_recipes_of_others_stay_theirs(kind: str) -> None:
+    (path,) = CONFIGS.glob(f"coco/{kind}_revbifpn-*.py")
+    cfg = load(path)
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, cfg.train_cfg.max_epochs) == FOREIGN[kind]
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        assert (loader.dataset.type, loader.dataset.data_root) == ("CheckedCocoDataset", cfg.data_root)
+    assert cfg.test_evaluator.ann_file == f"{cfg.data_root}/annotations/instances_val2017.json"
+    assert build(cfg.model).backbone.out_channels == list(cfg.model.neck.in_channels)
 
 
 def build(part: Any) -> Any:
@@ -94,7 +116,9 @@ def test_builds_by_its_strings(path: Path) -> None:
     assert model.backbone.out_channels == list(model.neck.in_channels)
 
 
-@pytest.mark.parametrize("name", ["digits/faster-rcnn", "digits/mask-rcnn", "digits/retinanet", "coco/retinanet"])
+@pytest.mark.parametrize(
+    "name", ["digits/faster-rcnn", "digits/mask-rcnn", "digits/retinanet", "digits/gfl", "coco/retinanet"]
+)
 def test_every_parameter_learns(name: str) -> None:
     """Data-parallel training waits for every gradient."""
     data, kind = name.split("/")

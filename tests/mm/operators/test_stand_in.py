@@ -1,0 +1,26 @@
+"""Where ``mmcv.ops`` finds the operators, and what it says of those that are missing."""
+
+import sys
+
+import pytest
+import torch
+
+REASON = "MMDetection is not installed: pip install 'revnets[detection]'"
+operators = pytest.importorskip("revnets.mm.operators", reason=REASON, exc_type=ImportError)
+
+
+def test_other_operators_say_what_is_missing() -> None:
+    if not operators.install():
+        pytest.skip("a compiled mmcv is installed")
+    from mmcv.ops import nms_rotated
+
+    with pytest.raises(operators.MissingOperatorError, match=r"mmcv operator 'nms_rotated' needs mmcv's compiled"):
+        nms_rotated(torch.rand(3, 5), torch.rand(3), 0.5)
+    with pytest.raises(operators.MissingOperatorError, match="pool_mode"):
+        operators.roi_align_forward(*[torch.zeros(1)] * 5, 1, 1, 1.0, 0, pool_mode=0, aligned=True)
+
+
+def test_a_compiled_extension_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "NAME", "json")  # stands for any extension that is there
+    monkeypatch.delitem(sys.modules, "json")
+    assert operators.install() is False
