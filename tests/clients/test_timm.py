@@ -59,7 +59,15 @@ def test_gcvit_batch_consistency():
 def test_its_lists_of_models_become_ours(tmp_path: Path) -> None:
     file = tmp_path / "test_models.py"
     file.write_text(IN_ITS_STYLE)
-    command = [sys.executable, "-m", "tests.clients.timm_models", str(file), "--models", "test_revbifpn", "test_mus_vit"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.clients.timm_models",
+        str(file),
+        "--models",
+        "test_revbifpn",
+        "test_mus_vit",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = dict(re.findall(r"^\| `(\w+)` \| (\d+ \| \d+)", done.stdout, re.MULTILINE))
@@ -85,7 +93,7 @@ def test_its_own_tests_of_models() -> None:
 def the_line(script: Path, *arguments: str) -> list[str]:
     """The command of docs/clients.md for scripts that import nothing for their users."""
     (line,) = re.findall(r'^python -c "(.*)" ', PAGE, re.MULTILINE)
-    return [sys.executable, "-c", line.replace("validate.py", str(script)), *arguments]
+    return [sys.executable, "-c", line.replace("pytorch-image-models/validate.py", str(script)), *arguments]
 
 
 def run(command: list[str], folder: Path) -> str:
@@ -153,9 +161,9 @@ class TestScripts:
     """Each on what `train.py` has left."""
 
     def script(self, name: str, trained: Path, folder: Path, *arguments: str) -> str:
-        file, mine = Path(str(SCRIPTS)) / f"{name}.py", ("--model", "test_revbifpn")
+        file, mine = Path(str(SCRIPTS)) / f"{name}.py", ["--model", "test_revbifpn"]
         if name != "benchmark":
-            mine += ("--num-classes", "5", "--checkpoint", str(trained))
+            mine += ["--num-classes", "5", "--checkpoint", str(trained)]
         return run(the_line(file, *arguments, *mine), folder)
 
     @pytest.mark.parametrize("options", [(), ("--use-ema", "--channels-last", "--test-pool")])

@@ -21,7 +21,8 @@ NETWORKS = ("test_revbifpn", "test_rev_mus_vit", "revbifpn_s0", "mus_vit_tiny_pa
 TRANSFORMERS = "*mus_vit*"  # as timm counts its own: under the names that match "vit_*"
 
 _SCRIPTING = (
-    "torch.jit.script, which torch has deprecated, takes no autograd.Function: torch.export and torch.compile do"
+    "torch.jit.script, which torch has deprecated, knows no variable number of tensors, as reversible chains take, nor "
+    "our annotations: torch.export and torch.compile do (tests/models/test_export.py)"
 )
 _WEIGHTS = "downloads published weights: their files are compared in tests/models/test_pretrained.py"
 _POOLING = "is about networks that cannot take 'catavgmax': ours can (tests/models/test_timm_contract.py)"

@@ -80,12 +80,23 @@ def test_export_sees_nothing_custom(mode: str) -> None:
     assert targets == [node.target for node in reference.graph.nodes if node.op == "call_function"]
 
 
+def free_sizes() -> dict[str, dict[int, Any]]:
+    """Any batch, and any side that the smallest network takes."""
+    batch, rows, columns = (torch.export.Dim(name, min=2, max=64) for name in ("batch", "rows", "columns"))
+    return {"x": {0: batch, 2: 16 * rows, 3: 16 * columns}}
+
+
+def classifier_or_features(features: bool) -> Any:
+    return eval_model(TINY, **({"features_only": True} if features else {"num_classes": 10}))
+
+
 @pytest.mark.slow
-def test_export_with_a_free_batch_size() -> None:
-    model = eval_model(TINY, num_classes=10)
-    program = torch.export.export(model, (images(2),), dynamic_shapes={"x": {0: torch.export.Dim("batch", max=64)}})
+@pytest.mark.parametrize("features", [False, True])
+def test_export_with_free_batch_and_sides(features: bool) -> None:
+    model, x = classifier_or_features(features), torch.randn(3, 3, 48, 96)
+    program = torch.export.export(model, (torch.randn(2, 3, 64, 80),), dynamic_shapes=free_sizes())
     with torch.no_grad():
-        assert_outputs(program.module()(images(5)), model(images(5)))
+        assert_outputs(program.module()(x), model(x))
 
 
 @pytest.mark.parametrize("out_indices", [(1, 3), pytest.param((0, 1, 2, 3), marks=SLOW)])
@@ -107,12 +118,14 @@ def test_exported_file(tmp_path: Path) -> None:
 # --- ONNX ------------------------------------------------------------------------------------------------------------
 
 
-def run_onnx(model: nn.Module, x: Tensor, path: Path, **kwargs: Any) -> list[Tensor]:
-    """Outputs that onnxruntime computes from the exported file."""
+def run_onnx(model: nn.Module, x: Tensor, path: Path, example: Tensor | None = None, **kwargs: Any) -> list[Tensor]:
+    """Outputs that onnxruntime computes from the exported file, which was made with ``x`` or another example."""
     pytest.importorskip("onnxscript", reason="torch.onnx needs it: pip install 'revnets[dev]'")
     runtime = pytest.importorskip("onnxruntime", reason="to check the exported file: pip install 'revnets[dev]'")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    torch.onnx.export(model, (x,), path, dynamo=True, input_names=["image"], verbose=False, **kwargs)
+    torch.onnx.export(
+        model, (x if example is None else example,), path, dynamo=True, input_names=["image"], verbose=False, **kwargs
+    )
     options = runtime.SessionOptions()
     options.intra_op_num_threads = 1
     session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -133,6 +146,15 @@ def test_onnx_of_features(tmp_path: Path) -> None:
     outputs = run_onnx(model, x, tmp_path / "pyramid.onnx")
     with torch.no_grad():
         assert_outputs(outputs, model(x), 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("features", [False, True])
+def test_onnx_with_free_batch_and_sides(features: bool, tmp_path: Path) -> None:
+    model, x, example = classifier_or_features(features), torch.randn(3, 3, 48, 96), torch.randn(2, 3, 64, 80)
+    outputs = run_onnx(model, x, tmp_path / "model.onnx", example, dynamic_shapes=free_sizes())
+    with torch.no_grad():
+        assert_outputs(outputs, list(model(x)) if features else model(x), 1e-4)
 
 
 # --- torch.compile ---------------------------------------------------------------------------------------------------
