@@ -51,11 +51,12 @@ docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # One process per core, one thread each: threads of several processes on one core cost more than they bring.
+# One that dies ends the run: xdist starts another, and may then wait for ever.
 test: lint
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile
 
 test-slow: $(INSTALLED)
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m slow --numprocesses auto --maxprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m slow --numprocesses auto --maxprocesses 2 --max-worker-restart 0 --dist loadfile
 
 # A fresh environment, 5 GB; BORROW=1 takes the packages of .venv instead, in a minute.
 test-wheel: $(INSTALLED)

@@ -44,7 +44,7 @@ COMMANDS = {
     ),
     "deploy": (
         "deploy.command:deploy_command",
-        "Write a trained network as a file for a fast engine, zeros exploited where that pays; verified against torch.",
+        "Write a trained network for the engine that is fastest here, zeros exploited where that pays; verified.",
     ),
     "numerics": (
         "numerics.command:numerics_command",

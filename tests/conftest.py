@@ -1,6 +1,9 @@
 """What keeps tests from seeing each other, and the devices that they run on."""
 
+import contextlib
 import gc
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -43,3 +46,13 @@ def _little_to_collect() -> Iterator[None]:
 def pytest_unconfigure() -> None:
     """Or libraries that count what they leave behind complain at the end."""
     gc.unfreeze()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """How a process of tests died: xdist says only that it did."""
+    if error is not None:
+        with contextlib.suppress(AttributeError, subprocess.TimeoutExpired):
+            code = node.gateway._io.popen.wait(10)
+            how = signal.Signals(-code).name if code < 0 else f"code {code}"
+            sys.__stderr__.write(f"\n[{node.gateway.id}] ended with {how}\n")

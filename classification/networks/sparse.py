@@ -120,7 +120,7 @@ class RunFlops:
 
 
 def start_sparse_kernel(options: TrainOptions, model: nn.Module, device: torch.device) -> None:
-    """Has the model's sparse 1x1 convolutions train on the kernel that skips zeros, where that is asked for.
+    """Has the model's sparse layers train on the kernel that skips zeros, where that is asked for.
 
     Raises:
         UserError: It cannot be used: not on the CPU, mixed precision, no such layers, no compiler.
@@ -137,10 +137,10 @@ def start_sparse_kernel(options: TrainOptions, model: nn.Module, device: torch.d
         raise UserError(f"--sparse-kernel: {one_line(error)}; or leave it out.") from error
     if not count:
         raise UserError(
-            f"--sparse-kernel: {options.model} has neither sparse 1x1 convolutions of stride 1 nor sparse linear "
-            "layers; add --layers sparse:0.9, say, or leave it out."
+            f"--sparse-kernel: {options.model} has no sparse layers that it has a loop for; add --layers sparse:0.9, "
+            "say, or leave it out."
         )
-    _logger.info(f"--sparse-kernel: {count} layers skip their zeros where those are half of the weights or more")
+    _logger.info(f"--sparse-kernel: {count} layers skip their zeros, where those are half of the weights or more and it pays")
 
 
 def sparsity_words(sparsity: SparsityController) -> str:

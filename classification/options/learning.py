@@ -114,7 +114,7 @@ class SparsityOptions:
         needs=SPARSE,
     )
     sparse_kernel: bool = option(
-        False, "sparse 1x1 convolutions and linear layers on our CPU kernel, which skips zeros"
+        False, "sparse convolutions and linear layers on our CPU kernel, which skips zeros, where it pays"
     )
 
 

@@ -1,7 +1,7 @@
 """The life of pruned networks in one table: dense, one-shot, retrained in steps, distilled from dense, INT8.
 
 python -m classification.tables.prune --data-dir CIFAR10 --output output/prune_table
-python -m classification.tables.prune --data-dir CIFAR10 --methods sparsegpt --targets 0.7
+python -m classification.tables.prune --data-dir CIFAR10 --methods sparsegpt --targets 0.7 4x1:0.7 --recover 4x1:0.7
 
 Trainings are processes of train.py with one thread; what is finished is skipped, broken runs go on where they stopped.
 """
@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from revnets.deploy import ENGINES, ExportError, accuracy, load, quantize
-from revnets.pruning import METHODS, Pattern, prune
+from revnets.pruning import METHODS, prune
 from revnets.pruning.checkpoint import read_weights, save_weights
 from revnets.pruning.command import draw_batches
 from revnets.training.errors import UserError, one_line
@@ -34,13 +34,16 @@ from ..options import CONFIGS, TrainOptions
 from ..run.loop import validate
 from ..runtime import start_runtime
 from . import runner
+from .prune_target import Target
 from .runner import Column, Outcomes, flag, positive, same
 from .series import Stage, digest_of, parts, read_recipe, read_stored
 
 _logger = logging.getLogger("classification")
 RECIPES = [str(CONFIGS / "prune" / f"cifar10_small_{name}.yaml") for name in ("resnet18", "revbifpn")]
 DENSE, TRAINED_ON, ONE_SHOT, AGAIN = "dense", "dense, trained on", "one-shot", "pruned again"
-RETRAINED, DISTILLED, INT8 = "retrained", "distilled", "INT8"
+RETRAINED, DISTILLED = "retrained", "distilled"
+INT8 = {"onnxruntime": "INT8", "sparse": "INT8, sparse"}
+"""Stages by the engine that quantised weights and activations are validated by."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,17 +60,6 @@ class Line:
     error: float = 0.0  # of pruning: of the layers' outputs, mean; of INT8: of the network's, root mean square
     seconds: float = 0.0  # of pruning
     train_flops: float = 0.0  # of the stage
-
-
-def _target(text: str) -> str:
-    try:
-        if ":" in text:
-            Pattern.parse(text)
-        elif not 0 < float(text) < 1:
-            raise ValueError(f"{text!r} was given where a sparsity between 0 and 1, or N:M, was expected")
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
 
 
 def _against_dense(found: Outcomes, lines: runner.Lines) -> str:
@@ -87,8 +79,14 @@ class Table(runner.Table):
         flag("--configs", nargs="+", default=RECIPES, help="recipes of the dense networks"),
         flag("--dense", nargs="+", default=[], help="their checkpoints, where they are trained already"),
         flag("--methods", nargs="+", choices=METHODS, default=list(METHODS)),
-        flag("--targets", nargs="+", type=_target, default=["0.5", "0.6", "0.7", "0.8", "2:4"]),
-        flag("--recover", nargs="*", type=_target, default=["0.7"], help="targets to train to"),
+        flag(
+            "--targets",
+            nargs="+",
+            type=Target.parse,
+            default=[*map(Target.parse, ("0.5", "0.6", "0.7", "0.8", "2:4"))],
+            help="shares of zeros, 4x1:SHARE for zeros in blocks of four input channels, N:M",
+        ),
+        flag("--recover", nargs="*", type=Target.parse, default=[Target(0.7)], help="targets to train to"),
         flag(
             "--steps",
             nargs="*",
@@ -98,6 +96,9 @@ class Table(runner.Table):
         ),
         flag("--images", type=positive, default=20000, help="training images, equally many of each class"),
         flag("--val-images", type=positive, help="validation images; all where not given"),
+        flag("--int8", nargs="*", choices=INT8, default=list(INT8), help="engines to validate the ends in INT8 on"),
+        flag("--int8-one-shot", action="store_true", help="on these also what was pruned and not trained on"),
+        flag("--no-trained-on", action="store_true", help="without the dense network that is trained on as long"),
         flag("--calibration", type=positive, default=256, help="images to prune and quantise on"),
         flag("--epochs", type=positive, help="of the dense networks; those of the recipes where not given"),
         flag("--recover-epochs", type=positive, help="of each stage; a third of the dense where not given"),
@@ -175,26 +176,37 @@ class Network:
         return model
 
     def lines(self) -> Iterator[Line]:
-        """Every line of the table for this network."""
+        """Every line of the table for this network, once."""
+        seen: set[Line] = set()
+        for line in self._lines():
+            if line not in seen:
+                seen.add(line)
+                yield line
+
+    def _lines(self) -> Iterator[Line]:
         dense, line = self._dense()
         yield line
+        ends = [(f"{self.name}-{DENSE}", dense, line)]
         for target in self.args.targets:
             for method in self.args.methods:
-                yield self._pruned(dense, f"{self.name}-{method}", method, target)[1]
-        ends = [(f"{self.name}-{DENSE}", dense, line)]
+                path, pruned = self._pruned(dense, f"{self.name}-{method}", method, target)
+                yield pruned
+                if self.args.int8_one_shot:
+                    ends.append((path.stem, path, pruned))
         for target in self.args.recover:
             for last in self._recovered(dense, target):
                 yield last[-1]
             ends.append(last)
-        if self.args.recover:
-            stages = max(len(self.steps(target)) for target in self.args.recover) + 1
+        if self.args.recover and not self.args.no_trained_on:
+            stages = max(len(target.after(self.args.steps)) for target in self.args.recover) + 1
             stage = self._stage(f"{self.name}-on", dense, stages * self.recover_epochs)  # as long as all of them
             yield self._trained(stage, line, TRAINED_ON)
-        if missing := ENGINES["onnxruntime"].missing():
-            _logger.info(f"no {INT8}: {', '.join(missing)} not installed (pip install 'revnets[deploy]')")
-            return
-        for end in ends:
-            yield self._quantized(*end)
+        for engine in self.args.int8:
+            if missing := ENGINES[engine].missing():
+                _logger.info(f"no {INT8[engine]}: {', '.join(missing)} not installed (pip install 'revnets[deploy]')")
+                continue
+            for end in ends:
+                yield self._quantized(*end, engine)
 
     def _dense(self) -> tuple[Path, Line]:
         line = Line(self.name, "-", "-", DENSE, 0.0)
@@ -203,36 +215,31 @@ class Network:
         stage = Stage(f"{self.name}-dense", self.config, self.output, self.options.epochs, self.more)
         return stage.weights, self._trained(stage, line, DENSE)
 
-    def steps(self, target: str) -> list[str]:
-        """The sparsities that are pruned to, one after the other; N:M at once."""
-        before = [] if ":" in target else [f"{step:g}" for step in sorted(self.args.steps) if 0 < step < float(target)]
-        return [*before, target]
-
-    def _pruned(self, start: Path, stem: str, method: str, target: str, stage: str = ONE_SHOT) -> tuple[Path, Line]:
+    def _pruned(self, start: Path, stem: str, method: str, target: Target, stage: str = ONE_SHOT) -> tuple[Path, Line]:
         """Prunes and validates: the weights, which later names go on from, and the line."""
-        path = self.output / f"{stem}-{target.replace(':', 'of')}-{self.args.calibration}.safetensors"
+        path = self.output / f"{stem}-{target.word}-{self.args.calibration}.safetensors"
 
         def make() -> Line:
-            goal: dict[str, Any] = {"pattern": target} if ":" in target else {"sparsity": float(target)}
+            model, images = self.model(start), self.args.calibration
             try:
-                report = prune(self.model(start), self._images(), method=method, images=self.args.calibration, **goal)
+                report = prune(model, self._images(), method=method, images=images, **target.goal())
             except ValueError as error:
                 raise UserError(f"--targets: {self.name}, {method}, {target}: {one_line(error)}.") from error
             save_weights(report.model, path, {})
             report.save(path)
             figures = report.sparsity, report.sparse_flops / report.dense_flops, report.error, report.seconds
-            return Line(self.name, method, target, stage, self.accuracy(report.model), *figures)
+            return Line(self.name, method, str(target), stage, self.accuracy(report.model), *figures)
 
         return path, _stored(path, make)
 
-    def _recovered(self, dense: Path, target: str) -> Iterator[tuple[str, Path, Line]]:
+    def _recovered(self, dense: Path, target: Target) -> Iterator[tuple[str, Path, Line]]:
         """Pruned in steps, trained with the zeros fixed after each, in the end with the dense network as the teacher.
 
         Each pruning takes a part of what the training before it left: zeros stay zeros.
         """
         method = self.args.methods[0]
         start, stem = dense, f"{self.name}-{method}"
-        for step in self.steps(target):
+        for step in target.after(self.args.steps):
             path, line = self._pruned(start, stem, method, step, ONE_SHOT if start is dense else AGAIN)
             if start is not dense or step not in self.args.targets:
                 yield path.stem, path, line
@@ -243,28 +250,25 @@ class Network:
         stage = self._stage(f"{stem}-{DISTILLED}", start, self.recover_epochs, *more)
         yield stage.name, stage.weights, self._trained(stage, line, DISTILLED)
 
-    def _quantized(self, stem: str, weights: Path, line: Line) -> Line:
-        """INT8 weights and activations, validated by ONNX Runtime."""
-        path = self.output / f"{stem}-int8-{self.args.calibration}.onnx"
+    def _quantized(self, stem: str, weights: Path, line: Line, engine: str) -> Line:
+        """INT8 weights and activations, validated by an engine."""
+        ours, suffix = ("-sparse", ".pt2") if engine == "sparse" else ("", ".onnx")
+        stage = f"{ONE_SHOT}, {INT8[engine]}" if line.stage == ONE_SHOT else INT8[engine]
+        path = self.output / f"{stem}-int8{ours}-{self.args.calibration}{suffix}"
 
         def make() -> Line:
+            model, images = self.model(weights), self.args.calibration
+            anyhow: dict[str, Any] = {"max_error": 1e9, "engine": engine}  # the table says how large the error is
             try:
-                made = quantize(
-                    self.model(weights),
-                    self._images(),
-                    path.parent,
-                    path.stem,
-                    self.args.calibration,
-                    max_error=1e9,  # however large it is, the table says it
-                )
+                made = quantize(model, self._images(), path.parent, path.stem, images, **anyhow)
                 top1 = accuracy(load(made.path), self.loader)
             except ExportError as error:
-                raise UserError(f"{INT8}: {stem}: {one_line(error)}.") from error
-            return dataclasses.replace(line, stage=INT8, top1=top1, error=made.error, seconds=0.0, train_flops=0.0)
+                raise UserError(f"{INT8[engine]}: {stem}: {one_line(error)}.") from error
+            return dataclasses.replace(line, stage=stage, top1=top1, error=made.error, seconds=0.0, train_flops=0.0)
 
         return _stored(path, make)
 
-    def _images(self) -> Iterator[tuple[torch.Tensor, ...]]:
+    def _images(self) -> Iterable[tuple[torch.Tensor, ...]]:
         """Training images, as in validation, drawn by the seed."""
         train = open_dataset(self.options, self.options.train_split, training=False)
         return draw_batches(train, self.data, self.args.calibration, seed=self.args.seed)
@@ -303,22 +307,21 @@ def _read(content: Any) -> Line:
 
 
 def _draw_network(axis: Any, lines: Sequence[Line]) -> None:
-    styles = {DENSE: "k-", TRAINED_ON: "k:"}
+    styles = {DENSE: "-", TRAINED_ON: ":"}
     for line in lines:
-        if line.stage in styles:
-            axis.axhline(line.top1, color="k", linestyle=styles[line.stage][1:], linewidth=0.8, label=line.stage)
-    for i, method in enumerate(dict.fromkeys(line.method for line in lines if line.stage == ONE_SHOT)):
-        mine = [line for line in lines if line.method == method and line.stage == ONE_SHOT]
-        shares = sorted((line.sparsity, line.top1) for line in mine if ":" not in line.target)
-        axis.plot(*zip(*shares, strict=True), "o-", color=f"C{i}", label=method) if shares else None
-        patterns = [line for line in mine if ":" in line.target]
-        for line in patterns:
-            label = f"{method}, {line.target}"
-            axis.plot(line.sparsity, line.top1, "D", color=f"C{i}", markerfacecolor="none", label=label)
-    later = [line for line in lines if line.stage not in (DENSE, TRAINED_ON, ONE_SHOT)]
-    for i, stage in enumerate(dict.fromkeys(line.stage for line in later)):
-        found = [(line.sparsity, line.top1) for line in later if line.stage == stage]
-        axis.plot(*zip(*found, strict=True), "^v<>*"[i % 5], color=f"C{4 + i}", markersize=9, label=stage)
+        if line.stage in styles and line.target == "-":
+            axis.axhline(line.top1, color="k", linestyle=styles[line.stage], linewidth=0.8, label=line.stage)
+    pruned = [line for line in lines if line.target != "-"]
+    curves: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for line in pruned:
+        what = line.stage.replace(ONE_SHOT, line.method)
+        pattern = Target.parse(line.target).pattern
+        curves.setdefault((line.stage, f"{what}, {pattern}" if pattern else what), []).append(
+            (line.sparsity, line.top1)
+        )
+    for i, ((stage, label), points) in enumerate(curves.items()):
+        mark = "o" if stage.startswith(ONE_SHOT) else "^v<>*sPX"[i % 8]
+        axis.plot(*zip(*sorted(points), strict=True), f"{mark}-", color=f"C{i}", linewidth=0.8, label=label)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Training steps of sparse 1x1 layers and networks: dense, masked, and on the kernel that skips zeros."""
+"""Training steps of sparse layers and networks: dense, masked, and on the kernel that skips zeros."""
 
 from __future__ import annotations
 
@@ -31,6 +31,16 @@ from ..training.places import check_folder, make_folder
 
 DENSE, MASKED, KERNEL = "dense", "masked", "kernel"
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
+WINDOWS = [  # input channels, output channels, side of the kernel, stride, side of the image: those of ResNet-50
+    (64, 64, 3, 1, 56),
+    (128, 128, 3, 1, 28),
+    (256, 256, 3, 1, 14),
+    (512, 512, 3, 1, 7),
+    (128, 128, 3, 2, 56),
+    (512, 512, 3, 2, 14),
+    (256, 512, 1, 2, 56),
+    (1024, 2048, 1, 2, 14),
+]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 _WARM_SECONDS = 0.03
 FILES = ("sparse_training.csv", "sparse_training.json")
@@ -77,7 +87,7 @@ class Row:
         case: layer or network.
         sparsity: share of zeros of the masks; the dense way is measured beside each.
         threads: of torch and of the kernel.
-        way: ``dense`` (plain layers), ``masked`` (weights times masks), ``kernel``.
+        way: ``dense`` (plain layers), ``masked`` (weights times masks), ``kernel`` (where it was measured to pay).
         layout: ``contiguous`` or ``channels last``.
         seconds: of forward pass, backward pass and, of networks, the optimizer's step; wall time.
         cpu_seconds: the processor's time for it, which other programs disturb less.
@@ -109,9 +119,11 @@ def run(request: Request, progress: Progress = iter) -> tuple[list[Row], list[Ro
     load_kernel()
     makers: list[tuple[bool, str, Callable[[float], dict[str, nn.Module]], tuple[int, ...]]] = []
     if request.layers:
-        for inputs, outputs, side in LAYERS:
+        for inputs, outputs, kernel, stride, side in (*((i, o, 1, 1, side) for i, o, side in LAYERS), *WINDOWS):
             shape = (request.batch_size, inputs, side, side)
-            makers.append((False, f"{inputs} -> {outputs} @ {side}x{side}", partial(_layer, inputs, outputs), shape))
+            kind = "" if kernel == stride == 1 else f", {kernel}x{kernel}, stride {stride}"
+            make = partial(_layer, inputs, outputs, kernel, stride)
+            makers.append((False, f"{inputs} -> {outputs} @ {side}x{side}{kind}", make, shape))
     for name in request.models:
         size = (request.batch_size, 3, request.img_size, request.img_size)
         makers.append((True, f"{name} @ {request.img_size}", partial(_network, name, size[1:]), size))
@@ -124,12 +136,13 @@ def run(request: Request, progress: Progress = iter) -> tuple[list[Row], list[Ro
     return found
 
 
-def _layer(inputs: int, outputs: int, sparsity: float) -> dict[str, nn.Module]:
+def _layer(inputs: int, outputs: int, side: int, stride: int, sparsity: float) -> dict[str, nn.Module]:
     torch.manual_seed(0)
-    masked = SparseConv2d(inputs, outputs, 1, bias=False, sparsity=sparsity)
+    numbers: dict[str, Any] = {"kernel_size": side, "stride": stride, "padding": side // 2, "bias": False}
+    masked = SparseConv2d(inputs, outputs, **numbers, sparsity=sparsity)
     kernel = copy.deepcopy(masked)
     use_sparse_kernel(kernel)
-    return {DENSE: nn.Conv2d(inputs, outputs, 1, bias=False), MASKED: masked, KERNEL: kernel}
+    return {DENSE: nn.Conv2d(inputs, outputs, **numbers), MASKED: masked, KERNEL: kernel}
 
 
 def _network(name: str, input_size: tuple[int, int, int], sparsity: float) -> dict[str, nn.Module]:
@@ -139,7 +152,7 @@ def _network(name: str, input_size: tuple[int, int, int], sparsity: float) -> di
     kernel = copy.deepcopy(masked)
     if not use_sparse_kernel(kernel):
         raise ValueError(
-            f"{name} has neither 1x1 convolutions of stride 1 nor linear layers that can be sparse: nothing to measure"
+            f"{name} has no layers that can be sparse and that the kernel has a loop for: nothing to measure"
         )
     return {DENSE: dense, MASKED: masked, KERNEL: kernel}
 
@@ -241,7 +254,7 @@ def bench_sparse_training_command(
     img_size: Annotated[int, number(COUNT, "of the networks' images")] = 224,
     batch_size: Annotated[int, number(COUNT, "images per step")] = 8,
     repeats: Annotated[int, number(COUNT, "timed steps per case; their median counts")] = 15,
-    layers: Annotated[bool, typer.Option(help="single 1x1 convolutions as well")] = True,
+    layers: Annotated[bool, typer.Option(help="single convolutions as well")] = True,
     output: Annotated[Path | None, path("folder for CSV and JSON")] = None,
 ) -> None:
     """Training steps on the CPU, dense, masked and on the kernel that skips zeros: interleaved, medians."""
@@ -251,7 +264,7 @@ def bench_sparse_training_command(
     if output is not None:
         check_folder(output, FILES)
     of_layers, of_networks = run(request, lambda work: track(list(work), "measuring"))
-    for title, rows in (("1x1 convolutions", of_layers), ("Whole networks", of_networks)):
+    for title, rows in (("Convolutions", of_layers), ("Whole networks", of_networks)):
         if rows:
             print_rows(title, rows)
     if output is not None:

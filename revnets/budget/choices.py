@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..layers.lean.keeping import paused
+from ..layers.lean.keeper import paused
 from ..layers.lean.network import call_lean, is_lean
 from ..profiling.fake import ProfileError
 from ..reversible import MODES, set_mode

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from ..layers.lean.recipes import is_view
 from ..profiling.predict import in_place
 from ..profiling.tracker import StorageTracker
+from ..reversible.hooks import every_pass
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,12 @@ class _Calls:
         self.inner.__enter__()
         if self.phase == "forward":
             modules = nn.modules.module
+            # they look, and keep nothing: our layers take the way that they take without them
+            enter = every_pass(lambda module, args: self.watch.entered(module, args, None), keeps=False)
+            leave = every_pass(lambda *_: self.watch.left(), keeps=False)
             self.hooks = [
-                modules.register_module_forward_pre_hook(lambda module, args: self.watch.entered(module, args, None)),
-                modules.register_module_forward_hook(lambda *_: self.watch.left(), always_call=True),
+                modules.register_module_forward_pre_hook(enter),
+                modules.register_module_forward_hook(leave, always_call=True),
             ]
 
     def __exit__(self, *exc: Any) -> None:

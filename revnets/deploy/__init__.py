@@ -5,20 +5,25 @@ pruning lives in ``revnets.pruning``. Nothing here is imported by ``import revne
 """
 
 from ..kernels.build import KernelUnavailable, kernel_problem, kernel_target
+from .candidates import Candidate, Deployed
 from .compare import Measurement, compare, compare_layers
 from .engines import ENGINES, Engine, deploy, load
 from .graph import ExportError, export_graph
 from .lower import Layer, lower
+from .precisions import Precisions
 from .quantize import accuracy, quantize
 from .seal import Untrusted
 
 __all__ = [
     "ENGINES",
+    "Candidate",
+    "Deployed",
     "Engine",
     "ExportError",
     "KernelUnavailable",
     "Layer",
     "Measurement",
+    "Precisions",
     "Untrusted",
     "accuracy",
     "compare",

@@ -22,7 +22,7 @@ def bench_deploy_command(
         text("torch eager, onnxruntime, onnxruntime int8, openvino default, ... (default: all that are installed)"),
     ] = None,
     img_size: Annotated[int | None, number(COUNT, "default: the published one")] = None,
-    batch_size: Annotated[int, number(COUNT, "images per call")] = 1,
+    batch_size: Annotated[str, text("images per call, separated by commas, such as 1,64")] = "1",
     repeats: Annotated[int, number(COUNT, "timed calls per case; their median counts")] = 25,
     layers: Annotated[bool, typer.Option(help="also single 1x1 convolutions")] = True,
     output: Annotated[Path | None, path("folder for JSON and a picture")] = None,
@@ -31,5 +31,6 @@ def bench_deploy_command(
     shares = SPARSITY.read_list("--sparsity", sparsity)
     counts = THREADS.read_list("--threads", threads)
     names = words("--engines", engines, blanks=False) if engines else []
-    size = (batch_size, img_size, repeats, layers, output, pattern)
+    batches = COUNT.read_list("--batch-size", batch_size)
+    size = (batches, img_size, repeats, layers, output, pattern)
     bench(BenchRequest(models, shares, counts, names, *size))

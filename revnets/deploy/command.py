@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections import Counter
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import takewhile
+from itertools import product, takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,20 +19,23 @@ from ..arguments import argument, excludes, needs, number, path, text, without_e
 from ..kernels.build import kernel_problem
 from ..models.named import build_model, check_model
 from ..profiling.command import track
+from ..profiling.turns import rounds
 from ..pruning import prune
 from ..pruning.command import Source, calibration_batches, load_model
-from ..pruning.one_shot import BLOCKED
+from ..sparsity.blocks import BLOCKED
 from ..sparsity.masks import check_sparsity
+from ..training.data.splits import find_split, split_or_root
 from ..training.errors import refused
-from ..training.files import write_json
-from ..training.options.values import COUNT, POSITIVE, SEED, SHARE, THREADS, check_choice, check_once
-from ..training.pictures import picture
+from ..training.options.values import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, THREADS, check_choice, check_once
 from ..training.places import check_exists, check_folder
-from .compare import COMPILED, EAGER, EXPLOITS, Measurement, compare, compare_layers, machine, speedups
-from .engines import ENGINES, Deployed, check_limits, deploy, get_engine, load, open_folder
+from .bench_report import print_measurements, save_measurements
+from .compare import COMPILED, EAGER, Measurement, compare, compare_layers
+from .engines import ENGINES, check_limits, deploy, get_engine, load, open_folder
 from .graph import ExportError
 from .peers import check_engine
-from .quantize import CALIBRATIONS, INT8_ENGINES, Quantized, accuracy, quantize
+from .precisions import Precisions
+from .quantize import CALIBRATIONS, INT8_ENGINES, accuracies, quantize
+from .report import print_accuracy, print_deployed, print_quantized, say
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Request:
     eval_split: str = ""
     tolerance: float = 1e-3
     max_density: float | None = None
+    accuracy_drop: float | None = None
 
 
 def run(source: Source, request: Request, with_data: bool) -> None:
@@ -81,25 +84,52 @@ def _make(source: Source, request: Request) -> None:
         batches = calibration_batches(source, model, trained, request.images)
         name = f"{options.pop('name')}-int8"
         engine = request.engine if request.engine != "auto" else "onnxruntime"
-        small = quantize(
-            model, batches, source.output, name, request.images, request.calibration, engine=engine, **options
-        )
-        _print_quantized(small, engine)
+        options |= {"engine": engine, "batch_size": request.batch_size or 1}
+        small = quantize(model, batches, source.output, name, request.images, request.calibration, **options)
+        print_quantized(small, engine)
         path = small.path
     else:
-        made = deploy(
-            model,
-            x,
-            source.output,
-            request.engine,
-            tolerance=request.tolerance,
-            max_density=request.max_density,
-            **options,
-        )
-        _print_deployed(made)
+        options |= {"tolerance": request.tolerance, "max_density": request.max_density, "progress": track}
+        if request.accuracy_drop is not None:
+            options["precisions"] = _precisions(source, request, model, trained)
+        made = deploy(model, x, source.output, request.engine, **options)
+        print_deployed(made)
         path, engine = made.path, made.engine
-    if request.eval_split:
+    if engine == "sparse" and request.engine == "sparse":
+        _compare_with_dense(path, model, x, source.output, request)
+    if request.eval_split and request.accuracy_drop is None:
         _print_accuracy(source, request, model, trained, path, engine)
+
+
+def _precisions(source: Source, request: Request, model: nn.Module, trained: Any) -> Precisions:
+    """What accuracy may cost, and the images that say what it costs."""
+    validation = _Validation(source, request, model, trained)
+    calibration = calibration_batches(source, model, trained, request.images)
+    drop = request.accuracy_drop or 0.0
+    return Precisions(drop, calibration, validation, request.images, request.calibration)
+
+
+def _compare_with_dense(path: Path, model: nn.Module, x: Tensor, folder: Path, request: Request) -> None:
+    """Says how fast a file of the engine ``sparse``, which was asked for, is beside the dense ones in float32."""
+    dense = [one for one in ENGINES.values() if one.name != "sparse" and not one.missing()]
+    any_batch = request.batch_size is None
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".deploy-") as temporary:
+        files: dict[str, Path] = {}
+        for one in track(dense, "comparing with dense engines"):
+            folder = Path(temporary) / one.name
+            with suppress(ExportError):  # the others are enough
+                made = deploy(model, x, folder, one.name, any_batch=any_batch, tolerance=request.tolerance)
+                files[one.name] = made.path
+        if not files:
+            return
+        steps = [partial(load(each), x) for each in (path, *files.values())]
+        ours, *others = (1e3 * min(wall for wall, _ in found) for found in rounds(steps, 11, 0.06))
+    best = min(others)
+    words = f"{ours:.2f} ms here, {list(files)[others.index(best)]} in float32 {best:.2f} ms"
+    if ours < best:
+        say(f"{words}: {best / ours:.2f} times as fast as the fastest dense engine in float32")
+    else:
+        say(f"warning: {words}: on this machine the sparse file is no faster; leave out --engine to get the fastest")
 
 
 def _check(source: Source, request: Request, with_data: bool) -> None:
@@ -110,8 +140,10 @@ def _check(source: Source, request: Request, with_data: bool) -> None:
     """
     if request.engine != "auto":
         get_engine(request.engine)
-    if (request.int8 or request.eval_split) and not with_data:
-        raise ExportError("--int8 and --eval-split need images: give --data, a folder or .tar file of class folders")
+    if (request.int8 or request.eval_split or request.accuracy_drop is not None) and not with_data:
+        raise ExportError(
+            "--int8, --eval-split and --accuracy-drop need images: give --data, a folder or .tar file of class folders"
+        )
     if request.int8 and request.engine not in ("auto", *INT8_ENGINES):
         raise ExportError(
             f"engine {request.engine!r} runs no INT8: expected one of {', '.join(INT8_ENGINES)} with --int8"
@@ -125,13 +157,28 @@ def _check(source: Source, request: Request, with_data: bool) -> None:
     if with_data:
         check_exists(source.data, "folder or .tar file", "--data")
         for option, split, used in (
-            ("--split", source.split, request.int8),
+            ("--split", source.split, request.int8 or request.accuracy_drop is not None),
             ("--eval-split", request.eval_split, True),
         ):
-            if used and split and not os.path.exists(source.data / split):
-                raise ExportError(
-                    f"{option}: there is no {split!r} in {str(source.data)!r}: give a folder or .tar file"
-                )
+            if used and split:
+                _check_split(option, source.data, split)
+
+
+def _check_split(option: str, data: Path, split: str) -> None:
+    try:
+        find_split(data, split)
+    except ValueError as error:
+        raise ExportError(
+            f"{option}: there is no {split!r} in {str(data)!r} ({error}): give a folder or .tar file"
+        ) from error
+
+
+def _splits(data: Path, split: str | None, eval_split: str | None) -> tuple[str, str]:
+    """The splits to calibrate on and to measure accuracy on: of a folder of class folders alone, that one is both."""
+    with suppress(ValueError):
+        if split_or_root(data, "train") == data:
+            return split or ".", eval_split or "."
+    return split or "train", eval_split or "validation"
 
 
 @contextmanager
@@ -156,64 +203,33 @@ def _example(model: nn.Module, source: Source, trained: Any, batch_size: int) ->
     return torch.randn(batch_size, *size, generator=torch.Generator().manual_seed(source.seed))
 
 
-def _print_deployed(made: Deployed) -> None:
-    from rich.table import Table
-
-    if made.seconds:
-        table = Table(title=f"Engines at this input ({machine()})")
-        for column in ("engine", "ms, median", "zeros that it exploits"):
-            table.add_column(column, justify="right" if "ms" in column else "left")
-        for name, seconds in sorted(made.seconds.items(), key=lambda item: item[1]):
-            table.add_row(name, f"{1e3 * seconds:.2f}", ENGINES[name].exploits)
-        _say(table)
-    problem = kernel_problem()
-    if problem is not None:
-        _say(f"engine sparse runs on torch's dense kernels here: {problem}")
-    for choice, count in Counter(layer.choice for layer in made.layers).items():
-        chosen = [layer for layer in made.layers if layer.choice == choice]
-        weights = sum(torch.Size(layer.shape).numel() for layer in chosen)
-        share = sum(torch.Size(layer.shape).numel() * layer.density for layer in chosen) / weights
-        _say(f"{choice}: {count} layers, {weights / 1e6:.2f} M weights, {100 * (1 - share):.0f}% of them zero")
-    size = sum(file.stat().st_size for file in made.path.parent.glob(f"{made.path.stem}.*") if file.suffix != ".json")
-    _say(
-        f"wrote {made.path} for {made.engine} ({size / 1e6:.2f} MB; exploits {ENGINES[made.engine].exploits}); "
-        f"outputs differ by at most {made.error:.1e} of the largest"
-    )
-
-
-def _print_quantized(small: Quantized, engine: str) -> None:
-    agreement = "" if small.agreement is None else f", the same class for {100 * small.agreement:.1f}%"
-    runs = "sparse" if engine == "sparse" else "onnxruntime and openvino"
-    _say(
-        f"wrote {small.path} for {runs} ({small.path.stat().st_size / 1e6:.2f} MB): "
-        f"{small.weights / 1e6:.2f} M INT8 weights, {100 * small.zeros / max(small.weights, 1):.0f}% of them zero; on "
-        f"calibration images outputs differ by {100 * small.error:.1f}% (root mean square){agreement}"
-    )
-
-
 def _print_accuracy(source: Source, request: Request, model: nn.Module, trained: Any, path: Path, engine: str) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"Top-1 on {request.eval_split} of {source.data}")
-    table.add_column("network")
-    table.add_column("%", justify="right")
-
     def plain(x: Tensor) -> list[Tensor]:
         with torch.no_grad():
             return [model(x)]
 
-    opened = load(path, None if engine == "sparse" else engine)
-    for name, runner in (("torch, float32", plain), (f"{path.name}, {engine}", opened)):
-        table.add_row(name, f"{accuracy(runner, _validation(source, request, model, trained)):.2f}")
-    _say(table)
+    opened = load(path)
+    images = track(_Validation(source, request, model, trained), "measuring top-1")
+    found = accuracies([plain, opened], images)
+    print_accuracy(f"{request.eval_split} of {source.data}", ["torch, float32", f"{path.name}, {engine}"], found)
 
 
-def _validation(source: Source, request: Request, model: nn.Module, trained: Any) -> Iterator[tuple[Tensor, Tensor]]:
+class _Validation:
     """All images and labels of the split, in batches as the file takes them."""
-    chosen = replace(source, split=request.eval_split, batch_size=request.batch_size or source.batch_size)
-    for images, labels in calibration_batches(chosen, model, trained, 1 << 62):
-        if request.batch_size is None or len(images) == request.batch_size:
-            yield images, labels
+
+    def __init__(self, source: Source, request: Request, model: nn.Module, trained: Any) -> None:
+        self._size = request.batch_size
+        chosen = replace(source, split=request.eval_split, batch_size=self._size or source.batch_size)
+        self._batches = calibration_batches(chosen, model, trained, 1 << 62)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in self._batches:
+            missing = 0 if self._size is None else self._size - len(images)
+            again = images.repeat(-(-missing // len(images)), 1, 1, 1)[:missing]
+            yield torch.cat((images, again)), labels  # the last batch is filled up, without labels
 
 
 # --- bench-deploy ----------------------------------------------------------------------------------------------------
@@ -227,7 +243,7 @@ class BenchRequest:
     sparsities: Sequence[float]
     threads: Sequence[int]
     engines: Sequence[str] = ()
-    batch_size: int = 1
+    batch_sizes: Sequence[int] = (1,)
     img_size: int | None = None
     repeats: int = 25
     layers: bool = True
@@ -253,14 +269,19 @@ def bench(request: BenchRequest) -> None:
         check_model(name)
     for count in request.threads:
         THREADS.check("threads", count)
-    if not (request.models and request.sparsities and request.threads):
-        raise ExportError("there is nothing to measure: give a model, a sparsity and a number of threads at least")
+    for size in request.batch_sizes:
+        COUNT.check("batch_size", size)
+    if not (request.models and request.sparsities and request.threads and request.batch_sizes):
+        raise ExportError(
+            "there is nothing to measure: give a model, a sparsity, a number of threads and a batch size at least"
+        )
     if request.output is not None:
         check_folder(request.output)
     found: list[Measurement] = []
-    for name in request.models:
-        networks, x = _networks(name, request)
-        found += compare(networks, x, request.engines, request.threads, request.repeats, name, partial(_track, name))
+    for name, size in product(request.models, request.batch_sizes):
+        networks, x = _networks(name, size, request)
+        shown = partial(_track, f"{name}, batch {size}")
+        found += compare(networks, x, request.engines, request.threads, request.repeats, name, shown)
     layers: list[Measurement] = []
     if request.layers and kernel_problem() is None:
         pruned = [s for s in request.sparsities if s]
@@ -271,14 +292,14 @@ def bench(request: BenchRequest) -> None:
             print_measurements(title, rows)
     if request.output is not None:
         folder = open_folder(request.output)
-        _say("wrote " + ", ".join(str(path) for path in _save(folder, found, layers)))
+        say("wrote " + ", ".join(str(path) for path in save_measurements(folder, found, layers)))
 
 
 def _track(what: str, work: Iterable[Any]) -> Iterable[Any]:
     return track(list(work), what)
 
 
-def _networks(name: str, request: BenchRequest) -> tuple[dict[float, nn.Module], Tensor]:
+def _networks(name: str, batch_size: int, request: BenchRequest) -> tuple[dict[float, nn.Module], Tensor]:
     """The network with random weights, pruned by magnitude: time does not depend on their values."""
     import timm
 
@@ -286,8 +307,8 @@ def _networks(name: str, request: BenchRequest) -> tuple[dict[float, nn.Module],
     model = build_model(name).eval()
     channels, *published = timm.get_pretrained_cfg(name).input_size
     sides = [request.img_size] * 2 if request.img_size else published
-    with refused(f"{name} @{sides[0]} batch {request.batch_size} cannot run", kind=ExportError):
-        x = torch.randn(request.batch_size, channels, *sides)
+    with refused(f"{name} @{sides[0]} batch {batch_size} cannot run", kind=ExportError):
+        x = torch.randn(batch_size, channels, *sides)
         with torch.no_grad():
             model(x)  # what it refuses is known before it is pruned and exported
     pruned = {
@@ -299,83 +320,34 @@ def _networks(name: str, request: BenchRequest) -> tuple[dict[float, nn.Module],
     return pruned, x
 
 
-def print_measurements(title: str, found: Sequence[Measurement]) -> None:
-    """A table of measurements, each with how many times as fast it is as the fastest dense engine of its case: of the
-    same class of accuracy (float32, or INT8 and bfloat16), and of all."""
-    from rich.table import Table
-
-    table = Table(title=f"{title}, medians of interleaved calls ({machine()})")
-    words = ("case", "engine", "zeros that it exploits")
-    ratios_of = ("x dense", "CPU ms", "x dense (CPU)", "x all dense")
-    for column in ("case", "sparsity", "threads", "engine", "precision", "ms", *ratios_of, words[-1]):
-        table.add_column(column, justify="left" if column in words else "right")
-    ratios = zip(speedups(found), speedups(found, cpu=True), speedups(found, any_precision=True), strict=True)
-    for (m, wall), (_, cpu), (_, of_all) in ratios:
-        numbers = (f"{1e3 * m.seconds:.3f}", f"{wall:.2f}", f"{1e3 * m.cpu_seconds:.3f}", f"{cpu:.2f}", f"{of_all:.2f}")
-        exploits = EXPLOITS.get(m.engine, "none")
-        table.add_row(m.case, f"{m.sparsity:g}", str(m.threads), m.engine, m.precision, *numbers, exploits)
-    _say(table)
-
-
-def _save(folder: Path, found: Sequence[Measurement], layers: Sequence[Measurement]) -> list[Path]:
-    data = {"machine": machine(), "networks": _records(found), "layers": _records(layers)}
-    path, drawn = write_json(folder / "deploy.json", data), _draw(folder, found) if found else None
-    return [path, drawn] if drawn else [path]
-
-
-def _records(found: Sequence[Measurement]) -> list[dict[str, Any]]:
-    both = zip(speedups(found), speedups(found, any_precision=True), strict=True)
-    return [{**asdict(m), "times_dense": ratio, "times_all_dense": of_all} for (m, ratio), (_, of_all) in both]
-
-
-def _draw(folder: Path, found: Sequence[Measurement]) -> Path | None:
-    """Time over sparsity, a panel per network and number of threads; nothing without matplotlib."""
-    panels = list(dict.fromkeys((m.case, m.threads) for m in found))
-
-    def paint(figure: Any) -> None:
-        for axes, (case, threads) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            here = [m for m in found if (m.case, m.threads) == (case, threads)]
-            for engine in dict.fromkeys(m.engine for m in here):
-                points = sorted((m.sparsity, 1e3 * m.seconds) for m in here if m.engine == engine)
-                axes.plot(*zip(*points, strict=True), "o-", label=engine)
-            axes.set(title=f"{case}, {threads} threads", xlabel="sparsity", ylabel="ms per call, median")
-            axes.set_ylim(bottom=0)
-            axes.grid(alpha=0.3)
-            axes.legend(fontsize="small")
-
-    return picture(folder / "deploy.png", (5 * len(panels), 4), paint, dpi=150)
-
-
-def _say(what: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    if isinstance(what, Table):
-        Console(width=170).print(what)
-    else:
-        Console(soft_wrap=True, highlight=False).print(what, markup=False)
-
-
-@needs("data", "int8", "eval_split")
-@needs("split", "int8")
-@needs("images", "int8")
-@needs("calibration", "int8")
+@needs("data", "int8", "eval_split", "accuracy_drop")
+@needs("split", "int8", "accuracy_drop")
+@needs("images", "int8", "accuracy_drop")
+@needs("calibration", "int8", "accuracy_drop")
 @excludes("tolerance", "int8")
 @excludes("max_density", "int8")
+@excludes("accuracy_drop", "int8")
+@without_effect("accuracy_drop", "with --engine {engine}: leave out --engine", lambda v: v["engine"] != "auto")
 @without_effect("max_density", "with --engine {engine}: choose sparse", lambda v: v["engine"] not in ("sparse", "auto"))
 def deploy_command(
     model: Annotated[str, argument("any timm model", "MODEL")],
     output: Annotated[Path, path("folder for the file")],
     checkpoint: Annotated[Path | None, path("trained weights, such as pruned ones; else the published ones")] = None,
     engine: Annotated[
-        str, text("torch, onnxruntime, openvino, sparse, or auto: the fastest of those installed")
+        str, text("torch, onnxruntime, openvino, sparse, or auto: the fastest of those installed, measured here")
     ] = "auto",
+    accuracy_drop: Annotated[
+        float | None,
+        number(NOT_NEGATIVE, "also INT8 and bfloat16, where they lose at most so many points of top-1 on --data"),
+    ] = None,
     int8: Annotated[bool, typer.Option(help="INT8 weights and activations, calibrated on --data")] = False,
     data: Annotated[Path | None, path("folder or .tar file of images in class folders")] = None,
-    split: Annotated[str, text("folder or .tar file inside --data to calibrate on")] = "train",
+    split: Annotated[str | None, text("folder or .tar file inside --data to calibrate on (default: train)")] = None,
     images: Annotated[int, number(COUNT, "to calibrate on")] = 256,
     calibration: Annotated[str, text("of INT8 activations: minmax, entropy, percentile")] = "minmax",
-    eval_split: Annotated[str | None, text("also measure top-1 on this one, such as validation")] = None,
+    eval_split: Annotated[
+        str | None, text("measure top-1 on this one (with --accuracy-drop by default: validation)")
+    ] = None,
     img_size: Annotated[int | None, number(COUNT, "default: that of the training, or the published")] = None,
     batch_size: Annotated[int | None, number(COUNT, "the only one that will be used (default: any)")] = None,
     model_kwargs: Annotated[list[str] | None, text("KEY=VALUE for timm.create_model")] = None,
@@ -385,9 +357,12 @@ def deploy_command(
     ] = None,
     seed: Annotated[int, number(SEED, "which images are drawn")] = 0,
 ) -> None:
-    """Write a trained network as a file for a fast engine, zeros exploited where that pays; verified against torch."""
+    """Write a trained network for the engine that is fastest here, zeros exploited where that pays; verified."""
     kwargs = tuple(model_kwargs or ())
-    source = Source(model, data or Path(), output, checkpoint, split, img_size, kwargs, seed=seed)
-    checks = (eval_split or "", tolerance, max_density)
+    train, validation = _splits(data, split, eval_split) if data is not None else (split or "", eval_split or "")
+    if accuracy_drop is None:
+        validation = eval_split or ""
+    source = Source(model, data or Path(), output, checkpoint, train, img_size, kwargs, seed=seed)
+    checks = (validation, tolerance, max_density, accuracy_drop)
     request = Request(engine, batch_size, int8, images, calibration, *checks)
     run(source, request, with_data=data is not None)

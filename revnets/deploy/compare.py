@@ -24,9 +24,10 @@ from ..kernels.build import Geometry, kernel_problem, kernel_target, load_kernel
 from ..kernels.calls import ConvCall
 from ..kernels.compressed import compress
 from ..profiling.turns import medians
+from .candidates import FLOAT32
 from .engines import ENGINES, sparse_graph, verify
 from .graph import export_graph, flat
-from .peers import FLOAT32, PEERS, check_engine, instructions
+from .peers import PEERS, check_engine, instructions, kernels_of
 from .runners import Runner, module_runner, torch_threads
 from .seal import read
 
@@ -68,6 +69,8 @@ class Measurement:
         cpu_seconds: median of the processor's time, which other programs disturb less.
         error: relative to the model's outputs: the largest; of other precisions than float32 the root mean square.
         precision: that it computed in.
+        batch_size: images of a call.
+        kernels: that ran its layers, with their instructions, as far as the engine tells.
     """
 
     case: str
@@ -78,6 +81,8 @@ class Measurement:
     cpu_seconds: float
     error: float = 0.0
     precision: str = FLOAT32
+    batch_size: int = 1
+    kernels: str = ""
 
 
 def compare(
@@ -132,7 +137,9 @@ def compare(
                 times = medians([partial(run, x) for run in cases.values()], repeats, _WARM_SECONDS, progress)
             for (sparsity, engine), (wall, cpu) in zip(cases, times, strict=True):
                 used = PEERS[engine].used() if engine in PEERS else FLOAT32
-                found.append(Measurement(name, sparsity, engine, number, wall, cpu, errors[sparsity, engine], used))
+                kernels = kernels_of(engine, cases[sparsity, engine])
+                more = (errors[sparsity, engine], used, len(x), kernels)
+                found.append(Measurement(name, sparsity, engine, number, wall, cpu, *more))
     return found
 
 
@@ -224,8 +231,11 @@ def compare_layers(
             times = medians(functions, repeats, _WARM_SECONDS)
         dense = min(times[:3], key=lambda pair: pair[0])
         name = f"{inputs} -> {outputs} @ {side}x{side}"
-        found.append(Measurement(name, 0.0, "torch, best of three", number, *dense))
-        found += [Measurement(name, s, "sparse", number, *t) for s, t in zip(sparsities, times[3:], strict=True)]
+        words = kernels_of("torch")
+        found.append(Measurement(name, 0.0, "torch, best of three", number, *dense, kernels=words))
+        words = kernels_of("sparse")
+        for sparsity, taken in zip(sparsities, times[3:], strict=True):
+            found.append(Measurement(name, sparsity, "sparse", number, *taken, kernels=words))
     return found
 
 
@@ -260,10 +270,10 @@ def speedups(
     def seconds(m: Measurement) -> float:
         return m.cpu_seconds if cpu else m.seconds
 
-    def kind(m: Measurement) -> tuple[str, int, bool]:
-        return m.case, m.threads, any_precision or m.precision == FLOAT32
+    def kind(m: Measurement) -> tuple[str, int, int, bool]:
+        return m.case, m.batch_size, m.threads, any_precision or m.precision == FLOAT32
 
-    best: dict[tuple[str, int, bool], float] = {}
+    best: dict[tuple[str, int, int, bool], float] = {}
     for m in found:
         if m.sparsity == min(o.sparsity for o in found if o.case == m.case) and m.engine not in _OURS:
             best[kind(m)] = min(best.get(kind(m), seconds(m)), seconds(m))

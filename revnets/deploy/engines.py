@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..kernels.build import kernel_problem
+from ..training.errors import refused
 from ..training.files import put_in_place
 from ..training.options.values import COUNT
 from ..training.places import make_folder
+from .candidates import FLOAT32, Candidate, Deployed, Precisions, Progress, attempt, fastest, plainly, timed
 from .graph import (
     INPUT_NAME,
     OUTPUT_NAME,
@@ -29,9 +31,9 @@ from .graph import (
     flat,
     worst_error,
 )
-from .lower import Layer, interleaved, lower
+from .lower import Layer, lower
 from .runners import Runner, open_onnxruntime, open_openvino, open_torch
-from .seal import Content, Untrusted, read, seal
+from .seal import Content, Untrusted, read, refusal, seal
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,8 @@ def _write_openvino(graph: fx.GraphModule, x: Tensor, any_batch: bool, path: Pat
     with tempfile.TemporaryDirectory() as folder:
         onnx = Path(folder) / "model.onnx"
         write_onnx(graph, x, any_batch, onnx)
-        openvino.save_model(openvino.convert_model(str(onnx)), str(path), compress_to_fp16=False)
+        with refused("OpenVINO cannot convert the model", kind=ExportError):
+            openvino.save_model(openvino.convert_model(str(onnx)), str(path), compress_to_fp16=False)
 
 
 # --- ours ------------------------------------------------------------------------------------------------------------
@@ -158,25 +161,6 @@ ENGINES: Mapping[str, Engine] = {
 """All that there are, by name; ``engine.missing()`` says why one cannot run here."""
 
 
-@dataclass(frozen=True)
-class Deployed:
-    """A file that was written.
-
-    Attributes:
-        engine: that runs it.
-        path: of the file; OpenVINO has a ``.bin`` beside its ``.xml``.
-        error: largest difference from the model's outputs, relative to the largest output.
-        seconds: median per engine on the example input, where several were compared.
-        layers: of the engine ``sparse``: what became of each.
-    """
-
-    engine: str
-    path: Path
-    error: float
-    seconds: Mapping[str, float]
-    layers: tuple[Layer, ...] = ()
-
-
 def deploy(
     model: nn.Module,
     x: Tensor,
@@ -187,8 +171,13 @@ def deploy(
     tolerance: float = 1e-3,
     max_density: float | None = None,
     repeats: int = 11,
+    precisions: Precisions | None = None,
+    progress: Progress = plainly,
 ) -> Deployed:
     """Export a model for an engine into a folder, and verify the file against the model.
+
+    Where engines are compared, a file of the engine ``sparse`` is only taken when no dense one that may be taken is
+    as fast.
 
     Args:
         model: in float32, on the CPU; pruned ones keep their zeros.
@@ -199,7 +188,10 @@ def deploy(
         any_batch: whether the file takes other batch sizes than that of ``x``.
         tolerance: largest difference, relative to the largest output, on ``x`` and on random numbers.
         max_density: for the engine ``sparse``, see ``lower``.
-        repeats: timed runs per engine for ``"auto"``.
+        repeats: timed runs per engine for ``"auto"``; where the two fastest are close, they are timed again for longer.
+        precisions: for ``"auto"``, which others than float32 are tried, and what they may cost: ``Precisions`` of
+            ``revnets.deploy``.
+        progress: wraps the pieces of work, given what they are.
 
     Raises:
         ExportError: for numbers that cannot be, an unknown engine or one that is not installed, a model that cannot be
@@ -224,19 +216,34 @@ def deploy(
     chosen = [e for e in ENGINES.values() if not e.missing()] if engine == "auto" else [get_engine(engine)]
     graph = export_graph(model, x, any_batch)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".deploy-") as temporary:
-        made, runners = {}, {}
-        for one in chosen:
+
+        def try_in_float32(one: Engine) -> Candidate:
             path, layers = _write(one, graph, x, any_batch, max_density, Path(temporary) / one.name, name)
-            runners[one.name] = open_own(one, path, None)
-            made[one.name] = (path, layers, verify(runners[one.name], model, x, tolerance, one.name))
-        seconds = {}
-        if len(chosen) > 1:
-            times = interleaved([partial(run, x) for run in runners.values()], repeats)
-            seconds = dict(zip(runners, times, strict=True))
-        best = min(seconds, key=lambda key: seconds[key]) if seconds else chosen[0].name
-        path, layers, error = made[best]
+            run = open_own(one, path, None)
+            near = verify(run, model, x, tolerance, one.name)
+            return Candidate(one.name, FLOAT32, path, run, near, tuple(layers))
+
+        made: list[Candidate] = []
+        works: list[Callable[[], Candidate]] = [partial(try_in_float32, one) for one in chosen]
+        if len(chosen) > 1:  # one that cannot run the network leaves it to the others
+            works = [partial(attempt, w, one.name, FLOAT32) for w, one in zip(works, chosen, strict=True)]
+        if precisions is not None:
+            works += precisions.works(model, x, any_batch, Path(temporary), name, made)
+        for work in progress(works, "writing files"):
+            made.append(work())
+        ready = [one for one in made if not one.refused]
+        if not any(one.precision == FLOAT32 for one in ready):
+            raise ExportError("; ".join(dict.fromkeys(one.refused for one in made if one.precision == FLOAT32)))
+        if len(ready) > 1:
+            timed(ready, x, repeats, progress)
+        if precisions is not None:
+            precisions.judge(model, ready, progress)
+        best = fastest(ready, x, repeats)
+        path: Any = best.path
         put_in_place(sorted(path.parent.iterdir(), key=lambda file: file == path), folder)  # what it refers to first
-    return Deployed(best, folder / path.name, error, seconds, tuple(layers))
+    seconds = {one.name: one.seconds for one in ready} if len(ready) > 1 else {}
+    compared = tuple(made) if len(made) > 1 else ()
+    return Deployed(best.engine, folder / path.name, best.error, seconds, best.layers, best.precision, compared)
 
 
 def _write(
@@ -300,7 +307,7 @@ def load(path: str | Path, engine: str | None = None, threads: int | None = None
 
     Args:
         path: ``.pt2``, ``.onnx`` or ``.xml``.
-        engine: for ``.onnx`` files ``"openvino"`` instead of ONNX Runtime; by default what the suffix says.
+        engine: for ``.onnx`` files ``"onnxruntime"`` or ``"openvino"``; by default the one it was chosen for.
         threads: None: as many as torch uses.
         trust: open the file unchecked; only for files of people whose programs you would run, too.
 
@@ -314,10 +321,26 @@ def load(path: str | Path, engine: str | None = None, threads: int | None = None
     path = Path(path)
     if not path.is_file():
         raise ExportError(f"there is no file {str(path)!r}: give one that revnets deploy wrote")
-    by_suffix = {".pt2": "torch", ".onnx": "onnxruntime", ".xml": "openvino"}
-    if engine is None and path.suffix not in by_suffix:
-        raise ExportError(f"{str(path)!r}: expected a name that ends in {', '.join(by_suffix)}")
-    return get_engine(engine or by_suffix[path.suffix]).open(read(path, trust), threads)
+    if engine is None and path.suffix not in _BY_SUFFIX:
+        raise ExportError(f"{str(path)!r}: expected a name that ends in {', '.join(_BY_SUFFIX)}")
+    given = None if engine is None else get_engine(engine)
+    content = read(path, trust)
+    return (given or get_engine(_engine_of(content))).open(content, threads)
+
+
+_BY_SUFFIX = {".pt2": ("torch", "sparse"), ".onnx": ("onnxruntime", "openvino"), ".xml": ("openvino",)}
+
+
+def _engine_of(content: Content) -> str:
+    """The engine that a file was chosen for, or what its suffix says.
+
+    Raises:
+        Untrusted: for one that runs no such file.
+    """
+    able, noted = _BY_SUFFIX[content.path.suffix], content.purpose.engine
+    if noted and noted not in able:
+        raise Untrusted(refusal(content.path, f"its note names {noted!r}, where {' or '.join(able)} runs such files"))
+    return noted or able[0]
 
 
 def open_own(engine: Engine, path: Path, threads: int | None) -> Runner:

@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor, fx
 
+from ..kernels.build import byte_target, kernel_problem, kernel_target
+from .candidates import FLOAT32, INT8
 from .engines import ENGINES, get_engine, write_onnx, write_torch
 from .graph import ExportError
 from .lower_int8 import lower_int8
 from .quantize import quantize_onnx
-from .runners import Runner, open_onnxruntime, open_openvino, open_torch
+from .runners import OpenVino, Runner, open_onnxruntime, open_openvino, open_torch, openvino_core
 from .seal import read
 
-FLOAT32, INT8, DEFAULT = "float32", "int8", "default"
+DEFAULT = "default"
 
 
 @dataclass(frozen=True)
@@ -104,10 +107,26 @@ def check_engine(name: str) -> None:
 
 def default_precision() -> str:
     """What OpenVINO computes float networks in on this machine where nobody tells it: ``float32`` or ``bfloat16``."""
-    import openvino
-
-    hint = str(openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT"))
+    hint = str(openvino_core().get_property("CPU", "INFERENCE_PRECISION_HINT"))
     return "bfloat16" if "bf" in hint else "float16" if "16" in hint else FLOAT32
+
+
+def kernels_of(engine: str, run: Runner | None = None) -> str:
+    """What ran an engine's layers, as far as it tells: kernels of OpenVINO, or the instructions of torch and of ours.
+
+    Args:
+        engine: a name of ``ENGINES`` or ``PEERS``, or one that begins with ``torch``.
+        run: the engine, after a call.
+    """
+    if isinstance(run, OpenVino):
+        return run.kernels()
+    if engine.startswith("torch"):
+        return torch.backends.cpu.get_cpu_capability().replace("AVX512", "AVX-512")
+    if engine.startswith("sparse"):
+        if kernel_problem() is not None:
+            return "none: torch's dense ones"
+        return byte_target() if engine == f"sparse {INT8}" else kernel_target()
+    return ""
 
 
 def instructions() -> list[str]:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from ..training.files import put_in_place
 from ..training.options.values import COUNT, POSITIVE
+from .candidates import INT8
 from .engines import get_engine, load, open_folder, write_onnx, write_torch
 from .graph import INPUT_NAME, ExportError, export_graph
 from .lower_int8 import lower_int8
 from .runners import Runner
-from .seal import seal
+from .seal import Purpose, seal
 
 CALIBRATIONS = ("minmax", "entropy", "percentile")
 INT8_ENGINES = ("onnxruntime", "openvino", "sparse")
@@ -54,6 +55,7 @@ def quantize(
     any_batch: bool = True,
     max_error: float = 0.5,
     engine: str = "onnxruntime",
+    batch_size: int = 1,
 ) -> Quantized:
     """Write a model as a file with INT8 weights (symmetric, per channel) and activations (calibrated ranges).
 
@@ -70,7 +72,9 @@ def quantize(
         calibration: how ranges of activations are found: ``minmax``, ``entropy``, ``percentile``.
         any_batch: whether the file takes batches of any size.
         max_error: largest relative root mean square error on the calibration images.
-        engine: ``onnxruntime`` (for ``openvino``, too), or ``sparse``: without ``entropy``.
+        engine: ``onnxruntime`` or ``openvino``, which run the same file: it is the one that ``load`` takes; or
+            ``sparse``: without ``entropy``.
+        batch_size: that the file takes where it does not take any.
 
     Raises:
         ExportError: for images that are missing, not finite or do not fit the model, packages that are not installed,
@@ -84,28 +88,32 @@ def quantize(
         raise ExportError("engine sparse has no calibration 'entropy': expected minmax or percentile")
     COUNT.check("images", images)
     POSITIVE.check("max_error", max_error)
+    COUNT.check("batch_size", batch_size)
     get_engine(engine)
-    batches = list(_checked(data, images))
+    if engine == "openvino":
+        get_engine("onnxruntime")  # whose quantiser writes the file
+    batches = list(calibration_images(data, images))
+    if not any_batch:
+        batches = _whole_batches(batches, batch_size)
     folder = open_folder(Path(folder))
-    x = batches[0]
+    x = batches[0][:1] if any_batch else batches[0]
     expected = _outputs(model, batches)
-    graph = export_graph(model, x[:1], any_batch)
+    graph = export_graph(model, x, any_batch)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".deploy-") as temporary:
-        parts = batches if any_batch else [image for batch in batches for image in batch.split(1)]
         small = Path(temporary) / f"{name}{'.pt2' if engine == 'sparse' else '.onnx'}"
         if engine == "sparse":
-            made = lower_int8(graph, parts, calibration)
+            made = lower_int8(graph, batches, calibration)
             if not made.layers:
                 raise ExportError("the model has no convolution or linear layer that the engine sparse has in INT8")
-            write_torch(graph, x[:1], any_batch, small)
+            write_torch(graph, x, any_batch, small)
             weights, zeros = made.weights, made.zeros
         else:
             plain = Path(temporary) / "float.onnx"
-            write_onnx(graph, x[:1], any_batch, plain)
-            quantize_onnx(plain, small, parts, calibration)
+            write_onnx(graph, x, any_batch, plain)
+            quantize_onnx(plain, small, batches, calibration)
             weights, zeros = _count_weights(plain, small)
-        seal(small)
-        error, agreement = _compared(load(small), batches, expected, any_batch)
+        seal(small, Purpose(engine, INT8))
+        error, agreement = _compared(load(small), batches, expected)
         if not error <= max_error:
             raise ExportError(
                 f"INT8 outputs differ by {error:.2f} of the float ones (root mean square), more than {max_error}: "
@@ -115,8 +123,12 @@ def quantize(
     return Quantized(folder / small.name, error, agreement, weights, zeros)
 
 
-def _checked(data: Iterable[Any], images: int) -> Iterator[Tensor]:
-    """Small batches of float32 images, as many as asked for."""
+def calibration_images(data: Iterable[Any], images: int) -> Iterator[Tensor]:
+    """Small batches of float32 images, as many as asked for.
+
+    Raises:
+        ExportError: for data that holds none, or other things.
+    """
     found = 0
     for batch in [data] if isinstance(data, Tensor) else data:
         batch = batch[0] if isinstance(batch, Sequence) else batch
@@ -132,6 +144,14 @@ def _checked(data: Iterable[Any], images: int) -> Iterator[Tensor]:
             return
     if not found:
         raise ExportError("there are no calibration images: give some, such as 256 of the training set")
+
+
+def _whole_batches(batches: Sequence[Tensor], size: int) -> list[Tensor]:
+    """The images in batches of one size, the first ones again where the last is not full."""
+    every = torch.cat(list(batches))
+    missing = -len(every) % size
+    again = every.repeat(-(-missing // len(every)), 1, 1, 1)[:missing]
+    return list(torch.cat((every, again)).split(size))
 
 
 @torch.no_grad()
@@ -216,13 +236,10 @@ def _count_weights(plain: Path, small: Path) -> tuple[int, int]:
     return weights, zeros
 
 
-def _compared(
-    run: Runner, batches: Sequence[Tensor], expected: Sequence[Tensor], any_batch: bool
-) -> tuple[float, float | None]:
+def _compared(run: Runner, batches: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, float | None]:
     difference = size = same = count = 0.0
     for batch, wanted in zip(batches, expected, strict=True):
-        outputs = [run(part)[0] for part in ([batch] if any_batch else batch.split(1))]
-        output = torch.cat(outputs)
+        output = run(batch)[0]
         difference += float((output - wanted).double().square().sum())
         size += float(wanted.double().square().sum())
         if wanted.dim() == 2:
@@ -234,6 +251,8 @@ def _compared(
 def accuracy(run: Runner, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Top-1 in percent of a deployed network (``load``) on batches of images and labels.
 
+    A batch may have fewer labels than images: those beyond fill it up for a file that takes one batch size.
+
     Raises:
         ExportError: where there are no images.
 
@@ -241,10 +260,23 @@ def accuracy(run: Runner, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
         >>> accuracy(lambda x: [x.mean((2, 3))], [(torch.eye(2)[:, :, None, None], torch.tensor([0, 0]))])
         50.0
     """
-    right = count = 0
+    return accuracies([run], batches)[0]
+
+
+def accuracies(runs: Sequence[Runner], batches: Iterable[tuple[Tensor, Tensor]]) -> list[float]:
+    """The same of several networks, on the same images, which are read once.
+
+    Raises:
+        ExportError: where there are no images, or outputs that are no classes.
+    """
+    right, count = [0] * len(runs), 0
     for images, labels in batches:
-        right += int((run(images)[0].argmax(1) == labels).sum())
+        for i, run in enumerate(runs):
+            output = run(images)[0]
+            if output.dim() != 2:
+                raise ExportError(f"outputs of shape {tuple(output.shape)} are no classes: top-1 cannot be measured")
+            right[i] += int((output[: len(labels)].argmax(1) == labels).sum())
         count += len(labels)
     if not count:
         raise ExportError("there are no images to measure accuracy on")
-    return 100.0 * right / count
+    return [100.0 * each / count for each in right]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -72,7 +74,28 @@ def open_onnxruntime(content: Content, threads: int | None) -> Runner:
     return lambda x: [torch.from_numpy(value) for value in session.run(None, {name: x.numpy()})]
 
 
-class _OpenVino:
+def openvino_core() -> Any:
+    """OpenVINO's ``Core``: one for the process, and never given back.
+
+    Its CPU plug-in gives the thread that loads it another stack for signals, and unmaps that when it goes. Of two that
+    go in the order in which they came, the second puts the first one's back, which is gone: the next signal that has a
+    handler, such as a SIGTERM that is to save a checkpoint, then ends the process without a word.
+    """
+    with _ONE_CORE:  # threads that come at once would make two
+        return _core()
+
+
+_ONE_CORE = threading.Lock()
+
+
+@functools.cache
+def _core() -> Any:
+    import openvino
+
+    return openvino.Core()
+
+
+class OpenVino:
     """A model of OpenVINO: compiled once per shape, and one infer request per call that is under way."""
 
     def __init__(self, core: Any, model: Any, settings: dict[str, Any]) -> None:
@@ -91,6 +114,17 @@ class _OpenVino:
         at_rest.append(request)  # one that failed is left out
         return outputs
 
+    def kernels(self) -> str:
+        """The kernel that ran most of the layers with weights, in OpenVINO's word, such as ``jit_avx512_BF16``."""
+        found: Counter[str] = Counter()
+        with self._lock:
+            for compiled, _ in self._compiled.values():
+                for op in compiled.get_runtime_model().get_ordered_ops():
+                    words = op.get_rt_info()
+                    if words["layerType"].astype(str) in ("Convolution", "FullyConnected"):
+                        found[words["primitiveType"].astype(str)] += 1
+        return found.most_common(1)[0][0] if found else ""
+
     def _for_shape(self, shape: tuple[int, ...]) -> tuple[Any, list[Any]]:
         """For fixed shapes it plans better. The model is reshaped in place, so by one thread at a time."""
         with self._lock:
@@ -100,23 +134,24 @@ class _OpenVino:
             return self._compiled[shape]
 
 
-def open_openvino(content: Content, threads: int | None, precision: str | None = "f32") -> Runner:
+def open_openvino(content: Content, threads: int | None, precision: str | None = "") -> Runner:
     """A model by OpenVINO, on the CPU: an ``.xml`` with its ``.bin``, or an ``.onnx``.
 
     Args:
         content: of the file.
         threads: None: as many as torch uses.
-        precision: that it computes in; None leaves it to OpenVINO, which takes bfloat16 where the machine has it.
+        precision: that it computes in; None leaves it to OpenVINO, which takes bfloat16 where the machine has it; by
+            default float32, unless the file was chosen for another one.
 
     Raises:
         ExportError: where it cannot be opened, or names other files.
     """
-    import openvino
-
+    if precision == "":
+        precision = None if content.purpose.precision else "f32"
     settings = {"INFERENCE_NUM_THREADS": threads or torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
     if precision is not None:
         settings["INFERENCE_PRECISION_HINT"] = precision
-    core = openvino.Core()
+    core = openvino_core()
     try:
         if content.trusted:
             model = core.read_model(str(content.path))
@@ -126,7 +161,7 @@ def open_openvino(content: Content, threads: int | None, precision: str | None =
             model = core.read_model(content.data, content.weights)
     except RuntimeError as error:
         raise _cannot_open("OpenVINO", content, error) from error
-    return _OpenVino(core, model, settings)
+    return OpenVino(core, model, settings)
 
 
 def _cannot_open(engine: str, content: Content, error: Exception) -> ExportError:

@@ -1,5 +1,8 @@
 """What ``deploy`` writes into a file so that ``load`` knows it again: the SHA-256 of all that comes before, at its end.
 
+A file whose name does not say what runs it, and in what precision (OpenVINO in bfloat16, or an ``.onnx`` in INT8 that
+OpenVINO runs faster), also has a note of that before the SHA-256, which covers it.
+
 Every format leaves room at the end: the comment of a zip archive (``.pt2``), a further property of the model
 (``.onnx``), an XML comment (``.xml``, which also covers its ``.bin``). So the seal moves with the file, and needs none
 beside it. It shows that a file was written by ``revnets deploy`` and is as it was; it does not show by whom: what could
@@ -11,18 +14,31 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from .graph import ExportError
 
-_DIGITS = 64
+_DIGITS, _LETTERS = 64, 32
 _ZIP_END, _ZIP_END_SIZE = b"PK\x05\x06", 22  # of its last record, without a comment
 
 
 class Untrusted(ExportError):
     """A file that ``revnets deploy`` did not write, or that was changed since."""
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """What a file was chosen for; empty words where the end of its name says it.
+
+    Attributes:
+        engine: that runs it.
+        precision: that it computes in: ``int8``, or what the engine takes by default, such as ``bfloat16``.
+    """
+
+    engine: str = ""
+    precision: str = ""
 
 
 @dataclass(frozen=True)
@@ -34,59 +50,97 @@ class Content:
         data: its bytes.
         weights: of OpenVINO's ``.bin`` beside an ``.xml``; empty for other kinds, and where there is none.
         trusted: the caller vouches for it: nothing was checked.
+        purpose: that its note says.
     """
 
     path: Path
     data: bytes
     weights: bytes
     trusted: bool
+    purpose: Purpose = Purpose()
 
 
 @dataclass(frozen=True)
 class _Envelope:
-    """How a kind of file holds the seal: fixed words around the digest, the last thing in the file."""
+    """How a kind of file holds the seal, or the note before it: fixed words around so many letters, at its end."""
 
     before: bytes
     after: bytes = b""
-    prepare: Callable[[bytes], bytes] = bytes  # the content, so that something may follow it
+    length: int = _DIGITS
 
     @property
     def size(self) -> int:
-        return len(self.before) + _DIGITS + len(self.after)
+        return len(self.before) + self.length + len(self.after)
+
+    def around(self, text: str) -> bytes:
+        """The words with the letters."""
+        return self.before + text.ljust(self.length).encode() + self.after
+
+    def inside(self, data: bytes) -> str | None:
+        """The letters at the end of a file; None where the words are not there."""
+        mark = data[-self.size :]
+        if len(mark) < self.size or not (mark.startswith(self.before) and mark.endswith(self.after)):
+            return None
+        return mark[len(self.before) : len(self.before) + self.length].decode("ascii", "replace").rstrip()
 
 
-def _announce_comment(data: bytes) -> bytes:
-    """A zip archive whose last record says that a comment of the seal's size follows."""
+def _announce_comment(data: bytes, size: int) -> bytes:
+    """A zip archive whose last record says that a comment of this size follows."""
     if data[-_ZIP_END_SIZE:-18] != _ZIP_END:
         raise ExportError("torch.export wrote no plain zip archive, which cannot be sealed")
-    return data[:-2] + _ENVELOPES[".pt2"].size.to_bytes(2, "little")
+    return data[:-2] + size.to_bytes(2, "little")
 
 
-def _property(name: bytes) -> bytes:
-    """What comes before the digest in a ``metadata_props`` entry (field 14) of ONNX's ModelProto."""
-    entry = b"\x0a" + bytes([len(name)]) + name + b"\x12" + bytes([_DIGITS])
-    return b"\x72" + bytes([len(entry) + _DIGITS]) + entry
+def _property(name: bytes, length: int) -> bytes:
+    """What comes before the letters in a ``metadata_props`` entry (field 14) of ONNX's ModelProto."""
+    entry = b"\x0a" + bytes([len(name)]) + name + b"\x12" + bytes([length])
+    return b"\x72" + bytes([len(entry) + length]) + entry
 
 
 _ENVELOPES: Mapping[str, _Envelope] = {
-    ".pt2": _Envelope(b"revnets deploy, sha256 of the above: ", prepare=_announce_comment),
-    ".onnx": _Envelope(_property(b"revnets_deploy_sha256")),
+    ".pt2": _Envelope(b"revnets deploy, sha256 of the above: "),
+    ".onnx": _Envelope(_property(b"revnets_deploy_sha256", _DIGITS)),
     ".xml": _Envelope(b"\n<!-- revnets deploy, sha256 of the above and the .bin: ", b" -->\n"),
+}
+_NOTES: Mapping[str, _Envelope] = {
+    ".pt2": _Envelope(b"revnets deploy, chosen for: ", b"; ", _LETTERS),
+    ".onnx": _Envelope(_property(b"revnets_deploy_chosen_for", _LETTERS), length=_LETTERS),
+    ".xml": _Envelope(b"\n<!-- revnets deploy, chosen for: ", b" -->", _LETTERS),
 }
 SUFFIXES = tuple(_ENVELOPES)
 """Of deployed files."""
 
 
-def seal(path: Path) -> None:
+def seal(path: Path, purpose: Purpose | None = None) -> None:
     """Add the digest to a file that was just written.
+
+    Args:
+        path: of the file; one that is sealed already gets the new note.
+        purpose: a note of it; None where the end of the name says it.
 
     Raises:
         ExportError: for a file that cannot take it.
     """
-    envelope = _ENVELOPES[path.suffix]
-    data = envelope.prepare(path.read_bytes())
-    mark = envelope.before + _digest(data, _weights(path)).encode() + envelope.after
-    path.write_bytes(data + mark)
+    envelope, data = _ENVELOPES[path.suffix], _unsealed(path.suffix, path.read_bytes())
+    note = _NOTES[path.suffix].around(f"{purpose.engine} {purpose.precision}") if purpose is not None else b""
+    if path.suffix == ".pt2":
+        data = _announce_comment(data, len(note) + envelope.size)
+    data += note
+    path.write_bytes(data + envelope.around(_digest(data, _weights(path))))
+
+
+def _unsealed(suffix: str, data: bytes) -> bytes:
+    for envelope in (_ENVELOPES[suffix], _NOTES[suffix]):
+        data = data if envelope.inside(data) is None else data[: -envelope.size]
+    return data
+
+
+def _purpose(suffix: str, data: bytes) -> Purpose:
+    """Of a sealed file."""
+    envelope = _ENVELOPES.get(suffix)
+    words = None if envelope is None else _NOTES[suffix].inside(data[: -envelope.size])
+    engine, _, precision = (words or "").partition(" ")
+    return Purpose(engine, precision)
 
 
 def read(path: Path, trust: bool = False) -> Content:
@@ -108,7 +162,7 @@ def read(path: Path, trust: bool = False) -> Content:
         problem = _problem(path.suffix, data, weights)
         if problem:
             raise Untrusted(refusal(path, problem))
-    return Content(path, data, weights, trust)
+    return Content(path, data, weights, trust, _purpose(path.suffix, data))
 
 
 def refusal(path: Path, problem: str) -> str:
@@ -124,11 +178,10 @@ def _problem(suffix: str, data: bytes, weights: bytes) -> str:
     envelope = _ENVELOPES.get(suffix)
     if envelope is None:
         return f"names of deployed files end in {', '.join(SUFFIXES)}"
-    body, mark = data[: -envelope.size], data[-envelope.size :]
-    if not (mark.startswith(envelope.before) and mark.endswith(envelope.after)):
+    found = envelope.inside(data)
+    if found is None:
         return "it has no seal of revnets deploy (a SHA-256 at its end; releases before it wrote none)"
-    found = mark[len(envelope.before) : len(envelope.before) + _DIGITS]
-    if found != _digest(body, weights).encode():
+    if found != _digest(data[: -envelope.size], weights):
         return "it was changed after revnets deploy wrote it (its SHA-256 is another)"
     return ""
 

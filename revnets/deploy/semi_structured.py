@@ -115,7 +115,7 @@ def bench_two_to_four_command(
     repeats: Annotated[int, number(COUNT, "timed calls per case; their median counts")] = 25,
 ) -> None:
     """Inference time of linear layers, dense and 2:4, on a GPU: interleaved, medians."""
-    from .command import print_measurements
+    from .bench_report import print_measurements
 
     sizes = COUNT.read_list("--widths", widths)
     print_measurements("2:4 on the GPU, float16", compare_semi_structured(sizes, rows, repeats=repeats))

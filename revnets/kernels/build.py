@@ -24,7 +24,7 @@ SOURCE = Path(__file__).with_name("sparse_conv.cpp")
 HEADERS = [
     SOURCE.with_name(f"{name}.h")
     for name in (
-        *("vectors", "call", "convolution", "depthwise", "planes", "transpose", "weight_grad"),
+        *("vectors", "call", "convolution", "depthwise", "planes", "transpose", "weight_grad", "windows"),
         *("bytes", "byte_convolution", "byte_depthwise", "byte_linear", "byte_planes"),
     )
 ]
@@ -75,6 +75,19 @@ class GradStruct(ctypes.Structure):
     ]
 
 
+class WindowStruct(ctypes.Structure):
+    """``WindowCall`` of ``windows.h``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "values", "columns", "rows", "bias", "taps", "y")),
+        *((name, ctypes.c_void_p) for name in ("places", "gradient")),
+        *((name, ctypes.c_int64) for name in ("n", "c_in", "h", "w", "x_image", "x_channel")),
+        *((name, ctypes.c_int64) for name in ("c_out", "h_out", "w_out", "y_image", "y_channel", "y_row", "y_column")),
+        *((name, ctypes.c_int64) for name in ("tap_count", "stride_h", "stride_w", "pad_top", "pad_left")),
+        *((name, ctypes.c_int64) for name in ("frame_h", "frame_w", "chunk")),
+    ]
+
+
 @functools.cache
 def load_kernel() -> ctypes.CDLL:
     """The compiled kernel; the first call on a machine compiles it, in seconds, and keeps it (see ``cache.folders``).
@@ -91,7 +104,7 @@ def load_kernel() -> ctypes.CDLL:
         compiler = _compiler()
     except _NoCompiler as error:
         missing = error
-    key = _key()
+    key = kernel_key()
     problems: list[str] = []
     for folder in folders(problems):
         try:
@@ -175,8 +188,8 @@ def _split(words: str, variable: str, problem: type[KernelUnavailable]) -> list[
         raise problem(f"{variable}={words!r} cannot be read ({error}): quote it as in a shell") from error
 
 
-def _key() -> str:
-    """What a kernel is compiled from and for. The compiler is no part: it is not known where there is none."""
+def kernel_key() -> str:
+    """What a kernel is compiled from and for, as a checksum. The compiler is no part: it is not known where there is none."""
     source = b"".join(path.read_bytes() for path in (SOURCE, *HEADERS))
     build = [*_OPTIONS, *_more_flags(), str(_ATTEMPTS), _machine()]
     return hashlib.sha256(source + os.fsencode("\n".join(build))).hexdigest()
@@ -280,8 +293,8 @@ def _checked(path: Path) -> ctypes.CDLL:
         _declare(library)
     except (OSError, AttributeError) as error:  # AttributeError: a library without these functions
         raise KernelUnavailable(f"{path} is not the library of {SOURCE.name}: {error}") from error
-    sizes = library.revnets_call_size(), library.revnets_grad_call_size()
-    if sizes != (ctypes.sizeof(CallStruct), ctypes.sizeof(GradStruct)):
+    sizes = [library.revnets_call_size(), library.revnets_grad_call_size(), library.revnets_window_call_size()]
+    if sizes != [ctypes.sizeof(kind) for kind in (CallStruct, GradStruct, WindowStruct)]:
         raise KernelUnavailable(f"{path} was compiled from another version of {SOURCE.name}: delete it")
     return library
 
@@ -296,9 +309,14 @@ def _declare(library: ctypes.CDLL) -> None:
     library.revnets_run.restype = None
     library.revnets_weight_grad.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     library.revnets_weight_grad.restype = None
+    library.revnets_windows.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.revnets_windows.restype = None
+    library.revnets_windows_grad.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    library.revnets_windows_grad.restype = None
     library.revnets_transpose.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 2, ctypes.c_void_p, ctypes.c_int64]
     library.revnets_transpose.restype = None
-    library.revnets_grad_call_size.restype = ctypes.c_int64
+    for name in ("grad", "window"):
+        getattr(library, f"revnets_{name}_call_size").restype = ctypes.c_int64
 
 
 # --- what it is told -------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@
 #include "planes.h"
 #include "transpose.h"
 #include "weight_grad.h"
+#include "windows.h"
 
 namespace {
 
@@ -62,6 +63,7 @@ const char* revnets_byte_target() { return REVNETS_BYTE_TARGET; }
 int64_t revnets_call_size() { return sizeof(Call); }
 int64_t revnets_lanes() { return kLanes; }
 int64_t revnets_grad_call_size() { return sizeof(GradCall); }
+int64_t revnets_window_call_size() { return sizeof(WindowCall); }
 
 // Whether a layer's structure, see Call, stays within `values` weights and `inputs` inputs of an output channel.
 int64_t revnets_fits(const int16_t* columns, const int32_t* rows, int64_t outputs, int64_t values, int64_t inputs) {
@@ -96,6 +98,14 @@ void revnets_run(const Call* calls, int64_t count, int64_t threads) {
 // Gradient of a layer's weights; `sums` has room for as many floats as there are non-zeros.
 void revnets_weight_grad(const GradCall* call, float* sums, int64_t threads) {
   together(threads, [&](const Member& member) { run_weight_grad(*call, member, sums); });
+}
+
+// A convolution of any window, and the gradient of its weights.
+void revnets_windows(const WindowCall* call, int64_t threads) {
+  together(threads, [&](const Member& member) { run_windows(*call, member); });
+}
+void revnets_windows_grad(const WindowCall* call, float* sums, int64_t threads) {
+  together(threads, [&](const Member& member) { run_windows_grad(*call, member, sums); });
 }
 
 // A matrix of `height` lines of `width` numbers.

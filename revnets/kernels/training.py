@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
-from .build import CallStruct, GradStruct, kernel_problem, load_kernel, warn_of_dense_path
+from .build import CallStruct, Geometry, GradStruct, kernel_problem, load_kernel, warn_of_dense_path
 from .calls import chunk_size, in_chunks
 from .compressed import MAX_COLUMNS, compress
 from .operands import call, pointing, readable
@@ -89,6 +89,8 @@ class Structure:
     Attributes:
         density: share of True.
         places: int64, where the non-zeros are in the flattened weight, in the order of their values.
+        geometry: of the convolution.
+        verdicts: whether it pays, by kind of input: see ``breakeven.pays``.
 
     Example:
         >>> structure = Structure(torch.tensor([[True, False], [True, False]]))
@@ -96,18 +98,18 @@ class Structure:
         (0.5, [0, 2])
     """
 
+    geometry: Geometry
+    verdicts: dict[tuple[Any, ...], bool]
+
     def __init__(self, mask: Tensor, groups: int = 1) -> None:
-        if mask.dtype is not torch.bool or not mask.is_cpu or mask.dim() < 2:
-            raise ValueError(
-                f"a mask of {mask.dtype} and shape {tuple(mask.shape)} on {mask.device}: expected torch.bool on cpu, "
-                "(C_out, C_in / groups, ...); convert it by .bool()"
-            )
+        self._check_mask(mask)
         outputs, inputs = mask.shape[:2]
         if groups < 1 or outputs % groups:
             raise ValueError(f"{groups} groups of {outputs} outputs: expected whole ones")
         mask = readable("mask", mask.detach(), torch.bool)
         matrix = mask.reshape(outputs, inputs)
         places = torch.arange(1, matrix.numel() + 1, dtype=torch.int32, device=mask.device).view_as(matrix) * matrix
+        self.geometry, self.verdicts = Geometry(inputs * groups, outputs, groups=groups), {}
         self._forward, found = Compressed.of(places, groups)
         self._places = found - 1
         self.places = self._places.long()
@@ -118,6 +120,14 @@ class Structure:
         turned = ranks.view(groups, -1, inputs).transpose(1, 2).reshape(groups * inputs, -1)
         self._transposed, found = Compressed.of(turned, groups)
         self._order = found.long() - 1
+
+    @staticmethod
+    def _check_mask(mask: Tensor) -> None:
+        if mask.dtype is not torch.bool or not mask.is_cpu or mask.dim() < 2:
+            raise ValueError(
+                f"a mask of {mask.dtype} and shape {tuple(mask.shape)} on {mask.device}: expected torch.bool on cpu, "
+                "(C_out, C_in / groups, ...); convert it by .bool()"
+            )
 
     def values(self, weight: Tensor) -> Tensor:
         """The weights that stay, in the kernel's order.
@@ -134,11 +144,17 @@ class Structure:
         Raises:
             ValueError: for other numbers of dimensions, channels or values, other types, another device.
         """
-        _check_images(x)
-        return _laid_out(self._forward.convolve(_planes(x), values, bias), x)
+        check_images(x)
+        return laid_out(self._forward.convolve(planes(x), values, bias), x)
 
     def grads(
-        self, grad: Tensor, x: Tensor | None, values: Tensor, shape: torch.Size, needed: Sequence[bool]
+        self,
+        grad: Tensor,
+        x: Tensor | None,
+        values: Tensor,
+        shape: torch.Size,
+        needed: Sequence[bool],
+        size: torch.Size | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of input, weight and bias, where they are needed.
 
@@ -148,19 +164,20 @@ class Structure:
             values: see ``values()``.
             shape: of the weight, whose gradient is 0 where the mask is False.
             needed: three.
+            size: of the input, where there is no x.
 
         Raises:
             ValueError: for tensors that do not belong together.
         """
-        _check_images(grad)
+        check_images(grad)
         values = readable("values", values, numel=len(self.places))
-        dy = _planes(grad)
+        dy = planes(grad)
         grad_x = grad_weight = None
         if needed[0]:
             found = self._transposed.convolve(dy, values.index_select(0, self._order), None)
-            grad_x = _laid_out(found, grad)
+            grad_x = laid_out(found, grad)
         if needed[1] and x is not None:
-            grad_weight = self._weight_grad(_planes(x, like=grad), dy, shape)
+            grad_weight = self._weight_grad(planes(x, like=grad), dy, shape)
         return grad_x, grad_weight, dy.sum((0, 2, 3)) if needed[2] else None
 
     def _weight_grad(self, x: Tensor, dy: Tensor, shape: torch.Size) -> Tensor:
@@ -183,34 +200,34 @@ class Structure:
             raise ValueError(f"a weight of {numel} numbers: expected {self._numel}, those of the mask")
 
 
-def _check_images(x: Tensor) -> None:
+def check_images(x: Tensor) -> None:
     if x.dim() != 4:
         raise ValueError(f"input of shape {tuple(x.shape)}: expected (N, C, H, W)")
 
 
-def _by_pixel(x: Tensor) -> bool:
+def by_pixel(x: Tensor) -> bool:
     """Whether the channels of a pixel are neighbours in memory."""
     return x.shape[2:] == (1, 1) or (x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous())
 
 
-def _planes(x: Tensor, like: Tensor | None = None) -> Tensor:
+def planes(x: Tensor, like: Tensor | None = None) -> Tensor:
     """The pixels of each channel one after the other: x, or ``(1, C, 1, N H W)`` where it is (``like`` is) by pixel."""
-    if not _by_pixel(x if like is None else like):
+    if not by_pixel(x if like is None else like):
         return x.contiguous()
     matrix = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(-1, x.shape[1])
     return transposed(matrix)[None, :, None]
 
 
-def _laid_out(y: Tensor, like: Tensor) -> Tensor:
-    """What was computed from ``_planes(like)``, of its shape and in its layout."""
-    if not _by_pixel(like):
+def laid_out(y: Tensor, like: Tensor, shape: torch.Size | None = None) -> Tensor:
+    """What was computed from ``planes(like)``, of its height and width or of this shape, in its layout."""
+    if not by_pixel(like):
         return y
-    n, _, height, width = like.shape
+    n, _, height, width = like.shape if shape is None else shape
     # no view of what `transposed` makes: autograd refuses changes in place of a view that a Function returns
     channels, pixels = y.shape[1], height * width
-    laid_out = y.new_empty_strided((n, channels, height, width), (pixels * channels, 1, width * channels, channels))
-    _transpose(y[0, :, 0], laid_out.permute(0, 2, 3, 1))
-    return laid_out
+    made = y.new_empty_strided((n, channels, height, width), (pixels * channels, 1, width * channels, channels))
+    _transpose(y[0, :, 0], made.permute(0, 2, 3, 1))
+    return made
 
 
 def transposed(x: Tensor) -> Tensor:
@@ -244,14 +261,14 @@ class _SparseConv(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, structure: Structure) -> Tensor:
         values = structure.values(weight.detach())
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values)
-        ctx.structure, ctx.shape = structure, weight.shape
+        ctx.structure, ctx.shape, ctx.size = structure, weight.shape, x.shape
         return structure.convolve(x, values, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, values = ctx.saved_tensors
-        return *ctx.structure.grads(grad, x, values, ctx.shape, ctx.needs_input_grad), None
+        return *ctx.structure.grads(grad, x, values, ctx.shape, ctx.needs_input_grad, ctx.size), None
 
 
 def sparse_conv(x: Tensor, weight: Tensor, bias: Tensor | None, structure: Structure) -> Tensor:
@@ -311,13 +328,13 @@ class StructureCache:
         self._known: Tensor | None = None
         self._structure: Structure | None = None
 
-    def of(self, mask: Tensor, groups: int) -> Structure:
-        """The structure of the mask as it is now."""
+    def of(self, mask: Tensor, make: Callable[[Tensor], Structure]) -> Structure:
+        """The structure of the mask as it is now, which a function makes of it."""
         uncounted = mask.is_inference() or (dist.is_available() and dist.is_initialized())
         version = -1 if uncounted else mask._version
         if self._structure is None or mask is not self._mask or version != self._version or version < 0:
             if self._structure is None or self._known is None or not _equal(self._known, mask):
-                self._known, self._structure = mask.clone(), Structure(mask, groups)
+                self._known, self._structure = mask.clone(), make(mask)
             self._mask, self._version = mask, version
         return self._structure
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
 
+from ..sparsity.blocks import block_of
 from ..sparsity.masks import check_sparsity
 
 Spec = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
@@ -49,6 +50,24 @@ class SparseConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
+
+
+@dataclass(frozen=True)
+class MaskConfig(SparseConfig):
+    """Options of sparse layers whose zeros may come in blocks.
+
+    Args:
+        pattern: ``4x1``: zeros in blocks of four input channels, which ``revnets deploy`` skips in INT8; None: single.
+
+    Raises:
+        ValueError: for another pattern.
+    """
+
+    pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        block_of(self.pattern)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from timm.models._features import FeatureGetterNet
 
 from ..reversible import set_mode
 
@@ -30,3 +31,11 @@ class MemoryModes:
     def set_reversible(self, enable: bool = True) -> None:
         """Switch between ``"reversible"`` and ``"store"``, the sibling of ``set_grad_checkpointing``."""
         self.set_mode("reversible" if enable else "store")
+
+
+class Features(FeatureGetterNet):  # type: ignore[misc]
+    """The maps of a network's ``forward_intermediates``, with a switch that timm's other wrappers of features have."""
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """That of the network inside."""
+        self.model.set_grad_checkpointing(enable)

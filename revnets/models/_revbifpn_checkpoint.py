@@ -51,6 +51,7 @@ def weights_cfg(n: int | None) -> HashedCfg:
         interpolation="bicubic",
         mean=IMAGENET_DEFAULT_MEAN,
         std=IMAGENET_DEFAULT_STD,
+        first_conv=(),  # the stem has no weights
         classifier="classifier",
         license="apache-2.0",
         paper_name="RevBiFPN: The Fully Reversible Bidirectional Feature Pyramid Network",

@@ -142,6 +142,18 @@ class Head(nn.Module):
         return norm_act(self.conv(x), self.bn, self.act)
 
 
+class Coarsest(nn.Module):
+    """In the place of a head that was pruned: the coarsest of the neck's maps that were kept."""
+
+    def __init__(self, scale: int) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, xs: Sequence[Tensor]) -> Tensor:
+        """Args: xs: the neck's maps. Returns: one of them."""
+        return xs[self.scale]
+
+
 def run_end(end: "Neck | Head", part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Run a part of an end, which is not reversible: recomputed in training's backward pass unless all is stored."""
     return recompute(part, x) if end.training and end.mode != "store" else part(x)

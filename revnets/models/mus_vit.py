@@ -30,7 +30,7 @@ from ..layers.munit.convert import munit_options, munit_scaled
 from ..layers.munit.layers import MuSLinear
 from ..layers.registry import Spec
 from ..reversible import AdditiveCoupling, RevSequential
-from ._memory_modes import MemoryModes
+from ._memory_modes import Features, MemoryModes
 from ._mus_vit_parts import MuSBlock, MuSPatchEmbed, StreamBranch, residual_weight
 
 __all__ = ["MuSVisionTransformer", "RevMuSVisionTransformer", "checkpoint_filter_fn"]
@@ -287,7 +287,7 @@ def _create(cls: type[MuSVisionTransformer], variant: str, pretrained: bool, **k
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        feature_cfg={"out_indices": out_indices, "feature_cls": Features},
         **kwargs,
     )
 

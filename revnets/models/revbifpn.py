@@ -21,7 +21,7 @@ from ..layers import MBConv, convert
 from ..layers.geometry import children_first, placed, reset_parameters
 from ..reversible import ReversibleOp, RevSequential, compile_branches
 from ..reversible.stem import wants_channels_last
-from ._memory_modes import MemoryModes
+from ._memory_modes import Features, MemoryModes
 from ._revbifpn_checkpoint import HashedCfg, checkpoint_filter_fn, pretrained_overlay, weights_cfg
 from ._revbifpn_parts import (
     BLOCKS_PER_STAGE,
@@ -29,6 +29,7 @@ from ._revbifpn_parts import (
     FC_FEATURES,
     NECK_CHANNELS,
     NUM_SCALES,
+    Coarsest,
     Head,
     Neck,
     Strides,
@@ -118,7 +119,7 @@ class RevBiFPN(MemoryModes, nn.Module):
         }
         channels = [scaled(c, width) for c in BODY_CHANNELS]
         neck_channels = [scaled(c, width) for c in NECK_CHANNELS]
-        self.num_features = self.head_hidden_size = scaled(FC_FEATURES, width)
+        self.num_features = scaled(FC_FEATURES, width)
 
         self.stem, unfold = make_stem(in_chans, channels[0], stem_stride, **dd)
         stages = NUM_SCALES - 1 + extra_silos
@@ -138,6 +139,7 @@ class RevBiFPN(MemoryModes, nn.Module):
         self.global_pool, self.head_drop, self.classifier = create_classifier(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd
         )
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         self.init_weights(needs_reset=False)
 
     def init_weights(self, needs_reset: bool = True) -> None:
@@ -212,7 +214,9 @@ class RevBiFPN(MemoryModes, nn.Module):
         pool_type = self.global_pool.pool_type if global_pool is None else global_pool
         like = next(self.body.parameters())
         self.global_pool, self.classifier = create_classifier(self.num_features, num_classes, pool_type=pool_type)
-        self.classifier.to(device=like.device, dtype=like.dtype)
+        self.global_pool.train(self.training)
+        self.classifier.to(device=like.device, dtype=like.dtype).train(self.training)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     def forward_pyramid(self, x: Tensor) -> list[Tensor]:
         """The neck's four maps.
@@ -237,7 +241,7 @@ class RevBiFPN(MemoryModes, nn.Module):
         return self.body(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Unpooled features ``(N, num_features, H / reduction, W / reduction)``."""
+        """Unpooled features ``(N, num_features, H / reduction, W / reduction)``; once pruned, the coarsest map left."""
         return handed_out(self._widened(x), self)
 
     def _widened(self, x: Tensor) -> Tensor:
@@ -287,13 +291,15 @@ class RevBiFPN(MemoryModes, nn.Module):
     ) -> list[int]:
         """Drop whatever serves only scales that are not asked for, and the head; returns the kept scales, in order.
 
-        Every parameter that is left takes part in the backward pass. The head reads all scales, so nothing is dropped
-        where it stays (``prune_head=False``).
+        Every parameter that is left takes part in the backward pass. The coarsest map that is kept takes the place of
+        the head's features: ``reset_classifier`` puts a classifier on it. The head reads all scales, so nothing is
+        dropped where it stays (``prune_head=False``).
         """
         take, _ = feature_take_indices(NUM_SCALES, indices)
         if not prune_head:
             return take
-        self.head = nn.Identity()
+        self.head = Coarsest(max(take))
+        self.num_features = self.head_hidden_size = self.feature_info[max(take)]["num_chs"]
         self.num_classes = 0
         self.global_pool, self.classifier = SelectAdaptivePool2d(pool_type=""), nn.Identity()
         for k in set(range(NUM_SCALES)) - set(take):
@@ -330,7 +336,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> RevBiFPN:
         pretrained,
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": Features},
         **kwargs,
     )
 

@@ -147,7 +147,7 @@ def _fit_all(targets: Sequence[Target], setting: Setting, budget: int, what: str
     return fits
 
 
-def track(work: Sequence[T], what: str) -> Iterable[T]:
+def track(work: Iterable[T], what: str) -> Iterable[T]:
     """The pieces of work, with a progress bar and an estimate on the terminal."""
     from rich.console import Console
     from rich.progress import track as bar

@@ -33,6 +33,22 @@ def medians(
         >>> len(medians([lambda: None, lambda: None], 3))
         2
     """
+    taken = rounds(steps, repeats, warm, progress)
+    return [(statistics.median(w for w, _ in found), statistics.median(c for _, c in found)) for found in taken]
+
+
+def rounds(
+    steps: Sequence[Step],
+    repeats: int,
+    warm: float = 0.0,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> list[list[tuple[float, float]]]:
+    """Wall time and time of the processor of each step in each round; arguments as of ``medians``.
+
+    Example:
+        >>> [len(found) for found in rounds([lambda: None, lambda: None], 3)]
+        [3, 3]
+    """
     taken: list[list[tuple[float, float]]] = [[] for _ in steps]
     for _ in progress(range(repeats)):
         for step, found in zip(steps, taken, strict=True):
@@ -43,7 +59,7 @@ def medians(
             wall, cpu = time.perf_counter(), time.process_time()
             step()
             found.append((time.perf_counter() - wall, time.process_time() - cpu))
-    return [(statistics.median(w for w, _ in found), statistics.median(c for _, c in found)) for found in taken]
+    return taken
 
 
 def milliseconds(steps: Mapping[str, Step], device: torch.device, rounds: int, warmup: int = 2) -> dict[str, float]:

@@ -4,6 +4,7 @@ It stands on ``revnets.layers`` (which layers there are) and ``revnets.sparsity`
 training loops live in ``classification``, INT8 and export elsewhere. ``distillation`` is imported where it is used.
 """
 
+from ..sparsity.blocks import BLOCKED
 from .choice import DEFAULT_EXCLUDE, RULES
 from .densify import densify
 from .one_shot import prune
@@ -12,6 +13,7 @@ from .solve import METHODS, Pattern
 from .zeros import keep_zeros
 
 __all__ = [
+    "BLOCKED",
     "DEFAULT_EXCLUDE",
     "METHODS",
     "RULES",

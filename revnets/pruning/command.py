@@ -185,9 +185,7 @@ def _model(source: Source, checkpoint: Mapping[str, Any], trained: Mapping[str, 
         return model.to(find_device(source.device, here=False))
 
 
-def calibration_batches(
-    source: Source, model: nn.Module, trained: Mapping[str, Any], images: int
-) -> Iterator[tuple[Tensor, ...]]:
+def calibration_batches(source: Source, model: nn.Module, trained: Mapping[str, Any], images: int) -> Batches:
     """Images of a folder or .tar file of class folders, drawn by the seed, as the network sees them in validation.
 
     Raises:
@@ -227,9 +225,7 @@ def open_images(data: Path, split: str, channels: int) -> Any:
         ) from error
 
 
-def draw_batches(
-    dataset: Any, config: Mapping[str, Any], images: int, batch_size: int = 64, seed: int = 0
-) -> Iterator[tuple[Tensor, ...]]:
+def draw_batches(dataset: Any, config: Mapping[str, Any], images: int, batch_size: int = 64, seed: int = 0) -> Batches:
     """Images of a data set of timm, drawn by a seed, as a network sees them in validation.
 
     Args:
@@ -245,13 +241,21 @@ def draw_batches(
     names = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     dataset.transform = create_transform(**{name: config[name] for name in names})
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:images].tolist()
-    return _readable(DataLoader(Subset(dataset, order), batch_size=batch_size))
+    return Batches(DataLoader(Subset(dataset, order), batch_size=batch_size))
 
 
-def _readable(batches: Any) -> Iterator[tuple[Tensor, ...]]:
+class Batches:
     """The batches of a loader; images that cannot be read are one sentence."""
-    with refused("--data: an image cannot be read", kind=ValueError):
-        yield from batches
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        with refused("--data: an image cannot be read", kind=ValueError):
+            yield from self._loader
 
 
 @without_effect("damping", "with --method {method}: choose sparsegpt", lambda v: v["method"] != "sparsegpt")

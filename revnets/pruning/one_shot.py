@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..layers.geometry import described
 from ..layers.sites import Surroundings
 from ..layers.trace import Trace, TraceError, trace
+from ..sparsity.blocks import BLOCKED
 from ..sparsity.masks import DISTRIBUTIONS, check_sparsity
 from ..training.options.values import COUNT, NOT_NEGATIVE, check_choice
 from .calibration import Passes, collect, full_precision
@@ -23,8 +24,6 @@ from .report import PrunedLayer, PruningReport
 from .solve import METHODS, Blocked, Blocks, Pattern, error, solve
 
 Progress = Callable[[float, str], None]
-BLOCKED = "4x1"
-"""The pattern of zeros in blocks of four input channels."""
 
 
 def prune(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..reversible import Lent, ReversibleOp, RevSequential
 from ..reversible.mode import check_mode, recompute
 from ..reversible.sequential import refuse_replicas
+from ..reversible.traced import as_leaf, is_traced
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -63,6 +64,8 @@ class ReversibleStage(nn.Sequential):
         known = [name for names, _ in self.steps for name in names]
         if not self.training or torch.compiler.is_exporting() or list(self._modules) != known:
             return super().forward(input)
+        if is_traced(input):
+            return cast(Tensor, as_leaf(self, input))
         refuse_replicas(self)
         chains = iter(self.chains.values())
         for names, how in self.steps:

@@ -10,6 +10,7 @@ from .grid import round_to_grid
 from .op import Grads, ReversibleOp, Step, Tensors
 from .replay import Lent
 from .side import laid_out, layout, pack, unpack
+from .traced import as_one_node, is_traced
 
 BITS = (0, 1, 2, 4, 8)
 DEFAULT_BITS = 8
@@ -69,6 +70,8 @@ class Leapfrog(ReversibleOp):
 
     def forward(self, *xs: Tensor) -> Tensors:
         """Args: xs: z and x, of one shape; for a ``start`` one tensor. Returns z and x."""
+        if is_traced(*xs):
+            return as_one_node(self, 2, *xs)
         z, x = self._streams(xs)
         value = self.branch("block", self.block, x)
         if value.shape != x.shape:

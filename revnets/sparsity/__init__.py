@@ -5,17 +5,20 @@ Sparse layers are recognised by a ``weight`` and a bool buffer ``mask`` of its s
 """
 
 from .accounting import run_flops, step_flops
+from .blocks import BLOCKED, block_of
 from .controller import MaskUpdate, SparsityController
 from .found import apply_masks, sparse_layers
 from .masks import densities, er, erk, random_mask, uniform
 from .schedules import SCHEDULES, Schedule
 
 __all__ = [
+    "BLOCKED",
     "SCHEDULES",
     "MaskUpdate",
     "Schedule",
     "SparsityController",
     "apply_masks",
+    "block_of",
     "densities",
     "er",
     "erk",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ranks
+from .blocks import is_whole, norms, of_blocks, shape_of_blocks, spread
 from .found import SparseLayer, counts, sparse_layers
 from .masks import densities, mask_with_count
 from .schedules import Schedule, drop, exchanged, grow
@@ -48,7 +49,8 @@ class SparsityController:
 
     ``static`` keeps the masks; ``set`` (1707.04780) drops the weights of smallest magnitude and grows at random;
     ``rigl`` (1911.11134) grows where the dense gradient is largest, which layers gather in that one step only, summed
-    over accumulated batches and over processes. Each layer's density stays exact. Masks are the same in all processes:
+    over accumulated batches and over processes. Layers of the pattern ``4x1`` drop and grow blocks of four input
+    channels, by their norms. Each layer's density stays exact. Masks are the same in all processes:
     they follow from reduced gradients and from one generator.
 
     Layers keep gradients at 0 outside their masks, and an optimizer that works number by number then moves nothing
@@ -120,6 +122,11 @@ class SparsityController:
             self._draw(distribution, sparsity)
         for layer in self.layers:
             layer.set_mask(ranks.from_first(layer.mask))
+            if not is_whole(layer.mask, layer.block):
+                raise ValueError(
+                    f"the mask of {layer.name or 'the model'} has single zeros, where its pattern has blocks of "
+                    f"{layer.block}: make it by the pattern, or convert without one"
+                )
         self._generator.set_state(ranks.from_first(self._generator.get_state(), self.layers[0].mask.device))
         self._counts = counts(self.layers)
         self._leaky = False
@@ -156,8 +163,9 @@ class SparsityController:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs besides the states of model (with its masks) and optimizer."""
-        active = counts(self.layers)
+        active, blocks = counts(self.layers), self._blocks()
         return {
+            **({"blocks": blocks} if blocks else {}),
             "schedule": self.schedule.name,
             "steps": self.steps,
             "leaky": self._leaky,
@@ -205,10 +213,21 @@ class SparsityController:
             mask = None if weights is None else weights.get(f"{layer.name}.mask" if layer.name else "mask")
             active[index] = active[index] if mask is None else int(mask.sum())
         self._check_layers(state["layers"], active)
+        theirs, ours = state.get("blocks", {}), self._blocks()
+        odd = next((name for name in {**ours, **theirs} if ours.get(name, 1) != theirs.get(name, 1)), None)
+        if odd is not None:
+            raise ValueError(
+                f"masks do not match: '{odd}' has zeros in blocks of {theirs.get(odd, 1)} in the checkpoint, "
+                f"{ours.get(odd, 1)} in the model; give the same layers="
+            )
         if state["schedule"] != self.schedule.name:
             raise ValueError(
                 f"schedule={self.schedule.name!r}: the checkpoint was trained with {state['schedule']!r}; give that one"
             )
+
+    def _blocks(self) -> dict[str, int]:
+        """Of the layers whose zeros come in blocks, how many input channels make one."""
+        return {layer.name: layer.block for layer in self.layers if layer.block > 1}
 
     def _check_layers(self, theirs: Mapping[str, list[int]], held: list[int]) -> None:
         ours = {layer.name: layer for layer in self.layers}
@@ -266,12 +285,12 @@ class SparsityController:
         shapes = [layer.mask.shape for layer in self.layers]
         active, sizes = counts(self.layers), [layer.mask.numel() for layer in self.layers]
         wanted = 1 - sum(active) / sum(sizes) if sparsity is None else sparsity
-        shares = densities(shapes, wanted, distribution)
+        shares = densities(shapes, wanted, distribution, blocks=[layer.block for layer in self.layers])
         kept = [round(share * size) for share, size in zip(shares, sizes, strict=True)]
         if kept == active:
             return
         for layer, size, n, count in zip(self.layers, sizes, active, kept, strict=True):
-            mask = mask_with_count(layer.mask.shape, count, self._generator).to(layer.mask.device)
+            mask = mask_with_count(layer.mask.shape, count, self._generator, layer.block).to(layer.mask.device)
             picks = torch.randint(max(n, 1), (size,), generator=self._generator).to(layer.mask.device)
             values = layer.weight[layer.mask] if n else layer.weight.new_zeros(1)
             weight = torch.where(layer.mask, layer.weight, values[picks].view(layer.mask.shape))
@@ -284,7 +303,8 @@ class SparsityController:
         swapped, changed = [], []
         for layer, n in zip(self.layers, active, strict=True):
             free = layer.weight.requires_grad and id(layer.weight) in trained
-            count = exchanged(n, layer.mask.numel(), fraction) if free else 0
+            of = layer.block
+            count = of * exchanged(n // of, layer.mask.numel() // of, fraction) if free else 0
             scores = self._scores(layer) if count else None
             before = layer.mask.clone()
             if scores is not None:
@@ -298,19 +318,22 @@ class SparsityController:
         return update
 
     def _scores(self, layer: SparseLayer) -> Tensor | None:
-        """What decides where weights grow; None where no gradient arrived."""
+        """What decides where blocks of weights grow; None where no gradient arrived."""
         if self.schedule.name == "set":
-            return torch.rand(layer.mask.shape, generator=self._generator).to(layer.mask.device)
+            shape = shape_of_blocks(layer.mask.shape, layer.block)
+            return torch.rand(shape, generator=self._generator).to(layer.mask.device)
         grads = layer.dense_grads
         if not grads and not ranks.several():
             return None
         total = torch.stack(grads).sum(0) if grads else torch.zeros_like(layer.weight)
-        return ranks.summed(total).abs()
+        return norms(ranks.summed(total), layer.block)
 
     def _exchange(self, layer: SparseLayer, scores: Tensor, count: int) -> None:
-        kept = drop(layer.weight, layer.mask, count)
+        of = layer.block
+        few = drop(norms(layer.weight, of), of_blocks(layer.mask, of), count // of)
+        kept = spread(few, of)
         self._mask(layer, kept)  # what is dropped and grown at once starts at 0 as well
-        layer.set_mask(grow(kept, scores, count))
+        layer.set_mask(spread(grow(few, scores, count // of), of))
 
     def _mask_all(self) -> None:
         for layer in self.layers:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .blocks import block_of
+
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 
 
@@ -32,6 +34,11 @@ class SparseLayer:
         """True where a weight is active; of the weight's shape."""
         mask: Tensor = self.modules[0].mask  # type: ignore[assignment]
         return mask
+
+    @property
+    def block(self) -> int:
+        """How many input channels of an output are zero together."""
+        return block_of(getattr(self.modules[0], "pattern", None))
 
     @property
     def dense_grads(self) -> list[Tensor]:

@@ -21,6 +21,7 @@ def bench(*arguments: object) -> Result:
 @needs_kernel
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse_bench, "LAYERS", [(16, 32, 8)])
+    monkeypatch.setattr(sparse_bench, "WINDOWS", [(16, 24, 3, 2, 8)])
     monkeypatch.setattr(sparse_bench, "_WARM_SECONDS", 0)
     small = ("--img-size", 64, "--batch-size", 2, "--repeats", 1)
     result = bench("test_efficientnet", *small, "--sparsity", "0.8,0.9", "--threads", "1,2", "--output", tmp_path)
@@ -30,8 +31,10 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(list(csv.DictReader(file))) == len(data["layers"]) + len(data["networks"])
     for rows in (data["layers"], data["networks"]):
         cases = {(r["sparsity"], r["threads"], r["way"], r["layout"]) for r in rows}
-        assert len(rows) == len(cases) == 2 * 2 * 3 * 2
+        assert len(cases) == 2 * 2 * 3 * 2
+        assert len(rows) == len(cases) * (1 + (rows is data["layers"]))
     assert "16 -> 32 @ 8x8" in result.output
+    assert "16 -> 24 @ 8x8, 3x3, stride 2" in result.output
     assert "test_efficientnet @ 64" in result.output
 
 
@@ -43,10 +46,17 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--sparsity", "much"], "--sparsity 'much': 'much': expected a number"),
         (["--threads", "0"], "--threads '0': '0': expected a whole number of at least 1"),
         (["nonsense"], "unknown model 'nonsense'"),
-        (["resnet18", "--img-size", "64", "--no-layers"], "resnet18 has neither 1x1 convolutions"),
     ],
 )
 def test_mistakes(arguments: list[str], words: str) -> None:
     result = bench(*arguments)
     assert result.exit_code == 2
     assert words in result.output
+
+
+@needs_kernel
+def test_networks_without_layers_for_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse_bench, "use_sparse_kernel", lambda model: 0)
+    result = bench("test_efficientnet", "--img-size", "64", "--no-layers")
+    assert result.exit_code == 2
+    assert "test_efficientnet has no layers that can be sparse" in result.output

@@ -17,6 +17,7 @@ from revnets.budget.planner import Planner
 from revnets.budget.step import Step, make_inputs
 from revnets.profiling.fit import DoesNotFitError
 from revnets.profiling.memory import measure_training_step
+from revnets.profiling.predict import summarize
 from revnets.profiling.target import training_loss
 from tests.budget.networks import NETWORKS, make
 
@@ -81,6 +82,15 @@ def test_the_measured_peak_is_the_plans_and_below_the_budget(name: str) -> None:
     assert peaks == sorted(peaks)
     with pytest.raises(DoesNotFitError):
         planned.plan(budgets(planned, 0.0)[0] - 1)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_watched_is_the_step_itself(name: str) -> None:
+    """Layers of ours that fuse what nobody looks at took another way under the eyes of the planner."""
+    model, size = make(name)
+    step = Step(model, make_inputs(model, size, 4))
+    mode = "store" if step.has_modes else None
+    assert summarize(step.watched({}, mode).trace, 0).peak_bytes == step.predicted({}, mode).peak_bytes
 
 
 def test_fit_in_three_lines() -> None:

@@ -1,7 +1,10 @@
 """Files for engines: verified, complete or not there; INT8; the command; errors in one sentence."""
 
+import dataclasses
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from revnets.cli import app
 from revnets.deploy import ENGINES, ExportError, accuracy, compare, deploy, engines, load, quantize
 from revnets.deploy.compare import Measurement, speedups
 from revnets.deploy.peers import PEERS
-from revnets.deploy.quantize import _checked
+from revnets.deploy.quantize import calibration_images
 from revnets.kernels.build import COMPILER_VARIABLE, kernel_problem, load_kernel
 
 from .nets import Net, evaluated, images
@@ -132,7 +135,7 @@ def test_quantize(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sizes", [(30,), (8, 8, 8, 6), (1, 11, 12, 6)])
 def test_as_many_images_as_asked_for_calibrate(images: int, sizes: tuple[int, ...]) -> None:
     data = torch.arange(30.0)[:, None, None, None].expand(30, 1, 2, 2)
-    found = list(_checked([(batch, None) for batch in data.split(list(sizes))], images))
+    found = list(calibration_images([(batch, None) for batch in data.split(list(sizes))], images))
     assert torch.equal(torch.cat(found), data[:images])
 
 
@@ -189,6 +192,8 @@ def test_speedups_by_class_of_accuracy() -> None:
     assert [ratio for _, ratio in speedups(rows, any_precision=True)] == [0.25, 0.5, 1.0, 0.5, 2.0]
     only = [m for m in rows if m.precision == "int8"]
     assert [ratio for _, ratio in speedups(only)] == [1.0, 2.0]
+    larger = [dataclasses.replace(m, batch_size=64, seconds=10 * m.seconds) for m in rows]
+    assert [ratio for _, ratio in speedups([*rows, *larger])] == [*([1.0, 0.5, 1.0, 2.0, 2.0] * 2)]
 
 
 def test_compare_at_other_precisions() -> None:
@@ -200,6 +205,7 @@ def test_compare_at_other_precisions() -> None:
     found = compare({0.0: net}, images(1), names, repeats=1, name="net")
     assert [m.engine for m in found] == names
     assert [m.precision for m in found] == [PEERS[name].used() for name in names]
+    assert all(m.kernels for m in found if not m.engine.startswith("onnxruntime"))
     assert all(1e-6 < m.error < 0.3 for m in found if m.precision == "int8")
 
 
@@ -310,10 +316,38 @@ def test_int8_command(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_bench_command(tmp_path: Path) -> None:
     arguments = ("--sparsity", "0,0.9", "--engines", "torch eager,sparse", "--img-size", 64, "--repeats", 1)
+    arguments += ("--batch-size", "1,3")
     result = command("bench-deploy", "test_efficientnet", *arguments, "--no-layers", "--output", tmp_path)
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "deploy.json").read_text())["networks"]
-    assert [(r["engine"], r["sparsity"]) for r in rows] == [(e, s) for s in (0, 0.9) for e in ("torch eager", "sparse")]
-    for wrong in (("--sparsity", "1"), ("--threads", "x"), ("--engines", "nonsense")):
+    assert [(r["batch_size"], r["engine"], r["sparsity"]) for r in rows] == [
+        (b, e, s) for b in (1, 3) for s in (0, 0.9) for e in ("torch eager", "sparse")
+    ]
+    assert all(r["kernels"] for r in rows), "torch and our kernel tell what they use"
+    assert "class of accuracy" in result.output
+    for wrong in (("--sparsity", "1"), ("--threads", "x"), ("--engines", "nonsense"), ("--batch-size", "0")):
         assert command("bench-deploy", "test_efficientnet", *wrong).exit_code == 2
     assert command("bench-deploy", "nonsense").exit_code == 2
+
+
+def test_signals_are_survived_after_openvino(tmp_path: Path) -> None:
+    """Its plug-in changes the stack of signals: of two models that go, the second left one that was unmapped."""
+    if ENGINES["openvino"].missing():
+        pytest.skip("openvino is not installed")
+    path = deploy(Net(), images(1), tmp_path, "openvino").path
+    torch.save(images(1), tmp_path / "x.pt")
+    code = f"""
+import gc, os, signal, torch
+from revnets.deploy import load
+from revnets.deploy.peers import default_precision
+signal.signal(signal.SIGTERM, lambda *_: print("told"))
+first, second = load({str(path)!r}), load({str(path)!r})
+x = torch.load({str(tmp_path / "x.pt")!r})
+first(x), second(x), default_precision()
+for name in ("first", "second"):
+    del globals()[name]
+    gc.collect()
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "told\n"), done.stderr[-2000:]

@@ -110,9 +110,9 @@ def unloaded(path: Path) -> Path:
 def plant(folder: Path, library: Path) -> Path:
     """A library, with its checksum, under the name that will be looked for."""
     folder.mkdir(exist_ok=True)
-    path = folder / build._name(build._key(), build._compiler())
+    path = folder / build._name(build.kernel_key(), build._compiler())
     path.unlink(missing_ok=True)
-    cache.seal(library, path, build._key())
+    cache.seal(library, path, build.kernel_key())
     return path
 
 
@@ -304,7 +304,7 @@ def _foreign(path: Path, other: Path) -> None:
 
 def _of_something_else(path: Path, other: Path) -> None:
     path.unlink()
-    cache.seal(other, path, build._key())
+    cache.seal(other, path, build.kernel_key())
 
 
 def _of_another_key(path: Path, other: Path) -> None:
@@ -315,7 +315,7 @@ def _of_another_key(path: Path, other: Path) -> None:
 def _sealed_text(path: Path, other: Path) -> None:
     path.write_text("of another processor, say")
     path.rename(path.with_suffix(".txt"))
-    cache.seal(path.with_suffix(".txt"), path, build._key())
+    cache.seal(path.with_suffix(".txt"), path, build.kernel_key())
 
 
 def _folder(path: Path, other: Path) -> None:
@@ -364,9 +364,9 @@ def test_damaged_ones_that_cannot_be_made_again(
 ) -> None:
     load()
     damage(unloaded(kept(tmp_path / "cache")), libraries["other"])
-    key = build._key()
+    key = build.kernel_key()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "_key", lambda: key)
+        patch.setattr(build, "kernel_key", lambda: key)
         build.SOURCE.write_text("no program")
         with pytest.raises(KernelUnavailable, match="cannot compile") as error:
             load()
@@ -559,7 +559,7 @@ def test_somebody_who_never_ends(load: Load, monkeypatch: pytest.MonkeyPatch, tm
     """A lock saves work, nothing more."""
     monkeypatch.setattr(compiler, "_PATIENCE", 0.05)
     (tmp_path / "cache").mkdir(mode=0o700)
-    lock = tmp_path / "cache" / f"{build._name(build._key(), build._compiler())}.lock"
+    lock = tmp_path / "cache" / f"{build._name(build.kernel_key(), build._compiler())}.lock"
     with compiler.turn(lock) as waited:
         assert not waited
         assert load().revnets_target() == b"small"
@@ -569,6 +569,6 @@ def test_links_in_the_place_of_the_lock(load: Load, tmp_path: Path) -> None:
     """The user's own file survives."""
     (tmp_path / "cache").mkdir(mode=0o700)
     (tmp_path / "mine").write_text("mine")
-    (tmp_path / "cache" / f"{build._name(build._key(), build._compiler())}.lock").symlink_to(tmp_path / "mine")
+    (tmp_path / "cache" / f"{build._name(build.kernel_key(), build._compiler())}.lock").symlink_to(tmp_path / "mine")
     assert load().revnets_target() == b"small"
     assert (tmp_path / "mine").read_text() == "mine"

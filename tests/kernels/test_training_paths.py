@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import revnets
-from revnets.kernels import training
+from revnets.kernels import windows
 from revnets.kernels.training import Structure, sparse_conv
 from revnets.layers import SparseConv2d, SparseLinear, use_sparse_kernel
 
@@ -112,7 +112,7 @@ def test_masks_without_versions() -> None:
 def test_a_mask_copied_onto_itself_is_not_compressed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     made, x = layer(), images()
     made(x)
-    monkeypatch.setattr(training, "Structure", None)
+    monkeypatch.setattr(windows, "Structure", None)
     made.mask.copy_(made.mask.clone())
     made(x)
 
@@ -204,21 +204,21 @@ def test_use_sparse_kernel_takes_what_the_kernel_serves(calls: list[torch.Size])
     shape: dict[str, Any] = {"sparsity": 0.9}
     odd = [
         SparseConv2d(16, 16, 3, padding=1, **shape),
-        SparseConv2d(16, 16, 1, padding=1, **shape),
+        SparseConv2d(16, 16, 3, padding=1, groups=2, **shape),
         SparseConv2d(16, 16, 1, stride=2, **shape),
         nn.Conv2d(16, 16, 1),
     ]
     model = nn.Sequential(SparseConv2d(16, 16, 1, **shape), SparseConv2d(16, 16, 1, padding="same", **shape), *odd)
     model.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), SparseLinear(16, 4, **shape)))
-    assert revnets.use_sparse_kernel(model) == 3
+    assert revnets.use_sparse_kernel(model) == 5
     model(images())
-    assert len(calls) == 3
+    assert len(calls) == 5
     keys = list(model.state_dict())
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     assert use_sparse_kernel(model, enabled=False) == 0
     assert list(model.state_dict()) == keys
     model(images())
-    assert len(calls) == 3
+    assert len(calls) == 5
     for other in copies:
         assert_close(step(other, images()), step(model, images()))
-    assert len(calls) == 9
+    assert len(calls) == 15

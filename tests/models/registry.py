@@ -1,5 +1,6 @@
 """The registered models of this library, found in timm's registry: a new one is tested from the moment it registers."""
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -61,6 +62,11 @@ def own_images(name: str) -> Tensor:
     """Images of the model's own size where it takes no other."""
     cfg = meta_model(name).pretrained_cfg
     return images(size=cfg["input_size"][-1]) if cfg["fixed_input_size"] else images()
+
+
+def absolute(out_indices: int | Sequence[int]) -> list[int]:
+    """What timm means by `out_indices` on four maps: an integer stands for the last ones."""
+    return list(range(4 - out_indices, 4)) if isinstance(out_indices, int) else [i % 4 for i in out_indices]
 
 
 def unpooled_shape(model: Any) -> tuple[int, ...]:

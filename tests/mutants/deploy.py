@@ -71,4 +71,32 @@ FAULTS = (
             "tests/deploy/test_lower.py",
         ),
     ),
+    Fault(
+        "choice-refused",
+        "revnets/deploy/candidates.py",
+        old="(one for one in made if not one.refused)",
+        new="(one for one in made)",
+        tests=("tests/deploy/test_choice.py",),
+    ),
+    Fault(
+        "choice-ties",
+        "revnets/deploy/candidates.py",
+        old="return one.seconds, not one.dense",
+        new="return one.seconds, one.dense",
+        tests=("tests/deploy/test_choice.py",),
+    ),
+    Fault(
+        "choice-drop",
+        "revnets/deploy/precisions.py",
+        old="if base - top1 > self.drop + 1e-9:",
+        new="if base - top1 >= self.drop:",
+        tests=("tests/deploy/test_choice.py",),
+    ),
+    Fault(
+        "seal-note",
+        "revnets/deploy/seal.py",
+        old="for envelope in (_ENVELOPES[suffix], _NOTES[suffix]):",
+        new="for envelope in (_ENVELOPES[suffix],):",
+        tests=("tests/deploy/test_choice.py",),
+    ),
 )

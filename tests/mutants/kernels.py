@@ -6,8 +6,8 @@ FAULTS = (
     Fault(
         "kernel-mixed-layouts",
         "revnets/kernels/training.py",
-        old="self._weight_grad(_planes(x, like=grad), dy, shape)",
-        new="self._weight_grad(_planes(x), dy, shape)",
+        old="self._weight_grad(planes(x, like=grad), dy, shape)",
+        new="self._weight_grad(planes(x), dy, shape)",
         tests=("tests/kernels/test_training.py",),
     ),
     Fault(
@@ -26,6 +26,34 @@ FAULTS = (
         old="turned = ranks.view(groups, -1, inputs).transpose(1, 2).reshape(groups * inputs, -1)",
         new="turned = ranks.view(-1, inputs).t().reshape(groups * inputs, -1)",
         tests=("tests/kernels/test_training.py",),
+    ),
+    Fault(
+        "windows-shifts",
+        "revnets/kernels/frames.py",
+        old="tuple(most - r for r in shifts)",
+        new="tuple(shifts)",
+        tests=("tests/kernels/test_windows.py",),
+    ),
+    Fault(
+        "windows-first-input",
+        "revnets/kernels/frames.py",
+        old="first, most = stride * q + phase - pad, max(shifts)",
+        new="first, most = phase, max(shifts)",
+        tests=("tests/kernels/test_windows.py",),
+    ),
+    Fault(
+        "windows-inputs-without-weights",
+        "revnets/kernels/windows.py",
+        old="if len(self._phases) < math.prod(g.stride):",
+        new="if not self._phases:",
+        tests=("tests/kernels/test_windows.py",),
+    ),
+    Fault(
+        "breakeven-of-others",
+        "revnets/kernels/breakeven.py",
+        old="seconds = kept.setdefault(repr(case), seconds)",
+        new="kept[repr(case)] = seconds",
+        tests=("tests/kernels/test_breakeven.py",),
     ),
     Fault(
         "plan-memory-reused",

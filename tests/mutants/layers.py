@@ -143,8 +143,8 @@ FAULTS = (
     Fault(
         "parallel-shares",
         "revnets/layers/sparse_ift/parallel.py",
-        old="kept = numel // count + (index < numel % count)",
-        new="kept = numel // count",
+        old="kept = block * (pieces // count + (index < pieces % count))",
+        new="kept = block * (pieces // count)",
         tests=("tests/layers/sparse_ift/test_members.py",),
     ),
     Fault(

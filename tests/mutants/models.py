@@ -27,16 +27,16 @@ FAULTS = (
     Fault(
         "reset-classifier-dtype",
         "revnets/models/revbifpn.py",
-        old="        self.classifier.to(device=like.device, dtype=like.dtype)\n",
-        new="",
-        tests=("tests/models/test_timm_contract.py",),
+        old="        self.classifier.to(device=like.device, dtype=like.dtype).train(self.training)\n",
+        new="        self.classifier.train(self.training)\n",
+        tests=("tests/models/test_timm_heads.py",),
     ),
     Fault(
         "prune-down-branches",
         "revnets/models/revbifpn.py",
         old="(silo.down, set(range(min(take), NUM_SCALES)))",
         new="(silo.down, set(range(NUM_SCALES)))",
-        tests=("tests/models/test_timm_contract.py",),
+        tests=("tests/models/test_timm_heads.py",),
     ),
     Fault(
         "checkpoint-left-over",

@@ -6,15 +6,15 @@ FAULTS = (
     Fault(
         "masks-empty-layer",
         "revnets/sparsity/masks.py",
-        old="if counts[most] > 1:",
+        old="if counts[most] > some <= sizes[i]:",
         new="if False:",
         tests=("tests/sparsity/test_masks.py",),
     ),
     Fault(
         "masks-remainders",
         "revnets/sparsity/masks.py",
-        old="counts = [min(math.floor(w), size) for w, size in zip(wanted, sizes, strict=True)]",
-        new="counts = [min(math.ceil(w), size) for w, size in zip(wanted, sizes, strict=True)]",
+        old="counts = [min(of * math.floor(w / of), n) for w, n, of in zip(wanted, sizes, blocks, strict=True)]",
+        new="counts = [min(of * math.ceil(w / of), n) for w, n, of in zip(wanted, sizes, blocks, strict=True)]",
         tests=("tests/sparsity/test_masks.py",),
     ),
     Fault(
@@ -72,5 +72,26 @@ FAULTS = (
         old="module.mask.copy_(source.mask)",
         new="module.mask.logical_and_(source.mask)",
         tests=("tests/sparsity/test_controller.py",),
+    ),
+    Fault(
+        "blocks-of-one-kind",
+        "revnets/sparsity/blocks.py",
+        old="torch.equal(spread(of_blocks(mask, of), of), mask)",
+        new="True",
+        tests=("tests/sparsity/test_blocks.py",),
+    ),
+    Fault(
+        "blocks-smallest-number",
+        "revnets/sparsity/blocks.py",
+        old="torch.linalg.vector_norm(numbers.unflatten(1, (-1, of)), dim=2)",
+        new="numbers.unflatten(1, (-1, of)).abs().amin(2)",
+        tests=("tests/sparsity/test_blocks.py",),
+    ),
+    Fault(
+        "controller-blocks-kept",
+        "revnets/sparsity/controller.py",
+        old="if ours.get(name, 1) != theirs.get(name, 1)",
+        new="if False",
+        tests=("tests/sparsity/test_blocks.py",),
     ),
 )

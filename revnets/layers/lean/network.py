@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,10 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from ...reversible.replay import active, tree
 from ..registry import LayerConfig, register_layer
 from ..trace import meta_twin
+from .keeper import Keeper
 from .keeping import Recorder
 from .norm_act import uses_lean_layers
+from .reading import AVAILABLE, Reader, Writes
 from .share import SHARE, Plan, choose
 
 
@@ -160,16 +162,25 @@ def forecast(
 
 
 def _forecast(part: nn.Module, args: Any, kwargs: Any, batch_size: int, share: float) -> Kept:
-    least = _recorded(part, args, kwargs, None)
-    plan = choose(least.candidates, share * least.asked - least.kept, batch_size)
-    planned = least if plan is None else _recorded(part, args, kwargs, plan)
-    return Kept(least.asked / batch_size, planned.kept / batch_size, plan)
+    tensors = list(_tensors_of(part))
 
+    def trial(kind: type[Keeper], plan: Plan | None = None) -> Keeper:
+        with torch.enable_grad(), kind(tensors, plan, to_the_end=True).active() as keeper:
+            _plain(part)(part, *args, **kwargs)
+        return keeper
 
-def _recorded(part: nn.Module, args: Any, kwargs: Any, plan: Plan | None) -> Recorder:
-    with torch.enable_grad(), Recorder(_tensors_of(part), plan, to_the_end=True).active() as recorder:
-        _plain(part)(part, *args, **kwargs)
-    return recorder
+    def tried(kind: type[Keeper]) -> tuple[Plan, Keeper]:
+        least = trial(kind)
+        plan = choose(least.candidates, share * least.asked - least.kept, batch_size)
+        return plan, (trial(kind, plan) if plan.spared else least)
+
+    plan, best = tried(Recorder)
+    if AVAILABLE:
+        with Writes() as writes:
+            reading, read = tried(Reader)
+        if read.kept <= max(best.kept, share * read.asked) and not writes.hidden:
+            plan, best = replace(plan, reading=reading), read
+    return Kept(best.asked / batch_size, best.kept / batch_size, plan)
 
 
 def _calls(twin: nn.Module, names: Sequence[str], x: Tensor) -> dict[str, tuple[nn.Module, Any, Any]]:
@@ -240,8 +251,34 @@ def call_lean(module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any
     """``forward(module, ...)``, which keeps less where that is a training pass (see ``saves``)."""
     if not saves(module):
         return forward(module, *args, **kwargs)
-    with Recorder(_tensors_of(module), vars(module).get(_PLAN)).active():
+    with keeper_of(module).active():
         return forward(module, *args, **kwargs)
+
+
+def keeper_of(module: nn.Module, to_the_end: bool = False) -> Keeper:
+    """What decides in a training pass of a lean module what is kept.
+
+    Args:
+        module: with a plan or without.
+        to_the_end: count bytes also where the plan has nothing left to do.
+    """
+    plan: Plan | None = vars(module).get(_PLAN)
+    if plan is not None and plan.reading is not None and _trains_as_tried(module):
+        return Reader(_tensors_of(module), plan.reading, to_the_end)
+    return Recorder(_tensors_of(module), plan, to_the_end)
+
+
+def _trains_as_tried(module: nn.Module) -> bool:
+    """Whether autograd's graph shows what it showed in the trial: of all of the network, and without autocast."""
+    if torch._C._is_any_autocast_enabled():
+        return False
+    for part in tree(module):
+        if not part.training:
+            return False
+        for parameter in part._parameters.values():
+            if parameter is not None and not (parameter.requires_grad and parameter.device.type in ("cpu", "meta")):
+                return False
+    return True
 
 
 def _reduce(self: Any, protocol: Any) -> Any:

@@ -98,6 +98,8 @@ class Node:
         rank: saved nodes in a row behind it that are computed with it, itself included.
         back: bytes that stay when it is computed for another.
         level: operators in a row behind it.
+        writes: how often its memory may have been written to, as far as is known, if nothing is asked of ``version``.
+        spec: type, shape and strides; these are None where they do not matter.
     """
 
     tensor: Tensor | None = None
@@ -111,7 +113,9 @@ class Node:
     saved = persistent = False
     memo: Tensor | None = None
     readers = back = rank = level = 0
+    writes = 0
     storage: Memory | None = None
+    ledger: Ledger | None = None
     entry: Entry | None = None
 
     def __init__(self, spec: tuple[Any, ...], nbytes: int, version: int) -> None:
@@ -156,8 +160,8 @@ class Node:
     def remember(self, tensor: Tensor) -> None:
         """Have the tensor stay: it will be asked for again."""
         self.memo = tensor
-        if self.storage is not None and self.base is None:
-            self.entry = Entry(self.storage.ledger, self.nbytes)
+        if self.ledger is not None and self.base is None:
+            self.entry = Entry(self.ledger, self.nbytes)
 
     @property
     def stays(self) -> bool:
@@ -195,13 +199,14 @@ class Node:
         given = [_given(argument, found) for argument in args]
         more = {name: _given(argument, found) for name, argument in kwargs.items()} if kwargs else kwargs
         owned = bool(found) and type(args[0]) is Node and found.get(id(args[0]), _NOT_OWNED)[1]
-        if owned and self.inplace is not None and spec_of(given[0]) == self.spec:
+        dtype, shape, stride = self.spec
+        if owned and self.inplace is not None and _is_like(given[0], dtype, shape, stride):
             out: Tensor = self.inplace(*given, **more)
         else:
             out = self.again(*given, **more)  # type: ignore[misc]
-        if self.base is None and out.stride() != self.spec[2]:
-            out = torch.empty_strided(self.spec[1], self.spec[2], dtype=out.dtype, device=out.device).copy_(out)
-        stays = self.saved and self.base is None and (self.stays or self.storage.ledger.fits(self.nbytes))  # type: ignore[union-attr]
+        if self.base is None and stride is not None and out.stride() != stride:
+            out = torch.empty_strided(shape, stride, dtype=out.dtype, device=out.device).copy_(out)
+        stays = self.saved and self.base is None and (self.stays or self.ledger.fits(self.nbytes))  # type: ignore[union-attr]
         if stays:
             self.remember(out)
         elif self.readers > 1:
@@ -274,6 +279,10 @@ def closure(node: Node, leaves: dict[int, tuple[Node, Tensor]], chain: dict[int,
 
 
 _NOT_OWNED = (None, False)
+
+
+def _is_like(x: Tensor, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...] | None) -> bool:
+    return x.dtype is dtype and x.shape == shape and (stride is None or x.stride() == stride)
 
 
 def _level(node: Node) -> int:

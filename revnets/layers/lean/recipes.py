@@ -249,20 +249,41 @@ def _few_pixels(x: Tensor, *_: Any, **__: Any) -> bool:
 
 
 def _short_index(index: Tensor, x: Tensor, *_: Any) -> Tensor:
-    return index.to(torch.int16 if x.shape[-1] * x.shape[-2] < 2**15 else torch.int32)
+    return index.to(_shortest(x.shape[-1] * x.shape[-2]))
+
+
+def _shortest(pixels: int) -> torch.dtype:
+    return torch.int16 if pixels < 2**15 else torch.int32
+
+
+def shorter(index: Tensor, pixels: int) -> Tensor | None:
+    """Places as they are kept, if all are (on the meta device: should be) numbers of pixels; None if not.
+
+    Example:
+        >>> shorter(torch.tensor([0, 5]), 100), shorter(torch.tensor([0, 5]), 4)
+        (tensor([0, 5], dtype=torch.int16), None)
+    """
+    if not 0 < pixels < 2**31 or not index.numel():
+        return None
+    if not (index.is_meta or is_fake(index)):
+        lowest, highest = index.aminmax()
+        if lowest < 0 or highest >= pixels:
+            return None
+    return index.to(_shortest(pixels))
 
 
 def _long_index(short: Tensor, dtype: torch.dtype, *_: Any) -> Tensor:
     return short.to(dtype)
 
 
-def _picked(x: Tensor, index: Tensor) -> Tensor:
+def picked(x: Tensor, index: Tensor) -> Tensor:
+    """The maxima, from their places among the pixels."""
     return x.flatten(-2).gather(-1, index.flatten(-2)).view(index.shape)
 
 
 CODES = {
     "bernoulli_": Code(0, _is_dense, _pack, _unpack),
-    "max_pool2d_with_indices": Code(1, _few_pixels, _short_index, _long_index, _picked),
+    "max_pool2d_with_indices": Code(1, _few_pixels, _short_index, _long_index, picked),
 }
 """Dropout's noise as bits, and the places of maxima, numbers of pixels, in as few bytes as those take."""
 

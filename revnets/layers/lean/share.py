@@ -33,10 +33,13 @@ class Plan:
         spared: which of their results stay.
         last: the last one that is dropped. After all of these the recorder does nothing any more: the last layers of
             many networks are small, and what they would free is worth less than the recorder's own time.
+        reading: the same for recipes that are read from autograd's graph (``reading``), whose results have other
+            numbers; None where these keep more.
     """
 
     spared: Mapping[str, frozenset[int]] = field(default_factory=dict)
     last: Mapping[str, int] = field(default_factory=dict)
+    reading: Plan | None = None
 
 
 class Candidate(NamedTuple):
@@ -61,8 +64,8 @@ class Candidate(NamedTuple):
         return (self.work + self.calls * CALL * batch_size) / self.nbytes
 
 
-def choose(candidates: Sequence[Candidate], room: float, batch_size: int = 1) -> Plan | None:
-    """The candidates that cost most per byte, as many as fit; None where none does.
+def choose(candidates: Sequence[Candidate], room: float, batch_size: int = 1) -> Plan:
+    """The candidates that cost most per byte, as many as fit.
 
     Args:
         candidates: of one pass.
@@ -72,7 +75,7 @@ def choose(candidates: Sequence[Candidate], room: float, batch_size: int = 1) ->
     Example:
         >>> results = [Candidate("relu", 0, 80, 40.0, 0), Candidate("relu", 1, 8, 4.0, 0)]
         >>> choose([*results, Candidate("silu", 0, 4, 8.0, 0)], 13)
-        Plan(spared={'silu': frozenset({0}), 'relu': frozenset({1})}, last={'relu': 0})
+        Plan(spared={'silu': frozenset({0}), 'relu': frozenset({1})}, last={'relu': 0}, reading=None)
     """
     spared: dict[str, set[int]] = defaultdict(set)
     for one in sorted(candidates, key=lambda one: (-one.cost(batch_size), -one.nbytes)):
@@ -80,4 +83,4 @@ def choose(candidates: Sequence[Candidate], room: float, batch_size: int = 1) ->
             room -= one.nbytes
             spared[one.op].add(one.place)
     last = {one.op: one.place for one in candidates if one.place not in spared.get(one.op, ())}
-    return Plan({op: frozenset(places) for op, places in spared.items()}, last) if spared else None
+    return Plan({op: frozenset(places) for op, places in spared.items()}, last)

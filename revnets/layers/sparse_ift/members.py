@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..convert import Job
 from ..geometry import arguments
-from ..registry import SparseConfig, register_layer
+from ..registry import MaskConfig, SparseConfig, register_layer
 from ..sites import Site
 from .doped import SparseDopedConv2d, SparseDopedLinear
 from .factorized import SparseFactorizedConv2d, SparseFactorizedLinear
@@ -22,11 +23,12 @@ from .sparse import sparse_kind
 from .wide import widened
 
 
-@register_layer("sparse", SparseConfig, keeps_weights=True)
-def sparse_layer(site: Site, config: SparseConfig) -> nn.Module:
+@register_layer("sparse", MaskConfig, keeps_weights=True)
+def sparse_layer(site: Site, config: MaskConfig) -> nn.Module:
     """A random mask over the layer's own weights, which stay: (1-s) of the dense FLOPs."""
     layer = site.layer
-    made = sparse_kind(layer)(**arguments(layer), sparsity=config.sparsity, init_scale=config.init_scale)
+    options: dict[str, Any] = {"sparsity": config.sparsity, "init_scale": config.init_scale, "pattern": config.pattern}
+    made = sparse_kind(layer)(**arguments(layer), **options)
     with torch.no_grad():
         for name, own in layer.named_parameters():
             getattr(made, name).copy_(own)
@@ -41,7 +43,7 @@ def sparse_wide(job: Job, config: SparseConfig) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class SparseParallelConfig(SparseConfig):
+class SparseParallelConfig(MaskConfig):
     """Options of ``sparse_parallel``.
 
     Args:
@@ -63,6 +65,7 @@ def sparse_parallel(site: Site, config: SparseParallelConfig) -> nn.Module:
         norm_layer=None if norm is None else lambda _: copy.deepcopy(norm),
         act_layer=None if act is None else lambda: copy.deepcopy(act),
         init_scale=config.init_scale,
+        pattern=config.pattern,
     )
 
 

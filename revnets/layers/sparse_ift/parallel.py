@@ -13,7 +13,7 @@ from ..fold import folded_layer, plain_layer
 from ..geometry import ActLayer, NormLayer, Usual, WithNorms, arguments
 from ..lean.conv import conv
 from ..lean.norm_act import norm_act
-from .sparse import sparse_kind
+from .sparse import fitting_block, sparse_kind
 
 
 def num_branches(sparsity: float) -> int:
@@ -51,16 +51,19 @@ class _Parallel(WithNorms):
         norm_layer: NormLayer | Usual | None = "usual",
         act_layer: ActLayer | Usual | None = "usual",
         init_scale: bool = False,
+        pattern: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__()
         layer, factory = self._stand_for(args, kwargs, sparsity)
+        block = fitting_block(layer.weight, pattern)
         numel, width = layer.weight.numel(), layer.weight.shape[0]  # shared out evenly: as many FLOPs to the last one
-        count = min(num_branches(sparsity), numel)
+        pieces = numel // block
+        count = min(num_branches(sparsity), pieces)
         self.branches = nn.ModuleList()
         for index in range(count):
-            kept = numel // count + (index < numel % count)
-            options = {"sparsity": 1 - kept / numel, "count": kept, "init_scale": init_scale}
+            kept = block * (pieces // count + (index < pieces % count))
+            options = {"sparsity": 1 - kept / numel, "count": kept, "init_scale": init_scale, "pattern": pattern}
             made = sparse_kind(layer)(**{**arguments(layer), "device": None, **factory, **options})
             self.branches.append(Branch(made, self._norm(norm_layer, width, factory), self._act(act_layer)))
         if norm_layer is None and act_layer is None:
@@ -88,6 +91,7 @@ class SparseParallelConv2d(_Parallel):
         norm_layer: makes the norm of a branch, given its channels; None for none; by default batch norm.
         act_layer: makes the activation of a branch; None for none; by default ReLU.
         init_scale: start with weights larger by ``1 / sqrt(1 - s)``.
+        pattern: ``4x1``: zeros come in blocks of four input channels; None: single zeros.
         kwargs: those of ``nn.Conv2d``.
 
     Raises:
@@ -111,6 +115,7 @@ class SparseParallelLinear(_Parallel):
         norm_layer: makes the norm of a branch, given its features; None for none; by default layer norm.
         act_layer: makes the activation of a branch; None for none; by default GELU.
         init_scale: start with weights larger by ``1 / sqrt(1 - s)``.
+        pattern: ``4x1``: zeros come in blocks of four input channels; None: single zeros.
         kwargs: those of ``nn.Linear``.
 
     Raises:

@@ -8,7 +8,8 @@ import torch
 from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 
-from ...kernels.build import load_kernel
+from ...kernels.breakeven import pays
+from ...kernels.build import Geometry, load_kernel
 from ...kernels.training import (
     MAX_DENSITY,
     MIN_PRODUCTS,
@@ -19,10 +20,31 @@ from ...kernels.training import (
     sparse_conv,
     sparse_linear,
 )
+from ...kernels.windows import is_pointwise, structure_of, windows_fit
 from ...reversible.traced import is_traced
+from ...sparsity.blocks import block_of, is_whole, shape_of_blocks
 from ...sparsity.masks import check_sparsity, kept, mask_with_count
 from ..fold import folded_layer, plain_layer
-from ..sites import MASKED
+from ..sites import MASKED, Unsuitable
+
+
+def fitting_block(weight: Tensor, pattern: str | None) -> int:
+    """How many input channels of an output are zero together in a weight.
+
+    Raises:
+        Unsuitable: where its input channels make no whole blocks.
+        ValueError: for an unknown pattern.
+
+    Example:
+        >>> fitting_block(torch.ones(2, 8), "4x1")
+        4
+    """
+    block = block_of(pattern)
+    try:
+        shape_of_blocks(weight.shape, block)
+    except ValueError as error:
+        raise Unsuitable(f"pattern={pattern!r}: {error}") from None
+    return block
 
 
 class _GatheredGrad(torch.autograd.Function):
@@ -58,6 +80,7 @@ class MaskedWeight(nn.Module):
         weight: the parameter, with zeros where the mask is False.
         mask: True where a weight stays.
         sparsity: share of zeros that the mask was made for.
+        pattern: ``4x1`` where zeros come in blocks of four input channels, else None.
         gather_dense_grad: while True, every backward pass adds the gradient of the unmasked weight to ``dense_grad``.
         dense_grad: that gradient, or None; whoever reads it sets it back to None.
         sparse_kernel: whether the kernel that skips zeros is used where it can be, see ``use_sparse_kernel``.
@@ -67,25 +90,37 @@ class MaskedWeight(nn.Module):
     bias: nn.Parameter | None
     mask: Tensor
     sparsity: float
+    pattern: str | None = None
     _count: int
     init_scale: bool
     gather_dense_grad: bool
     dense_grad: Tensor | None
     sparse_kernel: bool = False
     _structures: StructureCache | None = None
+    _dense_for: tuple[Any, ...] | None = None  # the input and the mask, seen last, for which the kernel does not pay
     _mask_known: bool = True
 
     def __init__(
-        self, *args: Any, sparsity: float, init_scale: bool = False, count: int | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        sparsity: float,
+        init_scale: bool = False,
+        count: int | None = None,
+        pattern: str | None = None,
+        **kwargs: Any,
     ) -> None:
         check_sparsity(sparsity)
         super().__init__(*args, **kwargs)
-        self.sparsity = sparsity
+        block = fitting_block(self.weight, pattern)
+        self.sparsity, self.pattern = sparsity, pattern
         self.init_scale = init_scale
         self.gather_dense_grad = False
         self.dense_grad = None
         if count is None:
-            count = max(1, kept(self.weight.numel(), self.sparsity))  # a layer without weights would never learn
+            count = kept(self.weight.numel(), self.sparsity, block)
+            count = max(block, count)  # a layer without weights would never learn
+        elif count % block:
+            raise ValueError(f"count={count}: zeros in blocks of {block} leave a multiple of {block} weights")
         self._count = count
         self.register_buffer("mask", self._drawn_mask())
         self._mask_known = not self.mask.is_meta
@@ -94,7 +129,8 @@ class MaskedWeight(nn.Module):
     def _drawn_mask(self) -> Tensor:
         if self.weight.is_meta:
             return torch.empty(self.weight.shape, dtype=torch.bool, device="meta")
-        return mask_with_count(self.weight.shape, self._count).to(self.weight.device)
+        block = block_of(self.pattern)
+        return mask_with_count(self.weight.shape, self._count, block=block).to(self.weight.device)
 
     def _draw_missing_mask(self) -> None:
         """A mask that was made on the meta device is what happens to be in memory, until one is drawn or loaded."""
@@ -138,10 +174,20 @@ class MaskedWeight(nn.Module):
             return None
         if not kernel_serves(x, self.weight, self.bias):
             return None
+        version = 0 if self.mask.is_inference() else self.mask._version
+        kind = (x.shape, x.stride(), torch.get_num_threads(), id(self.mask), version)
+        if kind == self._dense_for:
+            return None
         if self._structures is None:
             self._structures = StructureCache()
-        structure = self._structures.of(self.mask, getattr(self, "groups", 1))
-        return structure if structure.density <= MAX_DENSITY else None
+        structure = self._structures.of(self.mask, self._make_structure)
+        if structure.density <= MAX_DENSITY and pays(structure, x):
+            return structure
+        self._dense_for = kind
+        return None
+
+    def _make_structure(self, mask: Tensor) -> Structure:
+        return Structure(mask)
 
     @torch.no_grad()
     def set_mask(self, mask: Tensor) -> None:
@@ -151,13 +197,15 @@ class MaskedWeight(nn.Module):
             mask: bool, of the weight's shape.
 
         Raises:
-            ValueError: for another shape or dtype.
+            ValueError: for another shape or dtype, or one that breaks the blocks of the pattern.
         """
         if mask.shape != self.mask.shape or mask.dtype != torch.bool:
             raise ValueError(
                 f"mask of shape {tuple(mask.shape)} and {mask.dtype}: expected a torch.bool mask of the weight's shape "
                 f"{tuple(self.mask.shape)}"
             )
+        if not is_whole(mask, block_of(self.pattern)):
+            raise ValueError(f"the mask has single zeros, where the pattern {self.pattern} has blocks")
         mask = mask.to(self.mask.device)
         self.weight.mul_(self.mask & mask)
         self.mask.copy_(mask)
@@ -167,15 +215,21 @@ class MaskedWeight(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._mask_known = (self._mask_known or f"{prefix}mask" in state_dict) and not self.mask.is_meta
+        if self._mask_known and not is_whole(self.mask, block_of(self.pattern)):
+            args[-1].append(  # torch raises it with those of other layers
+                f"{prefix}mask of the checkpoint has single zeros, where the pattern {self.pattern} of the layer has "
+                "blocks: load it into layers without a pattern"
+            )
         self.weight.mul_(self.mask)  # a dense checkpoint loads with strict=False
 
     def extra_repr(self) -> str:
         """Torch's own, with the sparsity and the count of the weights that stay."""
         count = "?" if self.mask.device.type == "meta" else int(self.mask.sum())
-        return f"{super().extra_repr()}, sparsity={self.sparsity:.4g}, weights={count}/{self.mask.numel()}"
+        pattern = "" if self.pattern is None else f", pattern={self.pattern}"
+        return f"{super().extra_repr()}, sparsity={self.sparsity:.4g}{pattern}, weights={count}/{self.mask.numel()}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "dense_grad": None, "_structures": None}
+        return {**self.__dict__, "dense_grad": None, "_structures": None, "_dense_for": None}
 
 
 class SparseConv2d(MaskedWeight, nn.Conv2d):  # type: ignore[misc]
@@ -186,10 +240,11 @@ class SparseConv2d(MaskedWeight, nn.Conv2d):  # type: ignore[misc]
         sparsity: share of zeros, in [0, 1).
         init_scale: start with a standard deviation larger by ``1 / sqrt(1 - sparsity)``.
         count: exact number of weights that stay; by default ``round((1 - sparsity) * numel)``, at least 1.
+        pattern: ``4x1``: zeros come in blocks of four input channels, so many blocks stay; None: single zeros.
         kwargs: those of ``nn.Conv2d``.
 
     Raises:
-        ValueError: for a sparsity outside [0, 1).
+        ValueError: for a sparsity outside [0, 1), or input channels that make no whole blocks.
 
     Example:
         >>> SparseConv2d(8, 16, 3, sparsity=0.75)
@@ -205,7 +260,23 @@ class SparseConv2d(MaskedWeight, nn.Conv2d):  # type: ignore[misc]
 
     def structure(self, x: Tensor) -> Structure | None:
         """What the kernel needs to compute this layer for an input; None where the masked path is to be taken."""
-        return self._structure(x, x.shape[1], self.in_channels) if self._may_skip(x) and x.ndim == 4 else None
+        if not (self._may_skip(x) and x.ndim == 4):
+            return None
+        found = self._structure(x, x.shape[1], self.in_channels)
+        return found if found is not None and min(found.geometry.output_size(*x.shape[2:])) > 0 else None
+
+    def _make_structure(self, mask: Tensor) -> Structure:
+        return structure_of(mask, geometry_of(self))
+
+
+def geometry_of(conv: nn.Conv2d) -> Geometry:
+    """Its numbers, padding by words as what it is for kernels of odd sides."""
+    numbers = zip(conv.kernel_size, conv.dilation, strict=True)
+    padding: Any = conv.padding
+    if isinstance(padding, str):
+        padding = [dilation * (k - 1) // 2 if padding == "same" else 0 for k, dilation in numbers]
+    sizes: list[Any] = [(a, b) for a, b in (conv.kernel_size, conv.stride, padding, conv.dilation)]
+    return Geometry(conv.in_channels, conv.out_channels, *sizes, conv.groups)
 
 
 class SparseConv2dSame(SparseConv2d):
@@ -234,10 +305,11 @@ class SparseLinear(MaskedWeight, nn.Linear):  # type: ignore[misc]
         sparsity: share of zeros, in [0, 1).
         init_scale: start with a standard deviation larger by ``1 / sqrt(1 - sparsity)``.
         count: exact number of weights that stay; by default ``round((1 - sparsity) * numel)``, at least 1.
+        pattern: ``4x1``: zeros come in blocks of four input channels, so many blocks stay; None: single zeros.
         kwargs: those of ``nn.Linear``.
 
     Raises:
-        ValueError: for a sparsity outside [0, 1).
+        ValueError: for a sparsity outside [0, 1), or input channels that make no whole blocks.
 
     Example:
         >>> SparseLinear(32, 8, sparsity=0.5)
@@ -263,12 +335,14 @@ def _folded(layer: Any) -> nn.Module:
 
 
 def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
-    """Have sparse 1x1 convolutions of stride 1, and linear layers, train on a kernel that skips zeros, on the CPU.
+    """Have sparse convolutions and linear layers train on a kernel that skips zeros, on the CPU, where that pays.
 
-    Gradients are those of the masked path to float32 accuracy, and are differentiable once. Other layers stay as they
-    are. A layer takes the masked path by itself where the kernel does not apply: more than half of the weights there,
-    less than a million products, not float32 or not on the CPU, autocast, ``torch.compile``, ``torch.func``, while
-    RigL gathers dense gradients. Inputs that are channels last are transposed for it and back. The choice belongs to
+    It has loops for convolutions of any window, stride and dilation, for 1x1 ones of stride 1 in groups, too. Gradients
+    are those of the masked path to float32 accuracy, and are differentiable once. Other layers stay as they are. A layer
+    takes the masked path by itself where the kernel does not apply: more than half of the weights there, less than a
+    million products, not float32 or not on the CPU, autocast, ``torch.compile``, ``torch.func``, while RigL gathers
+    dense gradients; and where it was measured, once for its kind of input, that the kernel is no faster: see
+    ``revnets.kernels.breakeven``. Inputs that are channels last are transposed for it and back. The choice belongs to
     the module: it is copied and pickled with it, and is no part of ``state_dict``.
 
     Args:
@@ -276,13 +350,13 @@ def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
         enabled: False goes back to the masked path everywhere.
 
     Returns:
-        How many layers use the kernel now.
+        How many layers may use the kernel now.
 
     Raises:
         KernelUnavailable: where it cannot be compiled; the message says why.
 
     Example:
-        >>> use_sparse_kernel(nn.Sequential(SparseConv2d(8, 8, 1, sparsity=0.9), SparseConv2d(8, 8, 3, sparsity=0.9)))
+        >>> use_sparse_kernel(nn.Sequential(SparseConv2d(8, 8, 3, sparsity=0.9), nn.Conv2d(8, 8, 3)))
         1
     """
     if enabled:
@@ -299,12 +373,14 @@ def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
 
 def _served(layer: Any) -> bool:
     """Whether the kernel has a loop for the layer."""
-    pointwise = isinstance(layer, SparseLinear) or (
-        layer.kernel_size == (1, 1)
-        and layer.stride == (1, 1)
-        and layer.padding in ((0, 0), "valid", "same")  # "same" adds nothing to a 1x1 kernel
-    )
-    return pointwise and kernel_fits(layer.weight)
+    if isinstance(layer, SparseLinear):
+        return kernel_fits(layer.weight)
+    geometry = geometry_of(layer)
+    if is_pointwise(geometry):
+        return kernel_fits(layer.weight)
+    even = any(d * (k - 1) % 2 for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
+    plain = layer.padding_mode == "zeros" and not (layer.padding == "same" and even)  # which pads one side more
+    return plain and windows_fit(geometry) and layer.weight.numel() < 2**31
 
 
 def sparse_kind(layer: nn.Module) -> type[SparseConv2d] | type[SparseLinear]:

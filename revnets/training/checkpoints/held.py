@@ -155,7 +155,8 @@ SPARSITY = Record(
             ),
             _columns,
         ),
-    }
+    },
+    {"blocks": Mapped(TEXT, COUNT)},  # of layers whose zeros come in blocks
 )
 
 _PATIENCE: dict[str, Kind] = {

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import revnets
 from revnets.layers import convert, fold, is_lean, make_lean
 from revnets.layers.lean import keeping
-from revnets.layers.lean.network import kept_per_image, saves
+from revnets.layers.lean.network import keeper_of, kept_per_image, saves
 from revnets.profiling.memory import measure_training_step
 from revnets.profiling.predict import predict_training_step
 from tests.helpers import assert_same_step, training_step
@@ -48,11 +48,10 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
 
 
 def kept_bytes(model: nn.Module, x: Tensor) -> int:
-    plan = vars(model).get("_lean_plan")
-    with keeping.Recorder([*model.parameters(), *model.buffers()], plan, to_the_end=True).active() as recorder:
+    with keeper_of(model, to_the_end=True).active() as keeper:
         y = model(x)
     del y
-    return recorder.kept
+    return keeper.kept
 
 
 # --- nothing changes -------------------------------------------------------------------------------------------------

@@ -1,0 +1,202 @@
+"""The kernel in training: convolutions of windows larger than a pixel, and of strides."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import frames
+from .build import Geometry
+from .calls import check_geometry
+from .compressed import MAX_COLUMNS
+from .frames import Lines, Planes, Side
+from .operands import readable
+from .training import Structure, by_pixel, check_images, laid_out, planes
+
+MAX_STRIDE = 8  # frames have its square of phases
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """The weights that inputs of one phase of the padded input see, with input and output exchanged.
+
+    Attributes:
+        phase: of the rows and of the columns.
+        shifts: of the taps, likewise; see ``Side.backwards``.
+        lines: where the weights are.
+        order: int64, of its values among those of the structure.
+    """
+
+    phase: tuple[int, int]
+    shifts: tuple[list[int], list[int]]
+    lines: Lines
+    order: Tensor
+
+
+class WindowStructure(Structure):
+    """What the kernel has to know of the mask of a convolution of one group, of any kernel, stride, dilation and padding.
+
+    Args:
+        mask: bool, ``(C_out, C_in, kh, kw)``, on the CPU.
+        geometry: of the convolution.
+
+    Raises:
+        ValueError: for a mask that is not bool on the CPU, or is not of the geometry.
+
+    Example:
+        >>> mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+        >>> structure = WindowStructure(mask, Geometry(1, 1, (3, 3), (2, 2), (1, 1)))
+        >>> structure.convolve(torch.ones(1, 1, 4, 4), torch.ones(9)).flatten().tolist()
+        [4.0, 6.0, 6.0, 9.0]
+    """
+
+    def __init__(self, mask: Tensor, geometry: Geometry) -> None:
+        check_geometry(geometry)
+        g = geometry
+        if mask.shape != (g.out_channels, g.in_channels, *g.kernel_size) or g.groups != 1:
+            raise ValueError(f"a mask of shape {tuple(mask.shape)}: expected that of {geometry}, of one group")
+        self._check_mask(mask)
+        mask = readable("mask", mask.detach(), torch.bool)
+        self.geometry, self._numel = geometry, mask.numel()
+        self.verdicts = {}
+        numbers = torch.arange(1, mask.numel() + 1, dtype=torch.int32, device="cpu").view(mask.shape) * mask
+        self._lines, found = Lines.of(numbers.flatten(2))
+        self._places = found - 1
+        self.places = self._places.long()
+        self.density = len(found) / max(mask.numel(), 1)
+        ranks = torch.zeros(mask.numel(), dtype=torch.int32, device="cpu")
+        ranks[self.places] = torch.arange(1, len(found) + 1, dtype=torch.int32, device="cpu")
+        self._phases = _phases(ranks.view(mask.shape), geometry)
+
+    def convolve(self, x: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``(N, C_in, H, W)`` to ``(N, C_out, H', W')`` in the same memory layout.
+
+        Raises:
+            ValueError: for other numbers of dimensions, channels or values, other types, another device.
+        """
+        check_images(x)
+        values = readable("values", values, numel=len(self.places))
+        bias = None if bias is None else readable("bias", bias, numel=self.geometry.out_channels)
+        given = _planes(x)
+        g = self.geometry
+        out = torch.Size((len(x), g.out_channels, *g.output_size(*x.shape[2:])))
+        if min(out[2:]) < 1 or x.shape[1] != g.in_channels:
+            raise ValueError(f"input of shape {tuple(x.shape)}: too small, or not of {g.in_channels} channels")
+        y = _made(x, out)
+        if y.tensor.numel():
+            frames.convolve(self._lines, self._sides(out), given, values, bias, y)
+        return laid_out(y.tensor, x, out)
+
+    def grads(
+        self,
+        grad: Tensor,
+        x: Tensor | None,
+        values: Tensor,
+        shape: torch.Size,
+        needed: Sequence[bool],
+        size: torch.Size | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """See ``Structure.grads``."""
+        check_images(grad)
+        size = x.shape if x is not None else size
+        self._check_sizes(grad, size, shape)
+        dy = _planes(grad)
+        grad_x = grad_weight = grad_bias = None
+        if needed[0] and size is not None:
+            grad_x = self._input_grad(grad, dy, readable("values", values, numel=len(self.places)), size)
+            grad_x = laid_out(grad_x, grad, size)
+        if needed[1] and x is not None:
+            grad_weight = grad.new_zeros(shape)
+            if grad.numel():
+                given = _planes(x)
+                frames.weight_grad(self._lines, self._sides(grad.shape), given, dy, self._places, grad_weight)
+        if needed[2]:
+            grad_bias = dy.tensor.sum((0, 2, 3))
+        return grad_x, grad_weight, grad_bias
+
+    def _check_sizes(self, grad: Tensor, size: torch.Size | None, shape: torch.Size) -> None:
+        g = self.geometry
+        self._check_size(math.prod(shape))
+        expected = None if size is None else (size[0], g.out_channels, *g.output_size(*size[2:]))
+        if expected is None or size is None or size[1] != g.in_channels or grad.shape != expected:
+            raise ValueError(f"gradient of shape {tuple(grad.shape)} for an input of {size}: expected {expected}")
+
+    def _sides(self, out: Sequence[int]) -> tuple[Side, Side]:
+        g = self.geometry
+        numbers = zip(out[2:], g.kernel_size, g.stride, g.padding, g.dilation, strict=True)
+        high, wide = (Side.forwards(*each) for each in numbers)
+        return high, wide
+
+    def _input_grad(self, grad: Tensor, dy: Planes, values: Tensor, size: torch.Size) -> Tensor:
+        g = self.geometry
+        dx = _made(grad, size)
+        if len(self._phases) < math.prod(g.stride):
+            dx.tensor.zero_()  # no weight sees the others
+        for part in self._phases:
+            numbers = zip(size[2:], g.stride, g.padding, part.phase, part.shifts, strict=True)
+            high, wide = (Side.backwards(*each) for each in numbers)
+            if size[0] and high.count and wide.count:
+                frames.convolve(part.lines, (high, wide), dy, values.index_select(0, part.order), None, dx)
+        return dx.tensor
+
+
+def _planes(x: Tensor) -> Planes:
+    return Planes.of(planes(x), x.shape, by_pixel(x))
+
+
+def _made(like: Tensor, shape: torch.Size) -> Planes:
+    """Memory for a result of this shape, laid out alike."""
+    n, channels, height, width = shape
+    in_lines = by_pixel(like)
+    tensor = like.new_empty((1, channels, 1, n * height * width) if in_lines else shape)
+    return Planes.of(tensor, shape, in_lines)
+
+
+def _phases(ranks: Tensor, g: Geometry) -> list[_Phase]:
+    """From int32 ranks of a structure's values, from 1 on, where its weights are ``(C_out, C_in, kh, kw)``."""
+    found = []
+    for phase in itertools.product(*map(range, g.stride)):
+        taps = [
+            [k for k in range(kernel) if k * dilation % stride == a]
+            for a, kernel, stride, dilation in zip(phase, g.kernel_size, g.stride, g.dilation, strict=True)
+        ]
+        if not all(taps):
+            continue
+        shifts = [[k * d // s for k in each] for each, d, s in zip(taps, g.dilation, g.stride, strict=True)]
+        part = ranks[:, :, taps[0]][:, :, :, taps[1]].transpose(0, 1).flatten(2)
+        lines, order = Lines.of(part)
+        found.append(_Phase((phase[0], phase[1]), (shifts[0], shifts[1]), lines, order.long() - 1))
+    return found
+
+
+def structure_of(mask: Tensor, geometry: Geometry) -> Structure:
+    """What the kernel has to know of the mask of a convolution."""
+    return Structure(mask, geometry.groups) if is_pointwise(geometry) else WindowStructure(mask, geometry)
+
+
+def is_pointwise(geometry: Geometry) -> bool:
+    """Whether an output is a sum over one pixel of the input, the one in its place.
+
+    Example:
+        >>> is_pointwise(Geometry(64, 64)), is_pointwise(Geometry(64, 64, stride=(2, 2)))
+        (True, False)
+    """
+    g = geometry
+    return (g.kernel_size, g.stride, g.padding) == ((1, 1), (1, 1), (0, 0))
+
+
+def windows_fit(geometry: Geometry) -> bool:
+    """Whether the kernel's numbers can count the weights of such a layer, which is of one group.
+
+    Example:
+        >>> windows_fit(Geometry(64, 64, (3, 3))), windows_fit(Geometry(64, 64, (3, 3), groups=64))
+        (True, False)
+    """
+    taps = math.prod(geometry.kernel_size)
+    most = max(geometry.in_channels, geometry.out_channels) * taps
+    return geometry.groups == 1 and max(geometry.stride) <= MAX_STRIDE and most <= MAX_COLUMNS

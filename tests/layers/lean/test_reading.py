@@ -1,0 +1,275 @@
+"""Recipes from autograd's graph: the same steps as by the recorder, without its eye on every operator."""
+
+import copy
+import gc
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import checkpoint
+
+from revnets.layers import convert, make_lean
+from revnets.layers.lean import nodes
+from revnets.layers.lean.keeper import Keeper
+from revnets.layers.lean.keeping import Recorder
+from revnets.layers.lean.network import keeper_of, kept_per_image
+from revnets.layers.lean.reading import AVAILABLE, Reader, Writes
+from revnets.layers.lean.share import Plan
+from revnets.profiling.memory import measure_training_step
+from revnets.profiling.predict import predict_training_step
+from tests.helpers import assert_same_step, training_step
+
+from .networks import BLOCKS, C, images, network
+from .test_network import STEPS, Random, kept_bytes, loss, saved_bytes
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this torch does not show what its graph keeps")
+
+SIZE = (C, 16, 16)
+
+
+def read(plain: nn.Module) -> nn.Module:
+    """A copy that reads the graph, whatever it may keep."""
+    lean = make_lean(copy.deepcopy(plain), Plan(reading=Plan())).train()
+    for p in lean.parameters():
+        p.requires_grad_(True)
+    return lean
+
+
+def is_read(net: nn.Module) -> bool:
+    return type(keeper_of(net)) is Reader
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", [n for n in BLOCKS if n != "frozen norm"])
+def test_same_step(name: str, layout: torch.memory_format) -> None:
+    plain, x = network("bottleneck", name, "gated", name), images().to(memory_format=layout)
+    plain.to(memory_format=layout)
+    lean = read(plain)
+    assert is_read(lean)
+    assert_same_step(training_step(lean, (x,), loss), training_step(plain, (x,), loss), 1e-10)
+    assert kept_bytes(lean, x) < 0.9 * saved_bytes(plain, x)
+
+
+@pytest.mark.parametrize("name", [n for n in BLOCKS if n != "frozen norm"])
+def test_same_bits_in_float32(name: str) -> None:
+    plain = network("gated by hardswish", name, "bottleneck").float()
+    x = images(dtype=torch.float32)
+    assert_same_step(training_step(read(plain), (x,), loss), training_step(plain, (x,), loss), 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=STEPS)
+def test_any_flow_of_data(steps: list[tuple[str, int, int]]) -> None:
+    torch.manual_seed(0)
+    plain = Random(steps).double().train()
+    assert_same_step(training_step(read(plain), (images(2),), loss), training_step(plain, (images(2),), loss), 1e-10)
+
+
+ACTIVATIONS = [
+    *(nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Mish, nn.LeakyReLU),
+    *(nn.ELU, nn.Softplus, lambda inplace: nn.GELU("tanh")),
+]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation: Any, inplace: bool) -> None:
+    try:
+        layer = activation(inplace=inplace)
+    except TypeError:
+        layer = activation()
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), layer, nn.Conv2d(C, C, 3)).train()
+    x = images(dtype=torch.float32)
+    assert_same_step(training_step(read(plain), (x,), loss), training_step(plain, (x,), loss), 0)
+
+
+@pytest.mark.parametrize("name", ["bottleneck", "gated", "gated by hardswish"])
+def test_it_keeps_what_the_recorder_keeps(name: str) -> None:
+    plain, x = nn.Sequential(nn.Conv2d(C, C, 1).double(), network(name, name, name)), images()
+    assert kept_bytes(read(plain), x) == kept_bytes(make_lean(copy.deepcopy(plain)), x)
+
+
+@pytest.mark.parametrize(
+    ("model", "reads"), [("mobilenetv3_small_050", True), ("test_efficientnet", True), ("test_vit", False)]
+)
+def test_conversion_chooses_it_where_it_keeps_as_little(model: str, reads: bool) -> None:
+    plain = timm.create_model(model, num_classes=10).train()
+    lean = convert(copy.deepcopy(plain), "lean", input_size=(3, 96, 96)).model.train()
+    assert is_read(lean) == reads
+    x = torch.randn(2, 3, 96, 96)
+    if model != "test_vit":
+        assert_same_step(training_step(lean, (x,), loss), training_step(plain, (x,), loss), 0)
+
+
+def test_no_operator_is_looked_at() -> None:
+    net = read(network("bottleneck", "gated"))
+    seen: list[Any] = []
+    net[0].register_forward_pre_hook(lambda *_: seen.append(_get_current_dispatch_mode_stack()))
+    training_step(net, (images(),), loss)
+    assert seen == [[]]
+
+
+def test_elsewhere_the_recorder_sees_to_it() -> None:
+    net = read(network("bottleneck").float())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert type(keeper_of(net)) is Recorder
+    next(net.parameters()).requires_grad_(False)
+    assert type(keeper_of(net)) is Recorder
+    net = read(network("bottleneck"))
+    next(m for m in net.modules() if isinstance(m, nn.BatchNorm2d)).eval()
+    assert type(keeper_of(net)) is Recorder
+
+
+@pytest.mark.parametrize("share", [0.6, 0.75])
+def test_shares(share: float) -> None:
+    plain, x = network(*["gated by hardswish"] * 3), images(2)
+    lean = convert(copy.deepcopy(plain), f"lean:{share}", input_size=SIZE).model.train()
+    assert is_read(lean)
+    assert_same_step(training_step(lean, (x,), loss), training_step(plain, (x,), loss), 1e-10)
+    assert 0.4 * saved_bytes(plain, x) < kept_bytes(lean, x) <= share * saved_bytes(plain, x)
+
+
+# --- what the graph does not show ------------------------------------------------------------------------------------
+
+
+class Hidden(nn.Module):
+    """Writes to a result before it is used, unseen by autograd."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.stem, self.conv, self.head = (nn.Conv2d(C, C, 1) for _ in range(3))
+        self.norm, self.place = nn.BatchNorm2d(C), place
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        h = self.norm(self.conv(x))
+        if self.place == "norm":
+            h.detach().mul_(2)
+        h = h + x
+        if self.place == "sum":
+            with torch.no_grad():
+                h.clamp_(-1, 1)
+        if self.place == "data":
+            h.data.mul_(0.5)
+        return self.head(h)
+
+
+@pytest.mark.parametrize("place", ["norm", "sum", "data"])
+def test_networks_with_hidden_writes_are_left_to_the_recorder(place: str) -> None:
+    torch.manual_seed(0)
+    plain = Hidden(place).double().train()
+    lean = convert(copy.deepcopy(plain), "lean:0", input_size=SIZE).model.train()
+    assert not is_read(lean)
+    assert_same_step(training_step(lean, (images(),), loss), training_step(plain, (images(),), loss), 1e-10)
+    found = kept_per_image(Hidden("").double(), SIZE, share=0)
+    assert found is not None
+    assert found.plan is not None
+    assert found.plan.reading is not None
+
+
+def test_versions_tell_of_a_write_to_a_norm() -> None:
+    class Net(Hidden):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(self.conv(x))
+            h.detach().mul_(2)
+            return self.head(h)
+
+    torch.manual_seed(0)
+    plain = Net("").double().train()
+    assert_same_step(training_step(read(plain), (images(),), loss), training_step(plain, (images(),), loss), 1e-10)
+
+
+def test_writes_that_autograd_sees_are_not_hidden() -> None:
+    with Writes() as writes:
+        network("gated", "dropout", "bottleneck", "scales")(images())
+    assert not writes.hidden
+
+
+class Named(torch.autograd.Function):
+    """A user's function, with the name of an operator and another value."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0]
+
+
+Named.__name__ = "Relu"
+
+
+def test_functions_of_users_are_not_read() -> None:
+    class Net(Hidden):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(Named.apply(self.norm(self.conv(x))))
+
+    torch.manual_seed(0)
+    plain = Net("").double().train()
+    assert_same_step(training_step(read(plain), (images(),), loss), training_step(plain, (images(),), loss), 1e-10)
+
+
+# --- lives, checkpoints, predictions ---------------------------------------------------------------------------------
+
+
+def test_nothing_lives_longer_than_the_graph() -> None:
+    net = read(network("bottleneck", "gated", "mlp", "scales"))
+    gc.collect()
+    gc.disable()  # no cycles: what is kept goes at once, not some time
+    try:
+        for backward in (True, False):
+            y = net(images()).sum()
+            assert _living(nodes.Node) > 0
+            if backward:
+                y.backward()
+            del y
+            assert _living(nodes.Node) == _living(Keeper) == 0
+    finally:
+        gc.enable()
+
+
+def _living(kind: type) -> int:
+    return sum(issubclass(type(one), kind) for one in gc.get_objects())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_with_checkpoints_inside(reentrant: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = network("bottleneck"), network("gated"), network("scales")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.third(checkpoint(self.second, self.first(x), use_reentrant=reentrant))
+
+    plain = Net().train()
+    assert_same_step(training_step(read(plain), (images(),), loss), training_step(plain, (images(),), loss), 1e-10)
+
+
+def test_twice_backward_and_gradients_of_gradients() -> None:
+    plain, x = network("bottleneck", "mlp"), images()
+    found = []
+    for net in (plain, read(plain)):
+        y = net(x).square().mean()
+        y.backward(retain_graph=True)
+        first = torch.autograd.grad(y, list(net.parameters()), create_graph=True)
+        torch.stack([g.square().sum() for g in first]).sum().backward()
+        found.append([p.grad for p in net.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("width", [64, 256])
+def test_a_prediction_is_what_a_step_takes(width: int) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, width, 1), nn.BatchNorm2d(width), nn.SiLU(), nn.Conv2d(width, width, 1)]
+    net = read(nn.Sequential(*layers, nn.BatchNorm2d(width), nn.SiLU(), nn.Conv2d(width, 4, 1)))
+    x = torch.randn(4, 3, 24, 24)
+    before = sum(t.nbytes for t in (*net.parameters(), *net.buffers(), x))
+    measured = measure_training_step(net, x).peak_bytes + before
+    assert predict_training_step(net, x).peak_bytes == pytest.approx(measured, rel=0.01)
