@@ -42,7 +42,7 @@ class Precisions:
     Example:
         >>> Precisions(-1.0, [], [])
         Traceback (most recent call last):
-        ValueError: accuracy_drop=-1.0: expected a finite number of at least 0
+        ValueError: accuracy_drop=-1.0: expected a number of at least 0
     """
 
     drop: float

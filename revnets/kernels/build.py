@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .cache import CACHE_VARIABLE as CACHE_VARIABLE
 from .cache import folders, open_kept, seal
@@ -286,6 +287,28 @@ def _build(compiler: Sequence[str], path: Path, key: str) -> ctypes.CDLL:
     raise KernelUnavailable(f"{shlex.join(compiler)} cannot compile {SOURCE.name}: {problem}")
 
 
+_INTEGER, _POINTER = ctypes.c_int64, ctypes.c_void_p
+SIZES = {
+    "revnets_call_size": CallStruct,
+    "revnets_grad_call_size": GradStruct,
+    "revnets_window_call_size": WindowStruct,
+}
+"""Functions that say how large the library takes a structure to be."""
+
+FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "revnets_target": (ctypes.c_char_p, []),
+    "revnets_byte_target": (ctypes.c_char_p, []),
+    "revnets_fits": (_INTEGER, [_POINTER, _POINTER, _INTEGER, _INTEGER, _INTEGER]),
+    "revnets_run": (None, [_POINTER, _INTEGER, _INTEGER]),
+    "revnets_weight_grad": (None, [_POINTER, _POINTER, _INTEGER]),
+    "revnets_windows": (None, [_POINTER, _INTEGER]),
+    "revnets_windows_grad": (None, [_POINTER, _POINTER, _INTEGER]),
+    "revnets_transpose": (None, [_POINTER, _INTEGER, _INTEGER, _POINTER, _INTEGER]),
+    **dict.fromkeys(SIZES, (_INTEGER, [])),
+}
+"""What the library has to have: of each function its result and its arguments."""
+
+
 def _checked(path: Path) -> ctypes.CDLL:
     """The library, once it is known to load and to agree about the layout of a call."""
     try:
@@ -293,30 +316,15 @@ def _checked(path: Path) -> ctypes.CDLL:
         _declare(library)
     except (OSError, AttributeError) as error:  # AttributeError: a library without these functions
         raise KernelUnavailable(f"{path} is not the library of {SOURCE.name}: {error}") from error
-    sizes = [library.revnets_call_size(), library.revnets_grad_call_size(), library.revnets_window_call_size()]
-    if sizes != [ctypes.sizeof(kind) for kind in (CallStruct, GradStruct, WindowStruct)]:
+    if any(getattr(library, name)() != ctypes.sizeof(kind) for name, kind in SIZES.items()):
         raise KernelUnavailable(f"{path} was compiled from another version of {SOURCE.name}: delete it")
     return library
 
 
 def _declare(library: ctypes.CDLL) -> None:
-    library.revnets_target.restype = ctypes.c_char_p
-    library.revnets_byte_target.restype = ctypes.c_char_p
-    library.revnets_call_size.restype = ctypes.c_int64
-    library.revnets_fits.argtypes = [*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3]
-    library.revnets_fits.restype = ctypes.c_int64
-    library.revnets_run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
-    library.revnets_run.restype = None
-    library.revnets_weight_grad.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-    library.revnets_weight_grad.restype = None
-    library.revnets_windows.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    library.revnets_windows.restype = None
-    library.revnets_windows_grad.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-    library.revnets_windows_grad.restype = None
-    library.revnets_transpose.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 2, ctypes.c_void_p, ctypes.c_int64]
-    library.revnets_transpose.restype = None
-    for name in ("grad", "window"):
-        getattr(library, f"revnets_{name}_call_size").restype = ctypes.c_int64
+    for name, (result, arguments) in FUNCTIONS.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
 
 
 # --- what it is told -------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from revnets.kernels import build, cache, compiler
-from revnets.kernels.build import CallStruct, GradStruct, KernelUnavailable
+from revnets.kernels.build import KernelUnavailable
 from revnets.kernels.compiler import compile_library
 from revnets.kernels.compressed import compress
 
@@ -26,18 +26,9 @@ from .nets import needs_kernel
 pytestmark = needs_kernel
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root gives files to others")
-SOURCE = f"""
-extern "C" {{
-const char* revnets_target() {{ return "small"; }}
-const char* revnets_byte_target() {{ return "small"; }}
-long long revnets_call_size() {{ return {ctypes.sizeof(CallStruct)}; }}
-long long revnets_grad_call_size() {{ return {ctypes.sizeof(GradStruct)}; }}
-long long revnets_fits(const void*, const void*, long long, long long, long long) {{ return 1; }}
-void revnets_run(const void*, long long, long long) {{}}
-void revnets_weight_grad(const void*, void*, long long) {{}}
-void revnets_transpose(const void*, long long, long long, void*, long long) {{}}
-}}
-"""
+SMALL = {name: str(ctypes.sizeof(kind)) for name, kind in build.SIZES.items()}
+SMALL |= dict.fromkeys(("revnets_target", "revnets_byte_target"), '(long long)"small"')
+SOURCE = "".join(f'extern "C" long long {name}() {{ return {SMALL.get(name, "0")}; }}\n' for name in build.FUNCTIONS)
 EVIL = """#include <cstdio>
 #include <cstdlib>
 __attribute__((constructor)) static void go() { if (FILE* f = std::fopen(std::getenv("TRACE"), "w")) std::fclose(f); }
