@@ -230,15 +230,19 @@ class Planner:
 
     def _candidates(self, budget: int) -> Iterator[Tried]:
         """Plans that may be the fastest within a budget: down the ladder, then those in which all is alike."""
-        for index in range(LEVELS, -1, -1):
-            if self._level_peak(index) > SLACK * budget and index:
+        within = self.needed(self._try(self._least)) <= budget  # else nothing of the ladder is, which is dear to find out
+        most = SLACK * budget
+        for index in range(LEVELS if within else 0, -1, -1):
+            if self._level_peak(index) > most and index:
                 continue
             solution = self._level(index)
             if solution is not None:
                 tried = self._try(solution)
                 yield tried
-                if self.needed(tried) <= budget:
+                above = self.needed(tried) - budget
+                if above <= 0:
                     break  # those below are slower
+                most = self._level_peak(index) - above / 2  # a trace of a large network takes seconds: not each level
         for choice in self.figures:
             if choice != "store":
                 yield self._try(self._all(choice))
