@@ -307,7 +307,8 @@ def load(path: str | Path, engine: str | None = None, threads: int | None = None
 
     Args:
         path: ``.pt2``, ``.onnx`` or ``.xml``.
-        engine: for ``.onnx`` files ``"onnxruntime"`` or ``"openvino"``; by default the one it was chosen for.
+        engine: for ``.onnx`` files ``"onnxruntime"`` or ``"openvino"``; by default the one it was chosen for. Without
+            ``trust`` one of those that run files of that name.
         threads: None: as many as torch uses.
         trust: open the file unchecked; only for files of people whose programs you would run, too.
 
@@ -315,7 +316,7 @@ def load(path: str | Path, engine: str | None = None, threads: int | None = None
         The function; it may be called from several threads at once.
 
     Raises:
-        ExportError: for a file that is missing, or that the engine cannot open.
+        ExportError: for a file that is missing, or that the engine does not run or cannot open.
         Untrusted: an ``ExportError``, for one that needs ``trust=True``.
     """
     path = Path(path)
@@ -324,6 +325,9 @@ def load(path: str | Path, engine: str | None = None, threads: int | None = None
     if engine is None and path.suffix not in _BY_SUFFIX:
         raise ExportError(f"{str(path)!r}: expected a name that ends in {', '.join(_BY_SUFFIX)}")
     given = None if engine is None else get_engine(engine)
+    able = _BY_SUFFIX.get(path.suffix)
+    if given is not None and able is not None and given.name not in able and not trust:
+        raise ExportError(f"engine={engine!r} does not run {str(path)!r}: expected {' or '.join(able)}")
     content = read(path, trust)
     return (given or get_engine(_engine_of(content))).open(content, threads)
 

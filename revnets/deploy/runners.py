@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels.build import kernel_problem
 from .bind import bind
-from .checks import plain_onnx, plain_program
+from .checks import plain_onnx, plain_program, plain_xml
 from .graph import ExportError, flat
 from .seal import Content
 
@@ -66,6 +66,8 @@ def open_onnxruntime(content: Content, threads: int | None) -> Runner:
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3
     model = str(content.path) if content.trusted else plain_onnx(content)
+    if not content.trusted:  # or it takes what has the mark of its own format for that
+        options.add_session_config_entry("session.load_model_format", "ONNX")
     try:
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common class
@@ -158,7 +160,7 @@ def open_openvino(content: Content, threads: int | None, precision: str | None =
         elif content.path.suffix == ".onnx":
             model = core.read_model(plain_onnx(content))
         else:
-            model = core.read_model(content.data, content.weights)
+            model = core.read_model(plain_xml(content), content.weights)
     except RuntimeError as error:
         raise _cannot_open("OpenVINO", content, error) from error
     return OpenVino(core, model, settings)
