@@ -208,6 +208,8 @@ def deploy(
     """
     check_limits(tolerance, max_density)
     COUNT.check("repeats", repeats)
+    if precisions is not None and engine != "auto":
+        raise ExportError(f"precisions: only with engine='auto', which compares; engine={engine!r}: leave one of them out")
     if not name or name != Path(name).name:
         raise ExportError(f"name={name!r}: expected the name of a file, without a folder")
     if not isinstance(x, Tensor) or not x.numel():

@@ -114,7 +114,8 @@ class _Trial:
 
     def by_default(self, engine: str, precision: str) -> Candidate:
         """The engine's file in float32, with a note that it is to take the precision that it likes."""
-        source = next(one.path for one in self.made if (one.engine, one.precision) == (engine, FLOAT32))
+        files = (one.path for one in self.made if (one.engine, one.precision) == (engine, FLOAT32))
+        source = next(files, None)
         if source is None:
             raise ExportError(f"{engine} has no file in float32")
         path = self._copied(source, engine, precision)
