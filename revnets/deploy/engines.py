@@ -32,7 +32,7 @@ from .graph import (
     worst_error,
 )
 from .lower import Layer, lower
-from .runners import Runner, open_onnxruntime, open_openvino, open_torch
+from .runners import Runner, first_call, open_onnxruntime, open_openvino, open_torch
 from .seal import Content, Untrusted, read, refusal, seal
 
 
@@ -91,7 +91,9 @@ def get_engine(name: str) -> Engine:
 
 def write_torch(graph: fx.GraphModule, x: Tensor, any_batch: bool, path: Path) -> None:
     """The graph as a program of ``torch.export``."""
-    torch.export.save(export_program(graph, x, any_batch), path)
+    program = export_program(graph, x, any_batch)
+    with refused("torch.export cannot write the model", kind=ExportError):
+        torch.export.save(program, path)
 
 
 # --- ONNX ------------------------------------------------------------------------------------------------------------
@@ -106,14 +108,12 @@ def write_onnx(graph: fx.GraphModule, x: Tensor, any_batch: bool, path: Path) ->
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), refused("torch.onnx refuses the model", kind=ExportError):
             warnings.simplefilter("ignore")  # the exporter's own deprecations
             exported: Any = torch.onnx.export(
                 program, dynamo=True, input_names=[INPUT_NAME], output_names=names, verbose=False
             )
-        exported.save(str(path), external_data=False)
-    except torch.onnx.OnnxExporterError as error:
-        raise ExportError(f"torch.onnx refuses the model: {str(error).splitlines()[0]}") from error
+            exported.save(str(path), external_data=False)
     finally:
         logger.setLevel(level)
 
@@ -282,14 +282,14 @@ def verify(run: Runner, model: nn.Module, x: Tensor, tolerance: float, what: str
     """The largest difference of the outputs on ``x`` and on random numbers, relative to the largest output.
 
     Raises:
-        ExportError: if it exceeds the tolerance.
+        ExportError: if it exceeds the tolerance, or there are no outputs, since the engine fails.
     """
     was_training = model.training
     model.eval()
     try:
         generator = torch.Generator().manual_seed(0)
         inputs = (x, torch.randn(x.shape, generator=generator))
-        error = max(worst_error(run(one), model(one)) for one in inputs)
+        error = max(worst_error(first_call(run, one, what), model(one)) for one in inputs)
     finally:
         model.train(was_training)
     if not error <= tolerance:

@@ -18,6 +18,7 @@ from .engines import get_engine, verify
 from .graph import ExportError
 from .peers import PEERS
 from .quantize import accuracies, calibration_images, quantize
+from .runners import first_call
 from .seal import Purpose, read, seal
 
 _ROUGHLY = 0.5  # of the largest output: what bfloat16 may differ by; accuracy decides
@@ -131,7 +132,9 @@ class _Trial:
         )
         if engine != "sparse" and twin is not None and twin.path is not None:
             path = self._copied(twin.path, engine, precision)
-            return Candidate(engine, precision, path, get_engine(engine).open(read(path), None), twin.error)
+            run = get_engine(engine).open(read(path), None)
+            first_call(run, self.x, f"{engine} {precision}")
+            return Candidate(engine, precision, path, run, twin.error)
         method = "minmax" if engine == "sparse" and self.method == "entropy" else self.method
         folder, name = self.folder / f"{engine}-{precision}", f"{self.name}-{precision}"
         sizes: dict[str, Any] = {"any_batch": self.any_batch, "engine": engine, "batch_size": len(self.x)}

@@ -14,12 +14,23 @@ import torch
 from torch import Tensor
 
 from ..kernels.build import kernel_problem
+from ..training.errors import refused
 from .bind import bind
 from .checks import plain_onnx, plain_program, plain_xml
 from .graph import ExportError, flat
 from .seal import Content
 
 Runner = Callable[[Tensor], list[Tensor]]
+
+
+def first_call(run: Runner, x: Tensor, what: str) -> list[Tensor]:
+    """Outputs of a file that never ran: engines compile then, and raise what they like.
+
+    Raises:
+        ExportError: where it fails.
+    """
+    with refused(f"{what} fails on images of shape {tuple(x.shape)}", kind=ExportError):
+        return run(x)
 
 
 def open_torch(content: Content, threads: int | None) -> Runner:

@@ -44,3 +44,80 @@ def test_precisions_are_tried_only_where_engines_are_compared(engine: str, tmp_p
 def test_an_engine_without_a_file_in_float32_has_none_by_default(made: list[Candidate], tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"^openvino has no file in float32$"):
         trial(tmp_path, made).by_default("openvino", "bfloat16")
+
+
+# --- one candidate fails ---------------------------------------------------------------------------------------------
+
+
+def fail(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("the library's own words")
+
+
+def fail_later(calls: int) -> Any:
+    """Stands for torch.export.save: the first files can be written."""
+    save, left = torch.export.save, [calls]
+
+    def write(*arguments: Any, **options: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            fail()
+        save(*arguments, **options)
+
+    return write
+
+
+@pytest.mark.parametrize("what", ["calibration", "file", "first call"])
+def test_a_library_that_fails_at_one_candidate_leaves_the_others(
+    what: str, ours_alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, instead, message = {
+        "calibration": ("revnets.deploy.int8_ranges.Observed.run_node", fail, "refuses calibration images of shape"),
+        "file": ("torch.export.save", fail_later(2), "torch.export cannot write the model"),
+        "first call": ("revnets.deploy.quantize.load", lambda _: fail, "the file in INT8 fails on images of shape"),
+    }[what]
+    monkeypatch.setattr(place, instead)
+    made = deploy(Net(nn.ReLU), images(1), tmp_path, precisions=tried(images=4))
+    assert made.precision == "float32"
+    assert [one.name for one in made.candidates] == ["torch", "sparse", "sparse int8"]
+    assert message in made.candidates[-1].refused
+    assert made.candidates[-1].refused.endswith("the library's own words")
+
+
+def test_an_engine_that_fails_in_its_first_call_leaves_it_to_the_others(
+    ours_alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_own(engine: Engine, *_: Any) -> Any:
+        return fail if engine.name == "torch" else lambda x: [net(x)]
+
+    net = Net().eval()
+    monkeypatch.setattr("revnets.deploy.engines.open_own", open_own)
+    made = deploy(net, images(1), tmp_path)
+    assert (made.engine, len(made.candidates)) == ("sparse", 2)
+    assert made.candidates[0].refused.startswith("torch fails on images of shape (1, 3, 24, 24): the library's own")
+
+
+@pytest.mark.skipif(bool(ENGINES["onnxruntime"].missing()), reason="the engine is not installed")
+def test_a_quantiser_that_fails_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from onnxruntime import quantization
+
+    from revnets.deploy.quantize import quantize_onnx
+
+    monkeypatch.setattr(quantization, "quantize_static", fail)
+    with pytest.raises(ExportError, match=r"^ONNX Runtime cannot quantise the model: the library's own words$"):
+        quantize_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx", [images(1)], "minmax")
+
+
+def test_a_file_that_two_engines_run_is_tried_in_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ran in one of them: the other may fail in its first call all the same."""
+
+    class Failing:
+        def open(self, *_: Any) -> Any:
+            return fail
+
+    (tmp_path / "made").mkdir()
+    path = tmp_path / "made" / "model-int8.onnx"
+    path.write_bytes(b"")
+    monkeypatch.setattr("revnets.deploy.precisions.get_engine", lambda name: Failing())
+    twin = Candidate("onnxruntime", "int8", path, lambda x: [x])
+    with pytest.raises(ExportError, match=r"^openvino int8 fails on images of shape .*own words$"):
+        trial(tmp_path, [twin]).quantised("openvino", "int8")
