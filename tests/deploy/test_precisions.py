@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from revnets.deploy import ENGINES, Candidate, Engine, ExportError, Precisions, deploy
+from revnets.deploy.command import Request, _judged_on_its_calibration
 from revnets.deploy.precisions import _Trial
+from revnets.pruning.command import Source
 
 from .nets import Net, images
 
@@ -80,7 +82,7 @@ def test_a_library_that_fails_at_one_candidate_leaves_the_others(
     assert made.precision == "float32"
     assert [one.name for one in made.candidates] == ["torch", "sparse", "sparse int8"]
     assert message in made.candidates[-1].refused
-    assert made.candidates[-1].refused.endswith("the library's own words")
+    assert "the library's own words" in made.candidates[-1].refused
 
 
 def test_an_engine_that_fails_in_its_first_call_leaves_it_to_the_others(
@@ -121,3 +123,39 @@ def test_a_file_that_two_engines_run_is_tried_in_both(tmp_path: Path, monkeypatc
     twin = Candidate("onnxruntime", "int8", path, lambda x: [x])
     with pytest.raises(ExportError, match=r"^openvino int8 fails on images of shape .*own words$"):
         trial(tmp_path, [twin]).quantised("openvino", "int8")
+
+
+# --- on which images -------------------------------------------------------------------------------------------------
+
+DROP, INT8_ALONE, FLOAT32_ALONE = {"accuracy_drop": 1.0}, {"int8": True}, dict[str, Any]()
+
+
+@pytest.mark.parametrize(
+    ("split", "eval_split", "options", "same"),
+    [
+        ("train", "validation", DROP, False),
+        ("train", "val", INT8_ALONE, False),
+        ("", "validation", DROP, False),
+        ("train", "train", DROP, True),
+        ("", "train", DROP, True),
+        ("validation", "val", INT8_ALONE, True),
+        (".", ".", DROP, True),
+        (".", "validation", DROP, True),
+        ("train", ".", INT8_ALONE, True),
+        ("train", "", INT8_ALONE, False),
+        ("train", "train", FLOAT32_ALONE, False),
+    ],
+)
+def test_images_that_judge_what_they_calibrated(
+    split: str, eval_split: str, options: dict[str, Any], same: bool, tmp_path: Path
+) -> None:
+    for name in ("train", "validation"):
+        (tmp_path / name).mkdir()
+    source = Source("resnet18", tmp_path, tmp_path, split=split)
+    assert _judged_on_its_calibration(source, Request(eval_split=eval_split, **options)) is same
+
+
+def test_an_archive_has_no_other_images(tmp_path: Path) -> None:
+    (tmp_path / "all.tar").touch()
+    source = Source("resnet18", tmp_path / "all.tar", tmp_path, split=".")
+    assert _judged_on_its_calibration(source, Request(eval_split=".", accuracy_drop=1.0))
