@@ -7,7 +7,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from .graph import (
 )
 from .lower import Layer, lower
 from .runners import Runner, first_call, open_onnxruntime, open_openvino, open_torch
-from .seal import Content, Untrusted, read, refusal, seal
+from .seal import Content, Purpose, Untrusted, read, refusal, seal
 
 
 @dataclass(frozen=True)
@@ -331,6 +331,8 @@ def load(path: str | Path, engine: str | None = None, threads: int | None = None
     if given is not None and able is not None and given.name not in able and not trust:
         raise ExportError(f"engine={engine!r} does not run {str(path)!r}: expected {' or '.join(able)}")
     content = read(path, trust)
+    if trust and content.purpose.engine not in ("", *(able or ())):
+        content = replace(content, purpose=Purpose())  # a note that nothing can follow: as if there were none
     return (given or get_engine(_engine_of(content))).open(content, threads)
 
 

@@ -11,7 +11,7 @@ import torch
 from revnets.deploy import ENGINES, ExportError, Untrusted, deploy, load
 from revnets.deploy.checks import plain_onnx, plain_xml
 from revnets.deploy.runners import open_onnxruntime, open_openvino
-from revnets.deploy.seal import Content, read, seal
+from revnets.deploy.seal import SUFFIXES, Content, Purpose, read, seal
 
 from .nets import Net, images
 
@@ -150,3 +150,54 @@ class Named:
 
     def open(self, content: Content, threads: int | None) -> None:
         self._opened.append(self.name)
+
+
+# --- notes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=SUFFIXES)
+def anything(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A file with room for a seal."""
+    path = tmp_path / f"file{request.param}"
+    path.write_bytes(b"PK\x05\x06" + bytes(18))
+    return path
+
+
+@pytest.mark.parametrize("purpose", [Purpose(), Purpose("sparse", "int8"), Purpose("e" * 20, "p" * 11), Purpose("a")])
+def test_notes_that_fit_are_read_again(purpose: Purpose, anything: Path) -> None:
+    seal(anything, purpose)
+    assert read(anything).purpose == purpose
+
+
+@pytest.mark.parametrize(
+    "purpose", [Purpose("e" * 20, "p" * 12), Purpose("e", "ö"), Purpose("an engine", "int8"), Purpose("torch", "int8 ")]
+)
+def test_notes_that_could_not_be_read_again_are_not_written(purpose: Purpose, anything: Path) -> None:
+    before = anything.read_bytes()
+    with pytest.raises(ExportError, match=r"a note of engine '.*' and precision '.*' does not fit: expected .* 31 "):
+        seal(anything, purpose)
+    assert anything.read_bytes() == before
+
+
+def test_of_a_trusted_file_a_note_that_nothing_can_follow_does_not_count(tmp_path: Path) -> None:
+    path = deploy(Net(), images(1), tmp_path, "torch").path
+    seal(path, Purpose("tensorrt", "int8"))
+    with pytest.raises(Untrusted, match=r"its note names 'tensorrt'.*trust=True"):
+        load(path)
+    assert load(path, trust=True)(images(2))[0].shape == (2, 4)
+
+
+def test_neither_does_its_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+
+    class Noting:
+        def open(self, content: Content, threads: int | None) -> None:
+            opened.append(content.purpose)
+
+    monkeypatch.setattr("revnets.deploy.engines.get_engine", lambda name: opened.append(name) or Noting())
+    path = tmp_path / "file.xml"
+    path.touch()
+    for noted in (Purpose("tensorrt", "int8"), Purpose("openvino", "bfloat16")):
+        seal(path, noted)
+        load(path, trust=True)
+    assert opened == ["openvino", Purpose(), "openvino", Purpose("openvino", "bfloat16")]
