@@ -194,7 +194,11 @@ def test_neither_does_its_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         def open(self, content: Content, threads: int | None) -> None:
             opened.append(content.purpose)
 
-    monkeypatch.setattr("revnets.deploy.engines.get_engine", lambda name: opened.append(name) or Noting())
+    def get_engine(name: str) -> Noting:
+        opened.append(name)
+        return Noting()
+
+    monkeypatch.setattr("revnets.deploy.engines.get_engine", get_engine)
     path = tmp_path / "file.xml"
     path.touch()
     for noted in (Purpose("tensorrt", "int8"), Purpose("openvino", "bfloat16")):

@@ -159,3 +159,38 @@ def test_an_archive_has_no_other_images(tmp_path: Path) -> None:
     (tmp_path / "all.tar").touch()
     source = Source("resnet18", tmp_path / "all.tar", tmp_path, split=".")
     assert _judged_on_its_calibration(source, Request(eval_split=".", accuracy_drop=1.0))
+
+
+# --- no work that decides nothing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("seconds", "counted"), [(0.5, True), (1.0, True), (1.04, True), (1.06, False), (3.0, False)])
+def test_what_is_slower_than_float32_is_not_judged(seconds: float, counted: bool) -> None:
+    seen = []
+
+    def run(x: Tensor) -> list[Tensor]:
+        seen.append(len(x))
+        return [x.mean((2, 3))]
+
+    made = [
+        Candidate("torch", "float32", None, run, seconds=2.0),
+        Candidate("sparse", "float32", None, run, seconds=1.0),
+        Candidate("sparse", "int8", None, run, seconds=seconds),
+    ]
+    data = [(torch.rand(3, 4, 2, 2), torch.zeros(3, dtype=torch.long))]
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    Precisions(0, [], data).judge(model, made, lambda work, what: work)
+    assert seen == [3] * counted
+    assert [one.accuracy is not None for one in made] == [True, True, counted]
+    assert [one.refused for one in made] == ["", "", "" if counted else "it is slower than sparse in float32"]
+
+
+def test_an_int8_that_failed_is_not_made_again_for_another_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("revnets.deploy.precisions.quantize", fail)
+    failed = Candidate("onnxruntime", "int8", None, refused="INT8 outputs differ by 0.70")
+    with pytest.raises(ExportError, match=r"^as onnxruntime int8: INT8 outputs differ by 0\.70$"):
+        trial(tmp_path, [failed]).quantised("openvino", "int8")
+    with pytest.raises(RuntimeError, match="own words"):  # another file
+        trial(tmp_path, [failed]).quantised("sparse", "int8")
