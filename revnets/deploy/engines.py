@@ -195,7 +195,7 @@ def deploy(
 
     Raises:
         ExportError: for numbers that cannot be, an unknown engine or one that is not installed, a model that cannot be
-            exported, outputs that differ, a folder that cannot be written.
+            exported, outputs that differ, a folder that cannot be written, precisions for one engine.
 
     Example:
         >>> import tempfile
@@ -209,7 +209,7 @@ def deploy(
     check_limits(tolerance, max_density)
     COUNT.check("repeats", repeats)
     if precisions is not None and engine != "auto":
-        raise ExportError(f"precisions: only with engine='auto', which compares; engine={engine!r}: leave one of them out")
+        raise ExportError(f"precisions: only with engine='auto', got engine={engine!r}: leave out one of the two")
     if not name or name != Path(name).name:
         raise ExportError(f"name={name!r}: expected the name of a file, without a folder")
     if not isinstance(x, Tensor) or not x.numel():

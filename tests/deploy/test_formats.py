@@ -170,7 +170,7 @@ def test_notes_that_fit_are_read_again(purpose: Purpose, anything: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "purpose", [Purpose("e" * 20, "p" * 12), Purpose("e", "ö"), Purpose("an engine", "int8"), Purpose("torch", "int8 ")]
+    "purpose", [Purpose("e" * 20, "p" * 12), Purpose("e", "ö"), Purpose("an engine", "int8"), Purpose("e", "int8 ")]
 )
 def test_notes_that_could_not_be_read_again_are_not_written(purpose: Purpose, anything: Path) -> None:
     before = anything.read_bytes()
