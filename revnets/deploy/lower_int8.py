@@ -14,7 +14,18 @@ from ..kernels import byte_ops as byte_ops
 from ..kernels.byte_blocks import compress_bytes
 from ..kernels.compressed import activate
 from ..training.errors import refused
-from .graph import ATEN, ExportError, add_constant, argument, clean, constant, is_changed, is_in_place, is_known, sole_name
+from .graph import (
+    ATEN,
+    ExportError,
+    add_constant,
+    argument,
+    clean,
+    constant,
+    is_changed,
+    is_in_place,
+    is_known,
+    sole_name,
+)
 from .int8_ranges import Observed, Range, quantised_weights
 from .lower import OPS, _activation, _Tail, _tail, node_geometry, pair
 
