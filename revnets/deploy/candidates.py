@@ -20,7 +20,7 @@ from .runners import Runner
 FLOAT32, INT8 = "float32", "int8"
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 _WARM_SECONDS = 0.06
-_CLOSE, _REPEATS_OF_CLOSE = 1.05, 3  # of times that differ by less, how many times as many runs are counted
+CLOSE, _REPEATS_OF_CLOSE = 1.05, 3  # of times that differ by less, how many times as many runs are counted
 
 
 @dataclass
@@ -133,6 +133,6 @@ def fastest(made: Sequence[Candidate], x: Tensor, repeats: int) -> Candidate:
         return one.seconds, not one.dense
 
     allowed = sorted((one for one in made if not one.refused), key=order)
-    if len(allowed) > 1 and allowed[1].seconds < _CLOSE * allowed[0].seconds:
+    if len(allowed) > 1 and allowed[1].seconds < CLOSE * allowed[0].seconds:
         timed(allowed[:2], x, _REPEATS_OF_CLOSE * repeats)
     return min(allowed, key=order)

@@ -4,6 +4,9 @@
 structures name, calls any function of torch that a node names, and writes names of inputs into the source of a function
 that it executes. So a ``.pt2`` is taken apart, all in it that is not known to be plain is refused, and the engine
 gets an archive written anew from what is left.
+
+ONNX Runtime and OpenVINO tell formats by their first bytes, whatever the file is called. So they get only bytes that
+cannot be taken for another format than the one that was looked into.
 """
 
 from __future__ import annotations
@@ -278,11 +281,27 @@ _TEXTS: Mapping[str, Callable[[str], bool]] = {
 """By the name that a text comes under: what it may be."""
 
 
+# --- OpenVINO --------------------------------------------------------------------------------------------------------
+
+_XML = b"<?xml "  # no white space before it: a model of ONNX may begin with that
+
+
+def plain_xml(content: Content) -> bytes:
+    """The bytes of an ``.xml`` that OpenVINO takes for nothing else: models of ONNX may name other files.
+
+    Raises:
+        Untrusted: for one that does not begin as XML.
+    """
+    if not content.trusted and not content.data.startswith(_XML):
+        raise Untrusted(refusal(content.path, f"it is no XML (it does not begin with {_XML.decode().strip()!r})"))
+    return content.data
+
+
 # --- ONNX ------------------------------------------------------------------------------------------------------------
 
 
 def plain_onnx(content: Content) -> bytes:
-    """The bytes of an ``.onnx`` whose tensors are all inside of it.
+    """A model of ONNX whose tensors are all inside of it: written anew, without fields that the check does not know.
 
     Raises:
         Untrusted: for one that names other files, or is none.
@@ -296,11 +315,13 @@ def plain_onnx(content: Content) -> bytes:
     try:
         model.ParseFromString(content.data)
         problem = _reaches_out(model, 0)
+        model.DiscardUnknownFields()  # those of other formats, and of later releases than that of the check
+        plain: bytes = model.SerializeToString()
     except (DecodeError, RecursionError) as error:
         raise Untrusted(refusal(content.path, "it is no ONNX model")) from error
     if problem:
         raise Untrusted(refusal(content.path, f"it holds {problem}"))
-    return content.data
+    return plain
 
 
 def _reaches_out(message: Any, depth: int) -> str:

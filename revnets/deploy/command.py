@@ -65,6 +65,11 @@ def run(source: Source, request: Request, with_data: bool) -> None:
         ValueError: one sentence, before long work where that can be.
     """
     _check(source, request, with_data)
+    if _judged_on_its_calibration(source, request):
+        say(
+            f"warning: INT8 is calibrated on images of {str(source.data)!r} on which its top-1 is measured, too, and "
+            "may be lower on others: give --split and --eval-split, or --data with the folders train and validation"
+        )
     with _no_trace_of_failure(source.output):
         _make(source, request)
 
@@ -162,6 +167,15 @@ def _check(source: Source, request: Request, with_data: bool) -> None:
         ):
             if used and split:
                 _check_split(option, source.data, split)
+
+
+def _judged_on_its_calibration(source: Source, request: Request) -> bool:
+    """Whether top-1 of INT8 is measured on the images that it is calibrated on."""
+    if not request.eval_split or not (request.int8 or request.accuracy_drop is not None):
+        return False
+    own = find_split(source.data, source.split) if source.split else split_or_root(source.data, "train")
+    own, other = own.resolve(), find_split(source.data, request.eval_split).resolve()
+    return own == other or own in other.parents or other in own.parents
 
 
 def _check_split(option: str, data: Path, split: str) -> None:

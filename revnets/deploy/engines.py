@@ -7,7 +7,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ from .graph import (
     worst_error,
 )
 from .lower import Layer, lower
-from .runners import Runner, open_onnxruntime, open_openvino, open_torch
-from .seal import Content, Untrusted, read, refusal, seal
+from .runners import Runner, first_call, open_onnxruntime, open_openvino, open_torch
+from .seal import Content, Purpose, Untrusted, read, refusal, seal
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,9 @@ def get_engine(name: str) -> Engine:
 
 def write_torch(graph: fx.GraphModule, x: Tensor, any_batch: bool, path: Path) -> None:
     """The graph as a program of ``torch.export``."""
-    torch.export.save(export_program(graph, x, any_batch), path)
+    program = export_program(graph, x, any_batch)
+    with refused("torch.export cannot write the model", kind=ExportError):
+        torch.export.save(program, path)
 
 
 # --- ONNX ------------------------------------------------------------------------------------------------------------
@@ -106,14 +108,12 @@ def write_onnx(graph: fx.GraphModule, x: Tensor, any_batch: bool, path: Path) ->
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), refused("torch.onnx refuses the model", kind=ExportError):
             warnings.simplefilter("ignore")  # the exporter's own deprecations
             exported: Any = torch.onnx.export(
                 program, dynamo=True, input_names=[INPUT_NAME], output_names=names, verbose=False
             )
-        exported.save(str(path), external_data=False)
-    except torch.onnx.OnnxExporterError as error:
-        raise ExportError(f"torch.onnx refuses the model: {str(error).splitlines()[0]}") from error
+            exported.save(str(path), external_data=False)
     finally:
         logger.setLevel(level)
 
@@ -195,7 +195,7 @@ def deploy(
 
     Raises:
         ExportError: for numbers that cannot be, an unknown engine or one that is not installed, a model that cannot be
-            exported, outputs that differ, a folder that cannot be written.
+            exported, outputs that differ, a folder that cannot be written, precisions for one engine.
 
     Example:
         >>> import tempfile
@@ -208,6 +208,8 @@ def deploy(
     """
     check_limits(tolerance, max_density)
     COUNT.check("repeats", repeats)
+    if precisions is not None and engine != "auto":
+        raise ExportError(f"precisions: only with engine='auto', got engine={engine!r}: leave out one of the two")
     if not name or name != Path(name).name:
         raise ExportError(f"name={name!r}: expected the name of a file, without a folder")
     if not isinstance(x, Tensor) or not x.numel():
@@ -280,14 +282,14 @@ def verify(run: Runner, model: nn.Module, x: Tensor, tolerance: float, what: str
     """The largest difference of the outputs on ``x`` and on random numbers, relative to the largest output.
 
     Raises:
-        ExportError: if it exceeds the tolerance.
+        ExportError: if it exceeds the tolerance, or there are no outputs, since the engine fails.
     """
     was_training = model.training
     model.eval()
     try:
         generator = torch.Generator().manual_seed(0)
         inputs = (x, torch.randn(x.shape, generator=generator))
-        error = max(worst_error(run(one), model(one)) for one in inputs)
+        error = max(worst_error(first_call(run, one, what), model(one)) for one in inputs)
     finally:
         model.train(was_training)
     if not error <= tolerance:
@@ -307,7 +309,8 @@ def load(path: str | Path, engine: str | None = None, threads: int | None = None
 
     Args:
         path: ``.pt2``, ``.onnx`` or ``.xml``.
-        engine: for ``.onnx`` files ``"onnxruntime"`` or ``"openvino"``; by default the one it was chosen for.
+        engine: for ``.onnx`` files ``"onnxruntime"`` or ``"openvino"``; by default the one it was chosen for. Without
+            ``trust`` one of those that run files of that name.
         threads: None: as many as torch uses.
         trust: open the file unchecked; only for files of people whose programs you would run, too.
 
@@ -315,7 +318,7 @@ def load(path: str | Path, engine: str | None = None, threads: int | None = None
         The function; it may be called from several threads at once.
 
     Raises:
-        ExportError: for a file that is missing, or that the engine cannot open.
+        ExportError: for a file that is missing, or that the engine does not run or cannot open.
         Untrusted: an ``ExportError``, for one that needs ``trust=True``.
     """
     path = Path(path)
@@ -324,7 +327,12 @@ def load(path: str | Path, engine: str | None = None, threads: int | None = None
     if engine is None and path.suffix not in _BY_SUFFIX:
         raise ExportError(f"{str(path)!r}: expected a name that ends in {', '.join(_BY_SUFFIX)}")
     given = None if engine is None else get_engine(engine)
+    able = _BY_SUFFIX.get(path.suffix)
+    if given is not None and able is not None and given.name not in able and not trust:
+        raise ExportError(f"engine={engine!r} does not run {str(path)!r}: expected {' or '.join(able)}")
     content = read(path, trust)
+    if trust and content.purpose.engine not in ("", *(able or ())):
+        content = replace(content, purpose=Purpose())  # a note that nothing can follow: as if there were none
     return (given or get_engine(_engine_of(content))).open(content, threads)
 
 

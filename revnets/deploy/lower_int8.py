@@ -13,7 +13,19 @@ from torch import Tensor, fx
 from ..kernels import byte_ops as byte_ops
 from ..kernels.byte_blocks import compress_bytes
 from ..kernels.compressed import activate
-from .graph import ATEN, add_constant, argument, clean, constant, is_changed, is_in_place, is_known, sole_name
+from ..training.errors import refused
+from .graph import (
+    ATEN,
+    ExportError,
+    add_constant,
+    argument,
+    clean,
+    constant,
+    is_changed,
+    is_in_place,
+    is_known,
+    sole_name,
+)
 from .int8_ranges import Observed, Range, quantised_weights
 from .lower import OPS, _activation, _Tail, _tail, node_geometry, pair
 
@@ -50,6 +62,9 @@ def lower_int8(graph: fx.GraphModule, batches: Sequence[Tensor], calibration: st
         batches: images, to find the ranges of activations.
         calibration: ``minmax``, or ``percentile``: without the outermost of 10,000 numbers at each end.
 
+    Raises:
+        ExportError: for images that the graph cannot take.
+
     Example:
         >>> from torch import nn
         >>> from revnets.deploy.graph import export_graph
@@ -62,7 +77,8 @@ def lower_int8(graph: fx.GraphModule, batches: Sequence[Tensor], calibration: st
     """
     seen = Observed(graph, _SHARE if calibration == "percentile" else 0.0)
     for batch in batches:
-        seen.run(batch)
+        with refused(f"the model refuses calibration images of shape {tuple(batch.shape)}", kind=ExportError):
+            seen.run(batch)
     return _Lowering(graph, seen).run()
 
 

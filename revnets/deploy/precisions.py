@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..training.options.values import NOT_NEGATIVE
-from .candidates import FLOAT32, INT8, Candidate, Progress, attempt
+from .candidates import CLOSE, FLOAT32, INT8, Candidate, Progress, attempt
 from .engines import get_engine, verify
 from .graph import ExportError
 from .peers import PEERS
 from .quantize import accuracies, calibration_images, quantize
+from .runners import first_call
 from .seal import Purpose, read, seal
 
 _ROUGHLY = 0.5  # of the largest output: what bfloat16 may differ by; accuracy decides
@@ -81,9 +82,16 @@ class Precisions:
     def judge(self, model: nn.Module, made: Sequence[Candidate], progress: Progress) -> None:
         """Measures top-1 of every precision on the same images, and refuses what loses more than ``drop``.
 
-        Files in float32 have the model's: their outputs are verified to be.
+        Files in float32 have the model's: their outputs are verified to be. What is slower than the fastest of them is
+        not measured: it would not be taken, whatever its top-1.
         """
-        others = [one for one in made if one.precision != FLOAT32]
+        best = min((one for one in made if one.precision == FLOAT32), key=lambda one: one.seconds)
+        others = []
+        for one in made:
+            if one.precision != FLOAT32 and one.seconds > CLOSE * best.seconds:
+                one.refused = f"it is slower than {best.name} in float32"
+            elif one.precision != FLOAT32:
+                others.append(one)
         runs: list[Any] = [lambda x: [model(x)], *(one.run for one in others)]
         was_training = model.training
         model.eval()
@@ -92,7 +100,7 @@ class Precisions:
         finally:
             model.train(was_training)
         for one in made:
-            one.accuracy = base
+            one.accuracy = base if one.precision == FLOAT32 else None
         for one, top1 in zip(others, found, strict=True):
             one.accuracy = top1
             if base - top1 > self.drop + 1e-9:
@@ -114,7 +122,8 @@ class _Trial:
 
     def by_default(self, engine: str, precision: str) -> Candidate:
         """The engine's file in float32, with a note that it is to take the precision that it likes."""
-        source = next(one.path for one in self.made if (one.engine, one.precision) == (engine, FLOAT32))
+        files = (one.path for one in self.made if (one.engine, one.precision) == (engine, FLOAT32))
+        source = next(files, None)
         if source is None:
             raise ExportError(f"{engine} has no file in float32")
         path = self._copied(source, engine, precision)
@@ -125,12 +134,15 @@ class _Trial:
 
     def quantised(self, engine: str, precision: str) -> Candidate:
         """INT8; ONNX Runtime and OpenVINO run the same file."""
-        twin = next(
-            (one for one in self.made if one.precision == INT8 and one.path and one.path.suffix == ".onnx"), None
-        )
-        if engine != "sparse" and twin is not None and twin.path is not None:
+        twins = (one for one in self.made if one.precision == INT8 and one.engine != "sparse")
+        twin = None if engine == "sparse" else next(twins, None)
+        if twin is not None:
+            if twin.path is None:  # making it again would end as it did
+                raise ExportError(f"as {twin.name}: {twin.refused}")
             path = self._copied(twin.path, engine, precision)
-            return Candidate(engine, precision, path, get_engine(engine).open(read(path), None), twin.error)
+            run = get_engine(engine).open(read(path), None)
+            first_call(run, self.x, f"{engine} {precision}")
+            return Candidate(engine, precision, path, run, twin.error)
         method = "minmax" if engine == "sparse" and self.method == "entropy" else self.method
         folder, name = self.folder / f"{engine}-{precision}", f"{self.name}-{precision}"
         sizes: dict[str, Any] = {"any_batch": self.any_batch, "engine": engine, "batch_size": len(self.x)}

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..training.errors import refused
 from ..training.files import put_in_place
 from ..training.options.values import COUNT, POSITIVE
 from .candidates import INT8
 from .engines import get_engine, load, open_folder, write_onnx, write_torch
 from .graph import INPUT_NAME, ExportError, export_graph
 from .lower_int8 import lower_int8
-from .runners import Runner
+from .runners import Runner, first_call
 from .seal import Purpose, seal
 
 CALIBRATIONS = ("minmax", "entropy", "percentile")
@@ -172,7 +173,11 @@ def _outputs(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
 
 
 def quantize_onnx(plain: Path, small: Path, batches: Sequence[Tensor], calibration: str) -> None:
-    """An ONNX file as one with QuantizeLinear and DequantizeLinear operators, by ONNX Runtime's static quantiser."""
+    """An ONNX file as one with QuantizeLinear and DequantizeLinear operators, by ONNX Runtime's static quantiser.
+
+    Raises:
+        ExportError: where that fails.
+    """
     from onnxruntime import quantization
 
     class Reader(quantization.CalibrationDataReader):
@@ -189,28 +194,29 @@ def quantize_onnx(plain: Path, small: Path, batches: Sequence[Tensor], calibrati
     level = root.level
     root.setLevel(logging.ERROR)  # it advises its own pre-processing, which the export has done
     try:
-        quantization.quantize_static(
-            plain,
-            small,
-            Reader(),
-            quant_format=quantization.QuantFormat.QDQ,
-            op_types_to_quantize=[
-                "Conv",
-                "Gemm",
-                "MatMul",
-                "Add",
-                "Mul",
-                "GlobalAveragePool",
-                "MaxPool",
-                "Relu",
-                "Clip",
-            ],
-            per_channel=True,
-            activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8,
-            calibrate_method=chosen,
-            extra_options={"WeightSymmetric": True, "ActivationSymmetric": False},
-        )
+        with refused("ONNX Runtime cannot quantise the model", kind=ExportError):
+            quantization.quantize_static(
+                plain,
+                small,
+                Reader(),
+                quant_format=quantization.QuantFormat.QDQ,
+                op_types_to_quantize=[
+                    "Conv",
+                    "Gemm",
+                    "MatMul",
+                    "Add",
+                    "Mul",
+                    "GlobalAveragePool",
+                    "MaxPool",
+                    "Relu",
+                    "Clip",
+                ],
+                per_channel=True,
+                activation_type=quantization.QuantType.QUInt8,
+                weight_type=quantization.QuantType.QInt8,
+                calibrate_method=chosen,
+                extra_options={"WeightSymmetric": True, "ActivationSymmetric": False},
+            )
     finally:
         root.setLevel(level)
 
@@ -239,7 +245,7 @@ def _count_weights(plain: Path, small: Path) -> tuple[int, int]:
 def _compared(run: Runner, batches: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, float | None]:
     difference = size = same = count = 0.0
     for batch, wanted in zip(batches, expected, strict=True):
-        output = run(batch)[0]
+        output = first_call(run, batch, "the file in INT8")[0]
         difference += float((output - wanted).double().square().sum())
         size += float(wanted.double().square().sum())
         if wanted.dim() == 2:

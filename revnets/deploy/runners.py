@@ -14,12 +14,23 @@ import torch
 from torch import Tensor
 
 from ..kernels.build import kernel_problem
+from ..training.errors import refused
 from .bind import bind
-from .checks import plain_onnx, plain_program
+from .checks import plain_onnx, plain_program, plain_xml
 from .graph import ExportError, flat
 from .seal import Content
 
 Runner = Callable[[Tensor], list[Tensor]]
+
+
+def first_call(run: Runner, x: Tensor, what: str) -> list[Tensor]:
+    """Outputs of a file that never ran: engines compile then, and raise what they like.
+
+    Raises:
+        ExportError: where it fails.
+    """
+    with refused(f"{what} fails on images of shape {tuple(x.shape)}", kind=ExportError):
+        return run(x)
 
 
 def open_torch(content: Content, threads: int | None) -> Runner:
@@ -66,6 +77,8 @@ def open_onnxruntime(content: Content, threads: int | None) -> Runner:
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3
     model = str(content.path) if content.trusted else plain_onnx(content)
+    if not content.trusted:  # or it takes what has the mark of its own format for that
+        options.add_session_config_entry("session.load_model_format", "ONNX")
     try:
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common class
@@ -158,7 +171,7 @@ def open_openvino(content: Content, threads: int | None, precision: str | None =
         elif content.path.suffix == ".onnx":
             model = core.read_model(plain_onnx(content))
         else:
-            model = core.read_model(content.data, content.weights)
+            model = core.read_model(plain_xml(content), content.weights)
     except RuntimeError as error:
         raise _cannot_open("OpenVINO", content, error) from error
     return OpenVino(core, model, settings)

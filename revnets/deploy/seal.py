@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..training.errors import shown
 from .graph import ExportError
 
 _DIGITS, _LETTERS = 64, 32
@@ -119,14 +120,36 @@ def seal(path: Path, purpose: Purpose | None = None) -> None:
         purpose: a note of it; None where the end of the name says it.
 
     Raises:
-        ExportError: for a file that cannot take it.
+        ExportError: for a file that cannot take it, or a note that could not be read again.
     """
     envelope, data = _ENVELOPES[path.suffix], _unsealed(path.suffix, path.read_bytes())
-    note = _NOTES[path.suffix].around(f"{purpose.engine} {purpose.precision}") if purpose is not None else b""
+    note = _note(path.suffix, purpose) if purpose is not None else b""
     if path.suffix == ".pt2":
         data = _announce_comment(data, len(note) + envelope.size)
     data += note
     path.write_bytes(data + envelope.around(_digest(data, _weights(path))))
+
+
+def _note(suffix: str, purpose: Purpose) -> bytes:
+    """The note in the words of a kind of file.
+
+    Raises:
+        ExportError: for one that could not be read again.
+    """
+    envelope = _NOTES[suffix]
+    text = f"{purpose.engine} {purpose.precision}"
+    note = envelope.around(text) if text.isascii() else b""
+    if _words(envelope.inside(note)) != purpose:
+        raise ExportError(
+            f"a note of engine {shown(purpose.engine)} and precision {shown(purpose.precision)} does not fit: expected "
+            f"a plain word each, of {_LETTERS - 1} letters together"
+        )
+    return note
+
+
+def _words(note: str | None) -> Purpose:
+    engine, _, precision = (note or "").partition(" ")
+    return Purpose(engine, precision)
 
 
 def _unsealed(suffix: str, data: bytes) -> bytes:
@@ -138,9 +161,7 @@ def _unsealed(suffix: str, data: bytes) -> bytes:
 def _purpose(suffix: str, data: bytes) -> Purpose:
     """Of a sealed file."""
     envelope = _ENVELOPES.get(suffix)
-    words = None if envelope is None else _NOTES[suffix].inside(data[: -envelope.size])
-    engine, _, precision = (words or "").partition(" ")
-    return Purpose(engine, precision)
+    return _words(None if envelope is None else _NOTES[suffix].inside(data[: -envelope.size]))
 
 
 def read(path: Path, trust: bool = False) -> Content:

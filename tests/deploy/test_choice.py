@@ -315,6 +315,7 @@ def test_command(data: str, batch: int | None, folder: Path, ours_alone: None, t
     assert "times as fast as the next, " in words
     assert "top-1, %" in words
     assert "in float32" in words
+    assert ("on which its top-1 is measured, too" in words) is (data == "flat")
     assert len(list((tmp_path / "out").iterdir())) == 1
 
 
