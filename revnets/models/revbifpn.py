@@ -292,8 +292,8 @@ class RevBiFPN(MemoryModes, nn.Module):
         """Drop whatever serves only scales that are not asked for, and the head; returns the kept scales, in order.
 
         Every parameter that is left takes part in the backward pass. The coarsest map that is kept takes the place of
-        the head's features: ``reset_classifier`` puts a classifier on it. The head reads all scales, so nothing is
-        dropped where it stays (``prune_head=False``).
+        the head's features: ``reset_classifier(10, "avg")`` puts a classifier on it. The head reads all scales, so
+        nothing is dropped where it stays (``prune_head=False``).
         """
         take, _ = feature_take_indices(NUM_SCALES, indices)
         if not prune_head:

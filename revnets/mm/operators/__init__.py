@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 from .boxes import nms, nms_match, softnms
-from .common import MissingOperatorError
+from .common import MissingOperatorError, get_compiler_version, get_compiling_cuda_version
 from .deformable import (
     deform_conv_backward_input,
     deform_conv_backward_parameters,
@@ -58,7 +58,8 @@ def install() -> bool:
     if NAME in sys.modules:
         module = sys.modules[NAME]
         return isinstance(module, _StandIn) or is_ours(getattr(module, "__file__", None))
-    if importlib.util.find_spec("mmcv") is None:
+    found = importlib.util.find_spec("mmcv")
+    if found is None or found.origin is None:  # a folder with nothing but our file, left by an uninstalled mmcv
         raise ImportError("revnets.mm needs MMDetection: pip install 'revnets[detection]'")
     spec = importlib.util.find_spec(NAME)
     if spec is not None and not is_ours(spec.origin):
@@ -97,6 +98,8 @@ def operator(name: str) -> Callable[..., Any]:
 OPERATORS: dict[str, Callable[..., Any]] = {
     f.__name__: f
     for f in (
+        get_compiler_version,
+        get_compiling_cuda_version,
         nms,
         softnms,
         nms_match,

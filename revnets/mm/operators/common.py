@@ -10,6 +10,16 @@ class MissingOperatorError(NotImplementedError):
     """An operator of mmcv that has no stand-in was called."""
 
 
+def get_compiler_version() -> str:
+    """What mmcv's ``collect_env`` says where nothing is compiled."""
+    return "n/a"
+
+
+def get_compiling_cuda_version() -> str:
+    """See ``get_compiler_version``."""
+    return "n/a"
+
+
 def wide(x: Tensor) -> Tensor:
     """torchvision's kernels know no bfloat16, and half precision would lose pixels of a box."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -1,5 +1,6 @@
 """Where ``mmcv.ops`` finds the operators, and what it says of those that are missing."""
 
+import importlib.machinery
 import sys
 
 import pytest
@@ -24,3 +25,18 @@ def test_a_compiled_extension_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operators, "NAME", "json")  # stands for any extension that is there
     monkeypatch.delitem(sys.modules, "json")
     assert operators.install() is False
+
+
+def test_mmcv_describes_its_surroundings() -> None:
+    if not operators.install():
+        pytest.skip("a compiled mmcv is installed")
+    from mmcv.ops import get_compiler_version, get_compiling_cuda_version
+
+    assert get_compiler_version() == get_compiling_cuda_version() == "n/a"
+
+
+def test_a_folder_that_an_uninstalled_mmcv_left_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, operators.NAME, raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: importlib.machinery.ModuleSpec(name, None))
+    with pytest.raises(ImportError, match="needs MMDetection"):
+        operators.install()
