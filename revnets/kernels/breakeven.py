@@ -2,8 +2,9 @@
 
 What a layer gains depends on its shape, its zeros, the layout, the threads and the machine. So each case is timed,
 forward pass and gradients on both ways, when it first comes up: some tens of milliseconds. Sizes are rounded, so that a
-network of many sizes of images has few cases. Verdicts are kept beside the compiled kernel: the same layer takes the
-same way in every run on a machine, which runs that resume to the same bits rely on.
+network of many sizes of images has few cases. The kernel has to be faster in either layout, whichever the input has:
+reversible networks may compute a layer again in the other. Verdicts are kept beside the compiled kernel: while they
+are, the same layer takes the same way in every run on a machine, which runs that resume to the same bits rely on.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from torch import Tensor
 
 from .build import Geometry, kernel_key
 from .cache import folders
-from .training import Structure, by_pixel
-from .windows import structure_of
+from .compiler import turn
+from .training import Structure
+from .windows import MAX_FRAME, frame_bytes, structure_of
 
 _DENSITIES = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
-_SIDE = 64  # of an image, at most: larger ones are measured as more of these
+_SIDE = 64  # of an image, at most, if the window fits in: larger ones are measured as more of these
 _PRODUCTS = 2**27  # of a dense forward pass that is measured, about: fewer images than there are will do
 _ROUNDS = (2, 5)  # at least, at most
 _CLEAR = 1.5  # times as fast or as slow: no more rounds
@@ -79,7 +81,9 @@ class Case:
             ((8, 64, 64), 0.1)
         """
         n, *sides = size
-        height, width = (min(_rounded(side), _SIDE) for side in sides)
+        windows = zip(geometry.kernel_size, geometry.padding, geometry.dilation, strict=True)
+        least = [dilation * (k - 1) + 1 - 2 * pad for k, pad, dilation in windows]  # for one output
+        height, width = (max(min(_rounded(side), _SIDE), fits) for side, fits in zip(sides, least, strict=True))
         images = n * sides[0] * sides[1] / (height * width)
         out = geometry.output_size(height, width)
         per_image = geometry.in_channels // geometry.groups * geometry.out_channels * out[0] * out[1]
@@ -109,23 +113,39 @@ def _rounded(number: int) -> int:
     return (number + step // 2) // step * step
 
 
-def pays(structure: Structure, x: Tensor) -> bool:
-    """Whether the kernel trains a layer faster than torch's dense loops with a mask over the weight.
+def pays(structure: Structure, x: Tensor, linear: bool) -> bool:
+    """Whether the kernel trains a layer faster than torch's dense loops with a mask over the weight, in any layout.
 
-    The first time a case is measured; of one that stays dense, a line is logged. The layout of the first input of a
-    size decides for those that follow: where reversible networks compute a layer again, it may be another.
+    The first time a case is measured; of one that stays dense, a line is logged. So does one whose frames would hold
+    too much memory.
 
     Args:
         structure: of the layer's mask.
         x: its input, ``(N, C, H, W)``, or ``(..., features)`` of a linear layer.
+        linear: whether it is one.
     """
-    linear, threads = x.ndim != 4, torch.get_num_threads()
+    threads = torch.get_num_threads()
     size = (x.numel() // x.shape[-1], 1, 1) if linear else (len(x), x.shape[2], x.shape[3])
     key = (size, linear, threads)
     if key not in structure.verdicts:
-        case = Case.of(structure.geometry, size, structure.density, linear or by_pixel(x), linear, threads)
-        structure.verdicts[key] = _pays(case)
+        layouts = (True,) if size[1:] == (1, 1) else (False, True)  # those of a pixel are one
+        structure.verdicts[key] = _frame_fits(structure.geometry, *size[1:]) and all(
+            _pays(Case.of(structure.geometry, size, structure.density, by_pixel, linear, threads))
+            for by_pixel in layouts
+        )
     return structure.verdicts[key]
+
+
+@functools.cache
+def _frame_fits(geometry: Geometry, height: int, width: int) -> bool:
+    """Whether a thread may hold an image of this size in its frame."""
+    found = frame_bytes(geometry, height, width)
+    if found > MAX_FRAME:
+        _log.info(
+            "stays dense: %d -> %d @ %dx%d: a frame of %.0f MB for each thread, at most %.0f",
+            *(geometry.in_channels, geometry.out_channels, height, width, found / 1e6, MAX_FRAME / 1e6),
+        )
+    return found <= MAX_FRAME
 
 
 @functools.cache
@@ -166,13 +186,13 @@ def _seconds(step: Callable[[], Any], threads: int) -> float:
 def _steps(case: Case) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """The layer's step on the kernel, and dense. Random numbers of its own: the program's go on as if without."""
     g, (n, height, width) = case.geometry, case.size
-    generator = torch.Generator().manual_seed(0)
+    numbers: dict[str, Any] = {"dtype": torch.float32, "generator": torch.Generator().manual_seed(0)}
     shape = (g.out_channels, g.in_channels // g.groups, *g.kernel_size)
     layout = torch.channels_last if case.by_pixel else torch.contiguous_format
-    mask = torch.rand(shape, generator=generator) < case.density
-    weight = torch.randn(shape, generator=generator).mul_(mask)
-    x = torch.randn(n, g.in_channels, height, width, generator=generator).contiguous(memory_format=layout)
-    dy = torch.randn(n, g.out_channels, *g.output_size(height, width), generator=generator)
+    mask = torch.rand(shape, **numbers) < case.density
+    weight = torch.randn(shape, **numbers).mul_(mask)
+    x = torch.randn(n, g.in_channels, height, width, **numbers).contiguous(memory_format=layout)
+    dy = torch.randn(n, g.out_channels, *g.output_size(height, width), **numbers)
     dy = dy.contiguous(memory_format=layout)
     structure = structure_of(mask, g)
 
@@ -231,15 +251,24 @@ def _kept() -> dict[str, tuple[float, float]]:
 
 
 def _keep(case: Case, seconds: tuple[float, float]) -> tuple[float, float]:
-    """Write a verdict beside the others, whole; what another process has written of the case meanwhile counts."""
+    """Write a verdict beside the others; what another process has written of the case meanwhile counts."""
     path = _file()
     if path is None:
         return seconds
-    kept = _kept()
-    seconds = kept.setdefault(repr(case), seconds)
-    with contextlib.suppress(OSError):
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".breakeven-")
+    with contextlib.suppress(OSError), turn(path.with_name(f"{path.name}.lock")):
+        kept = _kept()
+        seconds = kept.setdefault(repr(case), seconds)
+        _write(path, kept)
+    return seconds
+
+
+def _write(path: Path, kept: dict[str, tuple[float, float]]) -> None:
+    """The whole file, or what it was."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".breakeven-")
+    try:
         with open(handle, "w") as file:
             json.dump(kept, file, indent=0)
         os.replace(name, path)
-    return seconds
+    finally:
+        with contextlib.suppress(OSError):  # moved
+            os.unlink(name)

@@ -320,9 +320,13 @@ class StructureCache:
     Seen are another tensor and changes in place, but for those through ``mask.data``. Where ``torch.distributed`` is in
     use the mask is compared every time: what it receives (``broadcast(mask)``, the buffers that
     ``DistributedDataParallel`` sends in every step) does not count as a change.
+
+    Args:
+        settings: of the layer, kept as they are: for others another cache is made.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Any = ()) -> None:
+        self.settings = settings
         self._mask: Tensor | None = None
         self._version = 0
         self._known: Tensor | None = None

@@ -19,6 +19,7 @@ from .operands import readable
 from .training import Structure, by_pixel, check_images, laid_out, planes
 
 MAX_STRIDE = 8  # frames have its square of phases
+MAX_FRAME = 2**24  # bytes of an image's frame that breakeven.py allows: every thread keeps the memory of its largest
 
 
 @dataclass(frozen=True)
@@ -200,3 +201,23 @@ def windows_fit(geometry: Geometry) -> bool:
     taps = math.prod(geometry.kernel_size)
     most = max(geometry.in_channels, geometry.out_channels) * taps
     return geometry.groups == 1 and max(geometry.stride) <= MAX_STRIDE and most <= MAX_COLUMNS
+
+
+def frame_bytes(geometry: Geometry, height: int, width: int) -> int:
+    """What a frame of one image takes at most: of the input, or of the output's gradient for that of the input.
+
+    Example:
+        >>> frame_bytes(Geometry(64, 128, (3, 3), (1, 1), (1, 1)), 14, 14) // 4 == 128 * 16 * 16
+        True
+        >>> frame_bytes(Geometry(64, 128), 14, 14)
+        0
+    """
+    g = geometry
+    if is_pointwise(g):
+        return 0
+    high, wide = zip(g.output_size(height, width), (height, width), g.kernel_size, g.stride, g.dilation, strict=True)
+    pixels = [1, 1]
+    for out, size, k, stride, dilation in (high, wide):
+        reach = dilation * (k - 1) // stride
+        pixels = [pixels[0] * stride * (out + reach), pixels[1] * (-(-size // stride) + reach)]
+    return 4 * max(g.in_channels * pixels[0], g.out_channels * pixels[1])

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
+import revnets
+from revnets.kernels import frames
 from revnets.kernels.build import Geometry
-from revnets.kernels.training import sparse_conv
-from revnets.kernels.windows import WindowStructure, windows_fit
+from revnets.kernels.training import Structure, sparse_conv
+from revnets.kernels.windows import WindowStructure, frame_bytes, windows_fit
 from revnets.layers import SparseConv2d, use_sparse_kernel
 
 from .nets import assert_close, images, needs_kernel, step
@@ -126,6 +128,88 @@ def test_layers(calls: list[torch.Size], numbers: dict[str, Any]) -> None:
     placed = made.to(memory_format=torch.channels_last)
     assert_close(step(placed, images(side=11).to(memory_format=torch.channels_last)), expected)
     assert len(calls) == 2
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"stride": (1, 1)},
+        {"padding": (2, 2), "dilation": (2, 2)},
+        {"stride": 1, "padding": 2},  # as torch's own layers take them
+        {"padding": "same", "stride": (1, 1)},
+        {"padding": "valid"},
+    ],
+)
+def test_settings_may_change_between_two_passes(calls: list[torch.Size], numbers: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    made = SparseConv2d(16, 24, 3, stride=2, padding=1, sparsity=0.8)
+    use_sparse_kernel(made)
+    made(images(side=11))
+    for name, value in numbers.items():
+        setattr(made, name, value)
+    expected = step(copy.deepcopy(made).double(), images(side=11).double())
+    assert_close(step(made, images(side=11)), expected)
+    assert len(calls) == 2
+
+
+@needs_kernel
+def test_settings_that_the_kernel_has_no_loop_for(calls: list[torch.Size]) -> None:
+    """Nor when they come later; with others the layer goes back to it."""
+    made = SparseConv2d(16, 24, 3, sparsity=0.8)
+    use_sparse_kernel(made)
+    made(images(side=11))
+    made.stride = (9, 9)
+    assert made(images(side=11)).shape == (2, 24, 1, 1)
+    assert len(calls) == 1
+    made.stride = (2, 2)
+    assert made(images(side=11)).shape == (2, 24, 5, 5)
+    assert len(calls) == 2
+
+
+@needs_kernel
+def test_other_settings_are_asked_for_again(calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
+    def verdict(structure: Structure, x: Tensor, linear: bool) -> bool:
+        return structure.geometry.stride == (1, 1)
+
+    monkeypatch.setattr(revnets.layers.sparse_ift.sparse, "pays", verdict)
+    made = SparseConv2d(16, 24, 3, stride=2, sparsity=0.8)
+    use_sparse_kernel(made)
+    made(images(side=11))
+    assert not calls
+    made.stride = (1, 1)
+    made(images(side=11))
+    assert len(calls) == 1
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("geometry", "exact"),
+    [
+        (Geometry(8, 4, (3, 3), (1, 1), (1, 1)), True),
+        (Geometry(4, 8, (3, 3), (1, 1), (1, 1)), True),
+        (Geometry(8, 4, (3, 2), (2, 3), (1, 0), (2, 1)), False),
+        (Geometry(3, 9, (1, 1), (2, 2)), False),
+        (Geometry(2, 3, (2, 5), (3, 1), (4, 6), (1, 2)), False),
+    ],
+)
+def test_no_frame_is_larger_than_foreseen(geometry: Geometry, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    plain = frames._struct
+
+    def struct(*args: Any) -> Any:
+        made = plain(*args)
+        seen.append(4 * made.c_in * made.stride_h * made.stride_w * made.frame_h * made.frame_w)
+        return made
+
+    monkeypatch.setattr(frames, "_struct", struct)
+    mask = torch.ones(geometry.out_channels, geometry.in_channels, *geometry.kernel_size, dtype=torch.bool)
+    x = images(2, geometry.in_channels, 13).requires_grad_()
+    weight = torch.ones(mask.shape, requires_grad=True)
+    sparse_conv(x, weight, None, WindowStructure(mask, geometry)).sum().backward()
+    assert len(seen) >= 3
+    foreseen = frame_bytes(geometry, 13, 13)
+    assert max(seen) == foreseen if exact else max(seen) <= foreseen <= 2 * max(seen)
 
 
 @needs_kernel

@@ -56,6 +56,20 @@ FAULTS = (
         tests=("tests/kernels/test_breakeven.py",),
     ),
     Fault(
+        "breakeven-of-one-layout",
+        "revnets/kernels/breakeven.py",
+        old="== (1, 1) else (False, True)",
+        new="== (1, 1) else (False,)",
+        tests=("tests/kernels/test_breakeven.py",),
+    ),
+    Fault(
+        "breakeven-of-others-settings",
+        "revnets/layers/sparse_ift/sparse.py",
+        old="if structures is None or structures.settings != settings:",
+        new="if structures is None:",
+        tests=("tests/kernels/test_windows.py",),
+    ),
+    Fault(
         "plan-memory-reused",
         "revnets/kernels/plan.py",
         old="if last_read.get(v, -1) >= s",

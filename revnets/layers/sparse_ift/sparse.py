@@ -9,7 +9,7 @@ from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 
 from ...kernels.breakeven import pays
-from ...kernels.build import Geometry, load_kernel
+from ...kernels.build import load_kernel
 from ...kernels.training import (
     MAX_DENSITY,
     MIN_PRODUCTS,
@@ -26,6 +26,7 @@ from ...sparsity.blocks import block_of, is_whole, shape_of_blocks
 from ...sparsity.masks import check_sparsity, kept, mask_with_count
 from ..fold import folded_layer, plain_layer
 from ..sites import MASKED, Unsuitable
+from .geometry import geometry_of
 
 
 def fitting_block(weight: Tensor, pattern: str | None) -> int:
@@ -97,7 +98,7 @@ class MaskedWeight(nn.Module):
     dense_grad: Tensor | None
     sparse_kernel: bool = False
     _structures: StructureCache | None = None
-    _dense_for: tuple[Any, ...] | None = None  # the input and the mask, seen last, for which the kernel does not pay
+    _dense_for: tuple[Any, ...] | None = None  # what was seen last of input, mask and settings that stays dense
     _mask_known: bool = True
 
     def __init__(
@@ -175,16 +176,31 @@ class MaskedWeight(nn.Module):
         if not kernel_serves(x, self.weight, self.bias):
             return None
         version = 0 if self.mask.is_inference() else self.mask._version
-        kind = (x.shape, torch.get_num_threads(), id(self.mask), version)
+        settings = self._settings()
+        kind = (x.shape, torch.get_num_threads(), id(self.mask), version, settings)
         if kind == self._dense_for:
             return None
-        if self._structures is None:
-            self._structures = StructureCache()
-        structure = self._structures.of(self.mask, self._make_structure)
-        if structure.density <= MAX_DENSITY and pays(structure, x):
+        structure = self._current(settings)
+        if structure is not None and structure.density <= MAX_DENSITY and self._may_gain(x, structure):
             return structure
         self._dense_for = kind
         return None
+
+    def _may_gain(self, x: Tensor, structure: Structure) -> bool:
+        return pays(structure, x, linear=True)
+
+    def _settings(self) -> tuple[Any, ...]:
+        """What of the layer, apart from its mask, makes its structure: it may be changed at any time."""
+        return ()
+
+    def _current(self, settings: tuple[Any, ...]) -> Structure | None:
+        """The structure of the mask and the settings as they are now; None where the kernel has no loop for them."""
+        structures = self._structures
+        if structures is None or structures.settings != settings:
+            if not _served(self):
+                return None
+            structures = self._structures = StructureCache(settings)
+        return structures.of(self.mask, self._make_structure)
 
     def _make_structure(self, mask: Tensor) -> Structure:
         return Structure(mask)
@@ -262,22 +278,17 @@ class SparseConv2d(MaskedWeight, nn.Conv2d):  # type: ignore[misc]
         """What the kernel needs to compute this layer for an input; None where the masked path is to be taken."""
         if not (self._may_skip(x) and x.ndim == 4):
             return None
-        found = self._structure(x, x.shape[1], self.in_channels)
-        return found if found is not None and min(found.geometry.output_size(*x.shape[2:])) > 0 else None
+        return self._structure(x, x.shape[1], self.in_channels)
+
+    def _may_gain(self, x: Tensor, structure: Structure) -> bool:
+        """Images that are too small are left to torch, which says so."""
+        return min(structure.geometry.output_size(*x.shape[2:])) > 0 and pays(structure, x, linear=False)
+
+    def _settings(self) -> tuple[Any, ...]:
+        return geometry_of(self), self.padding_mode, self.padding
 
     def _make_structure(self, mask: Tensor) -> Structure:
         return structure_of(mask, geometry_of(self))
-
-
-def geometry_of(conv: nn.Conv2d) -> Geometry:
-    """Its numbers, padding by words as what it is for kernels of odd sides."""
-    numbers = zip(conv.kernel_size, conv.dilation, strict=True)
-    padding: Any = conv.padding
-    if isinstance(padding, str):
-        padding = [dilation * (k - 1) // 2 if padding == "same" else 0 for k, dilation in numbers]
-    settings: tuple[Any, ...] = (conv.kernel_size, conv.stride, padding, conv.dilation)
-    kernel, stride, pads, dilation = ((int(a), int(b)) for a, b in settings)
-    return Geometry(conv.in_channels, conv.out_channels, kernel, stride, pads, dilation, conv.groups)
 
 
 class SparseConv2dSame(SparseConv2d):
@@ -346,6 +357,11 @@ def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
     see ``revnets.kernels.breakeven``. Inputs that are channels last are transposed for it and back. The choice belongs
     to the module: it is copied and pickled with it, and is no part of ``state_dict``.
 
+    A RevBiFPN keeps its maps contiguous as soon as one of its layers may use the kernel, so that it computes the same
+    bits in every mode; that slows its other layers down. RevBiFPN-S0 loses more by it than the kernel gains (0.87 to
+    0.94 of the dense network's speed): do not use the kernel there, and measure other networks of few channels first,
+    with ``revnets bench-sparse-training``.
+
     Args:
         model: with sparse layers.
         enabled: False goes back to the masked path everywhere.
@@ -379,7 +395,7 @@ def _served(layer: Any) -> bool:
     geometry = geometry_of(layer)
     if is_pointwise(geometry):
         return kernel_fits(layer.weight)
-    even = any(d * (k - 1) % 2 for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
+    even = any(d * (k - 1) % 2 for k, d in zip(geometry.kernel_size, geometry.dilation, strict=True))
     plain = layer.padding_mode == "zeros" and not (layer.padding == "same" and even)  # which pads one side more
     return plain and windows_fit(geometry) and layer.weight.numel() < 2**31
 
