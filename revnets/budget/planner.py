@@ -230,9 +230,7 @@ class Planner:
 
     def _candidates(self, budget: int) -> Iterator[Tried]:
         """Plans that may be the fastest within a budget: down the ladder, then those in which all is alike."""
-        within = (
-            self.needed(self._try(self._least)) <= budget
-        )  # else none of the ladder is: dear to find out
+        within = self.needed(self._try(self._least)) <= budget  # else none of the ladder is: dear to find out
         most = SLACK * budget
         for index in range(LEVELS if within else 0, -1, -1):
             if self._level_peak(index) > most and index:
