@@ -67,7 +67,7 @@ def run(source: Source, request: Request, with_data: bool) -> None:
     _check(source, request, with_data)
     if _judged_on_its_calibration(source, request):
         say(
-            f"warning: INT8 is calibrated on images of {str(source.data)!r} on which its top-1 is measured, too, and "
+            f"warning: INT8 is calibrated on images of {str(source.data)!r} on which its top-1 is measured, too: that "
             "may be lower on others: give --split and --eval-split, or --data with the folders train and validation"
         )
     with _no_trace_of_failure(source.output):
