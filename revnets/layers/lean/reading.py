@@ -188,10 +188,15 @@ def _copy(reader: Reader, function: Any, node: Node, depth: int) -> None:
         node.base = source.base or source
 
 
+def _signed(number: int) -> int:
+    """An integer of a node of autograd's, which shows -1 as 2**64 - 1."""
+    return number - 2**64 if number >= 2**63 else number
+
+
 def _cat(reader: Reader, function: Any, node: Node, depth: int) -> None:
     inputs = [reader.input(edge, depth) for edge in function.next_functions]
     if None not in inputs:
-        reader.follow(node, function, _CAT, aten.cat.default, [inputs, function._saved_dim])
+        reader.follow(node, function, _CAT, aten.cat.default, [inputs, _signed(function._saved_dim)])
 
 
 def _nearest(reader: Reader, function: Any, node: Node, depth: int) -> None:
