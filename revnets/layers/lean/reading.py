@@ -5,7 +5,11 @@ inputs and its numbers. Where one is missing (the epsilon of a LayerNorm, a numb
 To see every operator costs more: Python takes part in each of them, between kernels that have filled the caches.
 
 What the graph does not show is a tensor that is written to without gradient (``h.detach().mul_(2)``): versions tell of
-most of these, and networks that are seen to do so in a trial (``Writes``) are left to the recorder.
+some of these, and networks that are seen to do so in a trial (``Writes``) are left to the recorder. Where such writes
+begin after the trial, gradients may be wrong without a word: where autograd does not ask for what is written (a batch
+norm's result before an activation), after ``h.data.mul_(2)``, which leaves no new version, and after an operator out of
+place that has a form in place, whose result could be one version on. Whoever begins to do so has to convert the plain
+network again, with the write in place, or take the recorder: ``make_lean(network)``, without a plan.
 """
 
 from __future__ import annotations
@@ -188,10 +192,15 @@ def _copy(reader: Reader, function: Any, node: Node, depth: int) -> None:
         node.base = source.base or source
 
 
+def _signed(number: int) -> int:
+    """An integer of a node of autograd's, which shows -1 as 2**64 - 1."""
+    return number - 2**64 if number >= 2**63 else number
+
+
 def _cat(reader: Reader, function: Any, node: Node, depth: int) -> None:
     inputs = [reader.input(edge, depth) for edge in function.next_functions]
     if None not in inputs:
-        reader.follow(node, function, _CAT, aten.cat.default, [inputs, function._saved_dim])
+        reader.follow(node, function, _CAT, aten.cat.default, [inputs, _signed(function._saved_dim)])
 
 
 def _nearest(reader: Reader, function: Any, node: Node, depth: int) -> None:

@@ -2,11 +2,13 @@
 
 import copy
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -189,6 +191,25 @@ def test_writes_that_autograd_sees_are_not_hidden() -> None:
     with Writes() as writes:
         network("gated", "dropout", "bottleneck", "scales")(images())
     assert not writes.hidden
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        *(lambda h, dim=dim: torch.cat([h, h.relu()], dim) for dim in (-1, -2, -3, -4, 0, 1)),
+        lambda h: F.hardtanh(h, -2, -1),
+        lambda h: F.leaky_relu(h, -1),
+        lambda h: torch.add(h, h.relu(), alpha=-1),
+    ],
+)
+def test_negative_numbers(made: Callable[[Tensor], Tensor]) -> None:
+    class Net(Hidden):
+        def forward(self, x: Tensor) -> Tensor:
+            return made(self.norm(self.conv(x))).square()
+
+    torch.manual_seed(0)
+    plain = Net("").double().train()
+    assert_same_step(training_step(read(plain), (images(),), loss), training_step(plain, (images(),), loss), 1e-10)
 
 
 class Named(torch.autograd.Function):
