@@ -10,9 +10,11 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
+from revnets.training.data.splits import start_no_programs
 from revnets.training.errors import UserError
 
 _logger = logging.getLogger("classification")
+start_no_programs()  # here, so that loading processes do it, too
 IN_A_ROW = 50
 ORIENTATION = 0x0112  # of EXIF
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)

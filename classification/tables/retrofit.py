@@ -29,6 +29,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import revnets
 from revnets.profiling.memory import measure_training_step
+from revnets.training.data.splits import start_no_programs
 from revnets.training.errors import UserError
 from revnets.training.files import write, write_json
 from revnets.training.options.parsing import argument
@@ -103,6 +104,7 @@ def read(path: Path, second_half: bool) -> tuple[Data, int]:
     """
     if not path.is_file():
         raise UserError(f"--data-dir: there is no '{path}'; give the folder with train.tar and validation.tar.")
+    start_no_programs()
     dataset = create_dataset("", root=str(path))
     classes = len(dataset.reader.class_name_to_idx)
     first, last = (classes // 2, classes) if second_half else (0, classes // 2)

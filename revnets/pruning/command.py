@@ -211,8 +211,9 @@ def open_images(data: Path, split: str, channels: int) -> Any:
     """
     from timm.data import create_dataset
 
-    from ..training.data.splits import check_split, find_split, split_or_root
+    from ..training.data.splits import check_split, find_split, split_or_root, start_no_programs
 
+    start_no_programs()
     check_exists(data, "folder or .tar file", "--data")
     try:
         path = find_split(data, split) if split else split_or_root(data, "train")

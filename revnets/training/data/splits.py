@@ -153,3 +153,16 @@ def read_class_map(path: str | Path, root: str | Path = "") -> dict[str, int]:
         problem = f"line '{twice[0]}' is empty or there twice" if twice else "it is empty"
         raise ValueError(f"'{file}': {problem}: write each class name once")
     return {name: number for number, name in enumerate(names)}
+
+
+def start_no_programs() -> None:
+    """Have Pillow start no program for an image, in this process.
+
+    It tells formats by content: an EPS file of any name would be a program of PostScript, given to Ghostscript.
+
+    Example:
+        >>> start_no_programs()
+    """
+    from PIL import EpsImagePlugin
+
+    EpsImagePlugin.gs_binary = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -96,6 +97,19 @@ def test_broken_images_are_named_and_left_out(what: str, tmp_path: Path, caplog:
     (tmp_path / "class" / "b.png").write_text("no image either")
     with pytest.raises(UnreadableImages, match="2 files in a row"):
         images[0]
+
+
+def test_no_program_is_started_for_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow takes PostScript for what it is, whatever its name, and would give it to Ghostscript."""
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "images" / "class").mkdir(parents=True)
+    photo().save(tmp_path / "images" / "class" / "a.png", format="EPS")
+    photo().save(tmp_path / "images" / "class" / "b.png")
+    assert dataset(tmp_path / "images")[0][0].size == (40, 30)
+    assert not (tmp_path / "started").exists()
 
 
 def test_a_picture_that_would_fill_the_memory_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
