@@ -273,7 +273,7 @@ def _trains_as_tried(module: nn.Module) -> bool:
     if torch._C._is_any_autocast_enabled():
         return False
     for part in tree(module):
-        if not part.training:
+        if not part.training or part._forward_hooks or part._forward_pre_hooks:  # which may write unseen
             return False
         for parameter in part._parameters.values():
             if parameter is not None and not (parameter.requires_grad and parameter.device.type in ("cpu", "meta")):

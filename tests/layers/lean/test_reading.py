@@ -110,9 +110,13 @@ def test_conversion_chooses_it_where_it_keeps_as_little(model: str, reads: bool)
 
 
 def test_no_operator_is_looked_at() -> None:
-    net = read(network("bottleneck", "gated"))
+    class Looking(nn.Identity):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(_get_current_dispatch_mode_stack())
+            return x
+
     seen: list[Any] = []
-    next(net.children()).register_forward_pre_hook(lambda *_: seen.append(_get_current_dispatch_mode_stack()))
+    net = read(nn.Sequential(Looking(), network("bottleneck", "gated")))
     training_step(net, (images(),), loss)
     assert seen == [[]]
 
@@ -125,6 +129,9 @@ def test_elsewhere_the_recorder_sees_to_it() -> None:
     assert type(keeper_of(net)) is Recorder
     net = read(network("bottleneck"))
     next(m for m in net.modules() if isinstance(m, nn.BatchNorm2d)).eval()
+    assert type(keeper_of(net)) is Recorder
+    net = read(network("bottleneck"))
+    next(net.children()).register_forward_pre_hook(lambda *_: None)
     assert type(keeper_of(net)) is Recorder
 
 
@@ -185,6 +192,22 @@ def test_versions_tell_of_a_write_to_a_norm() -> None:
     torch.manual_seed(0)
     plain = Net("").double().train()
     assert_same_step(training_step(read(plain), (images(),), loss), training_step(plain, (images(),), loss), 1e-10)
+
+
+def _clamp(output: Tensor) -> None:
+    output.detach().clamp_(-0.2, 0.2)
+
+
+def test_a_hook_that_writes_unseen_after_the_conversion() -> None:
+    """Nothing says that it will: modules with hooks are left to the recorder."""
+    plain = nn.Sequential(nn.Conv2d(C, C, 3), nn.BatchNorm2d(C), nn.SiLU(), nn.Conv2d(C, C, 3)).double()
+    lean = read(plain)
+    assert is_read(lean)
+    for net in (plain, lean):
+        net[2].register_forward_hook(lambda module, args, output: _clamp(output))
+    assert not is_read(lean)
+    x = images()
+    assert_same_step(training_step(lean, (x,), loss), training_step(plain, (x,), loss), 1e-10)
 
 
 def test_writes_that_autograd_sees_are_not_hidden() -> None:
