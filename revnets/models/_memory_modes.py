@@ -33,7 +33,7 @@ class MemoryModes:
         self.set_mode("reversible" if enable else "store")
 
 
-class Features(FeatureGetterNet):  # type: ignore[misc]
+class Features(FeatureGetterNet):
     """The maps of a network's ``forward_intermediates``, with a switch that timm's other wrappers of features have."""
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
