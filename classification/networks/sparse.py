@@ -140,7 +140,9 @@ def start_sparse_kernel(options: TrainOptions, model: nn.Module, device: torch.d
             f"--sparse-kernel: {options.model} has no sparse layers that it has a loop for; add --layers sparse:0.9, "
             "say, or leave it out."
         )
-    _logger.info(f"--sparse-kernel: {count} layers skip their zeros, where those are half of the weights or more and it pays")
+    _logger.info(
+        f"--sparse-kernel: {count} layers skip their zeros, where those are half of the weights or more and it pays"
+    )
 
 
 def sparsity_words(sparsity: SparsityController) -> str:

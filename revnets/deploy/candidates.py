@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..profiling.turns import rounds
@@ -108,11 +109,21 @@ def plainly(work: Iterable[Any], what: str) -> Iterable[Any]:
 
 
 def timed(made: Sequence[Candidate], x: Tensor, repeats: int, progress: Progress = plainly) -> None:
-    """Seconds of each, by turns: the least, since other programs only ever make a call slower."""
-    steps: list[Any] = [partial(one.run, x) for one in made if one.run is not None]
+    """Seconds of each, see ``least``."""
+    runs = [one.run for one in made if one.run is not None]
+    for one, seconds in zip(made, least(runs, x, repeats, progress), strict=True):
+        one.seconds = seconds
+
+
+def least(runs: Sequence[Runner], x: Tensor, repeats: int, progress: Progress = plainly) -> list[float]:
+    """The least seconds of a call of each, by turns, since other programs only ever make one slower.
+
+    Of one thread it is the processor's time, which is that of a free machine on a busy one, too.
+    """
+    alone = torch.get_num_threads() == 1
+    steps = [partial(run, x) for run in runs]
     taken = rounds(steps, repeats, _WARM_SECONDS, lambda numbers: progress(numbers, "timing"))
-    for one, found in zip(made, taken, strict=True):
-        one.seconds = min(wall for wall, _ in found)
+    return [min(cpu if alone else wall for wall, cpu in found) for found in taken]
 
 
 def fastest(made: Sequence[Candidate], x: Tensor, repeats: int) -> Candidate:

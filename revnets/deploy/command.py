@@ -19,7 +19,6 @@ from ..arguments import argument, excludes, needs, number, path, text, without_e
 from ..kernels.build import kernel_problem
 from ..models.named import build_model, check_model
 from ..profiling.command import track
-from ..profiling.turns import rounds
 from ..pruning import prune
 from ..pruning.command import Source, calibration_batches, load_model
 from ..sparsity.blocks import BLOCKED
@@ -29,6 +28,7 @@ from ..training.errors import refused
 from ..training.options.values import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, THREADS, check_choice, check_once
 from ..training.places import check_exists, check_folder
 from .bench_report import print_measurements, save_measurements
+from .candidates import least
 from .compare import COMPILED, EAGER, Measurement, compare, compare_layers
 from .engines import ENGINES, check_limits, deploy, get_engine, load, open_folder
 from .graph import ExportError
@@ -122,8 +122,8 @@ def _compare_with_dense(path: Path, model: nn.Module, x: Tensor, folder: Path, r
                 files[one.name] = made.path
         if not files:
             return
-        steps = [partial(load(each), x) for each in (path, *files.values())]
-        ours, *others = (1e3 * min(wall for wall, _ in found) for found in rounds(steps, 11, 0.06))
+        runs = [load(each) for each in (path, *files.values())]
+        ours, *others = (1e3 * seconds for seconds in least(runs, x, 11))
     best = min(others)
     words = f"{ours:.2f} ms here, {list(files)[others.index(best)]} in float32 {best:.2f} ms"
     if ours < best:

@@ -1,9 +1,9 @@
 """From which sparsity on a layer trains faster on the kernel than on torch's dense loops: measured once, then kept.
 
-What a layer gains depends on its shape, its zeros, the layout, the threads and the machine. So each case is timed, forward
-pass and gradients on both ways, when it first comes up: some tens of milliseconds. Sizes are rounded, so that a network
-of many sizes of images has few cases. Verdicts are kept beside the compiled kernel: the same layer takes the same way in
-every run on a machine, which runs that resume to the same bits rely on.
+What a layer gains depends on its shape, its zeros, the layout, the threads and the machine. So each case is timed,
+forward pass and gradients on both ways, when it first comes up: some tens of milliseconds. Sizes are rounded, so that a
+network of many sizes of images has few cases. Verdicts are kept beside the compiled kernel: the same layer takes the
+same way in every run on a machine, which runs that resume to the same bits rely on.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ def _rounded(number: int) -> int:
 def pays(structure: Structure, x: Tensor) -> bool:
     """Whether the kernel trains a layer faster than torch's dense loops with a mask over the weight.
 
-    The first time a case is measured; of one that stays dense, a line is logged.
+    The first time a case is measured; of one that stays dense, a line is logged. The layout of the first input of a
+    size decides for those that follow: where reversible networks compute a layer again, it may be another.
 
     Args:
         structure: of the layer's mask.
@@ -120,9 +121,10 @@ def pays(structure: Structure, x: Tensor) -> bool:
     """
     linear, threads = x.ndim != 4, torch.get_num_threads()
     size = (x.numel() // x.shape[-1], 1, 1) if linear else (len(x), x.shape[2], x.shape[3])
-    key = (size, linear or by_pixel(x), linear, threads)
+    key = (size, linear, threads)
     if key not in structure.verdicts:
-        structure.verdicts[key] = _pays(Case.of(structure.geometry, size, structure.density, *key[1:]))
+        case = Case.of(structure.geometry, size, structure.density, linear or by_pixel(x), linear, threads)
+        structure.verdicts[key] = _pays(case)
     return structure.verdicts[key]
 
 
@@ -221,7 +223,10 @@ def _kept() -> dict[str, tuple[float, float]]:
     path = _file()
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
         if path is not None:
-            return {str(case): (float(kernel), float(dense)) for case, (kernel, dense) in json.loads(path.read_text()).items()}
+            return {
+                str(case): (float(kernel), float(dense))
+                for case, (kernel, dense) in json.loads(path.read_text()).items()
+            }
     return {}
 
 

@@ -189,7 +189,7 @@ def _split(words: str, variable: str, problem: type[KernelUnavailable]) -> list[
 
 
 def kernel_key() -> str:
-    """What a kernel is compiled from and for, as a checksum. The compiler is no part: it is not known where there is none."""
+    """What a kernel is compiled from and for, as a checksum. The compiler is no part: it may not be there."""
     source = b"".join(path.read_bytes() for path in (SOURCE, *HEADERS))
     build = [*_OPTIONS, *_more_flags(), str(_ATTEMPTS), _machine()]
     return hashlib.sha256(source + os.fsencode("\n".join(build))).hexdigest()

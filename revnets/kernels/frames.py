@@ -121,21 +121,16 @@ class Planes:
         distances = (plane, n * plane) if by_pixel else (channels * plane, plane)
         return cls(readable("input", tensor), shape, *distances)
 
-    def flat(self) -> Planes:
-        """The same pixels as planes of one line."""
-        n, channels, height, width = self.shape
-        return Planes(self.tensor, (n, channels, 1, height * width), self.image, self.channel)
 
-
-def convolve(
-    lines: Lines, sides: tuple[Side, Side], x: Planes, values: Tensor, bias: Tensor | None, y: Planes
-) -> None:
+def convolve(lines: Lines, sides: tuple[Side, Side], x: Planes, values: Tensor, bias: Tensor | None, y: Planes) -> None:
     """Write to y, or to the pixels of it that the sides are of, what a convolution makes of x."""
     struct = _struct(lines, sides, x, y, (values, bias), (None, None))
     call(load_kernel().revnets_windows, ctypes.byref(struct), torch.get_num_threads())
 
 
-def weight_grad(lines: Lines, sides: tuple[Side, Side], x: Planes, dy: Planes, places: Tensor, gradient: Tensor) -> None:
+def weight_grad(
+    lines: Lines, sides: tuple[Side, Side], x: Planes, dy: Planes, places: Tensor, gradient: Tensor
+) -> None:
     """Write the gradient of each non-zero to its place."""
     struct = _struct(lines, sides, x, dy, (None, None), (places, gradient))
     sums = gradient.new_empty(len(places))
@@ -160,7 +155,7 @@ def _struct(
     start = y.tensor.view(-1)[high.first * line + wide.first :]
     values, bias = weights
     pointers = (x.tensor, values, lines.columns, lines.rows, bias, taps, start, *gradient)
-    numbers = (n, channels, height, width, x.image, x.channel)
+    numbers: tuple[int, ...] = (n, channels, height, width, x.image, x.channel)
     numbers += (lines.outputs, high.count, wide.count, y.image, y.channel, high.step * line, wide.step)
     numbers += (len(pairs), high.stride, wide.stride, high.pad, wide.pad, high.frame, wide.frame, lines.chunk)
     return pointing(WindowStruct, pointers, *numbers)

@@ -39,7 +39,7 @@ class _Phase:
 
 
 class WindowStructure(Structure):
-    """What the kernel has to know of the mask of a convolution of one group, of any kernel, stride, dilation and padding.
+    """What the kernel has to know of the mask of a convolution of one group, of any window, stride and padding.
 
     Args:
         mask: bool, ``(C_out, C_in, kh, kw)``, on the CPU.

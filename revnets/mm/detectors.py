@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -220,7 +221,9 @@ class FixedStep(nn.Module):
         self.roi_head = getattr(detector, "roi_head", None) if heads else None
         if self.dense_head is not None:
             self.dense_head = copy.copy(self.dense_head)  # the detector's own keeps its anchors,
-            self.dense_head.prior_generator = None  # tensors that a fake twin of the head cannot have
+            # tensors that a fake twin of the head cannot have; forward passes (RTMDet's) read strides at most
+            strides = getattr(getattr(self.dense_head, "prior_generator", None), "strides", None)
+            self.dense_head.prior_generator = SimpleNamespace(strides=strides)
         self.sampler = detector.train_cfg["rcnn"]["sampler"] if self.roi_head is not None else None
 
     def forward(self, x: Tensor) -> list[Tensor]:

@@ -66,7 +66,7 @@ def times(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
             counted.append(repeats)
             found = left.pop(0)
             assert len(found) == len(steps)
-            return [[(9 * seconds, 0.0), (seconds, 0.0)] for seconds in found]
+            return [[(9 * seconds, 9 * seconds), (seconds, seconds)] for seconds in found]
 
         monkeypatch.setattr(choice, "rounds", rounds)
         return counted
@@ -98,6 +98,14 @@ def test_close_times_are_taken_again(times: Callable[..., list[int]]) -> None:
     clear = [candidate("sparse", 1.0), candidate("openvino", 2.0)]
     assert fastest(clear, torch.zeros(1), 5).engine == "sparse"
     assert counted == [15], "a clear difference needs no second look"
+
+
+@pytest.mark.parametrize(("threads", "wanted"), [(1, [1.0, 4.0]), (2, [5.0, 2.0])])
+def test_the_least_of_all_rounds_counts(threads: int, wanted: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one thread by the processor's time: other programs do not count."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(choice, "rounds", lambda *_: [[(9.0, 1.0), (5.0, 8.0)], [(2.0, 4.0), (3.0, 6.0)]])
+    assert choice.least([lambda x: [x]] * 2, torch.zeros(1), 2) == wanted
 
 
 def test_a_slower_sparse_file_is_never_handed_out(

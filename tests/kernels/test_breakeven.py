@@ -70,6 +70,14 @@ def test_each_case_is_measured_once(measured: list[Case], caplog: pytest.LogCapt
 
 
 @needs_kernel
+def test_a_layer_computed_again_in_another_layout_goes_the_same_way(measured: list[Case]) -> None:
+    structure, x = _structure(0.1), images(side=8)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        assert pays(structure, x.contiguous(memory_format=layout))
+    assert [case.by_pixel for case in measured] == [True]
+
+
+@needs_kernel
 def test_verdicts_are_kept_for_the_next_process(measured: list[Case], tmp_path: Path) -> None:
     x = images(side=8)
     assert pays(_structure(0.1), x)

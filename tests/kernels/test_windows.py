@@ -66,7 +66,7 @@ def test_gradients(
     dy = torch.randn(y.shape, generator=generator).to(memory_format=layouts[1])
     y.backward(dy)
     expected.backward(dy.double())
-    assert_close([y, *(t.grad for t in ours)], [expected, *(t.grad for t in theirs)])  # type: ignore[misc]
+    assert_close([y, *(t.grad for t in ours)], [expected, *(t.grad for t in theirs)])  # type: ignore[list-item]
     assert not ours[1].grad[~mask].any()  # type: ignore[index]
 
 
@@ -74,7 +74,8 @@ def test_gradients(
 @pytest.mark.parametrize("threads", [2, 3])
 def test_the_same_bits_for_any_number_of_threads(threads: int) -> None:
     """Few images are shared out by output channels, many by images."""
-    geometry, found = Geometry(48, 72, (3, 3), (2, 1), (1, 1)), []
+    geometry = Geometry(48, 72, (3, 3), (2, 1), (1, 1))
+    found: list[list[Any]] = []
     mask = torch.rand(72, 48, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.2
     kept = torch.get_num_threads()
     try:
@@ -149,7 +150,7 @@ def test_images_smaller_than_the_window() -> None:
     """Torch says so."""
     made = SparseConv2d(16, 24, 5, sparsity=0.8)
     use_sparse_kernel(made)
-    with pytest.raises(RuntimeError, match="[Kk]ernel size"):
+    with pytest.raises(RuntimeError, match="ernel size"):
         made(images(side=4))
 
 

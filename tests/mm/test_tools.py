@@ -65,7 +65,7 @@ def test_train_and_test(folder: Path) -> None:
 
 def test_get_flops(folder: Path) -> None:
     said = run(folder, TOOLS / "analysis_tools" / "get_flops.py", "config.py", "--num-images", "1")
-    assert float(re.search(r"Flops: ([0-9.]+)M", said)[1]) > 1  # type: ignore[index]
+    assert re.search(r"Flops: [0-9.]+[MG]", said)
     assert "Input shape: (128, 128)" in said
 
 

@@ -1,6 +1,7 @@
 """MMDetection's detectors on our backbone: a training step in reversible mode has the gradients of `store`."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from mmengine.logging import MessageHub  # noqa: E402
 
 from revnets.mm.detectors import DetectorTarget  # noqa: E402
 from revnets.profiling.memory import measure_training_step  # noqa: E402
+from revnets.profiling.profile import predict  # noqa: E402
 from revnets.profiling.target import Job, Setting  # noqa: E402
 from tests.mm.zoo import ZOO, write  # noqa: E402
 
@@ -57,6 +59,13 @@ def assert_gradients_are_those_of_store(name: str, folder: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_those_of_store(name: str, tmp_path: Path) -> None:
     assert_gradients_are_those_of_store(name, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_that_reads_its_strides_is_predicted(tmp_path: Path) -> None:
+    config = write(ZOO["RTMDet"], tmp_path)
+    target = DetectorTarget("RTMDet", 64, 2, "reversible", config=config, aspect=1.0)
+    assert 0 < predict(target, SETTING).macs < predict(replace(target, img_size=128), SETTING).macs
 
 
 @pytest.mark.slow

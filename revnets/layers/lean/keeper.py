@@ -1,9 +1,9 @@
 """What a training step keeps for its backward pass: of what is cheap to compute again, only how to.
 
-Autograd's hooks for saved tensors ask a ``Keeper`` what to keep. A tensor whose recipe needs only what is kept anyway is
-not kept: the backward pass computes it again when it is asked for, once, and lets it go with the last node that holds
-it. So the saved values are the same, and every gradient is computed by torch's own kernels. Recipes come from one of
-two: ``keeping.Recorder`` sees every operator, ``reading.Reader`` reads autograd's graph.
+Autograd's hooks for saved tensors ask a ``Keeper`` what to keep. A tensor whose recipe needs only what is kept anyway
+is not kept: the backward pass computes it again when it is asked for, once, and lets it go with the last node that
+holds it. So the saved values are the same, and every gradient is computed by torch's own kernels. Recipes come from one
+of two: ``keeping.Recorder`` sees every operator, ``reading.Reader`` reads autograd's graph.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def paused() -> Iterator[None]:
     Of tensors that come out, nothing is known: what they are needed for, they are kept for. Where others have had
     their say since (a checkpoint's hooks, another mode), they keep it.
     """
-    keeper = _running.keepers[-1] if _running.keepers else None
+    keeper: Any = _running.keepers[-1] if _running.keepers else None
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     answers = keeper is not None and hooks is not None and getattr(hooks[0], "__self__", None) is keeper
     modes = _get_current_dispatch_mode_stack()

@@ -30,7 +30,7 @@ aten = torch.ops.aten
 FURTHEST = 32
 """Operators in a row that are read for one tensor."""
 
-AVAILABLE = hasattr(torch._C._autograd.SavedTensor, "data")
+AVAILABLE = hasattr(torch._C._autograd.SavedTensor, "data") and hasattr(torch._C._autograd, "_InputMetadata")
 """Whether this torch shows what its graph keeps."""
 
 

@@ -175,7 +175,7 @@ class MaskedWeight(nn.Module):
         if not kernel_serves(x, self.weight, self.bias):
             return None
         version = 0 if self.mask.is_inference() else self.mask._version
-        kind = (x.shape, x.stride(), torch.get_num_threads(), id(self.mask), version)
+        kind = (x.shape, torch.get_num_threads(), id(self.mask), version)
         if kind == self._dense_for:
             return None
         if self._structures is None:
@@ -275,8 +275,9 @@ def geometry_of(conv: nn.Conv2d) -> Geometry:
     padding: Any = conv.padding
     if isinstance(padding, str):
         padding = [dilation * (k - 1) // 2 if padding == "same" else 0 for k, dilation in numbers]
-    sizes: list[Any] = [(a, b) for a, b in (conv.kernel_size, conv.stride, padding, conv.dilation)]
-    return Geometry(conv.in_channels, conv.out_channels, *sizes, conv.groups)
+    settings: tuple[Any, ...] = (conv.kernel_size, conv.stride, padding, conv.dilation)
+    kernel, stride, pads, dilation = ((int(a), int(b)) for a, b in settings)
+    return Geometry(conv.in_channels, conv.out_channels, kernel, stride, pads, dilation, conv.groups)
 
 
 class SparseConv2dSame(SparseConv2d):
@@ -337,13 +338,13 @@ def _folded(layer: Any) -> nn.Module:
 def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
     """Have sparse convolutions and linear layers train on a kernel that skips zeros, on the CPU, where that pays.
 
-    It has loops for convolutions of any window, stride and dilation, for 1x1 ones of stride 1 in groups, too. Gradients
-    are those of the masked path to float32 accuracy, and are differentiable once. Other layers stay as they are. A layer
-    takes the masked path by itself where the kernel does not apply: more than half of the weights there, less than a
-    million products, not float32 or not on the CPU, autocast, ``torch.compile``, ``torch.func``, while RigL gathers
-    dense gradients; and where it was measured, once for its kind of input, that the kernel is no faster: see
-    ``revnets.kernels.breakeven``. Inputs that are channels last are transposed for it and back. The choice belongs to
-    the module: it is copied and pickled with it, and is no part of ``state_dict``.
+    It has loops for convolutions of any window, stride and dilation, for 1x1 ones of stride 1 in groups, too.
+    Gradients are those of the masked path to float32 accuracy, and are differentiable once. Other layers stay as they
+    are. A layer takes the masked path by itself where the kernel does not apply: more than half of the weights there,
+    less than a million products, not float32 or not on the CPU, autocast, ``torch.compile``, ``torch.func``, while
+    RigL gathers dense gradients; and where it was measured, once for its kind of input, that the kernel is no faster:
+    see ``revnets.kernels.breakeven``. Inputs that are channels last are transposed for it and back. The choice belongs
+    to the module: it is copied and pickled with it, and is no part of ``state_dict``.
 
     Args:
         model: with sparse layers.

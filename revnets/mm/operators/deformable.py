@@ -1,6 +1,7 @@
 """Convolutions and attention at positions that the network chooses."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torchvision
@@ -94,11 +95,26 @@ def _deform(geometry: dict[str, Any]) -> Callable[..., Tensor]:
     values = [geometry[name] for name in (names if plain else modulated)]
     with_bias = not plain and geometry["with_bias"]
 
+    sizes = (tuple(values[:2]), tuple(values[2:4]), tuple(values[4:]))
+
     def convolve(input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None = None, bias: Any = None) -> Tensor:
-        sizes = (tuple(values[:2]), tuple(values[2:4]), tuple(values[4:]))
+        if mask is not None:
+            size = [
+                (n + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+                for n, kernel, stride, pad, dilation in zip(input.shape[2:], weight.shape[2:], *sizes, strict=True)
+            ]
+            offset, mask = _first(offset, size), _first(mask, size)
         return torchvision.ops.deform_conv2d(input, offset, weight, bias if with_bias else None, *sizes, mask)
 
     return convolve
+
+
+def _first(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Of maps larger than the output, mmcv reads the first values in memory: so DyHead's networks were trained."""
+    count = math.prod(size)
+    if list(maps.shape[2:]) == list(size) or maps.shape[2:].numel() < count:
+        return maps
+    return maps.flatten(1)[:, : maps.shape[1] * count].reshape(*maps.shape[:2], *size)
 
 
 def ms_deform_attn_forward(

@@ -95,7 +95,8 @@ def test_it_keeps_what_the_recorder_keeps(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "reads"), [("mobilenetv3_small_050", True), ("test_efficientnet", True), ("test_vit", False)]
+    ("model", "reads"),
+    [("mobilenetv3_small_050", True), ("test_efficientnet", True), ("test_resnet", True), ("test_vit", False)],
 )
 def test_conversion_chooses_it_where_it_keeps_as_little(model: str, reads: bool) -> None:
     plain = timm.create_model(model, num_classes=10).train()
@@ -109,7 +110,7 @@ def test_conversion_chooses_it_where_it_keeps_as_little(model: str, reads: bool)
 def test_no_operator_is_looked_at() -> None:
     net = read(network("bottleneck", "gated"))
     seen: list[Any] = []
-    net[0].register_forward_pre_hook(lambda *_: seen.append(_get_current_dispatch_mode_stack()))
+    next(net.children()).register_forward_pre_hook(lambda *_: seen.append(_get_current_dispatch_mode_stack()))
     training_step(net, (images(),), loss)
     assert seen == [[]]
 

@@ -43,6 +43,26 @@ def test_deformable_convolution_and_its_gradients(modulated: bool, geometry: tup
             torch.testing.assert_close(a.grad, b.grad)
 
 
+def test_modulated_convolution_reads_the_first_values_of_larger_maps() -> None:
+    """As mmcv's kernel, which counts in memory by the size of its output, one image after the other."""
+    operators.install()
+    from mmcv.ops import modulated_deform_conv2d
+
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 3, 3), torch.randn(2)
+    offset, mask = torch.randn(2, 18, 8, 10, requires_grad=True), torch.rand(2, 9, 8, 10)
+    y = modulated_deform_conv2d(x, offset, mask, weight, bias, 1, 1, 1, 1, 1)
+    parts = []
+    for image, o, m in zip(x, offset, mask, strict=True):
+        first = o.flatten()[: 18 * 20].view(1, 18, 4, 5), m.flatten()[: 9 * 20].view(1, 9, 4, 5)
+        parts.append(torchvision.ops.deform_conv2d(image[None], first[0], weight, bias, 1, 1, 1, first[1]))
+    expected = torch.cat(parts)
+    torch.testing.assert_close(y, expected)
+    (got,) = torch.autograd.grad(y.sum(), offset)
+    torch.testing.assert_close(got, torch.autograd.grad(expected.sum(), offset)[0])
+    assert not got.flatten(1)[:, 18 * 20 :].any()
+
+
 def sampled(y: Any, row: float, column: float) -> Any:
     """Bilinear, zero outside; ``y`` ``(H, W, C)``."""
     height, width = y.shape[:2]
