@@ -21,7 +21,7 @@ def gradients(net: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
 def test_a_retrofitted_network_is_traced(training: bool) -> None:
     torch.manual_seed(0)
     net = timm.create_model("test_resnet", num_classes=3)
-    revnets.reversible(net)
+    revnets.reversible(net)  # type: ignore[operator]
     x = torch.randn(2, 3, 64, 64)
     other = copy.deepcopy(net).train(training)
     traced = torch.fx.symbolic_trace(net.train(training))

@@ -17,7 +17,7 @@ class Chained(nn.Module):
         self.chain = chain
 
     def forward(self, x: Tensor) -> Tensor:
-        total: Tensor = sum(self.chain(x))  # type: ignore[assignment]
+        total: Tensor = sum(self.chain(x))
         return total
 
 
