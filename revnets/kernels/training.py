@@ -201,6 +201,11 @@ class Structure:
 
 
 def check_images(x: Tensor) -> None:
+    """Refuse what is no batch of images, ``(N, C, H, W)``.
+
+    Raises:
+        ValueError: for other numbers of dimensions.
+    """
     if x.dim() != 4:
         raise ValueError(f"input of shape {tuple(x.shape)}: expected (N, C, H, W)")
 
