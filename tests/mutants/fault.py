@@ -15,6 +15,8 @@ AREAS = (
     "kernels",
     "training",
     "profiling",
+    "budget",
+    "retrofit",
     "pruning",
     "numerics",
     "deploy",

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .nodes import DEEPEST, Kept, Ledger, Memory, Node, closure
 from .share import Candidate, Plan
+from .witness import Witness
 
 SMALL = 1024
 """Bytes of a tensor that is not worth a recipe."""
@@ -127,12 +128,21 @@ class Keeper:
         if not memory.asked:
             memory.asked = True
             self.asked += memory.nbytes
-        if node.tensor is None and not self._dropped(node):
-            self._hold(node, self._alias(tensor))
-            if not memory.kept:
-                memory.keep()
-                self.kept += memory.nbytes
+        if node.tensor is None:
+            if self._dropped(node):
+                self._witness(node, tensor)
+            else:
+                self._hold(node, self._alias(tensor))
+                if not memory.kept:
+                    memory.keep()
+                    self.kept += memory.nbytes
         return node
+
+    def _witness(self, node: Node, tensor: Tensor) -> None:
+        """Remember of a tensor that is dropped what tells whether it came back."""
+        if node.witness is None and type(tensor) is Tensor:
+            with torch._C._DisableTorchDispatch(), torch.no_grad():
+                node.witness = Witness.of(tensor)
 
     def _hold(self, node: Node, tensor: Tensor) -> None:
         """Hold a tensor; what it is a copy of need not be computed again for others, either."""

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .witness import Witness
+
 DEEPEST = 150
 """Operators in a row that may be run again for one tensor (as Python's recursion, too)."""
 
@@ -100,6 +102,7 @@ class Node:
         level: operators in a row behind it.
         writes: how often its memory may have been written to, as far as is known, if nothing is asked of ``version``.
         spec: type, shape and strides; these are None where they do not matter.
+        witness: what it has to agree with, once it is computed again.
     """
 
     tensor: Tensor | None = None
@@ -117,6 +120,7 @@ class Node:
     storage: Memory | None = None
     ledger: Ledger | None = None
     entry: Entry | None = None
+    witness: Witness | None = None
 
     def __init__(self, spec: tuple[Any, ...], nbytes: int, version: int) -> None:
         self.spec, self.nbytes, self.version = spec, nbytes, version
@@ -141,20 +145,29 @@ class Node:
 
         Raises:
             ChangedInPlace: where it, or one that it is computed from, was changed since.
+            ComputedOtherwise: where it was written to unseen before it was dropped.
         """
         if self.tensor is not None:
             return self.held(self.tensor)
-        if self.memo is not None:
+        if self.witness is None and self.memo is not None:
             return self.memo
-        if self.base is not None:
-            self.base.value()  # it stays there, for further views of it
         if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
             with torch.no_grad(), torch._C._DisableAutocast():
-                found, _ = self.computed({})
-        else:
+                return self._returned()
+        return self._returned()
+
+    def _returned(self) -> Tensor:
+        """The tensor computed again, unless it was before, and compared with what is remembered of it."""
+        found = self.memo
+        if found is None:
+            if self.base is not None:
+                self.base.value()  # it stays there, for further views of it
             found, _ = self.computed({})
-        if self.saved and self.memo is None:
-            self.remember(found)
+            if self.saved and self.memo is None:
+                self.remember(found)
+        if self.witness is not None:
+            self.witness.check(found)
+            self.witness = None
         return found
 
     def remember(self, tensor: Tensor) -> None:

@@ -21,6 +21,7 @@ from revnets.layers.lean.keeping import Recorder
 from revnets.layers.lean.network import keeper_of, kept_per_image
 from revnets.layers.lean.reading import AVAILABLE, Reader, Writes
 from revnets.layers.lean.share import Plan
+from revnets.layers.lean.witness import ComputedOtherwise
 from revnets.profiling.memory import measure_training_step
 from revnets.profiling.predict import predict_training_step
 from tests.helpers import assert_same_step, training_step
@@ -180,6 +181,33 @@ def test_networks_with_hidden_writes_are_left_to_the_recorder(place: str) -> Non
     assert found is not None
     assert found.plan is not None
     assert found.plan.reading is not None
+
+
+@pytest.mark.parametrize("place", ["norm", "sum", "data"])
+def test_hidden_writes_that_begin_after_the_conversion_end_the_step(place: str) -> None:
+    """Nothing in the graph tells of them: what is computed again is not what there was."""
+    torch.manual_seed(0)
+    lean = convert(Hidden("").double(), "lean:0", input_size=SIZE).model.train()
+    training_step(lean, (images(),), loss)
+    lean.place = place
+    assert is_read(lean)
+    with pytest.raises(ComputedOtherwise, match=r"make_lean\(model\) on the plain network"):
+        training_step(lean, (images(),), loss)
+
+
+def test_writes_that_no_operator_shows_end_the_step() -> None:
+    """The recorder sees what torch does; ``numpy``, and kernels that do not tell, write without it."""
+
+    class Net(Hidden):
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.silu(self.norm(self.conv(x)))
+            h.detach().numpy()[:, 1:] *= 2
+            return self.head(h)
+
+    lean = make_lean(Net("").double().train())
+    assert not is_read(lean)
+    with pytest.raises(ComputedOtherwise):
+        training_step(lean, (images(),), loss)
 
 
 def test_versions_tell_of_a_write_to_a_norm() -> None:

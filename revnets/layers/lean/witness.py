@@ -1,0 +1,87 @@
+"""A few numbers of each tensor that is dropped, which what is computed again has to agree with.
+
+A recipe is wrong where something wrote to a tensor unseen: ``h.data.mul_(2)``, a write without gradient that autograd's
+graph does not show, a foreign kernel. Gradients would then be wrong without a word.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+
+import torch
+from torch import Tensor
+
+PLACES = 32
+"""Numbers that are remembered of a tensor."""
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""How far they may be off, as a share of the largest of them: rounding, of sums that nearly cancel, too."""
+
+_turns = count()
+
+
+class ComputedOtherwise(RuntimeError):
+    """A tensor that was computed again is not what the forward pass had."""
+
+    def __init__(self, shape: torch.Size, found: float, expected: float) -> None:
+        super().__init__(
+            f"lean: a tensor of shape {tuple(shape)} was computed again for the backward pass and holds {found:.6g} "
+            f"where it held {expected:.6g}: after its conversion the network began to write to results unseen by "
+            "autograd (through .data, .detach() or torch.no_grad()), or runs a kernel that writes to its inputs; write "
+            "out of place, or use revnets.layers.make_lean(model) on the plain network, which looks at every operator"
+        )
+
+
+class Witness:
+    """Numbers at some places of a tensor, each time at others.
+
+    Example:
+        >>> x = torch.arange(64.0)
+        >>> witness = Witness.of(x)
+        >>> witness.check(x.clone())
+        >>> witness.check(2 * x)
+        Traceback (most recent call last):
+        ...
+        revnets.layers.lean.witness.ComputedOtherwise: lean: a tensor of shape (64,) was computed again ...
+    """
+
+    __slots__ = ("numbers", "start", "step", "stride")
+
+    def __init__(self, tensor: Tensor, start: int, step: int) -> None:
+        self.start, self.step, self.stride = start, step, tensor.stride()
+        self.numbers = self._numbers(tensor).clone()
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Witness | None:
+        """Of a tensor in a CPU's memory without gaps (elsewhere, looking would wait for the device), else None."""
+        if type(tensor) is not Tensor or tensor.device.type != "cpu" or tensor.dtype not in TOLERANCE:
+            return None
+        size = tensor.numel()
+        if sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)) != size - 1:
+            return None
+        step = (size // PLACES - 1) | 1  # an odd one, or planes of even size would be seen in one column
+        if step < 1:
+            return None
+        return cls(tensor, next(_turns) % (size - (PLACES - 1) * step), step)
+
+    def _numbers(self, tensor: Tensor) -> Tensor:
+        return tensor.as_strided((PLACES,), (self.step,), tensor.storage_offset() + self.start)
+
+    def check(self, tensor: Tensor) -> None:
+        """Compare with a tensor that was computed again.
+
+        Raises:
+            ComputedOtherwise: where it is another one.
+        """
+        if tensor.stride() != self.stride:
+            return
+        numbers = self._numbers(tensor)
+        if torch.equal(numbers, self.numbers):
+            return
+        expected, found = self.numbers.double(), numbers.double()
+        largest = expected[expected.isfinite()].abs().max() if expected.isfinite().any() else 0
+        wrong = (found - expected).abs() > TOLERANCE[tensor.dtype] * largest
+        wrong |= (found.isnan() != expected.isnan()) | (found.isinf() & (found != expected))
+        if wrong.any():
+            place = int(wrong.nonzero()[0, 0])
+            raise ComputedOtherwise(tensor.shape, float(found[place]), float(expected[place]))
