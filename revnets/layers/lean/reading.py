@@ -6,10 +6,7 @@ To see every operator costs more: Python takes part in each of them, between ker
 
 What the graph does not show is a tensor that is written to without gradient (``h.detach().mul_(2)``): versions tell of
 some of these, and networks that are seen to do so in a trial (``Writes``) are left to the recorder. Where such writes
-begin after the trial, gradients may be wrong without a word: where autograd does not ask for what is written (a batch
-norm's result before an activation), after ``h.data.mul_(2)``, which leaves no new version, and after an operator out of
-place that has a form in place, whose result could be one version on. Whoever begins to do so has to convert the plain
-network again, with the write in place, or take the recorder: ``make_lean(network)``, without a plan.
+begin after the trial, what is computed again is not what there was, and the step ends with a sentence (``witness``).
 """
 
 from __future__ import annotations
