@@ -22,7 +22,7 @@ from .choices import BudgetError
 from .measure import measured_seconds
 from .plan import BlockPlan, Plan, Timeline
 from .program import Program, Solution
-from .step import Step, described, make_inputs
+from .step import Step, described, make_inputs, reserve
 from .watch import Figures, Watch, figures_of, machine_of
 
 LEVELS = 200
@@ -30,10 +30,6 @@ LEVELS = 200
 that a lower budget never gets a higher peak."""
 SLACK = 1.01
 """The program's peaks are off by less; each is checked by a trace of the step with its choices."""
-RESERVE = {"cpu": 0.006}
-OTHER_RESERVE = 0.02
-"""Share of a budget that is left for what predictions miss. On a CPU most are right to the byte; where the optimizer's
-step is the peak, its temporaries are up to 0.5% more. On accelerators none has been checked."""
 GENERATOR = 6_000
 """Bytes of the CPU's generator, whose state each checkpoint of a block that draws keeps beside it."""
 TIMES = ("flops", "measure")
@@ -280,7 +276,7 @@ class Planner:
     def _needed(self, tried: Tried, peak: int) -> int:
         again = sum(choice == "checkpoint" for _, choice in tried.solution.choices)
         generators = GENERATOR * (again + 1) if self.step.device.type == "cpu" and again else 0
-        return math.ceil(peak / (1 - RESERVE.get(self.step.device.type, OTHER_RESERVE))) + generators
+        return math.ceil(peak / (1 - reserve(self.step.device))) + generators
 
     # --- the plan ------------------------------------------------------------------------------------------------
 

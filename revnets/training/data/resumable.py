@@ -9,6 +9,7 @@ import functools
 import multiprocessing
 import multiprocessing.util  # its work at exit comes after ours, which is registered later
 import random
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -130,12 +131,17 @@ class _Start:
 
 @functools.cache
 def _kill_workers_at_exit() -> None:
-    """Loading processes ignore SIGTERM, by which Python ends those whose loader an error leaves open: it would wait."""
+    """Loading processes ignore SIGTERM, by which Python ends those whose loader stays open: it would wait.
+
+    Torch takes the death of one for an error, and would print it while Python ends.
+    """
 
     def kill() -> None:
-        for child in multiprocessing.active_children():
-            if child.daemon:
-                child.kill()
+        children = [child for child in multiprocessing.active_children() if child.daemon]
+        if children and hasattr(signal, "SIGCHLD"):  # not on Windows
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for child in children:
+            child.kill()
 
     atexit.register(kill)
 
