@@ -94,7 +94,7 @@ test-mutants: $(INSTALLED)
 CLIENTS := .compat/clients
 test-clients:
 	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[clients]" pytest pillow
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable ".[clients]" pytest pillow
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(CLIENTS)/bin/python -m pytest tests/clients
 
 # On a machine that is lent for minutes nothing can be installed: its own python3 does, where there is no .venv.

@@ -1,9 +1,11 @@
-"""The MMDetection side, named in a config's ``custom_imports``: backbones, neck, hooks, resumable loop, ``mmcv.ops``.
+"""The OpenMMLab side, named in a config's ``custom_imports``: backbones, neck, hooks, resumable loop, ``mmcv.ops``.
 
-Importing it registers them, makes ``import mmcv.ops`` work where mmcv was installed without compiled operators, and has
-MMEngine read checkpoints without running what is in them (``loading``).
+Importing it registers them for MMDetection, mmsegmentation, mmpose or whichever of MMEngine's toolboxes a config is of,
+makes ``import mmcv.ops`` work where mmcv was installed without compiled operators, and has MMEngine read checkpoints
+without running what is in them (``loading``).
 """
 
+import importlib.util
 import sys
 
 from .operators import install
@@ -17,7 +19,6 @@ except ImportError as error:
     sys.exit(2)
 
 from .amp import Bf16OptimWrapper
-from .coco import CheckedCocoDataset, CheckedCocoMetric
 from .hooks.budget import MemoryBudgetHook
 from .hooks.checkpoint import WholeCheckpointHook
 from .hooks.guard import DriftHook, FiniteHook
@@ -30,20 +31,21 @@ from .hooks.training_flops import TrainingFlopsHook
 from .loading import install as load_safely
 from .mus_optim import MuSOptimWrapperConstructor
 from .networks.backbone import RevBiFPN, TimmBackbone
-from .networks.hrfpn import LeanHRFPN
 from .networks.layers import register_conv_layers
 from .networks.neck import RevBiFPNNeck
 
 register_conv_layers()
 load_safely()
+HAS_MMDET = importlib.util.find_spec("mmdet") is not None
+"""Whether MMDetection is there; what extends its classes is missing without it, and no other toolbox asks for it."""
+if HAS_MMDET:
+    from .coco import CheckedCocoDataset, CheckedCocoMetric
+    from .networks.hrfpn import LeanHRFPN
 
 __all__ = [
     "Bf16OptimWrapper",
-    "CheckedCocoDataset",
-    "CheckedCocoMetric",
     "DriftHook",
     "FiniteHook",
-    "LeanHRFPN",
     "MemoryBudgetHook",
     "MemoryReportHook",
     "MuSOptimWrapperConstructor",
@@ -57,3 +59,5 @@ __all__ = [
     "TrainingFlopsHook",
     "WholeCheckpointHook",
 ]
+if HAS_MMDET:
+    __all__ += ["CheckedCocoDataset", "CheckedCocoMetric", "LeanHRFPN"]

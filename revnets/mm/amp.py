@@ -1,5 +1,6 @@
 """Mixed precision for MMEngine's runner on any device."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,6 +40,8 @@ class Bf16OptimWrapper(OptimWrapper):
 
 
 def _keep_boxes_precise(model: nn.Module) -> None:
+    if "mmdet" not in sys.modules:  # a segmenter, say, which has neither
+        return
     from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
     from mmdet.models.roi_heads.roi_extractors.base_roi_extractor import BaseRoIExtractor
 

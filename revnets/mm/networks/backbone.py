@@ -7,7 +7,6 @@ from typing import Any
 
 import timm
 import torch
-from mmdet.registry import MODELS
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from timm.models._manipulate import group_with_matcher
@@ -20,12 +19,13 @@ from ...training.capture.graphed import GraphedPart
 from ...training.errors import did_you_mean
 from .norms import SYNCHRONISED, replace_norms
 from .pretrained import inner, load_pretrained
+from .registry import register_network
 
 ARCHS = {**{f"s{n}": f"revbifpn_s{n}" for n in range(7)}, "test": "test_revbifpn"}
 """``arch`` of ``RevBiFPN`` to timm's name; ``test`` is tiny and has strides 2, 4, 8, 16."""
 
 
-@MODELS.register_module()
+@register_network()
 class TimmBackbone(BaseModule):
     """A network of timm as a backbone of MMDetection, with what a detector wants to set.
 
@@ -135,7 +135,7 @@ class TimmBackbone(BaseModule):
         return self
 
 
-@MODELS.register_module()
+@register_network()
 class RevBiFPN(TimmBackbone):
     """RevBiFPN (arXiv 2206.14098) as a backbone: the neck's four maps, of strides 4, 8, 16 and 32.
 

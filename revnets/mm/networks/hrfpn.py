@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from mmdet.models.necks import HRFPN
-from mmdet.registry import MODELS
 from torch import Tensor, nn
 
 from ...reversible import recompute
+from .registry import register_network
 
 
-@MODELS.register_module()
+@register_network()
 class LeanHRFPN(HRFPN):
     r"""MMDetection's HRFPN (arXiv 1904.04514), the same function of the same weights, with less memory and work.
 

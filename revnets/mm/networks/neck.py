@@ -6,16 +6,16 @@ from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
-from mmdet.registry import MODELS
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ...layers import MBConv, norm_act
 from ...reversible import ReversibleOp, RevSequential, RevSilo, recompute
 from .norms import norm_factory
+from .registry import register_network
 
 
-@MODELS.register_module()
+@register_network()
 class RevBiFPNNeck(BaseModule):
     r"""A stack of RevSilos (arXiv 2206.14098) between any backbone and any head, in place of an FPN.
 

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from .attention import psamask_backward, psamask_forward
 from .boxes import nms, nms_match, softnms
 from .common import MissingOperatorError, get_compiler_version, get_compiling_cuda_version
 from .deformable import (
@@ -122,6 +123,8 @@ OPERATORS: dict[str, Callable[..., Any]] = {
         carafe_backward,
         masked_im2col_forward,
         masked_col2im_forward,
+        psamask_forward,
+        psamask_backward,
     )
 }
 """By mmcv's names."""

@@ -1,0 +1,32 @@
+"""Where a config of any OpenMMLab toolbox finds our networks: MMEngine's root registry, which each of theirs asks."""
+
+import importlib.util
+from collections.abc import Callable
+from typing import TypeVar
+
+from mmengine.registry import MODELS
+
+Network = TypeVar("Network", bound=type)
+
+
+def register_network() -> Callable[[Network], Network]:
+    """Decorator of a module that configs name by its class: ``type="RevBiFPN"``, in whichever toolbox.
+
+    ``mmdet.RevBiFPN`` is one more name for it where MMDetection is installed.
+
+    Example:
+        >>> from mmengine.registry import Registry
+        >>> theirs = Registry("model", parent=MODELS, scope="some_toolbox")
+        >>> theirs.get("RevBiFPN").__name__
+        'RevBiFPN'
+    """
+
+    def register(network: Network) -> Network:
+        MODELS.register_module(module=network)
+        if importlib.util.find_spec("mmdet") is not None:  # in its own scope, its registry asks no other
+            from mmdet.registry import MODELS as OF_MMDET
+
+            OF_MMDET.register_module(module=network)
+        return network
+
+    return register
