@@ -69,7 +69,7 @@ def excess(*changes: int) -> int:
 # channels-last ones are taken as they are, only the weights are copied. Torch's own kernel for pointwise convolutions,
 # which it prefers for small batches on one thread, takes anything as it is.
 # Depthwise ones have kernels of their own: the gradient of wide weights, and all with much padding, goes through
-# matrices, one column per pixel and thread.
+# matrices, one column per pixel and thread. So does, without AVX-512, that of weights which are taller than the images.
 
 
 class _Conv:
@@ -79,12 +79,14 @@ class _Conv:
         stride, padding, dilation, _transposed, _output_padding, groups = args
         kernel = max(weight.shape[2:])
         pointwise = kernel == 1 and max(stride) == 1 and groups == 1
-        few = x.shape[0] == 1 and x.numel() <= 20480
-        self.plain = pointwise and (few or (x.shape[0] < 16 and torch.get_num_threads() == 1))
+        few, threads = x.shape[0] == 1 and x.numel() <= 20480, torch.get_num_threads()
+        self.plain = pointwise and (few or (x.shape[0] < 16 and threads == 1))
         self.depthwise = groups > 1 and groups == x.shape[1]
         self.wide = self.depthwise and kernel > 3
         extent = (kernel - 1) * max(dilation) + 1
         self.by_matrices = self.depthwise and (max(padding) > 6 or max(padding) >= extent)
+        own = few and kernel <= 3 and not self.depthwise  # torch's kernel
+        self.tall = _vector() == 8 and (weight.shape[2] - 1) * dilation[0] + 1 > x.shape[2] and not own
         self.strided = max(stride) > 1
         self.channels_last = torch.channels_last in (suggest_memory_format(x), suggest_memory_format(weight))
         self.x, self.y, self.w = (math.prod(t.shape) * 4 for t in (x, y, weight))
@@ -92,7 +94,12 @@ class _Conv:
         if groups == 1 and x.shape[1] > 3:
             self.wb = _padded(self.wb, x.shape[1])
         self.xb = _padded(self.x, x.shape[1]) if x.shape[1] > 3 else 0  # an image goes in as it is
-        self.columns = torch.get_num_threads() * math.prod(weight.shape[2:]) * math.prod(y.shape[2:]) * 4
+        column = math.prod(weight.shape[2:]) * math.prod(y.shape[2:]) * 4
+        self.columns = threads * column
+        self.matrices = self.columns + 4 * self.w
+        if _vector() == 8:
+            shares = threads if self.depthwise else min(threads, x.shape[0])
+            self.matrices = shares * (weight.shape[1] * column + 4 * self.w) + 256
 
     def ordered_copy(self, t: Tensor) -> int:
         """Bytes of the copy of a tensor that is in another layout, such as a slice of channels."""
@@ -119,9 +126,8 @@ class _Conv:
     def weight_gradient(self) -> list[int]:
         if self.plain:
             return [self.w]
-        if self.by_matrices or (self.wide and not self.channels_last):
-            scratch = self.columns + 4 * self.w
-            return [self.wb, scratch, -scratch, self.w, -self.wb]
+        if self.tall or self.by_matrices or (self.wide and not self.channels_last):
+            return [self.wb, self.matrices, -self.matrices, self.w, -self.wb]
         if self.channels_last:
             scratch = self.w * _vector() ** 2 if self.wide else self.wb  # wide: dense blocks, vector x vector
             return [scratch, self.w, self.w, -self.w, -scratch]
