@@ -152,7 +152,7 @@ def _convolution(args: Any, out: Any) -> int:
     if not _by_onednn(x, settings[3]):
         return 0
     conv = _Conv(x, weight, out, settings)
-    copies = conv.ordered_copy(x)
+    copies = conv.ordered_copy(x) + conv.ordered_copy(weight)
     return excess(copies, *conv.forward(), -copies)
 
 
@@ -161,7 +161,7 @@ def _convolution_backward(args: Any, out: Any) -> int:
     if not _by_onednn(x, settings[3]):
         return 0
     conv = _Conv(x, weight, grad, settings)
-    copies = conv.ordered_copy(grad) + (conv.ordered_copy(x) if needed[1] else 0)
+    copies = conv.ordered_copy(grad) + conv.ordered_copy(weight) + (conv.ordered_copy(x) if needed[1] else 0)
     changes = (conv.input_gradient() if needed[0] else []) + (conv.weight_gradient() if needed[1] else [])
     return excess(copies, *changes, -copies)
 
@@ -181,6 +181,11 @@ def _mm(args: Any, out: Any) -> int:
     return sum(t.numel() * t.element_size() for t in args[:2] if t.numel() > 1 and 1 not in t.stride())
 
 
+def _layer_norm(args: Any, out: Any) -> int:
+    """Rows that do not lie one after the other are copied: of the input, in the backward pass of its gradient, too."""
+    return sum(t.nbytes for t in args[:2] if isinstance(t, Tensor) and not t.is_contiguous())
+
+
 def _second_grad_input(args: Any, out: Any) -> int:
     """The CPU kernel allocates the input's gradient twice and drops the first."""
     return out[0].nbytes if out[0] is not None else 0
@@ -190,6 +195,8 @@ CPU_TEMPORARIES: dict[Any, Callable[[Any, Any], int]] = {
     aten.convolution.default: _convolution,
     aten.convolution_backward.default: _convolution_backward,
     aten.native_batch_norm_backward.default: _second_grad_input,
+    aten.native_layer_norm.default: _layer_norm,
+    aten.native_layer_norm_backward.default: _layer_norm,
     aten.upsample_bilinear2d.default: _upsample,
     aten.mm.default: _mm,
 }
