@@ -25,7 +25,7 @@ SOURCE = Path(__file__).with_name("sparse_conv.cpp")
 HEADERS = [
     SOURCE.with_name(f"{name}.h")
     for name in (
-        *("vectors", "call", "convolution", "depthwise", "planes", "transpose", "weight_grad", "windows"),
+        *("vectors", "call", "convolution", "depthwise", "planes", "transpose", "weight_grad", "windows", "pixels"),
         *("bytes", "byte_convolution", "byte_depthwise", "byte_linear", "byte_planes"),
     )
 ]
@@ -72,7 +72,16 @@ class GradStruct(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "dy", "columns", "rows", "places", "gradient")),
-        *((name, ctypes.c_int64) for name in ("n", "c_in", "c_out", "plane", "groups", "chunk")),
+        *((name, ctypes.c_int64) for name in ("n", "c_in", "c_out", "plane", "groups", "chunk", "by_pixel")),
+    ]
+
+
+class PixelStruct(ctypes.Structure):
+    """``PixelCall`` of ``pixels.h``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "values", "columns", "rows", "bias", "y")),
+        *((name, ctypes.c_int64) for name in ("pixels", "c_in", "c_out", "groups", "chunk")),
     ]
 
 
@@ -291,6 +300,7 @@ _INTEGER, _POINTER = ctypes.c_int64, ctypes.c_void_p
 SIZES = {
     "revnets_call_size": CallStruct,
     "revnets_grad_call_size": GradStruct,
+    "revnets_pixel_call_size": PixelStruct,
     "revnets_window_call_size": WindowStruct,
 }
 """Functions that say how large the library takes a structure to be."""
@@ -303,6 +313,8 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "revnets_weight_grad": (None, [_POINTER, _POINTER, _INTEGER]),
     "revnets_windows": (None, [_POINTER, _INTEGER]),
     "revnets_windows_grad": (None, [_POINTER, _POINTER, _INTEGER]),
+    "revnets_pixels": (None, [_POINTER, _INTEGER]),
+    "revnets_mask": (None, [_POINTER, _POINTER, _INTEGER, _POINTER, _INTEGER]),
     "revnets_transpose": (None, [_POINTER, _INTEGER, _INTEGER, _POINTER, _INTEGER]),
     **dict.fromkeys(SIZES, (_INTEGER, [])),
 }

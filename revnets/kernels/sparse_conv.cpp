@@ -12,6 +12,7 @@
 #include "call.h"
 #include "convolution.h"
 #include "depthwise.h"
+#include "pixels.h"
 #include "planes.h"
 #include "transpose.h"
 #include "weight_grad.h"
@@ -63,6 +64,7 @@ const char* revnets_byte_target() { return REVNETS_BYTE_TARGET; }
 int64_t revnets_call_size() { return sizeof(Call); }
 int64_t revnets_lanes() { return kLanes; }
 int64_t revnets_grad_call_size() { return sizeof(GradCall); }
+int64_t revnets_pixel_call_size() { return sizeof(PixelCall); }
 int64_t revnets_window_call_size() { return sizeof(WindowCall); }
 
 // Whether a layer's structure, see Call, stays within `values` weights and `inputs` inputs of an output channel.
@@ -106,6 +108,16 @@ void revnets_windows(const WindowCall* call, int64_t threads) {
 }
 void revnets_windows_grad(const WindowCall* call, float* sums, int64_t threads) {
   together(threads, [&](const Member& member) { run_windows_grad(*call, member, sums); });
+}
+
+// A 1x1 convolution of images by pixel.
+void revnets_pixels(const PixelCall* call, int64_t threads) {
+  together(threads, [&](const Member& member) { run_pixels(*call, member); });
+}
+
+// weight * mask, of bytes 0 and 1; y may be the weight itself.
+void revnets_mask(const float* weight, const uint8_t* mask, int64_t count, float* y, int64_t threads) {
+  together(threads, [&](const Member& member) { run_mask(weight, mask, count, y, member); });
 }
 
 // A matrix of `height` lines of `width` numbers.

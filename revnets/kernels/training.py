@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
-from .build import CallStruct, Geometry, GradStruct, kernel_problem, load_kernel, warn_of_dense_path
+from .build import CallStruct, Geometry, GradStruct, PixelStruct, kernel_problem, load_kernel, warn_of_dense_path
 from .calls import chunk_size, in_chunks
 from .compressed import MAX_COLUMNS, compress
+from .layouts import by_pixel, check_images, images_by_pixel, pixels
 from .operands import call, pointing, readable
 
 MAX_DENSITY = 0.5  # above it torch's dense kernels are about as fast
@@ -61,18 +62,28 @@ class Compressed:
         return cls(inputs * groups, outputs, groups, columns, rows, chunk), numbers
 
     def convolve(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-        """The convolution of ``(N, C_in, H, W)``, contiguous, with these values of the non-zeros."""
+        """The convolution of ``(N, C_in, H, W)`` with these values of the non-zeros, in the same memory layout."""
         n, channels, height, width = x.shape
         if channels != self.in_channels:
             raise ValueError(f"input of {channels} channels: the sparse layer expects {self.in_channels}")
-        x, values = readable("input", x), readable("values", values, numel=len(self.columns))
+        values = readable("values", values, numel=len(self.columns))
         bias = None if bias is None else readable("bias", bias, numel=self.out_channels)
+        if by_pixel(x):
+            return self._by_pixel(x, values, bias)
+        x = readable("input", x)
         y = x.new_empty(n, self.out_channels, height, width)
         sizes = (n, self.in_channels, height, width, self.out_channels, height, width)
         tensors = (x, values, self.columns, self.rows, bias, None, y, None, None)
         struct = pointing(CallStruct, tensors, *sizes, 1, 1, 1, 1, 0, 0, 1, 1, self.groups, chunk=self.chunk)
         if y.numel():
             call(load_kernel().revnets_run, ctypes.byref(struct), 1, torch.get_num_threads())
+        return y
+
+    def _by_pixel(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        y, x = images_by_pixel(x, self.out_channels, x.shape[2:]), readable("input", pixels(x))
+        sizes = (x.numel() // self.in_channels, self.in_channels, self.out_channels, self.groups, self.chunk)
+        struct = pointing(PixelStruct, (x, values, self.columns, self.rows, bias, pixels(y)), *sizes)
+        call(load_kernel().revnets_pixels, ctypes.byref(struct), torch.get_num_threads())
         return y
 
 
@@ -145,7 +156,7 @@ class Structure:
             ValueError: for other numbers of dimensions, channels or values, other types, another device.
         """
         check_images(x)
-        return laid_out(self._forward.convolve(planes(x), values, bias), x)
+        return self._forward.convolve(x, values, bias)
 
     def grads(
         self,
@@ -171,14 +182,12 @@ class Structure:
         """
         check_images(grad)
         values = readable("values", values, numel=len(self.places))
-        dy = planes(grad)
         grad_x = grad_weight = None
         if needed[0]:
-            found = self._transposed.convolve(dy, values.index_select(0, self._order), None)
-            grad_x = laid_out(found, grad)
+            grad_x = self._transposed.convolve(grad, values.index_select(0, self._order), None)
         if needed[1] and x is not None:
-            grad_weight = self._weight_grad(planes(x, like=grad), dy, shape)
-        return grad_x, grad_weight, dy.sum((0, 2, 3)) if needed[2] else None
+            grad_weight = self._weight_grad(x, grad, shape)
+        return grad_x, grad_weight, grad.sum((0, 2, 3)) if needed[2] else None
 
     def _weight_grad(self, x: Tensor, dy: Tensor, shape: torch.Size) -> Tensor:
         """Sums are made in one order, whatever the number of threads."""
@@ -188,9 +197,12 @@ class Structure:
         for name, found, channels in (("input", x, f.in_channels), ("gradient", dy, f.out_channels)):
             if found.shape != (n, channels, *size):
                 raise ValueError(f"{name} of shape {tuple(found.shape)}: expected {(n, channels, *size)}")
-        x, dy = readable("input", x), readable("gradient", dy)
+        last = by_pixel(dy)
+        x, dy = (
+            readable(*each) for each in (("input", pixels(x) if last else x), ("gradient", pixels(dy) if last else dy))
+        )
         gradient, sums = dy.new_zeros(shape), dy.new_empty(len(self.places))
-        sizes = (n, f.in_channels, f.out_channels, size[0] * size[1], f.groups, f.chunk)
+        sizes = (n, f.in_channels, f.out_channels, size[0] * size[1], f.groups, f.chunk, last)
         struct = pointing(GradStruct, (x, dy, f.columns, f.rows, self._places, gradient), *sizes)
         call(load_kernel().revnets_weight_grad, ctypes.byref(struct), sums, torch.get_num_threads())
         return gradient
@@ -198,65 +210,6 @@ class Structure:
     def _check_size(self, numel: int) -> None:
         if numel != self._numel:
             raise ValueError(f"a weight of {numel} numbers: expected {self._numel}, those of the mask")
-
-
-def check_images(x: Tensor) -> None:
-    """Refuse what is no batch of images, ``(N, C, H, W)``.
-
-    Raises:
-        ValueError: for other numbers of dimensions.
-    """
-    if x.dim() != 4:
-        raise ValueError(f"input of shape {tuple(x.shape)}: expected (N, C, H, W)")
-
-
-def by_pixel(x: Tensor) -> bool:
-    """Whether the channels of a pixel are neighbours in memory."""
-    return x.shape[2:] == (1, 1) or (x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous())
-
-
-def planes(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """The pixels of each channel one after the other: x, or ``(1, C, 1, N H W)`` where it is (``like`` is) by pixel."""
-    if not by_pixel(x if like is None else like):
-        return x.contiguous()
-    matrix = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-    return transposed(matrix)[None, :, None]
-
-
-def laid_out(y: Tensor, like: Tensor, shape: torch.Size | None = None) -> Tensor:
-    """What was computed from ``planes(like)``, of its height and width or of this shape, in its layout."""
-    if not by_pixel(like):
-        return y
-    n, _, height, width = like.shape if shape is None else shape
-    # no view of what `transposed` makes: autograd refuses changes in place of a view that a Function returns
-    channels, pixels = y.shape[1], height * width
-    made = y.new_empty_strided((n, channels, height, width), (pixels * channels, 1, width * channels, channels))
-    _transpose(y[0, :, 0], made.permute(0, 2, 3, 1))
-    return made
-
-
-def transposed(x: Tensor) -> Tensor:
-    """A float32 matrix, transposed and contiguous; torch takes two to three times as long.
-
-    Raises:
-        ValueError: for another tensor.
-
-    Example:
-        >>> transposed(torch.tensor([[1.0, 2.0]]))
-        tensor([[1.],
-                [2.]])
-    """
-    if x.dim() != 2:
-        raise ValueError(f"a tensor of shape {tuple(x.shape)}: expected a matrix")
-    x = readable("matrix", x)
-    y = x.new_empty(x.shape[1], x.shape[0])
-    _transpose(x, y)
-    return y
-
-
-def _transpose(x: Tensor, y: Tensor) -> None:
-    """A matrix, transposed into the memory of y; both are contiguous."""
-    call(load_kernel().revnets_transpose, x, *x.shape, y, torch.get_num_threads())
 
 
 class _SparseConv(torch.autograd.Function):
@@ -362,14 +315,13 @@ def kernel_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     Not under autocast, ``torch.compile``, ``torch.func`` and forward-mode gradients, not while operators are recorded
     or counted, and not without a compiler, of which a warning tells.
     """
-    return (
-        type(x) is Tensor
-        and _is_plain(x)
-        and all(type(t) in (Tensor, Parameter) and _is_plain(t) for t in (weight, bias) if t is not None)
-        and x.numel() > 0
-        and not _watched()
-        and _available()
-    )
+    return type(x) is Tensor and x.numel() > 0 and serves(x, weight, *(() if bias is None else (bias,)))
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether all are plain float32 tensors on the CPU, and nothing looks on: see ``kernel_serves``."""
+    plain = all(type(t) in (Tensor, Parameter) and _is_plain(t) for t in tensors)
+    return plain and not _watched() and _available()
 
 
 def kernel_fits(weight: Tensor) -> bool:

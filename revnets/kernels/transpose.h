@@ -23,23 +23,20 @@ inline void swap_squares(vec* rows) {
   if constexpr (2 * kStep < kLanes) swap_squares<2 * kStep>(rows);
 }
 
-// A part of a matrix of `height` lines of `width` numbers, as part of the result.
-void transpose_part(const float* x, int64_t height, int64_t width, int64_t row, int64_t rows, int64_t column,
-                    int64_t columns, float* y) {
-  x += row * width + column;
-  y += column * height + row;
+// `rows` lines of `columns` numbers, the lines `from_pitch` apart, into columns `pitch` apart.
+void transpose_part(const float* x, int64_t from_pitch, int64_t rows, int64_t columns, float* y, int64_t pitch) {
   for (int64_t c = 0; c < columns; c += kLanes) {
     int64_t r = 0;
     if (c + kLanes <= columns) {
       for (; r + kLanes <= rows; r += kLanes) {
         vec square[kLanes];
-        for (int k = 0; k < kLanes; ++k) square[k] = load(x + (r + k) * width + c);
+        for (int k = 0; k < kLanes; ++k) square[k] = load(x + (r + k) * from_pitch + c);
         swap_squares<1>(square);
-        for (int k = 0; k < kLanes; ++k) store(y + (c + k) * height + r, square[k]);
+        for (int k = 0; k < kLanes; ++k) store(y + (c + k) * pitch + r, square[k]);
       }
     }
     for (; r < rows; ++r) {
-      for (int64_t k = c; k < std::min(columns, c + kLanes); ++k) y[k * height + r] = x[r * width + k];
+      for (int64_t k = c; k < std::min(columns, c + kLanes); ++k) y[k * pitch + r] = x[r * from_pitch + k];
     }
   }
 }
@@ -51,7 +48,7 @@ void run_transpose(const float* x, int64_t height, int64_t width, float* y, cons
   for (int64_t part = member.begin(down * across); part < member.end(down * across); ++part) {
     const int64_t row = part % down * kSide, column = part / down * kSide;
     const int64_t rows = std::min(kSide, height - row), columns = std::min(kSide, width - column);
-    transpose_part(x, height, width, row, rows, column, columns, y);
+    transpose_part(x + row * width + column, width, rows, columns, y + column * height + row, height);
   }
 }
 

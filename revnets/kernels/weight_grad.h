@@ -7,11 +7,13 @@
 #pragma once
 
 #include "call.h"
+#include "transpose.h"
 
 extern "C" {
 
 // Structure as in Call: of chunk j and output channel o, columns[i] counts from input j * chunk of the group, for i from
 // rows[j * c_out + o] to rows[j * c_out + o + 1]; gradient[places[i]] is where its sum goes, the rest is left alone.
+// x and dy are both planes, or, by pixel, both (n * plane, channels).
 struct GradCall {
   const float* x;
   const float* dy;
@@ -19,7 +21,7 @@ struct GradCall {
   const int32_t* rows;
   const int32_t* places;
   float* gradient;
-  int64_t n, c_in, c_out, plane, groups, chunk;
+  int64_t n, c_in, c_out, plane, groups, chunk, by_pixel;
 };
 
 }  // extern "C"
@@ -91,6 +93,14 @@ void pack_lines(const float* x, int64_t channels, int64_t plane, const Span& spa
   }
 }
 
+// The same lines of images by pixel, from the span's first pixel on.
+void pack_pixels(const float* x, int64_t channels, int64_t start, int64_t length, int64_t channel, int64_t count,
+                 float* to, int64_t pitch) {
+  transpose_part(x + start * channels + channel, channels, length, count, to, pitch);
+  if (length == pitch) return;
+  for (int64_t k = 0; k < count; ++k) std::fill(to + k * pitch + length, to + (k + 1) * pitch, 0.0f);
+}
+
 // --- multiplying -----------------------------------------------------------------------------------------------------
 
 template <int kNumber>
@@ -156,13 +166,17 @@ void run_weight_grad(const GradCall& c, const Member& member, float* sums) {
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t from = vectors * b / blocks, to = vectors * (b + 1) / blocks, start = from * kLanes;
     const Span span = {start / c.plane, start % c.plane, std::min(to * kLanes, pixels) - start, to - from};
+    const auto packed = [&](const float* x, int64_t channels, int64_t channel, int64_t count, float* to) {
+      if (!c.by_pixel) return pack_lines(x, channels, c.plane, span, channel, count, to);
+      pack_pixels(x, channels, start, span.length, channel, count, to, span.vectors * kLanes);
+    };
     for (int64_t g = first / outputs; g * outputs < last; ++g) {
       const int64_t begin = std::max(first, g * outputs), end = std::min(last, (g + 1) * outputs);
       float* lines = panel + std::min(c.chunk, inputs) * pitch;
-      pack_lines(c.dy, c.c_out, c.plane, span, begin, end - begin, lines);
+      packed(c.dy, c.c_out, begin, end - begin, lines);
       for (int64_t j = 0; j < chunks; ++j) {
         const int64_t channel = j * c.chunk, count = std::min(c.chunk, inputs - channel);
-        pack_lines(c.x, c.c_in, c.plane, span, g * inputs + channel, count, panel);
+        packed(c.x, c.c_in, g * inputs + channel, count, panel);
         grad_rows_any<kGradVectors>(span.vectors, c, c.rows + j * c.c_out, begin, end, panel, lines, sums);
       }
     }

@@ -169,8 +169,8 @@ void parts_of(const WindowCall& c, int64_t first_image, const Window& w, const W
 
 // --- multiplying -----------------------------------------------------------------------------------------------------
 
-template <int kNumber>
-void multiply_lines(const WindowCall& c, const int32_t* rows, int64_t begin, int64_t end, const float* panel,
+template <int kNumber, typename Weights>
+void multiply_lines(const Weights& c, const int32_t* rows, int64_t begin, int64_t end, const float* panel,
                     bool first, float* sums) {
   const char* start = reinterpret_cast<const char*>(__builtin_assume_aligned(panel, REVNETS_VECTOR));
   for (int64_t o = begin; o < end; ++o, sums += kNumber * kLanes) {
@@ -191,8 +191,8 @@ void multiply_lines(const WindowCall& c, const int32_t* rows, int64_t begin, int
   }
 }
 
-template <int kNumber>
-void multiply_lines_any(int64_t vectors, const WindowCall& c, const int32_t* rows, int64_t begin, int64_t end,
+template <int kNumber, typename Weights>
+void multiply_lines_any(int64_t vectors, const Weights& c, const int32_t* rows, int64_t begin, int64_t end,
                         const float* panel, bool first, float* sums) {
   if constexpr (kNumber > 1) {
     if (vectors < kNumber) return multiply_lines_any<kNumber - 1>(vectors, c, rows, begin, end, panel, first, sums);

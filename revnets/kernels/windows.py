@@ -15,8 +15,9 @@ from .build import Geometry
 from .calls import check_geometry
 from .compressed import MAX_COLUMNS
 from .frames import Lines, Planes, Side
+from .layouts import by_pixel, check_images, laid_out, planes
 from .operands import readable
-from .training import Structure, by_pixel, check_images, laid_out, planes
+from .training import Structure
 
 MAX_STRIDE = 8  # frames have its square of phases
 MAX_FRAME = 2**24  # bytes of an image's frame that breakeven.py allows: every thread keeps the memory of its largest

@@ -165,6 +165,23 @@ def test_measuring_changes_nothing_of_the_program(geometry: Geometry, by_pixel: 
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ((1.0, 4.0, 2.0, 4.0), (5.0, 6.0)),  # the backward pass gains nothing
+        ((4.0, 1.0, 4.0, 3.0), (9.0, 11.0)),  # nor the forward pass, which is made twice
+    ],
+)
+def test_a_layer_pays_with_its_forward_pass_made_once_or_twice(
+    times: tuple[float, ...], expected: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = [lambda taken=taken: taken for taken in times]
+    monkeypatch.setattr(breakeven, "_steps", lambda case: (passes[:2], passes[2:]))
+    monkeypatch.setattr(breakeven, "_seconds", lambda each, threads: each())
+    found = breakeven._measured(Case.of(THREE, (2, 8, 8), 0.1, False, False))
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
 @needs_kernel
 @pytest.mark.parametrize(
     ("geometry", "size"),

@@ -19,9 +19,10 @@ from revnets.kernels.byte_blocks import compress_bytes
 from revnets.kernels.byte_ops import LAYERS
 from revnets.kernels.calls import ConvCall, MapCall, MaxPoolCall, MeanCall, SliceCall, UpsampleCall, _check_weights
 from revnets.kernels.compressed import compress
+from revnets.kernels.layouts import transposed
 from revnets.kernels.operands import address, readable
 from revnets.kernels.plan import Plan, Step
-from revnets.kernels.training import Structure, sparse_conv, sparse_linear, transposed
+from revnets.kernels.training import Structure, sparse_conv, sparse_linear
 
 from ..deploy.nets import pruned_weight
 from .nets import needs_kernel

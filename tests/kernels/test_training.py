@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import revnets
-from revnets.kernels import training
+from revnets.kernels import layouts
 from revnets.kernels.build import KernelUnavailable
 from revnets.kernels.training import Structure, sparse_conv
 from revnets.layers import SparseConv2d, SparseLinear, convert, norm_act_conv, use_sparse_kernel
@@ -62,7 +62,41 @@ def test_gradients(channels: Any, size: Any, sparsity: float, bias: bool, layout
 @given(height=st.integers(1, 150), width=st.integers(1, 150))
 def test_transposed(height: int, width: int) -> None:
     x = torch.randn(height, width)
-    assert torch.equal(training.transposed(x), x.t())
+    assert torch.equal(layouts.transposed(x), x.t())
+
+
+@needs_kernel
+@settings(max_examples=40, deadline=None)
+@given(
+    channels=st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 3)),
+    chunks=st.integers(0, 2),
+    size=st.tuples(st.integers(1, 3), st.integers(1, 12), st.integers(2, 12)),
+)
+def test_layouts_do_not_change_a_bit(channels: Any, chunks: int, size: Any) -> None:
+    """Reversible networks may compute a layer again in the other."""
+    inputs, outputs, groups = channels
+    torch.manual_seed(0)
+    structure = Structure(torch.rand(outputs * groups, inputs + 130 * chunks, 1, 1) < 0.3, groups)
+    values, bias = torch.randn(len(structure.places)), torch.randn(outputs * groups)
+    x = torch.randn(size[0], structure.geometry.in_channels, *size[1:])
+    dy, found = torch.randn(size[0], outputs * groups, *size[1:]), []
+    shape = torch.Size((outputs * groups, inputs + 130 * chunks, 1, 1))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        given = x.contiguous(memory_format=layout)
+        y = structure.convolve(given, values, bias)
+        assert y.is_contiguous(memory_format=layout)
+        grads = structure.grads(dy.contiguous(memory_format=layout), given, values, shape, (True, True, False))
+        found.append((y, *grads[:2]))
+    for ours, others in zip(*found, strict=True):
+        assert ours is not None
+        assert torch.equal(ours, others)
+
+
+@needs_kernel
+def test_nothing_is_transposed_between_pointwise_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layouts, "_transpose", lambda *args: pytest.fail("a copy in the other layout"))
+    net = nn.Sequential(layer(16, 24), nn.BatchNorm2d(24), nn.ReLU(), layer(24, 16))
+    step(net, images().to(memory_format=torch.channels_last))
 
 
 @needs_kernel
@@ -251,8 +285,15 @@ def test_lean_norm_act_conv(monkeypatch: pytest.MonkeyPatch, se: bool) -> None:
 
 
 @needs_kernel
-def test_a_converted_revbifpn(calls: list[torch.Size]) -> None:
-    """Its gradients are those of stored activations to the bit, and nearly those of the masked path."""
+def test_a_converted_revbifpn(calls: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradients are those of stored activations to the bit, and nearly those of the masked path.
+
+    Its maps are channels last as ever, which its other layers are faster in.
+    """
+    by_pixel, plain = [], Structure.convolve
+    monkeypatch.setattr(
+        Structure, "convolve", lambda self, x, *rest: by_pixel.append(layouts.by_pixel(x)) or plain(self, x, *rest)
+    )
     torch.manual_seed(0)
     model = timm.create_model("revbifpn_s0", num_classes=4, exact=True).train()
     model = convert(model, "sparse:0.9", input_size=(3, 64, 64)).model
@@ -264,6 +305,8 @@ def test_a_converted_revbifpn(calls: list[torch.Size]) -> None:
         torch.manual_seed(1)  # of stochastic depth
         found.append(step(model, x))
     assert calls
+    assert by_pixel
+    assert all(by_pixel)
     for ours, stored, masked in zip(*found, strict=True):
         assert torch.equal(ours, stored)
         # batch statistics of four pixels magnify the last bits

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...kernels.breakeven import pays
 from ...kernels.build import load_kernel
+from ...kernels.masks import mask_serves, masked
 from ...kernels.training import (
     MAX_DENSITY,
     MIN_PRODUCTS,
@@ -161,6 +162,8 @@ class MaskedWeight(nn.Module):
         """The weight in use, of the parameter's shape, with the gradients that the class describes."""
         if self.gather_dense_grad and torch.is_grad_enabled() and self.weight.requires_grad:
             return _gathering(self.weight, self.mask, self)
+        if self.sparse_kernel and mask_serves(self.weight, self.mask):
+            return masked(self.weight, self.mask)
         return self.weight * self.mask
 
     def _may_skip(self, x: Tensor) -> bool:
@@ -354,13 +357,9 @@ def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
     are. A layer takes the masked path by itself where the kernel does not apply: more than half of the weights there,
     less than a million products, not float32 or not on the CPU, autocast, ``torch.compile``, ``torch.func``, while
     RigL gathers dense gradients; and where it was measured, once for its kind of input, that the kernel is no faster:
-    see ``revnets.kernels.breakeven``. Inputs that are channels last are transposed for it and back. The choice belongs
-    to the module: it is copied and pickled with it, and is no part of ``state_dict``.
-
-    A RevBiFPN keeps its maps contiguous as soon as one of its layers may use the kernel, so that it computes the same
-    bits in every mode; that slows its other layers down. RevBiFPN-S0 loses more by it than the kernel gains (0.87 to
-    0.94 of the dense network's speed): do not use the kernel there, and measure other networks of few channels first,
-    with ``revnets bench-sparse-training``.
+    see ``revnets.kernels.breakeven``. Maps stay as they are, contiguous or channels last: the kernel reads 1x1
+    convolutions in either, and transposes others. Weights of layers that stay dense are masked by the kernel, too. The
+    choice belongs to the module: it is copied and pickled with it, and is no part of ``state_dict``.
 
     Args:
         model: with sparse layers.
@@ -381,11 +380,7 @@ def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
     layers = [module for module in model.modules() if type(module) in MASKED]
     for layer in layers:
         layer.sparse_kernel = enabled and _served(layer)  # type: ignore[assignment]
-    served = sum(bool(layer.sparse_kernel) for layer in layers)
-    for module in model.modules():
-        if hasattr(module, "keep_layout"):  # the kernel's maps are contiguous: others would be transposed for it
-            module.keep_layout = served > 0  # type: ignore[assignment]
-    return served
+    return sum(bool(layer.sparse_kernel) for layer in layers)
 
 
 def _served(layer: Any) -> bool:
