@@ -26,7 +26,7 @@ HEADERS = [
     SOURCE.with_name(f"{name}.h")
     for name in (
         *("vectors", "call", "convolution", "depthwise", "planes", "transpose", "weight_grad", "windows", "pixels"),
-        *("bytes", "byte_convolution", "byte_depthwise", "byte_linear", "byte_planes"),
+        *("byte_vectors", "bytes", "byte_convolution", "byte_depthwise", "byte_linear", "byte_planes"),
     )
 ]
 COMPILER_VARIABLE = "REVNETS_CXX"
@@ -151,7 +151,7 @@ def kernel_target() -> str:
 
 
 def byte_target() -> str:
-    """What layers of bytes were compiled for: ``AVX-512 VNNI``, ``AVX2`` or ``portable``."""
+    """What layers of bytes were compiled for: ``AVX-512 VNNI``, ``AVX-512``, ``AVX2`` or ``portable``."""
     return load_kernel().revnets_byte_target().decode()
 
 
@@ -308,6 +308,7 @@ SIZES = {
 FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "revnets_target": (ctypes.c_char_p, []),
     "revnets_byte_target": (ctypes.c_char_p, []),
+    "revnets_byte_pairs": (_INTEGER, []),
     "revnets_fits": (_INTEGER, [_POINTER, _POINTER, _INTEGER, _INTEGER, _INTEGER]),
     "revnets_run": (None, [_POINTER, _INTEGER, _INTEGER]),
     "revnets_weight_grad": (None, [_POINTER, _POINTER, _INTEGER]),

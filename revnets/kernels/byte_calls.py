@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .build import CallStruct, Geometry, load_kernel
 from .byte_blocks import fours, reciprocal
+from .byte_pairs import in_pairs
 from .calls import check_geometry, check_residual, in_chunks, pooled
 from .operands import call, pointing, readable
 from .plan import Part, Plan, Shape, Step
@@ -184,6 +185,9 @@ class ByteConvCall(_Weighted):
         self._chunk = lines if lines <= _LINES else -(-lines // -(-lines // _LINES))
         if self._chunk < lines:
             values, columns, rows = in_chunks(values, columns, rows, self._chunk, -(-lines // self._chunk))
+        if load_kernel().revnets_byte_pairs():
+            values, columns, rows, constant = in_pairs(values, columns, rows)
+            self._bias = (self._bias + constant.view(-1, outputs).sum(0)).to(torch.int32)
         self._weights = (values, columns, rows, self._bias, self._scale, self._table)
 
     def parts(self, shapes: Sequence[Shape]) -> tuple[list[Part], Shape]:

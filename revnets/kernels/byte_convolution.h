@@ -10,12 +10,10 @@
 
 namespace {
 
-#if defined(REVNETS_VNNI)
+#if defined(REVNETS_BYTE_VECTOR)
 constexpr int kByteVectors = 8;  // of a block, at most
-#define REVNETS_UNROLLED _Pragma("GCC unroll 8")
 #else
 constexpr int kByteVectors = 4;
-#define REVNETS_UNROLLED
 #endif
 constexpr int64_t kByteBlock = kByteVectors * kPixels;  // pixels
 constexpr int64_t kBytePanel = 57344 / kBytes;          // vectors of a panel, about
@@ -40,19 +38,23 @@ struct BytePiece {
   int32_t first, last;
 };
 
-#if defined(REVNETS_VNNI)
-// The lanes of a piece as masks of what is loaded: of one vector, or of two for every other pixel.
+#if defined(REVNETS_BYTE_VECTOR)
+// The lanes of a piece: of one vector, or of two for every other pixel.
 struct ByteMasks {
-  __mmask16 all, low, high;
+  Lanes all, low, high;
   ByteMasks() = default;
-  explicit ByteMasks(const BytePiece& piece)
-      : all(first_lanes(piece.last) & ~first_lanes(piece.first)), low(spread(all)), high(spread(all >> 8)) {}
+  explicit ByteMasks(const BytePiece& piece) {
+    const uint32_t bits = (1u << piece.last) - (1u << piece.first);
+    all = Lanes(bits);
+    low = Lanes(spread(bits));
+    high = Lanes(spread(bits >> kPixels / 2));
+  }
   // Eight bits, each followed by a 0.
-  static __mmask16 spread(uint32_t bits) {
+  static uint32_t spread(uint32_t bits) {
     bits &= 0xFF;
     bits = (bits | bits << 4) & 0x0F0F;
     bits = (bits | bits << 2) & 0x3333;
-    return static_cast<__mmask16>((bits | bits << 1) & 0x5555);
+    return (bits | bits << 1) & 0x5555;
   }
 };
 #endif
@@ -93,7 +95,7 @@ class BytePieces {
     for (int64_t v = 0; v < vectors; ++v, to += kBytes) {
       const BytePiece* pieces = pieces_ + starts_[v];
       const int32_t count = starts_[v + 1] - starts_[v];
-#if defined(REVNETS_VNNI)
+#if defined(REVNETS_BYTE_VECTOR)
       if (count == 1 && c_.stride_w == 1) pack_vectors<1>(x, pieces, 1, lines, pitch, to);
       else if (count == 2 && c_.stride_w == 1) pack_vectors<1>(x, pieces, 2, lines, pitch, to);
       else if (count <= kPieces && c_.stride_w == 1) pack_vectors<1>(x, pieces, count, lines, pitch, to);
@@ -107,14 +109,13 @@ class BytePieces {
 
  private:
   int64_t plane() const { return 4 * c_.h * c_.w; }
-#if defined(REVNETS_VNNI)
+#if defined(REVNETS_BYTE_VECTOR)
   static constexpr int32_t kPieces = 8;
   // The same vector of all lines.
   template <int kStride>
   inline __attribute__((always_inline)) void pack_vectors(const uint8_t* x, const BytePiece* pieces, int32_t count,
                                                           int64_t lines, int64_t pitch, uint8_t* to) const {
-    const __m512i index = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const __m512i zero = _mm512_set1_epi8(static_cast<char>(c_.zero_in));
+    const Bytes zero = REVNETS_OF(set1_epi8)(static_cast<char>(c_.zero_in));
     ByteMasks masks[kPieces];
     int64_t from[kPieces];
     for (int32_t i = 0; i < count; ++i) {
@@ -124,17 +125,17 @@ class BytePieces {
     const int64_t step = plane();
     for (int64_t k = 0; k < lines; ++k, x += step, to += pitch) {
       const int32_t* pixels = reinterpret_cast<const int32_t*>(x);
-      __m512i v = zero;
+      Bytes v = zero;
       for (int32_t i = 0; i < count; ++i) {
         if (kStride == 1) {
-          v = _mm512_mask_loadu_epi32(v, masks[i].all, pixels + from[i]);
+          v = blended(v, load_lanes(pixels + from[i], masks[i].all), masks[i].all);
         } else {
-          const __m512i low = _mm512_maskz_loadu_epi32(masks[i].low, pixels + from[i]);
-          const __m512i high = _mm512_maskz_loadu_epi32(masks[i].high, pixels + from[i] + 16);
-          v = _mm512_mask_mov_epi32(v, masks[i].all, _mm512_permutex2var_epi32(low, index, high));
+          const Bytes low = load_lanes(pixels + from[i], masks[i].low);
+          const Bytes high = load_lanes(pixels + from[i] + kPixels, masks[i].high);
+          v = blended(v, even_lanes(low, high), masks[i].all);
         }
       }
-      _mm512_store_si512(to, v);
+      store_bytes(to, v);
     }
   }
 #endif
@@ -171,7 +172,7 @@ void pack_bytes(const Call& c, BytePieces& pieces, const uint8_t* x, int64_t fir
 struct ByteWork {
   const uint8_t* panel;
   int64_t pitch;        // of its lines, in bytes
-  const int32_t* rows;  // of the chunk
+  const int32_t *rows, *alone;  // of the chunk
   int64_t begin, end;   // output channels, in fours
   Sum* sums;            // of the chunks before
   bool first, last;     // chunk
@@ -181,47 +182,44 @@ struct ByteWork {
 };
 
 // Four output channels of a block on their way into bytes, or into floats.
-#if defined(REVNETS_VNNI)
+#if defined(REVNETS_BYTE_VECTOR)
 template <int kNumber>
 struct ByteQuad {
   const Call& c;
   const ByteWork& work;
   const ToBytes& to_bytes;
   int64_t place;  // of the first channel's byte of the first pixel
-  __m512i first[kNumber], second[kNumber];
+  Bytes first[kNumber], second[kNumber];
 
   ByteQuad(const Call& call, const ByteWork& one, const ToBytes& some, int64_t at)
       : c(call), work(one), to_bytes(some), place(at) {}
   inline void take(int channel, int64_t o, const Sum* sums) {
-    const __m512 scale = _mm512_set1_ps(c.scales[o]);
+    const Reals scale = REVNETS_OF(set1_ps)(c.scales[o]);
     REVNETS_UNROLLED
     for (int j = 0; j < kNumber; ++j) {
-      __m512 t = product(_mm512_cvtepi32_ps(sums[j].v), scale);
+      Reals t = product(REVNETS_OF(cvtepi32_ps)(sums[j].v), scale);
       if (c.residual) {
-        const __m512i four = _mm512_maskz_loadu_epi32(lanes(j), bytes_of(c.residual) + place + j * kBytes);
-        const __m512i one = _mm512_and_si512(_mm512_srli_epi32(four, 8 * channel), _mm512_set1_epi32(255));
-        const __m512 r = _mm512_cvtepi32_ps(_mm512_sub_epi32(one, _mm512_set1_epi32(static_cast<int>(c.zero_residual))));
-        t = _mm512_add_ps(t, product(r, _mm512_set1_ps(c.residual_scale)));
+        const Bytes four = load_lanes(bytes_of(c.residual) + place + j * kBytes, lanes(j));
+        const Bytes one = both(REVNETS_OF(srli_epi32)(four, 8 * channel), REVNETS_OF(set1_epi32)(255));
+        const Bytes r = REVNETS_OF(sub_epi32)(one, REVNETS_OF(set1_epi32)(static_cast<int>(c.zero_residual)));
+        t = REVNETS_OF(add_ps)(t, product(REVNETS_OF(cvtepi32_ps)(r), REVNETS_OF(set1_ps)(c.residual_scale)));
       }
       if (c.to_float) {
-        if (o < c.count) _mm512_mask_storeu_ps(c.y + (work.image * c.count + o) * work.plane + work.start + j * kPixels, lanes(j), t);
+        if (o < c.count) store_some(c.y + (work.image * c.count + o) * work.plane + work.start + j * kPixels, t, lanes(j));
         continue;
       }
-      const __m512i q = _mm512_cvtps_epi32(t);
-      __m512i& pair = channel < 2 ? first[j] : second[j];
-      pair = channel % 2 ? _mm512_packs_epi32(pair, q) : q;
+      const Bytes q = REVNETS_OF(cvtps_epi32)(t);
+      Bytes& pair = channel < 2 ? first[j] : second[j];
+      pair = channel % 2 ? REVNETS_OF(packs_epi32)(pair, q) : q;
     }
   }
   inline void store() {
     if (c.to_float) return;
-    const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     REVNETS_UNROLLED
-    for (int j = 0; j < kNumber; ++j) {
-      const __m512i q = _mm512_shuffle_epi8(to_bytes(first[j], second[j]), order);
-      _mm512_mask_storeu_epi32(bytes_of(c.y) + place + j * kBytes, lanes(j), q);
-    }
+    for (int j = 0; j < kNumber; ++j)
+      store_lanes(bytes_of(c.y) + place + j * kBytes, transposed_fours(to_bytes(first[j], second[j])), lanes(j));
   }
-  inline __mmask16 lanes(int j) const { return j < kNumber - 1 ? 0xFFFF : first_lanes(work.length - j * kPixels); }
+  inline Lanes lanes(int j) const { return j < kNumber - 1 ? all_lanes() : first_lanes(work.length - j * kPixels); }
 };
 #else
 struct ToBytes {
@@ -238,7 +236,7 @@ struct ByteQuad {
       : c(call), work(one), to_bytes(some), place(at) {}
   void take(int channel, int64_t o, const Sum* sums) {
     int32_t all[kNumber * kPixels];
-    for (int j = 0; j < kNumber; ++j) totals(sums[j], all + j * kPixels);
+    for (int j = 0; j < kNumber; ++j) std::memcpy(all + j * kPixels, sums[j].v, sizeof(sums[j].v));
     for (int64_t k = 0; k < work.length; ++k) {
       float t = rounded_product(static_cast<float>(all[k]), c.scales[o]);
       const int64_t at = place + 4 * k + channel;
@@ -257,14 +255,12 @@ inline void sum_row(const Call& c, const ByteWork& work, int64_t o, Sum* sum) {
   Sum* kept = work.sums + (o - work.begin) * kNumber;
   REVNETS_UNROLLED
   for (int j = 0; j < kNumber; ++j) sum[j] = work.first ? sum_of(reinterpret_cast<const int32_t*>(c.bias)[o]) : kept[j];
-  const int32_t* weights = reinterpret_cast<const int32_t*>(c.values);
-  const int32_t end = work.rows[o + 1];
-  for (int32_t i = work.rows[o]; i < end; ++i) {
-    const uint8_t* from = work.panel + c.columns[i] * work.pitch;
-    const Weights four = weights_of(weights[i]);
-    REVNETS_UNROLLED
-    for (int j = 0; j < kNumber; ++j) add(sum[j], from + j * kBytes, four);
-  }
+  const PanelBlocks blocks = {work.panel, work.pitch, c.columns, reinterpret_cast<const int32_t*>(c.values)};
+#if defined(REVNETS_BYTE_PAIRS)
+  add_row<kNumber>(sum, blocks, work.rows[o], work.alone[o], work.rows[o + 1]);
+#else
+  add_row<kNumber>(sum, blocks, work.rows[o], work.rows[o + 1]);
+#endif
   if (!work.last)
     for (int j = 0; j < kNumber; ++j) kept[j] = sum[j];
 }
@@ -290,7 +286,7 @@ void multiply_bytes_any(const Call& c, const ByteWork& work) {
     case 1: return multiply_bytes<1>(c, work);
     case 2: return multiply_bytes<2>(c, work);
     case 3: return multiply_bytes<3>(c, work);
-#if defined(REVNETS_VNNI)
+#if defined(REVNETS_BYTE_VECTOR)
     case 4: return multiply_bytes<4>(c, work);
     case 5: return multiply_bytes<5>(c, work);
     case 6: return multiply_bytes<6>(c, work);
@@ -336,6 +332,7 @@ void run_byte_convolution(const Call& c, const Member& member) {
       pack_bytes(c, pieces, bytes_of(c.x) + image * c.c_in * c.h * c.w, j * c.chunk, std::min(lines, (j + 1) * c.chunk),
                  vectors, pitch, panel);
       work.rows = c.rows + j * c.c_out;
+      work.alone = work.rows + chunks * c.c_out + 1;
       work.first = j == 0;
       work.last = j + 1 == chunks;
       multiply_bytes_any(c, work);

@@ -1,8 +1,8 @@
 // Depthwise convolutions of bytes, dense weights: each channel's taps of a line are multiplied four at a time.
 //
-// An image of four channels is copied into a frame of its zero point. With VNNI, a vector of the frame is arranged so that
-// of four pixels of the output each channel has four taps side by side, which are multiplied and added at once; a line
-// so arranged serves all rows of the output that it is near to.
+// An image of four channels is copied into a frame of its zero point. A vector of the frame is arranged so that of some
+// pixels of the output each channel has four taps side by side (without VNNI twice two, in 16 bits), which are multiplied
+// and added at once; a line so arranged serves all rows of the output that it is near to.
 //
 // Weights: (C / 4, kh, ceil(kw / 4), 4 channels, 4 taps) int8, zeros behind the last tap.
 
@@ -45,82 +45,128 @@ void byte_depthwise_row(const Call& c, const ByteFrame& frame, int64_t row, int3
   for (int64_t k = 0; k < width; ++k) finish_byte(c, frame.y + 4 * row * c.w_out + k, sums[k], frame.scales[k % 4]);
 }
 
-#if defined(REVNETS_VNNI)
+#if defined(REVNETS_BYTE_VECTOR)
 
-// How a vector of the frame is arranged: first its pixels, four for each of the output's, then their bytes.
-struct Arrangement {
-  __m512i pixels, bytes;
-  explicit Arrangement(const Call& c) {
-    alignas(64) int32_t index[16];
-    for (int k = 0; k < 16; ++k) index[k] = static_cast<int32_t>(k / 4 * c.stride_w + k % 4 * c.dil_w);
-    pixels = _mm512_load_si512(index);
-    bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-  }
-  static bool fits(const Call& c) { return 3 * (c.stride_w + c.dil_w) < 16 && c.dil_h == 1; }
-  __m512i operator()(const uint8_t* p) const {
-    return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(pixels, _mm512_loadu_si512(p)), bytes);
+// What the taps of a line are multiplied by, and how: of kPixels / 4 pixels of the output, four sums each.
+#if defined(REVNETS_VNNI)
+struct Arranged {
+  Bytes all;  // four taps of each channel
+  explicit Arranged(Bytes v) : all(transposed_fours(v)) {}
+};
+struct ByteTaps {
+  const int8_t* weights;
+  ByteTaps(const int8_t* some, int64_t) : weights(some) {}
+  inline Bytes add(Bytes sum, const Arranged& x, int64_t line) const {
+    const __m128i four = _mm_loadu_si128(reinterpret_cast<const __m128i*>(weights) + line);
+    return REVNETS_OF(dpbusd_epi32)(sum, x.all, repeated(four));
   }
 };
+#else
+struct Arranged {
+  Bytes first, last;  // two taps of each channel, in 16 bits
+  explicit Arranged(Bytes v) {
+    const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    const Bytes pairs = REVNETS_OF(shuffle_epi8)(v, repeated(order)), zero = REVNETS_OF(set1_epi8)(0);
+    first = REVNETS_OF(unpacklo_epi8)(pairs, zero);
+    last = REVNETS_OF(unpackhi_epi8)(pairs, zero);
+  }
+};
+struct ByteTaps {
+  static constexpr int64_t kMost = 10;  // lines of four taps
+  __m128i pairs[2 * kMost];
+  ByteTaps(const int8_t* weights, int64_t lines) {
+    for (int64_t i = 0; i < lines; ++i)
+      for (int part = 0; part < 2; ++part) {
+        int16_t some[8];
+        for (int k = 0; k < 8; ++k) some[k] = weights[16 * i + k / 2 * 4 + 2 * part + k % 2];
+        std::memcpy(pairs + 2 * i + part, some, 16);
+      }
+  }
+  inline Bytes add(Bytes sum, const Arranged& x, int64_t line) const {
+    sum = REVNETS_OF(add_epi32)(sum, REVNETS_OF(madd_epi16)(x.first, repeated(pairs[2 * line])));
+    return REVNETS_OF(add_epi32)(sum, REVNETS_OF(madd_epi16)(x.last, repeated(pairs[2 * line + 1])));
+  }
+};
+#endif
 
-// 16 pixels of kRows rows of the output.
+// How a vector of the frame becomes one with four pixels for each of the output's, and the sums' bytes pixels again.
+struct Arrangement {
+  Bytes pixels, back;
+  explicit Arrangement(const Call& c) {
+    alignas(64) int32_t index[kPixels];
+    for (int k = 0; k < kPixels; ++k) index[k] = static_cast<int32_t>(k / 4 * c.stride_w + k % 4 * c.dil_w);
+    pixels = load_bytes(index);
+    constexpr int kEach = kPixels / 4;
+    for (int k = 0; k < kPixels; ++k) index[k] = k % kEach * 4 + k / kEach;
+    back = load_bytes(index);
+  }
+  static bool fits(const Call& c) { return (kPixels / 4 - 1) * c.stride_w + 3 * c.dil_w < kPixels && c.dil_h == 1; }
+  Arranged operator()(const uint8_t* p) const { return Arranged(permuted(load_any(p), pixels)); }
+};
+
+// kPixels pixels of kRows rows of the output.
 template <int kHeight, int kGroups, int kStride, int kRows>
-inline void byte_depthwise_pixels(const Call& c, const ByteFrame& frame, const Arrangement& arranged, const ToBytes& to_bytes,
-                                  int64_t row, int64_t column) {
-  const __m512i bias = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(frame.bias)));
-  const __m128i* weights = reinterpret_cast<const __m128i*>(frame.weights);
-  __m512i sums[kRows][4];
-  for (int r = 0; r < kRows; ++r)
-    for (int j = 0; j < 4; ++j) sums[r][j] = bias;
+inline void byte_depthwise_pixels(const Call& c, const ByteFrame& frame, const Arrangement& arranged, const ByteTaps& taps,
+                                  const ToBytes& to_bytes, int64_t row, int64_t column) {
+  constexpr int kAtOnce = REVNETS_BYTE_VECTOR == 64 ? 4 : 1;  // vectors of a row: AVX2 has few registers
+  const Bytes bias = repeated(_mm_loadu_si128(reinterpret_cast<const __m128i*>(frame.bias)));
+  Bytes sums[kRows][4];
+#pragma GCC unroll 4
+  for (int first = 0; first < 4; first += kAtOnce) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r)
+      for (int j = first; j < first + kAtOnce; ++j) sums[r][j] = bias;
 #pragma GCC unroll 16
-  for (int m = 0; m < (kRows - 1) * kStride + kHeight; ++m) {
-    const uint8_t* line = frame.pixels + 4 * ((row * kStride + m) * frame.pitch + column * c.stride_w);
+    for (int m = 0; m < (kRows - 1) * kStride + kHeight; ++m) {
+      const uint8_t* line = frame.pixels + 4 * ((row * kStride + m) * frame.pitch + column * c.stride_w);
 #pragma GCC unroll 2
-    for (int g = 0; g < kGroups; ++g) {
+      for (int g = 0; g < kGroups; ++g) {
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const __m512i pixels = arranged(line + 16 * (j * c.stride_w + g * c.dil_w));
+        for (int j = first; j < first + kAtOnce; ++j) {
+          const Arranged pixels = arranged(line + kPixels * j * c.stride_w + 16 * g * c.dil_w);
 #pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-          const int tap = m - r * kStride;
-          if (tap >= 0 && tap < kHeight)
-            sums[r][j] = _mm512_dpbusd_epi32(sums[r][j], pixels, _mm512_broadcast_i32x4(_mm_loadu_si128(weights + tap * kGroups + g)));
+          for (int r = 0; r < kRows; ++r) {
+            const int tap = m - r * kStride;
+            if (tap >= 0 && tap < kHeight) sums[r][j] = taps.add(sums[r][j], pixels, tap * kGroups + g);
+          }
         }
       }
     }
   }
-  const __m512 scale = _mm512_broadcast_f32x4(_mm_loadu_ps(frame.scales));
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const __mmask16 lanes = first_lanes(c.w_out - column);
+  const Reals scale = repeated_reals(frame.scales);
+  const Lanes lanes = first_lanes(c.w_out - column);
   for (int r = 0; r < kRows; ++r) {
     const int64_t at = frame.y + 4 * ((row + r) * c.w_out + column);
-    __m512i q[4];
+    alignas(64) uint8_t residual[kBytes + 16];
+    if (c.residual) store_bytes(residual, load_lanes(bytes_of(c.residual) + at, lanes));
+    Bytes q[4];
     for (int j = 0; j < 4; ++j) {
-      __m512 t = product(_mm512_cvtepi32_ps(sums[r][j]), scale);
+      Reals t = product(REVNETS_OF(cvtepi32_ps)(sums[r][j]), scale);
       if (c.residual) {
-        const __mmask16 some = first_lanes(4 * (c.w_out - column) - 16 * j);
-        const __m128i bytes = _mm_maskz_loadu_epi8(c.w_out - column > 4 * j ? some : 0, bytes_of(c.residual) + at + 16 * j);
-        const __m512i zero = _mm512_set1_epi32(static_cast<int>(c.zero_residual));
-        const __m512 x = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), zero));
-        t = _mm512_add_ps(t, product(x, _mm512_set1_ps(c.residual_scale)));
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(residual + kPixels * j));
+        const Bytes zero = REVNETS_OF(set1_epi32)(static_cast<int>(c.zero_residual));
+        const Reals x = REVNETS_OF(cvtepi32_ps)(REVNETS_OF(sub_epi32)(REVNETS_OF(cvtepu8_epi32)(bytes), zero));
+        t = REVNETS_OF(add_ps)(t, product(x, REVNETS_OF(set1_ps)(c.residual_scale)));
       }
-      q[j] = _mm512_cvtps_epi32(t);
+      q[j] = REVNETS_OF(cvtps_epi32)(t);
     }
-    const __m512i all = to_bytes(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
-    _mm512_mask_storeu_epi32(bytes_of(c.y) + at, lanes, _mm512_permutexvar_epi32(order, all));
+    const Bytes all = to_bytes(REVNETS_OF(packs_epi32)(q[0], q[1]), REVNETS_OF(packs_epi32)(q[2], q[3]));
+    store_lanes(bytes_of(c.y) + at, permuted(all, arranged.back), lanes);
   }
 }
 
 template <int kHeight, int kGroups, int kStride>
 void byte_depthwise_rows(const Call& c, const ByteFrame& frame) {
   const Arrangement arranged(c);
+  const ByteTaps taps(frame.weights, kHeight * kGroups);
   const ToBytes to_bytes(c);
   int64_t row = 0;
   for (; row + 4 <= c.h_out; row += 4)
-    for (int64_t k = 0; k < c.w_out; k += 16)
-      byte_depthwise_pixels<kHeight, kGroups, kStride, 4>(c, frame, arranged, to_bytes, row, k);
+    for (int64_t k = 0; k < c.w_out; k += kPixels)
+      byte_depthwise_pixels<kHeight, kGroups, kStride, 4>(c, frame, arranged, taps, to_bytes, row, k);
   for (; row < c.h_out; ++row)
-    for (int64_t k = 0; k < c.w_out; k += 16)
-      byte_depthwise_pixels<kHeight, kGroups, kStride, 1>(c, frame, arranged, to_bytes, row, k);
+    for (int64_t k = 0; k < c.w_out; k += kPixels)
+      byte_depthwise_pixels<kHeight, kGroups, kStride, 1>(c, frame, arranged, taps, to_bytes, row, k);
 }
 
 // Whether these have loops of their own.

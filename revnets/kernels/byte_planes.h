@@ -81,20 +81,19 @@ void run_to_bytes(const Call& c, const Member& member) {
     const int64_t first = 4 * (task % blocks), channels = std::min<int64_t>(4, c.count - first);
     const float* x = c.x + (task / blocks * c.count + first) * pixels;
     int64_t k = 0;
-#if defined(REVNETS_VNNI)
+#if defined(REVNETS_BYTE_VECTOR)
     const ToBytes to_bytes(c);
-    const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    const __m512 scale = _mm512_set1_ps(c.scale), most = _mm512_set1_ps(512.0f);
+    const Reals scale = REVNETS_OF(set1_ps)(c.scale), least = REVNETS_OF(set1_ps)(-512.0f), most = REVNETS_OF(set1_ps)(512.0f);
     for (; k < pixels; k += kPixels) {
-      const __mmask16 lanes = first_lanes(pixels - k);
-      __m512i q[4] = {};
+      const Lanes lanes = first_lanes(pixels - k);
+      Bytes q[4] = {};
       for (int64_t i = 0; i < channels; ++i) {
-        const __m512 t = product(_mm512_maskz_loadu_ps(lanes, x + i * pixels + k), scale);
+        const Reals t = product(reals_of(load_lanes(x + i * pixels + k, lanes)), scale);
         // the second operand comes out where the first is no number
-        q[i] = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(t, _mm512_set1_ps(-512.0f)), most));
+        q[i] = REVNETS_OF(cvtps_epi32)(REVNETS_OF(min_ps)(REVNETS_OF(max_ps)(t, least), most));
       }
-      const __m512i bytes = to_bytes(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
-      _mm512_mask_storeu_epi32(y + 4 * k, lanes, _mm512_shuffle_epi8(bytes, order));
+      const Bytes bytes = to_bytes(REVNETS_OF(packs_epi32)(q[0], q[1]), REVNETS_OF(packs_epi32)(q[2], q[3]));
+      store_lanes(y + 4 * k, transposed_fours(bytes), lanes);
     }
 #endif
     for (; k < pixels; ++k)

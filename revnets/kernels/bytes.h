@@ -2,7 +2,8 @@
 //
 // Four channels of a pixel are neighbours: (N, C / 4, H, W, 4), channels that are missing have weights of 0. So a vector
 // holds four channels of 16 pixels, and one instruction (vpdpbusd) multiplies it by a broadcast block of four int8
-// weights and adds the four products of each pixel to its int32 sum, exactly. Zero points of inputs are in the bias.
+// weights and adds the four products of each pixel to its int32 sum, exactly. Without VNNI blocks go by twos, see
+// add_pair. Zero points of inputs are in the bias.
 //
 // An int32 sum becomes a byte so, in float32, every operation rounded to nearest, ties to even:
 //   t = float(sum) * scale[channel], and with a residual t = t + float(r - zero_residual) * residual_scale
@@ -11,16 +12,7 @@
 
 #pragma once
 
-#include "call.h"
-
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#define REVNETS_VNNI
-#define REVNETS_BYTE_TARGET "AVX-512 VNNI"
-#elif defined(__AVX2__)
-#define REVNETS_BYTE_TARGET "AVX2"
-#else
-#define REVNETS_BYTE_TARGET "portable"
-#endif
+#include "byte_vectors.h"
 
 namespace {
 
@@ -57,106 +49,81 @@ inline uint8_t byte_of(const Call& c, float t) {
   return c.table ? c.table[q] : static_cast<uint8_t>(q);
 }
 
-// --- sums of four channels of some pixels ----------------------------------------------------------------------------
+// --- sums of blocks --------------------------------------------------------------------------------------------------
 
-#if defined(REVNETS_VNNI)
-constexpr int kPixels = 16;
-struct Sum {
-  __m512i v;
+// Of some vectors of pixels: `add_row` adds the blocks of an output channel, from `begin` to `end`.
+struct PanelBlocks {
+  const uint8_t* panel;
+  int64_t pitch;  // of its lines, in bytes
+  const int16_t* columns;
+  const int32_t* weights;
+  const uint8_t* line(int32_t i) const { return panel + columns[i] * pitch; }
 };
-typedef __m512i Weights;
-inline Weights weights_of(int32_t four) { return _mm512_set1_epi32(four); }
-inline Sum sum_of(int32_t bias) { return {_mm512_set1_epi32(bias)}; }
-inline void add(Sum& sum, const uint8_t* pixels, const Weights& weights) {
-  sum.v = _mm512_dpbusd_epi32(sum.v, _mm512_load_si512(pixels), weights);
-}
-#elif defined(__AVX2__)
-// vpmaddubsw would saturate: 16 bits are multiplied, and the two halves of a pixel's sum added at the end.
-constexpr int kPixels = 8;
+
+#if defined(REVNETS_BYTE_VECTOR)
+#define REVNETS_UNROLLED _Pragma("GCC unroll 8")
 struct Sum {
-  __m256i low, high;
+  Bytes v;
 };
-typedef __m256i Weights;
-inline Weights weights_of(int32_t four) { return _mm256_broadcastq_epi64(_mm_cvtepi8_epi16(_mm_cvtsi32_si128(four))); }
-inline Sum sum_of(int32_t bias) {
-  const __m256i start = _mm256_set1_epi64x(static_cast<int64_t>(static_cast<uint32_t>(bias)));
-  return {start, start};
-}
-inline void add(Sum& sum, const uint8_t* pixels, const Weights& weights) {
-  const __m128i* from = reinterpret_cast<const __m128i*>(pixels);
-  sum.low = _mm256_add_epi32(sum.low, _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm_load_si128(from)), weights));
-  sum.high = _mm256_add_epi32(sum.high, _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm_load_si128(from + 1)), weights));
-}
-inline void totals(const Sum& sum, int32_t* to) {
-  const __m256i pairs = _mm256_hadd_epi32(sum.low, sum.high);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(pairs, 0xD8));
-}
+inline Sum sum_of(int32_t bias) { return {REVNETS_OF(set1_epi32)(bias)}; }
 #else
-constexpr int kPixels = 4;
 struct Sum {
   int32_t v[kPixels];
 };
-struct Weights {
-  int8_t v[4];
-};
-inline Weights weights_of(int32_t four) {
-  Weights weights;
-  std::memcpy(weights.v, &four, 4);
-  return weights;
-}
 inline Sum sum_of(int32_t bias) { return {{bias, bias, bias, bias}}; }
-inline void add(Sum& sum, const uint8_t* pixels, const Weights& weights) {
-  for (int p = 0; p < kPixels; ++p)
-    for (int k = 0; k < 4; ++k) sum.v[p] += pixels[4 * p + k] * weights.v[k];
-}
-inline void totals(const Sum& sum, int32_t* to) { std::memcpy(to, sum.v, sizeof(sum.v)); }
+#define REVNETS_UNROLLED
 #endif
 
-constexpr int kBytes = 4 * kPixels;  // of a vector
-
-// --- vectors of sums -------------------------------------------------------------------------------------------------
-
-#if defined(REVNETS_VNNI)
-
-inline __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << count) - 1); }
-
-// Bytes by the table.
-inline __m512i looked_up(const uint8_t* table, __m512i bytes) {
-#if defined(__AVX512VBMI__)
-  const __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(table), bytes, _mm512_loadu_si512(table + 64));
-  const __m512i high = _mm512_permutex2var_epi8(_mm512_loadu_si512(table + 128), bytes, _mm512_loadu_si512(table + 192));
-  return _mm512_mask_blend_epi8(_mm512_movepi8_mask(bytes), low, high);
-#else
-  alignas(64) uint8_t some[64];
-  _mm512_store_si512(some, bytes);
-  for (uint8_t& one : some) one = table[one];
-  return _mm512_load_si512(some);
-#endif
-}
-
-// What four int32 vectors, scaled and rounded, become.
-struct ToBytes {
-  __m512i zero, low, high;
-  const uint8_t* table;
-  explicit ToBytes(const Call& c)
-      : zero(_mm512_set1_epi16(static_cast<int16_t>(c.zero_out))),
-        low(_mm512_set1_epi8(static_cast<char>(c.low))),
-        high(_mm512_set1_epi8(static_cast<char>(c.high))),
-        table(c.table) {}
-  // of pairs that _mm512_packs_epi32 has made
-  __m512i operator()(__m512i first, __m512i second) const {
-    __m512i q = _mm512_packus_epi16(_mm512_adds_epi16(first, zero), _mm512_adds_epi16(second, zero));
-    q = _mm512_min_epu8(_mm512_max_epu8(q, low), high);
-    return table ? looked_up(table, q) : q;
+#if defined(REVNETS_BYTE_VECTOR) && !defined(REVNETS_VNNI)
+#define REVNETS_BYTE_PAIRS
+// vpmaddubsw multiplies bytes and adds two neighbours in 16 bits, where it would saturate: byte_pairs.py has seen to it
+// that it does not, whatever the pixels. Two blocks that fit together are widened once.
+template <int kNumber>
+inline void add_pair(Sum* sum, const PanelBlocks& blocks, int32_t i) {
+  const uint8_t *first = blocks.line(i), *second = blocks.line(i + 1);
+  const Bytes four = REVNETS_OF(set1_epi32)(blocks.weights[i]), other = REVNETS_OF(set1_epi32)(blocks.weights[i + 1]);
+  const Bytes ones = REVNETS_OF(set1_epi16)(1);
+  REVNETS_UNROLLED
+  for (int j = 0; j < kNumber; ++j) {
+    const Bytes a = REVNETS_OF(maddubs_epi16)(load_bytes(first + j * kBytes), four);
+    const Bytes b = REVNETS_OF(maddubs_epi16)(load_bytes(second + j * kBytes), other);
+    sum[j].v = REVNETS_OF(add_epi32)(sum[j].v, REVNETS_OF(madd_epi16)(REVNETS_OF(add_epi16)(a, b), ones));
   }
-};
-
-inline __m512 product(__m512 a, __m512 b) {
-  __m512 found = _mm512_mul_ps(a, b);
-  asm("" : "+v"(found));  // not fused with a sum
-  return found;
 }
-
+// A block alone, some of whose pixels are turned: 255 less themselves.
+template <int kNumber>
+inline void add_one(Sum* sum, const PanelBlocks& blocks, int32_t i) {
+  const uint8_t* from = blocks.line(i);
+  const Bytes four = REVNETS_OF(set1_epi32)(blocks.weights[i]), turned = REVNETS_OF(set1_epi32)(blocks.weights[i + 1]);
+  const Bytes ones = REVNETS_OF(set1_epi16)(1);
+  REVNETS_UNROLLED
+  for (int j = 0; j < kNumber; ++j) {
+    const Bytes a = REVNETS_OF(maddubs_epi16)(different(load_bytes(from + j * kBytes), turned), four);
+    sum[j].v = REVNETS_OF(add_epi32)(sum[j].v, REVNETS_OF(madd_epi16)(a, ones));
+  }
+}
+template <int kNumber>
+inline void add_row(Sum* sum, const PanelBlocks& blocks, int32_t begin, int32_t alone, int32_t end) {
+  for (int32_t i = begin; i < alone; i += 2) add_pair<kNumber>(sum, blocks, i);
+  for (int32_t i = alone; i < end; i += 2) add_one<kNumber>(sum, blocks, i);
+}
+#else
+template <int kNumber>
+inline void add_row(Sum* sum, const PanelBlocks& blocks, int32_t begin, int32_t end) {
+  for (int32_t i = begin; i < end; ++i) {
+    const uint8_t* from = blocks.line(i);
+#if defined(REVNETS_VNNI)
+    const Bytes four = _mm512_set1_epi32(blocks.weights[i]);
+    REVNETS_UNROLLED
+    for (int j = 0; j < kNumber; ++j) sum[j].v = _mm512_dpbusd_epi32(sum[j].v, load_bytes(from + j * kBytes), four);
+#else
+    int8_t four[4];
+    std::memcpy(four, blocks.weights + i, 4);
+    for (int j = 0; j < kNumber * kPixels; ++j)
+      for (int k = 0; k < 4; ++k) sum[j / kPixels].v[j % kPixels] += from[4 * j + k] * four[k];
+#endif
+  }
+}
 #endif
 
 }  // namespace

@@ -61,6 +61,14 @@ extern "C" {
 
 const char* revnets_target() { return REVNETS_TARGET; }
 const char* revnets_byte_target() { return REVNETS_BYTE_TARGET; }
+// Whether convolutions of bytes take their blocks by twos, see byte_pairs.py.
+int64_t revnets_byte_pairs() {
+#if defined(REVNETS_BYTE_PAIRS)
+  return 1;
+#else
+  return 0;
+#endif
+}
 int64_t revnets_call_size() { return sizeof(Call); }
 int64_t revnets_lanes() { return kLanes; }
 int64_t revnets_grad_call_size() { return sizeof(GradCall); }

@@ -1,6 +1,7 @@
 """Layers of bytes: every output equals that of whole numbers, to the last bit."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from revnets.deploy.runners import torch_threads
-from revnets.kernels import build, byte_reference, plan
-from revnets.kernels.build import Geometry, kernel_problem
+from revnets.kernels import build, byte_calls, byte_reference, plan
+from revnets.kernels.build import Geometry, byte_target, kernel_problem
 from revnets.kernels.byte_blocks import compress_bytes, decompress_bytes, fours, from_blocks, to_blocks
 from revnets.kernels.byte_calls import (
     ByteConvCall,
@@ -40,8 +41,8 @@ def pixels(generator: torch.Generator, *shape: int, extreme: bool = False) -> Te
 
 def weights(generator: torch.Generator, *shape: int, sparsity: float, extreme: bool = False) -> Tensor:
     """Random int8; most of a block of four go together, some alone."""
-    found = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
-    found = torch.where(found > 0, 127, -127).to(torch.int8) if extreme else found
+    found = torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+    found = torch.where(found > 0, 127, -128).to(torch.int8) if extreme else found
     fourth = torch.rand(shape[0], -(-shape[1] // 4), *shape[2:], generator=generator) < sparsity
     gone = fourth.repeat_interleave(4, 1)[:, : shape[1]] | (torch.rand(shape, generator=generator) < sparsity / 4)
     return found.masked_fill(gone, 0)
@@ -295,16 +296,36 @@ def test_what_does_not_fit_is_refused() -> None:
             ToBytesCall(scale, 0)
 
 
+# AVX-512 by AVX2, where there is none: byte for byte, not float for float
+LIKE_512 = f"-O1 -mno-avx512f -ffp-contract=off -I{Path(__file__).with_name('avx512')}"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["-mno-avx512vnni", "-mno-avx512f", "-mno-avx", ""])
-def test_other_widths(flags: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("flags", "target"),
+    [
+        ("-mno-avx512vnni", ""),
+        ("-mno-avx512f", ""),
+        ("-mno-avx", "portable"),
+        ("", "portable"),
+        (LIKE_512, "AVX-512"),
+        (f"{LIKE_512} -DREVNETS_LIKE_VNNI", "AVX-512 VNNI"),
+    ],
+)
+def test_other_widths(flags: str, target: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same source without VNNI, for AVX2 and 128-bit vectors, and without ``-march``: as on other machines."""
+    if LIKE_512 in flags and byte_target() == "portable":
+        pytest.skip("no AVX2")
     attempt: tuple[list[str], list[str]] = (["-march=native", *flags.split()] if flags else [], [])
     monkeypatch.setattr(build, "_ATTEMPTS", [attempt])
     monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path))
     library = build.load_kernel.__wrapped__()
-    monkeypatch.setattr(plan, "load_kernel", lambda: library)
-    for g in (Geometry(8, 9), Geometry(6, 6, (3, 3), (2, 2), (1, 1)), Geometry(6, 6, (3, 3), padding=(1, 1), groups=6)):
+    assert target in ("", library.revnets_byte_target().decode())
+    for user in (plan, byte_calls):
+        monkeypatch.setattr(user, "load_kernel", lambda: library)
+    strided, depthwise = Geometry(6, 6, (3, 3), (2, 2), (1, 1)), Geometry(6, 6, (3, 3), padding=(1, 1), groups=6)
+    wide = Geometry(9, 9, (5, 5), (2, 2), (2, 2), groups=9)
+    for g in (Geometry(8, 9), Geometry(160, 9), Geometry(540, 5), strided, depthwise, wide):
         for kind in ("none", "relu6", "table", "float"):
             for extreme in (False, True):
                 check_conv(g, (2, 20, 7), 0.5, kind, extreme, 1)
