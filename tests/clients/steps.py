@@ -75,14 +75,16 @@ def assert_same_gradients(case: Case) -> None:
         assert grad is None or torch.equal(grad, got[name]), name
 
 
-def memory_share(case: Case) -> float:
-    """Activations of a step in reversible mode relative to those in `store`."""
+def assert_less_memory(case: Case) -> None:
+    """Activations of a step in reversible mode relative to those in `store`, which docs/clients.md has: `pytest -s`."""
     measured = {}
     for mode in ("reversible", "store"):
         model = copy.deepcopy(case.model).train()
         revnets.set_mode(model, mode)
         measured[mode] = measure_training_step(model, case.batch, case.loss).activation_bytes
-    return measured["reversible"] / measured["store"]
+    share = measured["reversible"] / measured["store"]
+    print(f"{type(case.model).__name__}: {share:.2f} of the activations of `store`")
+    assert share < case.memory
 
 
 def assert_same_weights(got: nn.Module, expected: nn.Module) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.clients.steps import Case, assert_same_gradients, assert_same_weights, client, images, memory_share
+from tests.clients.steps import Case, assert_less_memory, assert_same_gradients, assert_same_weights, client, images
 from tests.clients.toolboxes import build, loader, read, run, total
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -48,8 +48,7 @@ def test_gradients_are_those_of_store() -> None:
 
 
 def test_it_needs_less_memory() -> None:
-    one = case(memory=0.5)
-    assert memory_share(one) < one.memory
+    assert_less_memory(case(memory=0.5))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from tests.clients.steps import Case, assert_same_gradients, assert_same_weights, client, images, memory_share
+from tests.clients.steps import Case, assert_less_memory, assert_same_gradients, assert_same_weights, client, images
 from tests.clients.toolboxes import build, loader, read, run, total
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -68,8 +68,7 @@ def test_gradients_under_its_other_heads(head: str) -> None:
 
 
 def test_it_needs_less_memory() -> None:
-    one = case(memory=0.6)
-    assert memory_share(one) < one.memory
+    assert_less_memory(case(memory=0.6))
 
 
 @pytest.fixture(scope="module")

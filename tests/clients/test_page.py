@@ -13,7 +13,8 @@ SECTION = re.compile(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL
 CODE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 CLIENTS = {
     "segmentation_models_pytorch": "segmentation_models_pytorch",
-    **{name: name.lower() for name in ("transformers", "Lightning", "accelerate", "peft")},
+    **{name: name.lower() for name in ("transformers", "Lightning", "accelerate", "peft", "mmpose")},
+    "mmsegmentation": "mmseg",
 }
 SECTIONS = dict(SECTION.findall(PAGE.read_text(encoding="utf-8")))
 

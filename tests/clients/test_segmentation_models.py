@@ -8,12 +8,12 @@ import torch
 
 from tests.clients.steps import (
     Case,
+    assert_less_memory,
     assert_same_gradients,
     assert_same_weights,
     client,
     images,
     mean_square,
-    memory_share,
 )
 
 DECODERS = (
@@ -37,10 +37,9 @@ def test_gradients_are_those_of_store(decoder: str) -> None:
     assert_same_gradients(case(decoder))
 
 
-@pytest.mark.parametrize("decoder", ["Unet", "DeepLabV3Plus"])
+@pytest.mark.parametrize("decoder", DECODERS)
 def test_it_needs_less_memory(decoder: str) -> None:
-    one = case(decoder)
-    assert memory_share(one) < one.memory
+    assert_less_memory(case(decoder))
 
 
 @pytest.mark.parametrize("decoder", ["Unet", "DeepLabV3Plus"])

@@ -57,8 +57,11 @@ def test_gcvit_batch_consistency():
 
 
 def test_its_lists_of_models_become_ours(tmp_path: Path) -> None:
-    file = tmp_path / "test_models.py"
+    file = tmp_path / "tests" / "test_models.py"
+    file.parent.mkdir()
     file.write_text(IN_ITS_STYLE)
+    for beside in ("__init__.py", "conftest.py"):  # as in timm's source distribution
+        (file.parent / beside).touch()
     command = [
         sys.executable,
         "-m",

@@ -9,7 +9,7 @@ from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
-from tests.clients.steps import Case, assert_same_gradients, images, network
+from tests.clients.steps import Case, assert_less_memory, assert_same_gradients, images, network
 
 pytestmark = pytest.mark.slow
 TARGETS = [{"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}] * 2
@@ -43,3 +43,8 @@ def case(kind: Any) -> Case:
 @pytest.mark.parametrize("kind", [FasterRCNN, RetinaNet])
 def test_gradients_are_those_of_store(kind: Any) -> None:
     assert_same_gradients(case(kind))
+
+
+@pytest.mark.parametrize("kind", [FasterRCNN, RetinaNet])
+def test_it_needs_less_memory(kind: Any) -> None:
+    assert_less_memory(case(kind))

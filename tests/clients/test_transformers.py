@@ -10,11 +10,11 @@ import torch
 from tests.clients.steps import (
     CLASSES,
     Case,
+    assert_less_memory,
     assert_same_gradients,
     assert_same_weights,
     client,
     images,
-    memory_share,
 )
 
 NARROW = {
@@ -94,10 +94,9 @@ def test_gradients_are_those_of_store(make: Callable[[Any], Case]) -> None:
     assert_same_gradients(case(make))
 
 
-@pytest.mark.parametrize("make", [_wrapper, _backbone])
+@pytest.mark.parametrize("make", MODELS)
 def test_it_needs_less_memory(make: Callable[[Any], Case]) -> None:
-    one = case(make)
-    assert memory_share(one) < one.memory
+    assert_less_memory(case(make))
 
 
 @pytest.mark.parametrize("make", [_wrapper, _upernet])

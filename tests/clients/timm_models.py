@@ -137,6 +137,7 @@ def run(file: Path, networks: Iterable[str] = NETWORKS, options: Iterable[str] =
     """The exit code of pytest, and what was collected and came of it. timm's settings are not ours, nor the reverse."""
     plugin = OnOurs(networks)
     settings = ["-c", "/dev/null", "--rootdir", str(file.parent), "-p", "no:cacheprovider", "--disable-warnings", "-q"]
+    settings += ["--import-mode", "importlib"]  # their folder is a package `tests`, too
     return int(pytest.main([*settings, str(file), *options], plugins=[plugin])), plugin
 
 

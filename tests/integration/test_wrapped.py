@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.ao.quantization import default_fake_quant, default_weight_fake_quant
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -70,16 +71,38 @@ def _pruned(model: nn.Module) -> None:
         prune.l1_unstructured(layer, "weight", 0.5)
 
 
-def _dropped(model: nn.Module) -> None:
-    """A wrapper module in the place of a layer, with randomness of its own: adapters of most libraries."""
+def before(model: nn.Module, make: Callable[[], nn.Module]) -> None:
+    """A wrapper module in the place of a layer, with a part of its own in front."""
     for layer in layers(model):
         parent = next(m for m in model.modules() if layer in m.children())
         name = next(n for n, child in parent.named_children() if child is layer)
-        setattr(parent, name, nn.Sequential(nn.Dropout(0.2), layer))
+        setattr(parent, name, nn.Sequential(make(), layer))
+
+
+def _dropped(model: nn.Module) -> None:
+    """Randomness of its own: adapters of most libraries."""
+    before(model, lambda: nn.Dropout(0.2))
+
+
+def _quantised_activations(model: nn.Module) -> None:
+    """Training that knows of quantisation: observers follow the range of what they see, once a step."""
+    before(model, default_fake_quant)
+
+
+def _quantised_weights(model: nn.Module) -> None:
+    for layer in layers(model):
+        parametrize.register_parametrization(layer, "weight", default_weight_fake_quant())
+
+
+WRAPPERS = (
+    *(_low_rank, _weight_norm, _older_weight_norm, _spectral_norm, _pruned, _dropped),
+    *(_quantised_activations, _quantised_weights),
+)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*")
-@pytest.mark.parametrize("wrap", [_low_rank, _weight_norm, _older_weight_norm, _spectral_norm, _pruned, _dropped])
+@pytest.mark.filterwarnings("ignore:.*torch.ao.*")
+@pytest.mark.parametrize("wrap", WRAPPERS)
 @each_network
 def test_wrapped_layers(name: str, wrap: Callable[[nn.Module], None]) -> None:
     steps = []
