@@ -13,6 +13,7 @@ from ..kernels.byte_ops import LAYERS as BYTE_LAYERS
 from ..kernels.byte_ops import arguments_of
 from ..kernels.calls import CatCall, ConvCall, MapCall, MaxPoolCall, MeanCall, ScaleCall, SliceCall, UpsampleCall
 from ..kernels.compressed import conv_geometry, depthwise_geometry
+from ..kernels.fuse import fuse
 from ..kernels.plan import Call, Plan, Step
 from .graph import ATEN, argument, calls, clean, constant, is_changed, is_in_place, is_known, sole_name
 from .lower import ACTIVATION_OPS, OPS, pair
@@ -92,7 +93,8 @@ def _replace_run(graph: fx.GraphModule, run: dict[fx.Node, _Layer], name: str) -
     outputs = [node for node in run if any(user not in run for user in node.users)]
     numbers = {node: i for i, node in enumerate([*inputs, *run])}
     steps = [Step(layer.call, tuple(numbers[node] for node in layer.reads)) for layer in run.values()]
-    graph.add_module(name, _Bound(Plan(steps, len(inputs), [numbers[node] for node in outputs])))
+    steps, returned = fuse(steps, len(inputs), [numbers[node] for node in outputs])
+    graph.add_module(name, _Bound(Plan(steps, len(inputs), returned)))
     with graph.graph.inserting_after(list(run)[-1]):
         new = graph.graph.call_module(name, tuple(inputs))
     with graph.graph.inserting_after(new):
