@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -54,7 +53,6 @@ class _Ready:
     structs: Any
     held: tuple[Tensor, list[CallStruct]]
     shapes: list[Shape]
-    steps: list[int]  # which each call belongs to
     inputs_at: list[tuple[int, str, int, int]]
     outputs_at: list[tuple[int, str, int, int]]
 
@@ -145,16 +143,13 @@ class Plan:
 
         return run
 
-    def seconds(self, *inputs: Tensor, repeats: int = 25) -> list[tuple[int, CallStruct, float]]:
-        """The calls of the kernel that a run makes: of which step, its numbers, and median seconds in a whole run."""
+    def timed(self, *inputs: Tensor) -> tuple[list[Tensor], list[tuple[CallStruct, float]]]:
+        """What a call returns, and the calls of the kernel that it makes with the seconds of each."""
         inputs = self._given(inputs)
         ready = self._prepare(tuple(x.shape for x in inputs))
-        outputs, count = self._point(ready, inputs), len(ready.structs)
-        taken = [(ctypes.c_double * count)() for _ in range(repeats)]
-        for one in taken:
-            self._run(ready.structs, count, torch.get_num_threads() if outputs else 0, one)
-        medians = map(statistics.median, zip(*taken, strict=True))
-        return list(zip(ready.steps, ready.structs, medians, strict=True))
+        outputs, taken = self._point(ready, inputs), (ctypes.c_double * len(ready.structs))()
+        self._run(ready.structs, len(ready.structs), torch.get_num_threads(), taken)
+        return outputs, list(zip(ready.structs, taken, strict=True))
 
     def _given(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if len(inputs) != self._inputs:
@@ -182,20 +177,18 @@ class Plan:
             if len(given) != 4 or min(given[2:]) < 1:
                 raise ValueError(f"{name} of shape {given}: expected (N, C, H, W), H and W at least 1")
         tasks: list[Task] = []
-        step_of: dict[int, int] = {}  # by the task's address
-        for number, step in enumerate(self._steps):
+        for step in self._steps:
             parts, shape = step.call.parts([shapes[v] for v in step.reads])
             for part in parts:
                 values = {name: step.reads[operand] for name, operand in part.reads.items()}
                 tasks.append(Task(part.struct, {**values, "y": len(shapes)}))
-                step_of[id(tasks[-1])] = number
             if min(shape[2:]) < 1:
                 raise ValueError(f"input of shape {shapes[0]}: too small, of a layer's output {shape} would be left")
             shapes.append(shape)
         tasks, places = share(tasks, self._inputs, self._outputs)
-        return self._ready(tasks, places, shapes, [step_of[id(task)] for task in tasks])
+        return self._ready(tasks, places, shapes)
 
-    def _ready(self, tasks: list[Task], places: Places, shapes: list[Shape], steps: list[int]) -> _Ready:
+    def _ready(self, tasks: list[Task], places: Places, shapes: list[Shape]) -> _Ready:
         """Memory for the values between the tasks, and their pointers to it."""
         floats = [math.prod(shape) // (4 if v in self._bytes else 1) for v, shape in enumerate(shapes)]
         offsets, size = arrange(tasks, places, floats, {*range(self._inputs), *self._outputs})
@@ -215,4 +208,4 @@ class Plan:
                     outputs_at.append((at, name, self._outputs.index(root), offset))
                 else:
                     setattr(array[at], name, start + 4 * offsets[root] + offset)
-        return _Ready(array, (memory, [task.struct for task in tasks]), shapes, steps, inputs_at, outputs_at)
+        return _Ready(array, (memory, [task.struct for task in tasks]), shapes, inputs_at, outputs_at)
