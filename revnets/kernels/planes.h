@@ -95,14 +95,20 @@ void run_upsample(const Call& c, const Member& member) {
       const float *top = x + low * c.w, *bottom = x + std::min(low + 1, c.h - 1) * c.w;
       for (int64_t k = 0; k < c.w; ++k) line[k] = (1.0f - weight) * top[k] + weight * bottom[k];
       line[c.w] = line[c.w - 1];
-      for (int64_t k = 0; k < c.w_out; k += kLanes) {
+      const auto between = [&](int64_t k) {
         const Between& at = columns[k / kLanes];
         const vec pixels = load(line + at.base);
-        const Part part(0, c.w_out - k);
-        vec v = (1.0f - at.weight) * lanes_of(pixels, at.low) + at.weight * lanes_of(pixels, at.low + 1);
-        if (other) v += load(other + k, part);
-        store(y + k, range(v), part);
+        return (1.0f - at.weight) * lanes_of(pixels, at.low) + at.weight * lanes_of(pixels, at.low + 1);
+      };
+      int64_t k = 0;
+      for (; k + kLanes <= c.w_out; k += kLanes) {
+        const vec v = between(k);
+        store(y + k, range(other ? v + load(other + k) : v));
       }
+      if (k == c.w_out) continue;
+      const Part part(0, c.w_out - k);
+      const vec v = between(k);
+      store(y + k, range(other ? v + load(other + k, part) : v), part);
     }
     finish(y - c.h_out * c.w_out, c.h_out * c.w_out, c.activation);
   }

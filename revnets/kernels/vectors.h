@@ -71,9 +71,8 @@ struct Part {
 #if defined(__AVX512F__)
     mask = static_cast<__mmask16>((1u << last) - (1u << first));
 #elif defined(__AVX__)
-    ivec lanes;
-    for (int j = 0; j < kLanes; ++j) lanes[j] = j >= first && j < last ? -1 : 0;
-    mask = reinterpret_cast<__m256i>(lanes);
+    const ivec lanes = {0, 1, 2, 3, 4, 5, 6, 7};  // compared at once: lane by lane it takes longer than the sums
+    mask = reinterpret_cast<__m256i>((lanes >= static_cast<int32_t>(first)) & (lanes < static_cast<int32_t>(last)));
 #else
     from = first;
     to = last;
