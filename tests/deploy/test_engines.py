@@ -328,11 +328,9 @@ def test_bench_command(tmp_path: Path) -> None:
     assert "class of accuracy" in result.output
     with (tmp_path / "layers.csv").open() as file:
         parts = list(csv.DictReader(file))
-    assert {(r["case"], r["sparsity"]) for r in parts} == {
-        (f"test_efficientnet, batch {b}", s) for b in (1, 3) for s in ("0", "0.9")
-    }
-    kinds = {r["kind"] for r in parts if float(r["seconds"]) > 0}
-    assert {"depthwise 3x3", "images of one pixel", "means"} & kinds and {r["engine"] for r in parts} == {"sparse"}
+    cases = {(r["case"], float(r["sparsity"]), r["engine"]) for r in parts}
+    assert cases == {(f"test_efficientnet, batch {b}", s, "sparse") for b in (1, 3) for s in (0, 0.9)}
+    assert any(r["kind"] == "depthwise 3x3" and float(r["seconds"]) > 0 for r in parts)
     for wrong in (("--sparsity", "1"), ("--threads", "x"), ("--engines", "nonsense"), ("--batch-size", "0")):
         assert command("bench-deploy", "test_efficientnet", *wrong).exit_code == 2
     assert command("bench-deploy", "nonsense").exit_code == 2
