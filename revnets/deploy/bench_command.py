@@ -25,12 +25,13 @@ def bench_deploy_command(
     batch_size: Annotated[str, text("images per call, separated by commas, such as 1,64")] = "1",
     repeats: Annotated[int, number(COUNT, "timed calls per case; their median counts")] = 25,
     layers: Annotated[bool, typer.Option(help="also single 1x1 convolutions")] = True,
-    output: Annotated[Path | None, path("folder for JSON and a picture")] = None,
+    by_layer: Annotated[bool, typer.Option(help="also what each layer takes, in our kernel and in OpenVINO")] = False,
+    output: Annotated[Path | None, path("folder for JSON, tables and a picture")] = None,
 ) -> None:
     """Inference time of dense and pruned networks on every engine, and of single layers: interleaved, medians."""
     shares = SPARSITY.read_list("--sparsity", sparsity)
     counts = THREADS.read_list("--threads", threads)
     names = words("--engines", engines, blanks=False) if engines else []
     batches = COUNT.read_list("--batch-size", batch_size)
-    size = (batches, img_size, repeats, layers, output, pattern)
+    size = (batches, img_size, repeats, layers, output, pattern, by_layer)
     bench(BenchRequest(models, shares, counts, names, *size))

@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..training.files import write_json
+from ..training.files import write_csv, write_json
 from ..training.pictures import picture
+from .by_layer import LayerTime, by_kind
 from .compare import EXPLOITS, Measurement, machine, speedups
 from .report import say
 
@@ -36,11 +37,37 @@ def print_measurements(title: str, found: Sequence[Measurement]) -> None:
     say(table)
 
 
-def save_measurements(folder: Path, found: Sequence[Measurement], layers: Sequence[Measurement]) -> list[Path]:
-    """Writes ``deploy.json`` and, with matplotlib, ``deploy.png``; says what was written."""
+def print_layer_times(found: Sequence[LayerTime]) -> None:
+    """A table per network, sparsity and number of threads: milliseconds by kind of layer on each engine."""
+    from rich.table import Table
+
+    for case in dict.fromkeys((one.case, one.sparsity, one.threads) for one in found):
+        here = [one for one in found if (one.case, one.sparsity, one.threads) == case]
+        engines = list(dict.fromkeys(one.engine for one in here))
+        title = f"{case[0]}, {case[1]:g} zeros, {case[2]} threads: medians within whole runs ({machine()})"
+        table = Table(title=title, caption="layers that are computed together count as the first of them")
+        table.add_column("kind of layer", overflow="fold")
+        for column in (column for engine in engines for column in (f"{engine}: calls", "ms")):
+            table.add_column(column, justify="right")
+        total = ("all", {engine: _sum([one for one in here if one.engine == engine]) for engine in engines})
+        for kind, by_engine in (*by_kind(here), total):
+            cells = [by_engine.get(engine, (0, 0.0)) for engine in engines]
+            table.add_row(kind, *(text for count, seconds in cells for text in (str(count), f"{1e3 * seconds:.3f}")))
+        say(table)
+
+
+def _sum(found: Sequence[LayerTime]) -> tuple[int, float]:
+    return len(found), sum(one.seconds for one in found)
+
+
+def save_measurements(
+    folder: Path, found: Sequence[Measurement], layers: Sequence[Measurement], parts: Sequence[LayerTime] = ()
+) -> list[Path]:
+    """Writes ``deploy.json``, ``layers.csv`` where there are ``parts``, and, with matplotlib, ``deploy.png``."""
     data = {"machine": machine(), "networks": _records(found), "layers": _records(layers)}
     path, drawn = write_json(folder / "deploy.json", data), _draw(folder, found) if found else None
-    return [path, drawn] if drawn else [path]
+    tables = [write_csv(folder / "layers.csv", map(asdict, parts))] if parts else []
+    return [path, *tables, *([drawn] if drawn else [])]
 
 
 def _records(found: Sequence[Measurement]) -> list[dict[str, Any]]:

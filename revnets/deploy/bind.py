@@ -8,17 +8,18 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
-from ..kernels.build import Geometry
+from ..kernels.build import CallStruct, Geometry
 from ..kernels.byte_ops import LAYERS as BYTE_LAYERS
 from ..kernels.byte_ops import arguments_of
 from ..kernels.calls import CatCall, ConvCall, MapCall, MaxPoolCall, MeanCall, ScaleCall, SliceCall, UpsampleCall
 from ..kernels.compressed import conv_geometry, depthwise_geometry
+from ..kernels.fuse import fuse
 from ..kernels.plan import Call, Plan, Step
 from .graph import ATEN, argument, calls, clean, constant, is_changed, is_in_place, is_known, sole_name
 from .lower import ACTIVATION_OPS, OPS, pair
 
 
-class _Bound(nn.Module):
+class Bound(nn.Module):
     """A plan as a module of a graph."""
 
     def __init__(self, plan: Plan) -> None:
@@ -29,6 +30,10 @@ class _Bound(nn.Module):
         return self._plan(*inputs)
 
     __call__ = forward  # no hooks: layers take microseconds
+
+    def timed(self, *inputs: Tensor) -> tuple[list[Tensor], list[tuple[CallStruct, float]]]:
+        """See ``Plan``."""
+        return self._plan.timed(*inputs)
 
 
 class _Layer(NamedTuple):
@@ -92,7 +97,8 @@ def _replace_run(graph: fx.GraphModule, run: dict[fx.Node, _Layer], name: str) -
     outputs = [node for node in run if any(user not in run for user in node.users)]
     numbers = {node: i for i, node in enumerate([*inputs, *run])}
     steps = [Step(layer.call, tuple(numbers[node] for node in layer.reads)) for layer in run.values()]
-    graph.add_module(name, _Bound(Plan(steps, len(inputs), [numbers[node] for node in outputs])))
+    steps, returned = fuse(steps, len(inputs), [numbers[node] for node in outputs])
+    graph.add_module(name, Bound(Plan(steps, len(inputs), returned)))
     with graph.graph.inserting_after(list(run)[-1]):
         new = graph.graph.call_module(name, tuple(inputs))
     with graph.graph.inserting_after(new):

@@ -27,7 +27,8 @@ from ..training.data.splits import find_split, split_or_root
 from ..training.errors import refused
 from ..training.options.values import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, THREADS, check_choice, check_once
 from ..training.places import check_exists, check_folder
-from .bench_report import print_measurements, save_measurements
+from .bench_report import print_layer_times, print_measurements, save_measurements
+from .by_layer import LayerTime, layer_times
 from .candidates import least
 from .compare import COMPILED, EAGER, Measurement, compare, compare_layers
 from .engines import ENGINES, check_limits, deploy, get_engine, load, open_folder
@@ -263,6 +264,7 @@ class BenchRequest:
     layers: bool = True
     output: Path | None = None
     pattern: str | None = None
+    by_layer: bool = False
 
 
 def bench(request: BenchRequest) -> None:
@@ -292,10 +294,14 @@ def bench(request: BenchRequest) -> None:
     if request.output is not None:
         check_folder(request.output)
     found: list[Measurement] = []
+    parts: list[LayerTime] = []
     for name, size in product(request.models, request.batch_sizes):
         networks, x = _networks(name, size, request)
         shown = partial(_track, f"{name}, batch {size}")
         found += compare(networks, x, request.engines, request.threads, request.repeats, name, shown)
+        for (share, model), count in product(networks.items() if request.by_layer else (), request.threads):
+            case = (f"{name}, batch {size}", share)
+            parts += layer_times(model, x, request.engines, count, request.repeats, *case)
     layers: list[Measurement] = []
     if request.layers and kernel_problem() is None:
         pruned = [s for s in request.sparsities if s]
@@ -304,9 +310,10 @@ def bench(request: BenchRequest) -> None:
     for title, rows in (("Whole networks", found), ("1x1 convolutions, float32", layers)):
         if rows:
             print_measurements(title, rows)
+    print_layer_times(parts)
     if request.output is not None:
         folder = open_folder(request.output)
-        say("wrote " + ", ".join(str(path) for path in save_measurements(folder, found, layers)))
+        say("wrote " + ", ".join(str(path) for path in save_measurements(folder, found, layers, parts)))
 
 
 def _track(what: str, work: Iterable[Any]) -> Iterable[Any]:

@@ -52,6 +52,10 @@ class _NoCompiler(KernelUnavailable):
     """There is none; a kernel that is compiled already will do."""
 
 
+CONVOLUTION, DEPTHWISE, MEAN, SCALE, MAP, COPY, UPSAMPLE, MAX_POOL = range(8)
+"""``Kind`` of ``call.h``, of floats: those whose operands and outputs may be some channels of larger ones."""
+
+
 class CallStruct(ctypes.Structure):
     """``Call`` of ``call.h``."""
 
@@ -63,6 +67,8 @@ class CallStruct(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("groups", "activation", "kind", "chunk")),
         *((name, ctypes.c_int64) for name in ("first_in", "first_out", "count")),
         *((name, ctypes.c_int64) for name in ("zero_in", "zero_out", "zero_residual", "low", "high", "to_float")),
+        *((name, ctypes.c_void_p) for name in ("gates", "means")),
+        *((f"{name}_image", ctypes.c_int64) for name in ("x", "residual", "y", "gates", "means")),
         *((name, ctypes.c_float) for name in ("scale", "residual_scale")),
     ]
 
@@ -310,7 +316,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "revnets_byte_target": (ctypes.c_char_p, []),
     "revnets_byte_pairs": (_INTEGER, []),
     "revnets_fits": (_INTEGER, [_POINTER, _POINTER, _INTEGER, _INTEGER, _INTEGER]),
-    "revnets_run": (None, [_POINTER, _INTEGER, _INTEGER]),
+    "revnets_run": (None, [_POINTER, _INTEGER, _INTEGER, _POINTER]),
     "revnets_weight_grad": (None, [_POINTER, _POINTER, _INTEGER]),
     "revnets_windows": (None, [_POINTER, _INTEGER]),
     "revnets_windows_grad": (None, [_POINTER, _POINTER, _INTEGER]),

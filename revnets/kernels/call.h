@@ -19,7 +19,8 @@ enum Kind { kConvolution = 0, kDepthwise, kMean, kScale, kMap, kCopy, kUpsample,
 // One layer. Weights of a convolution: the flattened (C_in / groups, kh, kw) of a group is cut into chunks of `chunk`
 // inputs; of chunk j and output channel o, values[i] is the weight of input j * chunk + columns[i], for i from
 // rows[j * c_out + o] to rows[j * c_out + o + 1]. Depthwise: values are (C, kh, kw), dense. bias and residual (of the
-// output's shape, added before the activation) may be null.
+// output's shape, added before the activation) may be null. A convolution with `gates` multiplies each input channel of
+// each image with its own; a depthwise one with `means` writes each plane's mean there, too.
 struct Call {
   const float* x;
   const float* values;
@@ -36,12 +37,33 @@ struct Call {
   int64_t activation, kind, chunk;
   int64_t first_in, first_out, count;  // channels of a copy
   int64_t zero_in, zero_out, zero_residual, low, high, to_float;
+  const float* gates;
+  float* means;
+  // Floats from one image to the next, of operands that are some channels of others; 0 where nothing is between them.
+  int64_t x_image, residual_image, y_image, gates_image, means_image;
   float scale, residual_scale;
 };
 
 }  // extern "C"
 
 namespace {
+
+// Where an image of an operand begins that has `size` floats.
+template <typename Float>
+inline Float* image_of(Float* first, int64_t image, int64_t apart, int64_t size) {
+  return first ? first + image * (apart ? apart : size) : nullptr;
+}
+// Planes of a channel of an image, of floats.
+inline const float* x_of(const Call& c, int64_t image, int64_t channel = 0) {
+  return image_of(c.x, image, c.x_image, c.c_in * c.h * c.w) + channel * c.h * c.w;
+}
+inline float* y_of(const Call& c, int64_t image, int64_t channel = 0) {
+  return image_of(c.y, image, c.y_image, c.c_out * c.h_out * c.w_out) + channel * c.h_out * c.w_out;
+}
+inline const float* residual_of(const Call& c, int64_t image, int64_t channel = 0) {
+  const int64_t plane = c.h_out * c.w_out;
+  return c.residual ? image_of(c.residual, image, c.residual_image, c.c_out * plane) + channel * plane : nullptr;
+}
 
 // Waits until all threads have come here. They meet within microseconds, so that they spin; where there are fewer
 // cores than threads, or another program has one of them, they let others run.

@@ -9,11 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .build import ACTIVATIONS, CallStruct, Geometry, load_kernel
+from .build import (
+    ACTIVATIONS,
+    CONVOLUTION,
+    COPY,
+    DEPTHWISE,
+    MAP,
+    MAX_POOL,
+    MEAN,
+    SCALE,
+    UPSAMPLE,
+    CallStruct,
+    Geometry,
+    load_kernel,
+)
 from .operands import call, pointing, readable
 from .plan import Part, Plan, Shape, Step
 
-CONVOLUTION, DEPTHWISE, MEAN, SCALE, MAP, COPY, UPSAMPLE, MAX_POOL = range(8)  # ``Kind`` of call.h
 _WEIGHTS_PER_LINE = 24  # of a chunk: fewer, and the sums between two chunks cost more than they save
 _CHUNKS = (128, 256)  # inputs whose pixels fill the first cache, and the most that do no harm
 _MOST = 2**15  # pixels of a kernel, stride, padding or dilation: more would fill the memory with padded lines
@@ -85,6 +97,11 @@ class ConvCall(_Layer):
         self._kept = (None, values, columns, rows, bias)  # the first is for the input
         self._activation = _activation(activation)
 
+    @property
+    def takes_gates(self) -> bool:
+        """Whether gates of its input cost less in it than in a pass of their own: each pixel is packed once."""
+        return self.kind == CONVOLUTION and self.geometry.kernel_size == (1, 1)
+
     def parts(self, shapes: Sequence[Shape]) -> tuple[list[Part], Shape]:
         """See ``Call``; the residual, of the output's shape, is a second operand."""
         g, (n, channels, height, width) = self.geometry, shapes[0]
@@ -108,6 +125,16 @@ def check_residual(shape: Sequence[int], out: Sequence[int]) -> None:
     """
     if tuple(shape) != tuple(out):
         raise ValueError(f"residual of shape {tuple(shape)}: expected {tuple(out)}, that of the output")
+
+
+def check_gates(gates: Sequence[int], shape: Sequence[int]) -> None:
+    """Gates are one number per plane.
+
+    Raises:
+        ValueError: for another shape.
+    """
+    if tuple(gates) != (*shape[:2], 1, 1):
+        raise ValueError(f"gates of shape {tuple(gates)} for {tuple(shape)}: expected one per plane")
 
 
 def _activation(name: str) -> int:
@@ -181,8 +208,7 @@ class ScaleCall(_Layer):
 
     def parts(self, shapes: Sequence[Shape]) -> tuple[list[Part], Shape]:
         """See ``Call``."""
-        if shapes[1] != (*shapes[0][:2], 1, 1):
-            raise ValueError(f"gates of shape {shapes[1]} for {shapes[0]}: expected one per plane")
+        check_gates(shapes[1], shapes[0])
         return [Part(_struct(SCALE, shapes[0], shapes[0]), _x_and_residual(shapes))], shapes[0]
 
 
@@ -192,13 +218,13 @@ class MapCall(_Layer):
     operands = ("input", "residual")
 
     def __init__(self, activation: str = "none") -> None:
-        self._activation = _activation(activation)
+        self.activation = _activation(activation)
 
     def parts(self, shapes: Sequence[Shape]) -> tuple[list[Part], Shape]:
         """See ``Call``."""
         if len(set(shapes)) != 1:
             raise ValueError(f"a sum of shapes {shapes}: expected one shape")
-        struct = _struct(MAP, shapes[0], shapes[0], activation=self._activation)
+        struct = _struct(MAP, shapes[0], shapes[0], activation=self.activation)
         return [Part(struct, _x_and_residual(shapes))], shapes[0]
 
 

@@ -70,14 +70,17 @@ inline void pack_run(const Call& c, const float* x, const Run& run, int64_t tap_
 }
 
 // Lines of the panel for inputs `first` to `last` of the group whose first channel is x. The last vector of a line ends
-// with the block's last pixel: where that is no whole number of vectors, it repeats some of the one before.
-void pack(const Call& c, const Block& b, const float* x, int64_t first, int64_t last, int64_t pitch, float* panel) {
+// with the block's last pixel: where that is no whole number of vectors, it repeats some of the one before. `gates` of
+// the group's channels may be null.
+void pack(const Call& c, const Block& b, const float* x, const float* gates, int64_t first, int64_t last, int64_t pitch,
+          float* panel) {
   const int64_t plane = c.h * c.w, tail = b.length - kLanes, before = (b.vectors - 1) * kLanes;
   if (is_pointwise(c) && b.length >= kLanes) {
     for (int64_t i = first; i < last; ++i, panel += pitch) {
       const float* from = x + i * plane + b.start;
-      for (int64_t p = 0; p < before; p += kLanes) store(panel + p, load(from + p));
-      store(panel + before, load(from + tail));
+      const vec gate = same(gates ? gates[i] : 1.0f);
+      for (int64_t p = 0; p < before; p += kLanes) store(panel + p, load(from + p) * gate);
+      store(panel + before, load(from + tail) * gate);
     }
     return;
   }
@@ -94,6 +97,8 @@ void pack(const Call& c, const Block& b, const float* x, int64_t first, int64_t 
     float* to = panel;
     for (int64_t r = 0; r < count; to += runs[r++].length) pack_run(c, x + channel * plane, runs[r], tap_h, tap_w, to);
     if (tail >= 0 && tail < before) store(panel + before, load(panel + tail));
+    if (!gates) continue;
+    for (int64_t p = 0; p <= before; p += kLanes) store(panel + p, load(panel + p) * gates[channel]);
   }
 }
 
@@ -109,7 +114,8 @@ struct Work {
   bool first, last;       // chunk
   int64_t length;         // pixels of the block
   int64_t plane;          // of the output
-  int64_t y;              // the block's first pixel in the output's first channel
+  float* y;               // the block's first pixel in the image's first output channel
+  const float* residual;  // likewise, or null
 };
 
 template <int kNumber>
@@ -118,8 +124,7 @@ void multiply(const Call& c, const Work& work) {
   const char* panel = reinterpret_cast<const char*>(__builtin_assume_aligned(work.panel, REVNETS_VECTOR));
   const Range range(c.activation);
   float* sums = work.sums;
-  int64_t y = work.y + work.begin * work.plane;
-  for (int64_t o = work.begin; o < work.end; ++o, sums += kNumber * kLanes, y += work.plane) {
+  for (int64_t o = work.begin; o < work.end; ++o, sums += kNumber * kLanes) {
     vec sum[kNumber];
     if (work.first) {
       const vec first = same(c.bias ? c.bias[o] : 0.0f);
@@ -137,18 +142,19 @@ void multiply(const Call& c, const Work& work) {
       for (int j = 0; j < kNumber; ++j) store(sums + j * kLanes, sum[j]);
       continue;
     }
-    const float* residual = c.residual ? c.residual + y : nullptr;
+    float* y = work.y + o * work.plane;
+    const float* residual = work.residual ? work.residual + o * work.plane : nullptr;
     if (kNumber == 1 && tail < 0) {
-      store_end(range, sum[0], residual, c.y + y, work.length);
+      store_end(range, sum[0], residual, y, work.length);
     } else {
       if (residual) {
         for (int j = 0; j < kNumber - 1; ++j) sum[j] += load(residual + j * kLanes);
         sum[kNumber - 1] += load(residual + tail);
       }
-      for (int j = 0; j < kNumber - 1; ++j) store(c.y + y + j * kLanes, range(sum[j]));
-      store(c.y + y + tail, range(sum[kNumber - 1]));
+      for (int j = 0; j < kNumber - 1; ++j) store(y + j * kLanes, range(sum[j]));
+      store(y + tail, range(sum[kNumber - 1]));
     }
-    finish(c.y + y, work.length, c.activation);
+    finish(y, work.length, c.activation);
   }
 }
 
@@ -167,8 +173,33 @@ void multiply_any(const Call& c, const Work& work) {
 
 // --- sharing out -----------------------------------------------------------------------------------------------------
 
+// Images of one pixel, such as the gates of squeeze-and-excite: there is nothing to pack.
+void run_vectors(const Call& c, const Member& member) {
+  const int64_t chunks = (c.c_in + c.chunk - 1) / c.chunk, begin = member.begin(c.c_out), end = member.end(c.c_out);
+  const Range range(c.activation);
+  for (int64_t image = 0; image < c.n && begin < end; ++image) {
+    const float *x = x_of(c, image), *residual = residual_of(c, image);
+    const float* gates = image_of(c.gates, image, c.gates_image, c.c_in);
+    float* y = y_of(c, image);
+    for (int64_t o = begin; o < end; ++o) {
+      float sum = c.bias ? c.bias[o] : 0.0f;
+      for (int64_t j = 0, first = 0; j < chunks; ++j, first += c.chunk) {
+        const int32_t* row = c.rows + j * c.c_out + o;
+        for (int32_t i = row[0]; i < row[1]; ++i) {
+          const int64_t at = first + c.columns[i];
+          sum += c.values[i] * (gates ? x[at] * gates[at] : x[at]);
+        }
+      }
+      y[o] = residual ? sum + residual[o] : sum;
+    }
+    map(y + begin, end - begin, range);
+    finish(y + begin, end - begin, c.activation);
+  }
+}
+
 // The member's share: whole blocks, of the first and the last perhaps a part of the output channels.
 void run_convolution(const Call& c, const Member& member) {
+  if (is_pointwise(c) && c.h * c.w == 1 && c.groups == 1) return run_vectors(c, member);
   const int64_t inputs = c.c_in / c.groups * c.kh * c.kw, chunks = (inputs + c.chunk - 1) / c.chunk;
   const int64_t outputs = c.c_out / c.groups;
   const Blocks blocks(c);
@@ -193,10 +224,13 @@ void run_convolution(const Call& c, const Member& member) {
     work.sums = panel + panel_size;
     work.length = block.length;
     work.plane = blocks.pixels;
-    work.y = image * c.c_out * blocks.pixels + block.start;
-    const float* x = c.x + (image * c.groups + group) * (c.c_in / c.groups) * c.h * c.w;
+    work.y = y_of(c, image) + block.start;
+    work.residual = c.residual ? residual_of(c, image) + block.start : nullptr;
+    const int64_t channel = group * (c.c_in / c.groups);
+    const float* x = x_of(c, image, channel);
+    const float* gates = c.gates ? image_of(c.gates, image, c.gates_image, c.c_in) + channel : nullptr;
     for (int64_t j = 0; j < std::max<int64_t>(chunks, 1); ++j) {
-      pack(c, block, x, j * c.chunk, std::min(inputs, (j + 1) * c.chunk), pitch, panel);
+      pack(c, block, x, gates, j * c.chunk, std::min(inputs, (j + 1) * c.chunk), pitch, panel);
       work.rows = c.rows + j * c.c_out;
       work.first = j == 0;
       work.last = j + 1 >= chunks;

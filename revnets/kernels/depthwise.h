@@ -92,26 +92,73 @@ inline void depthwise_rows(const Call& c, const Plane& plane, const Range& range
   }
 }
 
+// What comes after a channel's last pixel, while it is in the first cache.
+inline void finish_plane(const Call& c, int64_t image, int64_t channel, float* y) {
+  const int64_t pixels = c.h_out * c.w_out;
+  finish(y, pixels, c.activation);
+  if (c.means) image_of(c.means, image, c.means_image, c.c_out)[channel] = mean_of(y, pixels);
+}
+
 template <int kSize, int kStride>
 void run_depthwise(const Call& c, const Member& member) {
   const Range range(c.activation);
-  const int64_t planes = c.n * c.c_in, pixels = c.h_out * c.w_out;
+  const int64_t planes = c.n * c.c_in;
   float* zeros = scratch(c.w);
   std::fill(zeros, zeros + c.w, 0.0f);
   for (int64_t task = member.begin(planes); task < member.end(planes); ++task) {
-    const int64_t channel = task % c.c_in;
-    const Plane plane = {c.x + task * c.h * c.w,
+    const int64_t image = task / c.c_in, channel = task % c.c_in;
+    const Plane plane = {x_of(c, image, channel),
                          zeros,
                          c.values + channel * kSize * kSize,
                          c.bias ? c.bias[channel] : 0.0f,
-                         c.y + task * pixels,
-                         c.residual ? c.residual + task * pixels : nullptr};
+                         y_of(c, image, channel),
+                         residual_of(c, image, channel)};
     int64_t row = 0;
     if (c.h_out % 7 == 0)
       for (; row < c.h_out; row += 7) depthwise_rows<kSize, kStride, 7>(c, plane, range, row);
     for (; row + 4 <= c.h_out; row += 4) depthwise_rows<kSize, kStride, 4>(c, plane, range, row);
     for (; row < c.h_out; ++row) depthwise_rows<kSize, kStride, 1>(c, plane, range, row);
-    finish(plane.y, pixels, c.activation);
+    finish_plane(c, image, channel, plane.y);
+  }
+}
+
+// Wide strides, whose outputs have few pixels in common: a vector is taps that are neighbours, each output is summed up
+// in one of its own, and their lanes at last. An image is read from a copy with its border.
+void run_depthwise_wide(const Call& c, const Member& member) {
+  const int64_t parts = (c.kw + kLanes - 1) / kLanes, span = parts * kLanes, lines = (c.h_out - 1) * c.stride_h + c.kh;
+  const int64_t pitch = std::max(c.pad_w + c.w, (round_up(c.w_out, kLanes) - 1) * c.stride_w + span);
+  float *padded = scratch(lines * pitch + c.kh * span), *weights = padded + lines * pitch;
+  std::fill(padded, weights + c.kh * span, 0.0f);
+  ivec taps;  // of a line's last vector; pixels beside them may be no numbers
+  for (int j = 0; j < kLanes; ++j) taps[j] = (parts - 1) * kLanes + j < c.kw ? -1 : 0;
+  const Range range(c.activation);
+  for (int64_t task = member.begin(c.n * c.c_in); task < member.end(c.n * c.c_in); ++task) {
+    const int64_t image = task / c.c_in, channel = task % c.c_in;
+    const float *x = x_of(c, image, channel), *residual = residual_of(c, image, channel);
+    float* y = y_of(c, image, channel);
+    for (int64_t i = std::max<int64_t>(0, c.pad_h); i < std::min(lines, c.pad_h + c.h); ++i)
+      copy(padded + i * pitch + c.pad_w, x + (i - c.pad_h) * c.w, c.w);
+    for (int64_t a = 0; a < c.kh; ++a) copy(weights + a * span, c.values + (channel * c.kh + a) * c.kw, c.kw);
+    const float bias = c.bias ? c.bias[channel] : 0.0f;
+    for (int64_t row = 0; row < c.h_out; ++row) {
+      for (int64_t k = 0; k < c.w_out; k += kLanes) {
+        vec sum[kLanes] = {};
+        for (int64_t a = 0; a < c.kh; ++a) {
+          const float* line = padded + (row * c.stride_h + a) * pitch + k * c.stride_w;
+          for (int64_t t = 0; t < parts; ++t, line += kLanes) {
+            const vec weight = load(weights + a * span + t * kLanes);
+            const ivec mask = t + 1 < parts ? taps | -1 : taps;
+            for (int j = 0; j < kLanes; ++j) sum[j] += weight * masked(load(line + j * c.stride_w), mask);
+          }
+        }
+        const int64_t p = row * c.w_out + k;
+        const Part part(0, c.w_out - k);
+        vec v = sums_of(sum) + bias;
+        if (residual) v += load(residual + p, part);
+        store(y + p, range(v), part);
+      }
+    }
+    finish_plane(c, image, channel, y);
   }
 }
 
@@ -126,23 +173,25 @@ inline vec depthwise_taps(const Call& c, const Phases& phases, const float* weig
   return sum;
 }
 
-// Any kernel and stride.
+// Any kernel and stride that is not wide.
 void run_depthwise_lines(const Call& c, const Member& member) {
   Phases phases(c, c.h, 0, 0.0f);
   const Range range(c.activation);
   for (int64_t task = member.begin(c.n * c.c_in); task < member.end(c.n * c.c_in); ++task) {
-    const int64_t channel = task % c.c_in;
+    const int64_t image = task / c.c_in, channel = task % c.c_in;
+    const float *x = x_of(c, image, channel), *residual = residual_of(c, image, channel);
+    float* y = y_of(c, image, channel);
     const vec bias = same(c.bias ? c.bias[channel] : 0.0f);
-    for (int64_t line = 0; line < c.h; ++line) phases.split(c, c.x + (task * c.h + line) * c.w, line);
+    for (int64_t line = 0; line < c.h; ++line) phases.split(c, x + line * c.w, line);
     for (int64_t row = 0; row < c.h_out; ++row) {
-      const int64_t p = (task * c.h_out + row) * c.w_out;
+      const int64_t p = row * c.w_out;
       for (int64_t k = 0; k < c.w_out; k += kLanes) {
         const Part part(0, c.w_out - k);
-        const vec first = c.residual ? bias + load(c.residual + p + k, part) : bias;
-        store(c.y + p + k, range(depthwise_taps(c, phases, c.values + channel * c.kh * c.kw, row, k, first)), part);
+        const vec first = residual ? bias + load(residual + p + k, part) : bias;
+        store(y + p + k, range(depthwise_taps(c, phases, c.values + channel * c.kh * c.kw, row, k, first)), part);
       }
     }
-    finish(c.y + task * c.h_out * c.w_out, c.h_out * c.w_out, c.activation);
+    finish_plane(c, image, channel, y);
   }
 }
 
@@ -155,7 +204,7 @@ void run_depthwise_any(const Call& c, const Member& member) {
     case 52: return run_depthwise<5, 2>(c, member);
     case 71: return run_depthwise<7, 1>(c, member);
     case 72: return run_depthwise<7, 2>(c, member);
-    default: return run_depthwise_lines(c, member);
+    default: return c.stride_w > 2 ? run_depthwise_wide(c, member) : run_depthwise_lines(c, member);
   }
 }
 

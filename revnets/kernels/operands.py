@@ -85,14 +85,14 @@ def pointing(kind: type[_Struct], tensors: Sequence[Tensor | None], /, *numbers:
     return struct
 
 
-def aim(structs: Any, places: Sequence[tuple[int, str, int]], tensors: Sequence[Tensor]) -> None:
+def aim(structs: Any, places: Sequence[tuple[int, str, int, int]], tensors: Sequence[Tensor]) -> None:
     """Fields of an array of structs at tensors, which the caller has to hold as long as the kernel may run.
 
     Args:
         structs: the array.
-        places: of which struct, its field, which of the tensors.
+        places: of which struct, its field, which of the tensors, how many bytes behind its first number.
         tensors: contiguous.
     """
     addresses = [address(tensor) for tensor in tensors]
-    for at, name, number in places:
-        setattr(structs[at], name, addresses[number])
+    for at, name, number, offset in places:
+        setattr(structs[at], name, addresses[number] + offset)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,10 +13,9 @@ from torch import Tensor
 
 from .build import CallStruct, load_kernel
 from .operands import address, aim, readable
+from .shared import ALIGNMENT, Places, Shape, Task, arrange, plane, share
 
-_ALIGNMENT = 16  # floats of a cache line
 _KEPT = 8  # sizes of the input for which a plan keeps memory
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class _Ready:
     structs: Any
     held: tuple[Tensor, list[CallStruct]]
     shapes: list[Shape]
-    inputs_at: list[tuple[int, str, int]]
-    outputs_at: list[tuple[int, str, int]]
+    inputs_at: list[tuple[int, str, int, int]]
+    outputs_at: list[tuple[int, str, int, int]]
 
 
 def _takes_bytes(call: Call) -> bool:
@@ -128,7 +128,7 @@ class Plan:
             ready = self._prepare(key)
         outputs = self._point(ready, inputs)
         if any(output.numel() for output in outputs):
-            self._run(ready.structs, len(ready.structs), torch.get_num_threads())
+            self._run(ready.structs, len(ready.structs), torch.get_num_threads(), None)
         free.append(ready)
         return outputs
 
@@ -139,9 +139,17 @@ class Plan:
         kept = (inputs, self._point(ready, inputs))
 
         def run() -> None:
-            self._run(ready.structs, len(ready.structs), torch.get_num_threads() if kept else 0)
+            self._run(ready.structs, len(ready.structs), torch.get_num_threads() if kept else 0, None)
 
         return run
+
+    def timed(self, *inputs: Tensor) -> tuple[list[Tensor], list[tuple[CallStruct, float]]]:
+        """What a call returns, and the calls of the kernel that it makes with the seconds of each."""
+        inputs = self._given(inputs)
+        ready = self._prepare(tuple(x.shape for x in inputs))
+        outputs, taken = self._point(ready, inputs), (ctypes.c_double * len(ready.structs))()
+        self._run(ready.structs, len(ready.structs), torch.get_num_threads(), taken)
+        return outputs, list(zip(ready.structs, taken, strict=True))
 
     def _given(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if len(inputs) != self._inputs:
@@ -165,48 +173,39 @@ class Plan:
         shapes: list[Shape] = [tuple(shape) for shape in key]
         for v in self._bytes & set(range(self._inputs)):
             shapes[v] = (shapes[v][0], 4 * shapes[v][1], *shapes[v][2:4])
-        structs: list[CallStruct] = []
-        pointers: list[tuple[int, str, int]] = []  # of which call, its field, the value
         for name, given in zip(self._names, shapes, strict=True):
             if len(given) != 4 or min(given[2:]) < 1:
                 raise ValueError(f"{name} of shape {given}: expected (N, C, H, W), H and W at least 1")
+        tasks: list[Task] = []
         for step in self._steps:
             parts, shape = step.call.parts([shapes[v] for v in step.reads])
             for part in parts:
-                pointers += [(len(structs), name, step.reads[operand]) for name, operand in part.reads.items()]
-                pointers.append((len(structs), "y", len(shapes)))
-                structs.append(part.struct)
+                values = {name: step.reads[operand] for name, operand in part.reads.items()}
+                tasks.append(Task(part.struct, {**values, "y": len(shapes)}))
             if min(shape[2:]) < 1:
                 raise ValueError(f"input of shape {shapes[0]}: too small, of a layer's output {shape} would be left")
             shapes.append(shape)
-        offsets, size = self._arrange(shapes)
-        memory = torch.empty(size + _ALIGNMENT, dtype=torch.float32, device="cpu")
-        start = -(-address(memory) // (4 * _ALIGNMENT)) * 4 * _ALIGNMENT
-        array = (CallStruct * len(structs))(*structs)
-        for at, name, value in pointers:
-            if value in offsets:
-                setattr(array[at], name, start + 4 * offsets[value])
-        inputs_at = [pointer for pointer in pointers if pointer[2] < self._inputs]
-        outputs_at = [(part, name, self._outputs.index(v)) for part, name, v in pointers if v in self._outputs]
-        return _Ready(array, (memory, structs), shapes, inputs_at, outputs_at)
+        tasks, places = share(tasks, self._inputs, self._outputs)
+        return self._ready(tasks, places, shapes)
 
-    def _arrange(self, shapes: Sequence[Shape]) -> tuple[dict[int, int], int]:
-        """Where the values between steps lie, in floats: a place is used again once nobody reads it any more."""
-        last_read = {v: s for s, step in enumerate(self._steps) for v in step.reads}
-        offsets: dict[int, int] = {}
+    def _ready(self, tasks: list[Task], places: Places, shapes: list[Shape]) -> _Ready:
+        """Memory for the values between the tasks, and their pointers to it."""
         floats = [math.prod(shape) // (4 if v in self._bytes else 1) for v, shape in enumerate(shapes)]
-        size = 0
-        for s in range(len(self._steps)):
-            value = self._inputs + s
-            if value in self._outputs:
-                continue
-            need = -(-floats[value] // _ALIGNMENT) * _ALIGNMENT
-            taken = sorted((offsets[v], offsets[v] + floats[v]) for v in offsets if last_read.get(v, -1) >= s)
-            place = 0
-            for begin, end in taken:
-                if begin - place >= need:
-                    break
-                place = max(place, -(-end // _ALIGNMENT) * _ALIGNMENT)
-            offsets[value] = place
-            size = max(size, place + need)
-        return offsets, size
+        offsets, size = arrange(tasks, places, floats, {*range(self._inputs), *self._outputs})
+        memory = torch.empty(size + ALIGNMENT, dtype=torch.float32, device="cpu")
+        start = -(-address(memory) // (4 * ALIGNMENT)) * 4 * ALIGNMENT
+        array = (CallStruct * len(tasks))(*[task.struct for task in tasks])
+        inputs_at, outputs_at = [], []
+        for at, task in enumerate(tasks):
+            for name, value in task.values.items():
+                root, first = places.of(value)
+                offset = 4 * first * plane(shapes[root])
+                if root != value:
+                    setattr(array[at], f"{name}_image", math.prod(shapes[root][1:]))
+                if root < self._inputs:
+                    inputs_at.append((at, name, root, offset))
+                elif root in self._outputs:
+                    outputs_at.append((at, name, self._outputs.index(root), offset))
+                else:
+                    setattr(array[at], name, start + 4 * offsets[root] + offset)
+        return _Ready(array, (memory, [task.struct for task in tasks]), shapes, inputs_at, outputs_at)

@@ -8,16 +8,10 @@ namespace {
 
 // The mean of each plane.
 void run_mean(const Call& c, const Member& member) {
-  const int64_t planes = c.n * c.c_in, pixels = c.h * c.w;
+  const int64_t planes = c.n * c.c_in;
   for (int64_t task = member.begin(planes); task < member.end(planes); ++task) {
-    const float* x = c.x + task * pixels;
-    vec sums = same(0.0f);
-    int64_t k = 0;
-    for (; k + kLanes <= pixels; k += kLanes) sums += load(x + k);
-    double sum = 0.0;
-    for (int j = 0; j < kLanes; ++j) sum += sums[j];
-    for (; k < pixels; ++k) sum += x[k];
-    c.y[task] = static_cast<float>(sum / pixels);
+    const int64_t image = task / c.c_in, channel = task % c.c_in;
+    *y_of(c, image, channel) = mean_of(x_of(c, image, channel), c.h * c.w);
   }
 }
 
@@ -25,9 +19,10 @@ void run_mean(const Call& c, const Member& member) {
 void run_scale(const Call& c, const Member& member) {
   const int64_t planes = c.n * c.c_in, pixels = c.h * c.w;
   for (int64_t task = member.begin(planes); task < member.end(planes); ++task) {
-    const float* x = c.x + task * pixels;
-    const float gate = c.residual[task];
-    float* y = c.y + task * pixels;
+    const int64_t image = task / c.c_in, channel = task % c.c_in;
+    const float* x = x_of(c, image, channel);
+    const float gate = image_of(c.residual, image, c.residual_image, c.c_in)[channel];
+    float* y = y_of(c, image, channel);
     for (int64_t k = 0; k < pixels; ++k) y[k] = x[k] * gate;
   }
 }
@@ -36,23 +31,27 @@ void run_scale(const Call& c, const Member& member) {
 void run_map(const Call& c, const Member& member) {
   const Range range(c.activation);
   const int64_t planes = c.n * c.c_in, pixels = c.h * c.w;
-  const int64_t begin = member.begin(planes) * pixels, end = member.end(planes) * pixels;
-  for (int64_t k = begin; k < end; k += kLanes) {
-    const Part part(0, end - k);
-    vec v = load(c.x + k, part);
-    if (c.residual) v += load(c.residual + k, part);
-    store(c.y + k, range(v), part);
+  for (int64_t image = 0; image < c.n; ++image) {
+    const int64_t first = std::max(member.begin(planes) - image * c.c_in, int64_t{0});
+    const int64_t length = (std::min(member.end(planes) - image * c.c_in, c.c_in) - first) * pixels;
+    if (length <= 0) continue;
+    const float *x = x_of(c, image, first), *other = residual_of(c, image, first);
+    float* y = y_of(c, image, first);
+    int64_t k = 0;
+    for (; k + kLanes <= length; k += kLanes) store(y + k, range(other ? load(x + k) + load(other + k) : load(x + k)));
+    const Part part(0, length - k);
+    const vec rest = load(x + k, part);
+    store(y + k, range(other ? rest + load(other + k, part) : rest), part);
+    finish(y, length, c.activation);
   }
-  finish(c.y + begin, end - begin, c.activation);
 }
 
 // `count` channels from `first_in` on to those from `first_out` on.
 void run_copy(const Call& c, const Member& member) {
-  const int64_t planes = c.n * c.count, pixels = c.h * c.w;
+  const int64_t planes = c.n * c.count;
   for (int64_t task = member.begin(planes); task < member.end(planes); ++task) {
     const int64_t image = task / c.count, channel = task % c.count;
-    copy(c.y + (image * c.c_out + c.first_out + channel) * pixels, c.x + (image * c.c_in + c.first_in + channel) * pixels,
-         pixels);
+    copy(y_of(c, image, c.first_out + channel), x_of(c, image, c.first_in + channel), c.h * c.w);
   }
 }
 
@@ -72,7 +71,9 @@ inline int64_t before(int64_t at, int64_t size, int64_t size_out, float* weight)
   return low;
 }
 
+// To them `residual` is added, if there is one.
 void run_upsample(const Call& c, const Member& member) {
+  const Range range(c.activation);
   static thread_local std::vector<Between> columns;
   columns.resize((c.w_out + kLanes - 1) / kLanes);
   for (int64_t k = 0; k < c.w_out; ++k) {
@@ -85,21 +86,31 @@ void run_upsample(const Call& c, const Member& member) {
   }
   float* line = scratch(c.w + kLanes);
   for (int64_t task = member.begin(c.n * c.c_in); task < member.end(c.n * c.c_in); ++task) {
-    const float* x = c.x + task * c.h * c.w;
-    float* y = c.y + task * c.h_out * c.w_out;
-    for (int64_t row = 0; row < c.h_out; ++row, y += c.w_out) {
+    const int64_t image = task / c.c_in, channel = task % c.c_in;
+    const float *x = x_of(c, image, channel), *other = residual_of(c, image, channel);
+    float* y = y_of(c, image, channel);
+    for (int64_t row = 0; row < c.h_out; ++row, y += c.w_out, other = other ? other + c.w_out : nullptr) {
       float weight;
       const int64_t low = before(row, c.h, c.h_out, &weight);
       const float *top = x + low * c.w, *bottom = x + std::min(low + 1, c.h - 1) * c.w;
       for (int64_t k = 0; k < c.w; ++k) line[k] = (1.0f - weight) * top[k] + weight * bottom[k];
       line[c.w] = line[c.w - 1];
-      for (int64_t k = 0; k < c.w_out; k += kLanes) {
+      const auto between = [&](int64_t k) {
         const Between& at = columns[k / kLanes];
         const vec pixels = load(line + at.base);
-        const vec v = (1.0f - at.weight) * lanes_of(pixels, at.low) + at.weight * lanes_of(pixels, at.low + 1);
-        store(y + k, v, Part(0, c.w_out - k));
+        return (1.0f - at.weight) * lanes_of(pixels, at.low) + at.weight * lanes_of(pixels, at.low + 1);
+      };
+      int64_t k = 0;
+      for (; k + kLanes <= c.w_out; k += kLanes) {
+        const vec v = between(k);
+        store(y + k, range(other ? v + load(other + k) : v));
       }
+      if (k == c.w_out) continue;
+      const Part part(0, c.w_out - k);
+      const vec v = between(k);
+      store(y + k, range(other ? v + load(other + k, part) : v), part);
     }
+    finish(y - c.h_out * c.w_out, c.h_out * c.w_out, c.activation);
   }
 }
 
@@ -111,8 +122,8 @@ void run_max_pool(const Call& c, const Member& member) {
   Phases phases(c, 1, c.w + kLanes, lowest[0]);
   float* line = phases.rest();
   for (int64_t task = member.begin(c.n * c.c_in); task < member.end(c.n * c.c_in); ++task) {
-    const float* x = c.x + task * c.h * c.w;
-    float* y = c.y + task * c.h_out * c.w_out;
+    const float* x = x_of(c, task / c.c_in, task % c.c_in);
+    float* y = y_of(c, task / c.c_in, task % c.c_in);
     for (int64_t row = 0; row < c.h_out; ++row, y += c.w_out) {
       const int64_t top = row * c.stride_h - c.pad_h, first = std::max<int64_t>(0, top), last = std::min(c.h, top + c.kh);
       for (int64_t k = 0; k < c.w; k += kLanes) {

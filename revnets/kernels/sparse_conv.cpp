@@ -1,5 +1,6 @@
 // The layers of a network that the kernel computes, one after the other, by a team of threads. Plain C interface.
 
+#include <chrono>
 #include <new>
 #ifdef _OPENMP
 #include <omp.h>
@@ -40,6 +41,11 @@ void run(const Call& c, const Member& member) {
     case kToBytes: return run_to_bytes(c, member);
     case kFromBytes: return run_from_bytes(c, member);
   }
+}
+
+// Seconds of a clock that only goes on.
+double seconds_now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
 template <typename Work>
@@ -84,7 +90,8 @@ int64_t revnets_fits(const int16_t* columns, const int32_t* rows, int64_t output
 }
 
 // Layers in order; each may read what the ones before have written. Threads are woken once, not once per layer.
-void revnets_run(const Call* calls, int64_t count, int64_t threads) {
+// `seconds`, of each layer what it took, may be null.
+void revnets_run(const Call* calls, int64_t count, int64_t threads, double* seconds) {
 #ifdef _OPENMP
   if (threads > 1) {
     alignas(Barrier) unsigned char memory[sizeof(Barrier)];
@@ -95,14 +102,20 @@ void revnets_run(const Call* calls, int64_t count, int64_t threads) {
 #pragma omp single
       barrier = new (memory) Barrier(static_cast<int>(member.size));
       for (int64_t i = 0; i < count; ++i) {
-        if (i) barrier->wait();
+        const double start = seconds ? seconds_now() : 0.0;
         run(calls[i], member);
+        barrier->wait();
+        if (seconds && member.id == 0) seconds[i] = seconds_now() - start;
       }
     }
     return;
   }
 #endif
-  for (int64_t i = 0; i < count; ++i) run(calls[i], {0, 1});
+  for (int64_t i = 0; i < count; ++i) {
+    const double start = seconds ? seconds_now() : 0.0;
+    run(calls[i], {0, 1});
+    if (seconds) seconds[i] = seconds_now() - start;
+  }
 }
 
 // Gradient of a layer's weights; `sums` has room for as many floats as there are non-zeros.

@@ -76,7 +76,7 @@ class Compressed:
         tensors = (x, values, self.columns, self.rows, bias, None, y, None, None)
         struct = pointing(CallStruct, tensors, *sizes, 1, 1, 1, 1, 0, 0, 1, 1, self.groups, chunk=self.chunk)
         if y.numel():
-            call(load_kernel().revnets_run, ctypes.byref(struct), 1, torch.get_num_threads())
+            call(load_kernel().revnets_run, ctypes.byref(struct), 1, torch.get_num_threads(), None)
         return y
 
     def _by_pixel(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:

@@ -71,9 +71,8 @@ struct Part {
 #if defined(__AVX512F__)
     mask = static_cast<__mmask16>((1u << last) - (1u << first));
 #elif defined(__AVX__)
-    ivec lanes;
-    for (int j = 0; j < kLanes; ++j) lanes[j] = j >= first && j < last ? -1 : 0;
-    mask = reinterpret_cast<__m256i>(lanes);
+    const ivec lanes = {0, 1, 2, 3, 4, 5, 6, 7};  // compared at once: lane by lane it takes longer than the sums
+    mask = reinterpret_cast<__m256i>((lanes >= static_cast<int32_t>(first)) & (lanes < static_cast<int32_t>(last)));
 #else
     from = first;
     to = last;
@@ -154,6 +153,17 @@ inline vec odd_of(vec a, vec b) {
   return pick(a, b, [](int j) { return 2 * j + 1; });
 }
 
+// The lanes of each of kLanes vectors summed up: lane j is the sum of vector j.
+inline vec sums_of(vec* v) {
+#pragma GCC unroll 4
+  for (int number = kLanes / 2; number; number /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < number; ++i) v[i] = even_of(v[2 * i], v[2 * i + 1]) + odd_of(v[2 * i], v[2 * i + 1]);
+  return v[0];
+}
+// 0 where the mask's lane is 0, whatever is there.
+inline vec masked(vec v, ivec mask) { return reinterpret_cast<vec>(reinterpret_cast<ivec>(v) & mask); }
+
 // Every other float.
 inline void copy_even(float* __restrict to, const float* __restrict from, int64_t length) {
   if (length < kLanes) {
@@ -188,16 +198,30 @@ inline vec exponential(vec v) {
 
 enum Activation { kNone = 0, kRelu = 1, kRelu6 = 2, kHardswish = 3, kHardsigmoid = 4, kSilu = 5, kSigmoid = 6 };
 
-// ReLU, ReLU6 and none are a range, applied in registers; see also finish.
+inline vec hard_gate(vec v) { return clamp(v + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f); }
+
+// What is applied in registers: ReLU, ReLU6 and none are a range, and hardswish; see also finish.
 struct Range {
   vec low, high;
+  bool is_hardswish;
   explicit Range(int64_t activation) {
     const float infinity = __builtin_inff();
     low = same(activation == kRelu || activation == kRelu6 ? 0.0f : -infinity);
     high = same(activation == kRelu6 ? 6.0f : infinity);
+    is_hardswish = activation == kHardswish;
   }
-  vec operator()(vec v) const { return clamp(v, low, high); }
+  vec operator()(vec v) const { return is_hardswish ? v * hard_gate(v) : clamp(v, low, high); }
 };
+
+inline float mean_of(const float* x, int64_t length) {
+  vec sums = same(0.0f);
+  int64_t k = 0;
+  for (; k + kLanes <= length; k += kLanes) sums += load(x + k);
+  double sum = 0.0;
+  for (int j = 0; j < kLanes; ++j) sum += sums[j];
+  for (; k < length; ++k) sum += x[k];
+  return static_cast<float>(sum / length);
+}
 
 template <typename Function>
 inline void map(float* y, int64_t length, Function function) {
@@ -212,17 +236,15 @@ inline void map(float* y, int64_t length, Function function) {
 
 // The other activations, on what has just been written and is still in the first cache.
 __attribute__((noinline)) void finish_others(float* y, int64_t length, int64_t activation) {
-  const auto gate = [](vec v) { return clamp(v + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f); };
   switch (activation) {
-    case kHardswish: return map(y, length, [&](vec v) { return v * gate(v); });
-    case kHardsigmoid: return map(y, length, gate);
+    case kHardsigmoid: return map(y, length, hard_gate);
     case kSilu: return map(y, length, [](vec v) { return v / (1.0f + exponential(-v)); });
     case kSigmoid: return map(y, length, [](vec v) { return 1.0f / (1.0f + exponential(-v)); });
   }
 }
 
 inline void finish(float* y, int64_t length, int64_t activation) {
-  if (activation > kRelu6) finish_others(y, length, activation);
+  if (activation > kHardswish) finish_others(y, length, activation);
 }
 
 // A vector of which only the first `length` pixels exist in the output.

@@ -1,5 +1,6 @@
 """Files for engines: verified, complete or not there; INT8; the command; errors in one sentence."""
 
+import csv
 import dataclasses
 import importlib.util
 import json
@@ -317,7 +318,7 @@ def test_int8_command(checkpoint: Path, tmp_path: Path) -> None:
 def test_bench_command(tmp_path: Path) -> None:
     arguments = ("--sparsity", "0,0.9", "--engines", "torch eager,sparse", "--img-size", 64, "--repeats", 1)
     arguments += ("--batch-size", "1,3")
-    result = command("bench-deploy", "test_efficientnet", *arguments, "--no-layers", "--output", tmp_path)
+    result = command("bench-deploy", "test_efficientnet", *arguments, "--no-layers", "--by-layer", "--output", tmp_path)
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "deploy.json").read_text())["networks"]
     assert [(r["batch_size"], r["engine"], r["sparsity"]) for r in rows] == [
@@ -325,6 +326,11 @@ def test_bench_command(tmp_path: Path) -> None:
     ]
     assert all(r["kernels"] for r in rows), "torch and our kernel tell what they use"
     assert "class of accuracy" in result.output
+    with (tmp_path / "layers.csv").open() as file:
+        parts = list(csv.DictReader(file))
+    cases = {(r["case"], float(r["sparsity"]), r["engine"]) for r in parts}
+    assert cases == {(f"test_efficientnet, batch {b}", s, "sparse") for b in (1, 3) for s in (0, 0.9)}
+    assert any(r["kind"] == "depthwise 3x3" and float(r["seconds"]) > 0 for r in parts)
     for wrong in (("--sparsity", "1"), ("--threads", "x"), ("--engines", "nonsense"), ("--batch-size", "0")):
         assert command("bench-deploy", "test_efficientnet", *wrong).exit_code == 2
     assert command("bench-deploy", "nonsense").exit_code == 2

@@ -29,6 +29,7 @@ class Parts(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.conv, self.deep = nn.Conv2d(C, C, 1), nn.Conv2d(C, C, 3, 1, 1, groups=C)
+        self.half, self.wide = nn.Conv2d(C // 2, C // 2, 1), nn.Conv2d(C, C, 7, 3, 3, groups=C)
         self.norm, self.gain = nn.BatchNorm2d(C), nn.Parameter(torch.rand(C))
         nn.init.uniform_(self.norm.weight, 0.5, 1.5)
         nn.init.normal_(self.norm.bias)
@@ -50,11 +51,31 @@ def sum_changed(parts: Parts, a: Tensor, b: Tensor) -> list[Tensor]:
     return [F.relu(y, inplace=True)]
 
 
+def squeezed(parts: Parts, a: Tensor, b: Tensor) -> list[Tensor]:
+    y = F.hardswish(parts.deep(a))
+    return [parts.conv(y * F.hardsigmoid(parts.conv(y.mean((2, 3), keepdim=True)))) + b]
+
+
+def coupled(parts: Parts, a: Tensor, b: Tensor) -> list[Tensor]:
+    first, second = a.chunk(2, 1)
+    first = first + parts.half(second)
+    return [torch.cat([first, second + parts.half(first)], 1)]
+
+
+def merged(parts: Parts, a: Tensor, b: Tensor) -> list[Tensor]:
+    small = [F.max_pool2d(a, 2), parts.wide(b)]
+    y, z = (F.interpolate(x, scale_factor=6 // x.shape[2], mode="bilinear") for x in small)
+    return [a + y, z + b]
+
+
 ALIKE: dict[str, Callable[[Parts, Tensor, Tensor], list[Tensor]]] = {  # of C channels both
     "conv": lambda parts, a, b: [parts.conv(a)],
     "depthwise": lambda parts, a, b: [parts.deep(a)],
     "conv, norm": lambda parts, a, b: [parts.norm(parts.conv(a))],
     "conv, sum, relu": lambda parts, a, b: [F.relu(parts.conv(a) + b)],
+    "squeezed": squeezed,
+    "coupled": coupled,
+    "merged": merged,
     "computed bias": lambda parts, a, b: [parts.computed_bias(a)],
     "view changed": view_changed,
     "sum changed": sum_changed,
