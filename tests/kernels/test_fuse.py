@@ -124,20 +124,20 @@ def test_programs(size: tuple[int, ...], program: Programs, returned: set[int], 
             assert all(y.is_contiguous() for y in found)
 
 
-def kinds(made: Program, outputs: Sequence[int]) -> list[int]:
+def kinds(steps: Sequence[Step], outputs: Sequence[int], *x: Tensor) -> list[int]:
     """Of the calls that the kernel gets."""
-    steps, numbers = fuse(made.steps, 1, outputs)
-    return [struct.kind for struct, _ in Plan(steps, 1, numbers).timed(made.values[0])[1]]
+    fused, numbers = fuse(steps, len(x), outputs)
+    return [struct.kind for struct, _ in Plan(fused, len(x), numbers).timed(*x)[1]]
 
 
 def test_squeeze_and_excite_takes_no_pass_of_its_own() -> None:
-    made = Program(torch.randn(2, 4, 8, 8))
-    for step in (("depthwise", 0, 2), ("mean", 0, 0), ("1x1 of one pixel", 0, 4), ("gates", 1, 1), ("1x1", 0, 0)):
-        made.grow(*step)
-    assert made.steps[3].reads == (1, 3)
-    made.steps[4] = Step(made.steps[4].call, (4,))
-    assert kinds(made, [5]) == [DEPTHWISE, CONVOLUTION, CONVOLUTION]
-    assert kinds(made, [4, 5]) == [DEPTHWISE, CONVOLUTION, SCALE, CONVOLUTION]
+    conv = ConvCall(Geometry(4, 4), *compress(weights(4, 4, 1, 1)), None, "hardsigmoid")
+    deep = ConvCall(Geometry(4, 4, (3, 3), (1, 1), (1, 1), groups=4), weights(4, 1, 3, 3), None, None, None)
+    steps = [Step(deep, (0,)), Step(MeanCall(), (1,)), Step(conv, (2,)), Step(ScaleCall(), (1, 3)), Step(conv, (4,))]
+    x = torch.randn(2, 4, 8, 8)
+    assert kinds(steps, [5], x) == [DEPTHWISE, CONVOLUTION, CONVOLUTION]
+    assert kinds(steps, [4, 5], x) == [DEPTHWISE, CONVOLUTION, SCALE, CONVOLUTION]
+    assert kinds([*steps, Step(MapCall(), (4, 5))], [6], x) == [DEPTHWISE, CONVOLUTION, SCALE, CONVOLUTION, MAP]
 
 
 def test_slices_and_concatenations_are_no_copies() -> None:
@@ -165,7 +165,9 @@ def test_a_part_that_is_returned_or_there_twice_is_copied() -> None:
 
 
 def test_a_sum_with_something_upsampled_is_one_pass() -> None:
-    made = Program(torch.randn(2, 3, 4, 5))
-    made.grow("upsampled sum", 0, 1)
-    assert kinds(made, [2]) == [UPSAMPLE]
-    assert kinds(made, [1, 2]) == [UPSAMPLE, MAP]
+    x = (torch.randn(2, 3, 4, 5), torch.randn(2, 3, 8, 10))
+    for reads in ((1, 2), (2, 1)):
+        steps = [Step(UpsampleCall((2, 2)), (0,)), Step(MapCall("relu6"), reads)]
+        assert kinds(steps, [3], *x) == [UPSAMPLE]
+        assert kinds(steps, [2, 3], *x) == [UPSAMPLE, MAP]
+    assert kinds([steps[0], Step(MapCall(), (2, 2))], [3], *x) == [UPSAMPLE, MAP]
