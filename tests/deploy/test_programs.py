@@ -29,7 +29,7 @@ class Parts(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.conv, self.deep = nn.Conv2d(C, C, 1), nn.Conv2d(C, C, 3, 1, 1, groups=C)
-        self.half, self.wide = nn.Conv2d(C // 2, C // 2, 1), nn.Conv2d(C, C, 7, 3, 3, groups=C)
+        self.narrow, self.wide = nn.Conv2d(C // 2, C // 2, 1), nn.Conv2d(C, C, 7, 3, 3, groups=C)
         self.norm, self.gain = nn.BatchNorm2d(C), nn.Parameter(torch.rand(C))
         nn.init.uniform_(self.norm.weight, 0.5, 1.5)
         nn.init.normal_(self.norm.bias)
@@ -58,8 +58,8 @@ def squeezed(parts: Parts, a: Tensor, b: Tensor) -> list[Tensor]:
 
 def coupled(parts: Parts, a: Tensor, b: Tensor) -> list[Tensor]:
     first, second = a.chunk(2, 1)
-    first = first + parts.half(second)
-    return [torch.cat([first, second + parts.half(first)], 1)]
+    first = first + parts.narrow(second)
+    return [torch.cat([first, second + parts.narrow(first)], 1)]
 
 
 def merged(parts: Parts, a: Tensor, b: Tensor) -> list[Tensor]:

@@ -55,7 +55,7 @@ class Program:
     def conv(self, g: Geometry, reads: Sequence[int], act: str) -> None:
         """With a residual where two values are read."""
         w, bias = weights(g.out_channels, g.in_channels // g.groups, *g.kernel_size), weights(g.out_channels) - 0.1
-        parts = (w, None, None) if g.is_depthwise else compress(w)
+        parts: tuple[Tensor, Tensor | None, Tensor | None] = (w, None, None) if g.is_depthwise else compress(w)
         x = [self.values[v] for v in reads]
         y = F.conv2d(x[0], w, bias, g.stride, g.padding, g.dilation, g.groups)
         self.add(ConvCall(g, *parts, bias, act), reads, activate(y + x[1] if len(x) > 1 else y, act))
