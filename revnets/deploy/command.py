@@ -321,7 +321,7 @@ def _track(what: str, work: Iterable[Any]) -> Iterable[Any]:
 
 
 def _networks(name: str, batch_size: int, request: BenchRequest) -> tuple[dict[float, nn.Module], Tensor]:
-    """The network with random weights, pruned by magnitude: time does not depend on their values."""
+    """The network with random weights, pruned by magnitude: their values hardly matter for time (``byte_pairs``)."""
     import timm
 
     torch.manual_seed(0)

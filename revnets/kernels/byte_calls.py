@@ -163,7 +163,7 @@ class ByteConvCall(_Weighted):
         finish: Finish,
     ) -> None:
         check_geometry(geometry)
-        self.geometry = geometry
+        self.geometry, self._given = geometry, (geometry, values, columns, rows, bias, zero_in, finish)
         lines = fours(geometry.in_channels) // 4 * math.prod(geometry.kernel_size)
         outputs = fours(geometry.out_channels)
         values = readable("values", values.detach(), torch.int8)
@@ -189,6 +189,9 @@ class ByteConvCall(_Weighted):
             values, columns, rows, constant = in_pairs(values, columns, rows)
             self._bias = (self._bias + constant.view(-1, outputs).sum(0)).to(torch.int32)
         self._weights = (values, columns, rows, self._bias, self._scale, self._table)
+
+    def __reduce__(self) -> Any:
+        return ByteConvCall, self._given  # how weights lie is of this machine's kernel
 
     def parts(self, shapes: Sequence[Shape]) -> tuple[list[Part], Shape]:
         """See ``Call``; the residual, of the output's shape, is a second operand."""

@@ -1,7 +1,9 @@
 """Layers of bytes: every output equals that of whole numbers, to the last bit."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ from revnets.kernels.byte_calls import (
     FromBytesCall,
     ToBytesCall,
 )
+from revnets.kernels.byte_pairs import in_pairs
 
 pytestmark = pytest.mark.skipif(kernel_problem() is not None, reason=f"no kernel: {kernel_problem()}")
 
@@ -298,6 +301,20 @@ def test_what_does_not_fit_is_refused() -> None:
 
 # AVX-512 by AVX2, where there is none: byte for byte, not float for float
 LIKE_512 = f"-O1 -mno-avx512f -ffp-contract=off -I{Path(__file__).with_name('avx512')}"
+
+
+def test_a_copy_is_made_for_the_kernel_that_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pickled on a machine with VNNI, or without, and read on the other kind."""
+    weight = weights(torch.Generator().manual_seed(0), 8, 40, 1, 1, sparsity=0.5)
+    parts, how = compress_bytes(weight), Finish(torch.ones(8))
+    expected = {pairs: len(in_pairs(*parts).values) if pairs else len(parts[0]) for pairs in (0, 1)}
+    assert expected[0] != expected[1]
+    call, library = ByteConvCall(Geometry(40, 8), *parts, None, 3, how), build.load_kernel()
+    for pairs in (0, 1):
+        other = SimpleNamespace(revnets_fits=library.revnets_fits, revnets_byte_pairs=lambda pairs=pairs: pairs)
+        monkeypatch.setattr(byte_calls, "load_kernel", lambda other=other: other)
+        call = pickle.loads(pickle.dumps(call))
+        assert len(call._weights[0]) == expected[pairs]
 
 
 @pytest.mark.slow
