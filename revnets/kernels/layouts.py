@@ -27,7 +27,7 @@ def by_pixel(x: Tensor) -> bool:
 
 
 def pixels(x: Tensor) -> Tensor:
-    """``(N, H, W, C)``: a view where the channels of a pixel are neighbours, else a copy of which that is true."""
+    """A view ``(N, H, W, C)``, which is contiguous where images are by pixel."""
     return x.permute(0, 2, 3, 1)
 
 
@@ -38,11 +38,11 @@ def images_by_pixel(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
     return like.new_empty_strided((len(like), channels, height, width), strides)
 
 
-def planes(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """The pixels of each channel one after the other: x, or ``(1, C, 1, N H W)`` where it is (``like`` is) by pixel."""
-    if not by_pixel(x if like is None else like):
+def planes(x: Tensor) -> Tensor:
+    """The pixels of each channel one after the other: x, or ``(1, C, 1, N H W)`` where it is by pixel."""
+    if not by_pixel(x):
         return x.contiguous()
-    matrix = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    matrix = pixels(x.contiguous(memory_format=torch.channels_last)).reshape(-1, x.shape[1])
     return transposed(matrix)[None, :, None]
 
 
