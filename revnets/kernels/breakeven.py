@@ -29,8 +29,8 @@ from torch import Tensor
 from .build import Geometry, kernel_key
 from .cache import folders
 from .compiler import turn
-from .masks import mask_serves, masked
-from .training import Structure, sparse_conv
+from .masks import mask_serves, product
+from .training import Structure
 from .windows import MAX_FRAME, frame_bytes, structure_of
 
 _DENSITIES = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
@@ -39,7 +39,7 @@ _PRODUCTS = 2**27  # of a dense forward pass that is measured, about: fewer imag
 _ROUNDS = (2, 5)  # at least, at most
 _CLEAR = 1.5  # times as fast or as slow: no more rounds
 _MARGIN = 1.1  # by which the kernel has to be faster
-_OVERHEAD = 2e-5  # seconds, of each forward pass, in which the layer finds out that the kernel is to be used
+_OVERHEAD = 8e-5  # seconds a forward pass, and its gradients, take longer to find the kernel and to be differentiated
 
 _log = logging.getLogger(__name__)
 
@@ -213,30 +213,49 @@ def _steps(case: Case) -> tuple[Passes, Passes]:
     dy = torch.randn(n, g.out_channels, *g.output_size(height, width), **numbers)
     dy = dy.contiguous(memory_format=layout)
     structure = structure_of(mask, g)
-    kernel = _passes(lambda x, weight: sparse_conv(x, weight, None, structure), x, weight, dy)
-    if case.linear:
-        x, dy, weight, mask = x.flatten(1), dy.flatten(1), weight.flatten(1), mask.flatten(1)
 
-    def dense(x: Tensor, weight: Tensor) -> Tensor:
-        used = masked(weight, mask) if mask_serves(weight, mask) else weight * mask
-        return F.linear(x, used) if case.linear else F.conv2d(x, used, None, g.stride, g.padding, g.dilation, g.groups)
-
-    return kernel, _passes(dense, x, weight, dy)
-
-
-def _passes(layer: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, dy: Tensor) -> Passes:
-    """What a layer computes in a step, and all that automatic differentiation takes for it."""
-    operands = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    made: list[Tensor] = []
+    kept = structure.values(weight)
 
     def forward() -> Any:
-        with torch.enable_grad():
-            made[:] = [layer(*operands)]
+        return structure.convolve(x, structure.values(weight))
 
     def backward() -> Any:
-        return torch.autograd.grad(made[0], operands, dy, retain_graph=True)
+        return structure.grads(dy, x, kept, weight.shape, (True, True, False))
+
+    return (forward, backward), _dense_linear(x, weight, mask, dy) if case.linear else _dense(g, x, weight, mask, dy)
+
+
+def _dense(g: Geometry, x: Tensor, weight: Tensor, mask: Tensor, dy: Tensor) -> Passes:
+    used = weight * mask
+    numbers = (g.stride, g.padding, g.dilation)
+
+    def forward() -> Any:
+        return F.conv2d(x, _product(weight, mask), None, *numbers, g.groups)
+
+    def backward() -> Any:
+        more = (None, *numbers, False, [0, 0], g.groups, [True, True, False])
+        grads = torch.ops.aten.convolution_backward(dy, x, used, *more)
+        return grads[0], _product(grads[1], mask)
 
     return forward, backward
+
+
+def _dense_linear(x: Tensor, weight: Tensor, mask: Tensor, dy: Tensor) -> Passes:
+    x, dy, weight, mask = x.flatten(1), dy.flatten(1), weight.flatten(1), mask.flatten(1)
+    used = weight * mask
+
+    def forward() -> Any:
+        return F.linear(x, _product(weight, mask))
+
+    def backward() -> Any:
+        return dy @ used, _product(dy.t() @ x, mask)
+
+    return forward, backward
+
+
+def _product(weight: Tensor, mask: Tensor) -> Tensor:
+    """As of a layer that stays dense."""
+    return product(weight, mask) if mask_serves(weight, mask) else weight * mask
 
 
 # --- kept ------------------------------------------------------------------------------------------------------------

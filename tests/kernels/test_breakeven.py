@@ -11,6 +11,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 import revnets
 from revnets.kernels import breakeven
@@ -159,7 +160,8 @@ def test_without_a_folder_that_can_be_written(measured: list[Case], monkeypatch:
 @pytest.mark.parametrize("by_pixel", [False, True])
 def test_measuring_changes_nothing_of_the_program(geometry: Geometry, by_pixel: bool) -> None:
     before = torch.get_rng_state()
-    with torch.inference_mode(), torch.device("meta"):
+    kept = saved_tensors_hooks(lambda t: pytest.fail("kept for a backward pass of the program"), lambda t: t)
+    with torch.inference_mode(), torch.device("meta"), kept:
         seconds = breakeven._measured(Case.of(geometry, (2, 8, 8), 0.1, by_pixel, False))
     assert min(seconds) > 0
     assert torch.equal(before, torch.get_rng_state())
