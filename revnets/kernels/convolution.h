@@ -136,7 +136,7 @@ void multiply(const Call& c, const Work& work) {
     for (int32_t i = work.rows[o]; i < end; ++i) {
       const vec* from = reinterpret_cast<const vec*>(panel + c.columns[i] * pitch);
       const vec weight = same(c.values[i]);
-      for (int j = 0; j < kNumber; ++j) sum[j] += weight * from[j];
+      for (int j = 0; j < kNumber; ++j) sum[j] = multiply_add(weight, from[j], sum[j]);
     }
     if (!work.last) {
       for (int j = 0; j < kNumber; ++j) store(sums + j * kLanes, sum[j]);

@@ -26,32 +26,39 @@ def by_pixel(x: Tensor) -> bool:
     return x.shape[2:] == (1, 1) or (x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous())
 
 
+def like(grad: Tensor, x: Tensor | None) -> Tensor:
+    """A gradient laid out as the layer's input is: so torch does, and the bits of the layers before depend on it."""
+    if x is None or by_pixel(x) == by_pixel(grad):
+        return grad
+    return grad.contiguous(memory_format=torch.channels_last if by_pixel(x) else torch.contiguous_format)
+
+
 def pixels(x: Tensor) -> Tensor:
-    """``(N, H, W, C)``: a view where the channels of a pixel are neighbours, else a copy of which that is true."""
+    """A view ``(N, H, W, C)``, which is contiguous where images are by pixel."""
     return x.permute(0, 2, 3, 1)
 
 
-def images_by_pixel(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
+def images_by_pixel(model: Tensor, channels: int, size: Sequence[int]) -> Tensor:
     """Memory for as many images of this size whose channels of a pixel are neighbours."""
     height, width = size
     strides = (height * width * channels, 1, width * channels, channels)
-    return like.new_empty_strided((len(like), channels, height, width), strides)
+    return model.new_empty_strided((len(model), channels, height, width), strides)
 
 
-def planes(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """The pixels of each channel one after the other: x, or ``(1, C, 1, N H W)`` where it is (``like`` is) by pixel."""
-    if not by_pixel(x if like is None else like):
+def planes(x: Tensor) -> Tensor:
+    """The pixels of each channel one after the other: x, or ``(1, C, 1, N H W)`` where it is by pixel."""
+    if not by_pixel(x):
         return x.contiguous()
-    matrix = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    matrix = pixels(x.contiguous(memory_format=torch.channels_last)).reshape(-1, x.shape[1])
     return transposed(matrix)[None, :, None]
 
 
-def laid_out(y: Tensor, like: Tensor, shape: torch.Size | None = None) -> Tensor:
-    """What was computed from ``planes(like)``, of its height and width or of this shape, in its layout."""
-    if not by_pixel(like):
+def laid_out(y: Tensor, model: Tensor, shape: torch.Size | None = None) -> Tensor:
+    """What was computed from ``planes(model)``, of its height and width or of this shape, in its layout."""
+    if not by_pixel(model):
         return y
     # no view of what `transposed` makes: autograd refuses changes in place of a view that a Function returns
-    made = images_by_pixel(like, y.shape[1], like.shape[2:] if shape is None else shape[2:])
+    made = images_by_pixel(model, y.shape[1], model.shape[2:] if shape is None else shape[2:])
     _transpose(y[0, :, 0], pixels(made))
     return made
 

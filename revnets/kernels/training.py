@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from .build import CallStruct, Geometry, GradStruct, PixelStruct, kernel_problem, load_kernel, warn_of_dense_path
 from .calls import chunk_size, in_chunks
 from .compressed import MAX_COLUMNS, compress
-from .layouts import by_pixel, check_images, images_by_pixel, pixels
+from .layouts import by_pixel, check_images, images_by_pixel, like, pixels
 from .operands import call, pointing, readable
 
 MAX_DENSITY = 0.5  # above it torch's dense kernels are about as fast
@@ -182,6 +182,7 @@ class Structure:
         """
         check_images(grad)
         values = readable("values", values, numel=len(self.places))
+        grad = like(grad, x)
         grad_x = grad_weight = None
         if needed[0]:
             grad_x = self._transposed.convolve(grad, values.index_select(0, self._order), None)
@@ -198,9 +199,9 @@ class Structure:
             if found.shape != (n, channels, *size):
                 raise ValueError(f"{name} of shape {tuple(found.shape)}: expected {(n, channels, *size)}")
         last = by_pixel(dy)
-        x, dy = (
-            readable(*each) for each in (("input", pixels(x) if last else x), ("gradient", pixels(dy) if last else dy))
-        )
+        if last:
+            x, dy = pixels(x), pixels(dy)
+        x, dy = readable("input", x), readable("gradient", dy)
         gradient, sums = dy.new_zeros(shape), dy.new_empty(len(self.places))
         sizes = (n, f.in_channels, f.out_channels, size[0] * size[1], f.groups, f.chunk, last)
         struct = pointing(GradStruct, (x, dy, f.columns, f.rows, self._places, gradient), *sizes)

@@ -185,7 +185,7 @@ void multiply_lines(const Weights& c, const int32_t* rows, int64_t begin, int64_
     for (int32_t i = rows[o]; i < last; ++i) {
       const vec* line = reinterpret_cast<const vec*>(start + c.columns[i] * static_cast<int64_t>(kNumber * sizeof(vec)));
       const vec weight = same(c.values[i]);
-      for (int j = 0; j < kNumber; ++j) sum[j] += weight * line[j];
+      for (int j = 0; j < kNumber; ++j) sum[j] = multiply_add(weight, line[j], sum[j]);
     }
     for (int j = 0; j < kNumber; ++j) store(sums + j * kLanes, sum[j]);
   }

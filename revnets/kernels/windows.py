@@ -15,7 +15,7 @@ from .build import Geometry
 from .calls import check_geometry
 from .compressed import MAX_COLUMNS
 from .frames import Lines, Planes, Side
-from .layouts import by_pixel, check_images, laid_out, planes
+from .layouts import by_pixel, check_images, laid_out, like, planes
 from .operands import readable
 from .training import Structure
 
@@ -107,6 +107,7 @@ class WindowStructure(Structure):
         check_images(grad)
         size = x.shape if x is not None else size
         self._check_sizes(grad, size, shape)
+        grad = like(grad, x)
         dy = _planes(grad)
         grad_x = grad_weight = grad_bias = None
         if needed[0] and size is not None:

@@ -14,8 +14,13 @@ from revnets.layers import SparseConv2d, SparseLinear, use_sparse_kernel
 
 from .nets import assert_close, images, needs_kernel, step
 
-pytestmark = needs_kernel
+pytestmark = [needs_kernel, pytest.mark.usefixtures("_few_weights_too")]
 SHAPES = [(1,), (3, 5), (17, 9, 3, 3), (64, 33, 1, 1)]
+
+
+@pytest.fixture
+def _few_weights_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks, "MIN_WEIGHTS", 0)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -56,13 +61,20 @@ def test_what_is_laid_out_otherwise_is_left_to_torch(weight: Tensor, mask: Tenso
         product(weight, mask)
 
 
+def test_few_weights_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, mask = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    assert mask_serves(weight, mask)
+    monkeypatch.setattr(masks, "MIN_WEIGHTS", 7)
+    assert not mask_serves(weight, mask)
+
+
 def test_other_types_are_left_to_torch() -> None:
     assert not mask_serves(torch.ones(2).double(), torch.ones(2, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"expected torch\.bool"):
         product(torch.ones(2), torch.ones(2))
 
 
-@pytest.mark.parametrize("made", [SparseConv2d(16, 24, 3, sparsity=0.3), SparseLinear(8, 24, sparsity=0.3)])
+@pytest.mark.parametrize("made", [SparseConv2d(16, 24, 3, sparsity=0.3), SparseLinear(6, 24, sparsity=0.3)])
 def test_layers_that_stay_dense(made: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(revnets.layers.sparse_ift.sparse, "pays", lambda *args, **more: False)
     seen: list[Any] = []

@@ -6,9 +6,23 @@ FAULTS = (
     Fault(
         "kernel-mixed-layouts",
         "revnets/kernels/training.py",
-        old="self._weight_grad(planes(x, like=grad), dy, shape)",
-        new="self._weight_grad(planes(x), dy, shape)",
+        old="x, dy = pixels(x), pixels(dy)",
+        new="dy = pixels(dy)",
         tests=("tests/kernels/test_training.py",),
+    ),
+    Fault(
+        "kernel-gradients-without-mask",
+        "revnets/kernels/masks.py",
+        old="return product(grad, mask) if plain else grad * mask, None",
+        new="return grad if plain else grad * mask, None",
+        tests=("tests/kernels/test_masks.py",),
+    ),
+    Fault(
+        "breakeven-of-one-forward-pass",
+        "revnets/kernels/breakeven.py",
+        old="twice = once[0] + kernel, once[1] + dense",
+        new="twice = once",
+        tests=("tests/kernels/test_breakeven.py",),
     ),
     Fault(
         "kernel-mask-version",
