@@ -148,7 +148,7 @@ ZOO = {
     "AutoAssign": Detector("autoassign/autoassign_r50-caffe_fpn_1x_coco.py", (1, 2, 3)),
     "Cascade Mask R-CNN": Detector("cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py"),
     "Cascade RPN": Detector("cascade_rpn/cascade-rpn_faster-rcnn_r50-caffe_fpn_1x_coco.py"),
-    "DAB-DETR": Detector("dab_detr/dab-detr_r50_8xb2-50e_coco.py", (3,), unused=("query_scale",)),
+    "DAB-DETR": Detector("dab_detr/dab-detr_r50_8xb2-50e_coco.py", (3,), unused=("decoder.query_scale",)),
     "DDOD": Detector("ddod/ddod_r50_fpn_1x_coco.py", (1, 2, 3)),
     "DETR": Detector("detr/detr_r50_8xb2-150e_coco.py", (3,)),
     "Double Heads": Detector("double_heads/dh-faster-rcnn_r50_fpn_1x_coco.py"),
