@@ -85,9 +85,9 @@ FAULTS = (
     ),
     Fault(
         "plan-memory-reused",
-        "revnets/kernels/plan.py",
-        old="if last_read.get(v, -1) >= s",
-        new="if last_read.get(v, -1) > s",
+        "revnets/kernels/shared.py",
+        old="for v in offsets if last[v] >= born[root]",
+        new="for v in offsets if last[v] > born[root]",
         tests=(
             "tests/kernels/test_calls.py",
             "tests/kernels/test_kernel.py",
