@@ -359,7 +359,8 @@ def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
     RigL gathers dense gradients; and where it was measured, once for its kind of input, that the kernel is no faster:
     see ``revnets.kernels.breakeven``. Maps stay as they are, contiguous or channels last: the kernel reads 1x1
     convolutions in either, and transposes others. Weights of layers that stay dense are masked by the kernel, too. The
-    choice belongs to the module: it is copied and pickled with it, and is no part of ``state_dict``.
+    choice belongs to the module: it is copied and pickled with it, and is no part of ``state_dict``. A RevBiFPN keeps its
+    maps contiguous, which slows its other layers down: RevBiFPN-S0 loses more by it than the kernel gains.
 
     Args:
         model: with sparse layers.
@@ -380,7 +381,13 @@ def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
     layers = [module for module in model.modules() if type(module) in MASKED]
     for layer in layers:
         layer.sparse_kernel = enabled and _served(layer)  # type: ignore[assignment]
-    return sum(bool(layer.sparse_kernel) for layer in layers)
+    served = sum(bool(layer.sparse_kernel) for layer in layers)
+    for module in model.modules():
+        if hasattr(
+            module, "keep_layout"
+        ):  # in the other layout a RevBiFPN would not compute the same bits in every mode
+            module.keep_layout = served > 0  # type: ignore[assignment]
+    return served
 
 
 def _served(layer: Any) -> bool:
