@@ -359,8 +359,9 @@ def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
     RigL gathers dense gradients; and where it was measured, once for its kind of input, that the kernel is no faster:
     see ``revnets.kernels.breakeven``. Maps stay as they are, contiguous or channels last: the kernel reads 1x1
     convolutions in either, and transposes others. Weights of layers that stay dense are masked by the kernel, too. The
-    choice belongs to the module: it is copied and pickled with it, and is no part of ``state_dict``. A RevBiFPN keeps its
-    maps contiguous, which slows its other layers down: RevBiFPN-S0 loses more by it than the kernel gains.
+    choice belongs to the module: it is copied and pickled with it, and is no part of ``state_dict``.
+
+    A RevBiFPN keeps its maps contiguous then: RevBiFPN-S0 loses more by it than the kernel gains.
 
     Args:
         model: with sparse layers.
@@ -383,9 +384,7 @@ def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
         layer.sparse_kernel = enabled and _served(layer)  # type: ignore[assignment]
     served = sum(bool(layer.sparse_kernel) for layer in layers)
     for module in model.modules():
-        if hasattr(
-            module, "keep_layout"
-        ):  # in the other layout a RevBiFPN would not compute the same bits in every mode
+        if hasattr(module, "keep_layout"):  # in the other its modes would differ in the last bits
             module.keep_layout = served > 0  # type: ignore[assignment]
     return served
 
