@@ -361,6 +361,8 @@ def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
     convolutions in either, and transposes others. Weights of layers that stay dense are masked by the kernel, too. The
     choice belongs to the module: it is copied and pickled with it, and is no part of ``state_dict``.
 
+    A RevBiFPN keeps its maps contiguous then: RevBiFPN-S0 loses more by it than the kernel gains.
+
     Args:
         model: with sparse layers.
         enabled: False goes back to the masked path everywhere.
@@ -380,7 +382,11 @@ def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
     layers = [module for module in model.modules() if type(module) in MASKED]
     for layer in layers:
         layer.sparse_kernel = enabled and _served(layer)  # type: ignore[assignment]
-    return sum(bool(layer.sparse_kernel) for layer in layers)
+    served = sum(bool(layer.sparse_kernel) for layer in layers)
+    for module in model.modules():
+        if hasattr(module, "keep_layout"):  # in the other its modes would differ in the last bits
+            module.keep_layout = served > 0  # type: ignore[assignment]
+    return served
 
 
 def _served(layer: Any) -> bool:
