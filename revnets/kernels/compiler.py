@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, cast
 
-_PATIENCE = 300.0  # seconds for a command
+_PATIENCE = 300.0  # seconds for a command, on a machine that has a core for it
 _MOMENT = 30.0  # seconds for a compiler to show that it is one
 _ROOM = 2**22  # bytes that compiling takes, and more
 _MOST_WORDS = 2**16  # bytes of what a compiler complains of
@@ -61,7 +61,7 @@ def compile_library(
     whole: Path,
     flags: Sequence[str],
     link_flags: Sequence[str],
-    seconds: float = _PATIENCE,
+    seconds: float | None = None,
 ) -> None:
     """Compile and link a shared library.
 
@@ -71,16 +71,22 @@ def compile_library(
         whole: the library, in a folder of this process's own.
         flags: to compile with.
         link_flags: to link with.
-        seconds: for each of the two.
+        seconds: for each of the two; by default some minutes, and as many times as long as a busy machine takes.
 
     Raises:
         KernelUnavailable: it cannot be compiled by this compiler.
     """
+    seconds = _patience() if seconds is None else seconds
     part = whole.with_suffix(".o")
     _run([*compiler, *flags, "-c", str(source), "-o", str(part)], seconds)
     _run([*compiler, "-shared", str(part), "-o", str(whole), *link_flags], seconds)
     if not (whole.is_file() and whole.stat().st_size):
         raise KernelUnavailable(f"{compiler[0]} has ended without an error, but has written nothing")
+
+
+def _patience() -> float:
+    """Seconds for a command that shares the machine with others."""
+    return _PATIENCE * min(max(os.getloadavg()[0] / (os.cpu_count() or 1), 1.0), 10.0)
 
 
 def _run(command: Sequence[str], seconds: float) -> None:
@@ -134,7 +140,7 @@ def turn(path: Path) -> Iterator[bool]:
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
     try:
-        waited, deadline = False, time.monotonic() + 2 * _PATIENCE
+        waited, deadline = False, time.monotonic() + 2 * _patience()
         while time.monotonic() < deadline:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -466,6 +466,14 @@ SCRIPTS = {
     "dies": "kill -9 $$",
 }
 
+
+def test_a_busy_machine_gives_the_compiler_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler.os, "cpu_count", lambda: 4)
+    for load, times in ((0.5, 1), (12.0, 3), (400.0, 10)):
+        monkeypatch.setattr(compiler.os, "getloadavg", lambda load=load: (load, load, load))
+        assert compiler._patience() == times * compiler._PATIENCE
+
+
 ENDLESS = {"hangs", "prints for ever", "complains for ever"}
 
 
