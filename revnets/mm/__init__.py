@@ -5,7 +5,6 @@ makes ``import mmcv.ops`` work where mmcv was installed without compiled operato
 without running what is in them (``loading``).
 """
 
-import importlib.util
 import sys
 
 from .operators import install
@@ -33,12 +32,11 @@ from .mus_optim import MuSOptimWrapperConstructor
 from .networks.backbone import RevBiFPN, TimmBackbone
 from .networks.layers import register_conv_layers
 from .networks.neck import RevBiFPNNeck
+from .networks.registry import has_mmdet
 
 register_conv_layers()
 load_safely()
-HAS_MMDET = importlib.util.find_spec("mmdet") is not None
-"""Whether MMDetection is there; what extends its classes is missing without it, and no other toolbox asks for it."""
-if HAS_MMDET:
+if has_mmdet():  # what extends its classes is missing without it, and no other toolbox asks for it
     from .coco import CheckedCocoDataset, CheckedCocoMetric
     from .networks.hrfpn import LeanHRFPN
 
@@ -59,5 +57,5 @@ __all__ = [
     "TrainingFlopsHook",
     "WholeCheckpointHook",
 ]
-if HAS_MMDET:
+if has_mmdet():
     __all__ += ["CheckedCocoDataset", "CheckedCocoMetric", "LeanHRFPN"]

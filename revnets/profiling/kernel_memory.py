@@ -85,7 +85,7 @@ class _Conv:
         self.wide = self.depthwise and kernel > 3
         extent = (kernel - 1) * max(dilation) + 1
         self.by_matrices = self.depthwise and (max(padding) > 6 or max(padding) >= extent)
-        own = few and kernel <= 3 and not self.depthwise  # torch's kernel
+        own = few and groups == 1 and min(weight.shape[2:]) <= 3  # torch's kernel
         self.tall = _vector() == 8 and (weight.shape[2] - 1) * dilation[0] + 1 > x.shape[2] and not own
         self.strided = max(stride) > 1
         self.channels_last = torch.channels_last in (suggest_memory_format(x), suggest_memory_format(weight))

@@ -139,10 +139,14 @@ class Keeper:
         return node
 
     def _witness(self, node: Node, tensor: Tensor) -> None:
-        """Remember of a tensor that is dropped what tells whether it came back."""
-        if node.witness is None and type(tensor) is Tensor:
-            with torch._C._DisableTorchDispatch(), torch.no_grad():
+        """Remember of a tensor that is dropped what tells whether it came back; asked again, it has to be the same."""
+        if type(tensor) is not Tensor:
+            return
+        with torch._C._DisableTorchDispatch(), torch.no_grad():
+            if node.witness is None:
                 node.witness = Witness.of(tensor)
+            else:
+                node.witness.check(tensor)
 
     def _hold(self, node: Node, tensor: Tensor) -> None:
         """Hold a tensor; what it is a copy of need not be computed again for others, either."""

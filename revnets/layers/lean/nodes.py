@@ -24,8 +24,10 @@ WORKING = 4
 class ChangedInPlace(RuntimeError):
     """A tensor that the backward pass needs was changed after the forward pass."""
 
-    def __init__(self, shape: torch.Size, found: int, expected: int) -> None:
-        super().__init__(
+    @classmethod
+    def at(cls, shape: torch.Size, found: int, expected: int) -> ChangedInPlace:
+        """The sentence for a tensor of a shape that is at one version in place of another."""
+        return cls(
             "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor "
             f"of shape {tuple(shape)} is at version {found}; expected version {expected} instead. Change it out of "
             "place, or after backward()"
@@ -77,7 +79,7 @@ class Kept:
             ChangedInPlace: where it was changed since.
         """
         if self.tensor._version != self.version:
-            raise ChangedInPlace(self.tensor.shape, self.tensor._version, self.version)
+            raise ChangedInPlace.at(self.tensor.shape, self.tensor._version, self.version)
         return self.tensor
 
 
@@ -184,7 +186,7 @@ class Node:
     def held(self, tensor: Tensor) -> Tensor:
         """The tensor that is held, if it is still what it was."""
         if tensor._version != self.version:
-            raise ChangedInPlace(tensor.shape, tensor._version, self.version)
+            raise ChangedInPlace.at(tensor.shape, tensor._version, self.version)
         return tensor
 
     def computed(self, shared: dict[int, Tensor]) -> tuple[Tensor, bool]:

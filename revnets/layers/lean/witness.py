@@ -14,8 +14,11 @@ from torch import Tensor
 PLACES = 32
 """Numbers that are remembered of a tensor."""
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""How far they may be off, as a share of the largest of them: rounding, of sums that nearly cancel, too."""
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+"""How far they may be off, as a share of the largest of them: rounding, of sums that nearly cancel, too.
+
+Numbers of 16 bits are not compared: a batch norm whose weights have 16 bits, too, comes back some percent off.
+"""
 
 _turns = count()
 
@@ -23,8 +26,10 @@ _turns = count()
 class ComputedOtherwise(RuntimeError):
     """A tensor that was computed again is not what the forward pass had."""
 
-    def __init__(self, shape: torch.Size, found: float, expected: float) -> None:
-        super().__init__(
+    @classmethod
+    def at(cls, shape: torch.Size, found: float, expected: float) -> ComputedOtherwise:
+        """The sentence for a tensor of a shape that holds one number in place of another."""
+        return cls(
             f"lean: a tensor of shape {tuple(shape)} was computed again for the backward pass and holds {found:.6g} "
             f"where it held {expected:.6g}: after its conversion the network began to write to results unseen by "
             "autograd (through .data, .detach() or torch.no_grad()), or runs a kernel that writes to its inputs; write "
@@ -49,7 +54,7 @@ class Witness:
     __slots__ = ("numbers", "start", "step", "stride")
 
     def __init__(self, tensor: Tensor, start: int, step: int) -> None:
-        self.start, self.step, self.stride = start, step, tensor.stride()
+        self.start, self.step, self.stride = start, step, _lies(tensor)
         self.numbers = self._numbers(tensor).clone()
 
     @classmethod
@@ -74,7 +79,7 @@ class Witness:
         Raises:
             ComputedOtherwise: where it is another one.
         """
-        if tensor.stride() != self.stride:
+        if _lies(tensor) != self.stride:
             return
         numbers = self._numbers(tensor)
         if torch.equal(numbers, self.numbers):
@@ -85,4 +90,9 @@ class Witness:
         wrong |= (found.isnan() != expected.isnan()) | (found.isinf() & (found != expected))
         if wrong.any():
             place = int(wrong.nonzero()[0, 0])
-            raise ComputedOtherwise(tensor.shape, float(found[place]), float(expected[place]))
+            raise ComputedOtherwise.at(tensor.shape, float(found[place]), float(expected[place]))
+
+
+def _lies(tensor: Tensor) -> tuple[int, ...]:
+    """How a tensor lies in memory: its strides, where they matter."""
+    return tuple(stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)

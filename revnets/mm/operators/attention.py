@@ -38,7 +38,7 @@ def psamask_forward(
     """
     offsets, inside = _offsets(input, h_feature, w_feature, h_mask, w_mask, half_h_mask, half_w_mask)
     masks = input.flatten(2)
-    placed = masks.gather(1, offsets.expand(num_, -1, -1)) * inside
+    placed = masks.gather(1, offsets.expand(num_, -1, -1)).masked_fill(~inside, 0)
     output.copy_((placed if psa_type == COLLECT else placed.mT).reshape(output.shape))
 
 
@@ -57,7 +57,7 @@ def psamask_backward(
     """Its gradient, into ``grad_input``: each weight's from the one place that it went to."""
     offsets, inside = _offsets(grad_output, h_feature, w_feature, h_mask, w_mask, half_h_mask, half_w_mask)
     placed = grad_output.reshape(num_, h_feature * w_feature, h_feature * w_feature)
-    placed = (placed if psa_type == COLLECT else placed.mT) * inside
+    placed = (placed if psa_type == COLLECT else placed.mT).masked_fill(~inside, 0)
     grad_input.zero_().flatten(2).scatter_add_(1, offsets.expand(num_, -1, -1), placed)
 
 

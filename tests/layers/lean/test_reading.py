@@ -210,6 +210,34 @@ def test_writes_that_no_operator_shows_end_the_step() -> None:
         training_step(lean, (images(),), loss)
 
 
+def test_a_write_between_two_that_ask_ends_the_step() -> None:
+    class Net(Hidden):
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.silu(self.norm(self.conv(x)))
+            y = self.stem(h)
+            if self.place:
+                h.data.mul_(2)
+            return self.last(y + self.head(h))
+
+    torch.manual_seed(0)
+    plain = Net("")
+    plain.last = nn.Sequential(nn.BatchNorm2d(C), nn.SiLU(), nn.Conv2d(C, C, 1))
+    lean = convert(plain.double(), "lean:0", input_size=SIZE).model.train()
+    training_step(lean, (images(),), loss)
+    lean.place = "between"
+    with pytest.raises(ComputedOtherwise):
+        training_step(lean, (images(),), loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_with_weights_of_16_bits_are_no_false_alarm(dtype: torch.dtype) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 4, 1)).to(dtype)
+    nn.init.constant_(net[1].bias, -2)
+    lean = make_lean(net, Plan(reading=Plan())).train()
+    for _ in range(60):
+        lean(torch.randn(2, 3, 8, 8, dtype=dtype)).float().square().mean().backward()
+
+
 def test_versions_tell_of_a_write_to_a_norm() -> None:
     class Net(Hidden):
         def forward(self, x: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -68,6 +70,11 @@ def test_where_it_does_not_look() -> None:
     assert Witness.of(x.to("meta")) is None
     assert Witness.of(x[0, :8]) is None
     witness(x).check(2 * x.t().contiguous().t())  # lies otherwise in memory: no place is comparable
+
+
+def test_the_sentence_survives_another_process() -> None:
+    error = ComputedOtherwise.at(torch.Size([2, 3]), 1.0, 2.0)
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 def test_views_start_where_they_start() -> None:

@@ -1,7 +1,9 @@
 """One registration for all toolboxes of MMEngine's."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,7 @@ pytest.importorskip("revnets.mm", reason=REASON, exc_type=ImportError)
 
 from mmengine.registry import MODELS, Registry  # noqa: E402
 
+ROOT = Path(__file__).parents[3]
 NETWORKS = ("RevBiFPN", "TimmBackbone", "RevBiFPNNeck", "LeanHRFPN")
 
 WITHOUT_MMDET = """
@@ -50,3 +53,15 @@ def test_no_toolbox_is_needed_that_is_not_there() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", WITHOUT_MMDET], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[(16, 16, 16), (16, 8, 8), (32, 4, 4), (96, 2, 2)] []"
+
+
+def test_one_that_does_not_go_with_its_mmcv_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "mmdet").mkdir()
+    (tmp_path / "mmdet" / "__init__.py").write_text("raise AssertionError('MMCV==9 is used but incompatible')\n")
+    script = 'import revnets.mm\nfrom mmengine.registry import MODELS\nprint(MODELS.get("RevBiFPN").__name__)'
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    words = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "RevBiFPN"
+    assert "MMCV==9" in done.stderr

@@ -36,3 +36,13 @@ def test_masks_and_their_gradients(kind: str, size: tuple[int, int]) -> None:
     place = PSAMask(kind, size)
     torch.testing.assert_close(place(masks), placed(masks, kind == "collect", size), rtol=0, atol=0)
     assert torch.autograd.gradcheck(place, [masks.requires_grad_()])
+
+
+@pytest.mark.parametrize("kind", ["collect", "distribute"])
+def test_a_number_that_is_not_finite_stays_where_it_is(kind: str) -> None:
+    operators.install()
+    from mmcv.ops import PSAMask
+
+    masks = torch.ones(1, 9, 3, 3)
+    masks[:, 0] = float("inf")
+    assert torch.equal(PSAMask(kind, (3, 3))(masks), placed(masks, kind == "collect", (3, 3)))
