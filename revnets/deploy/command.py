@@ -280,6 +280,8 @@ def bench(request: BenchRequest) -> None:
     for engine in request.engines:
         if engine not in (EAGER, COMPILED):
             check_engine(engine)
+    if request.by_layer:
+        _check_by_layer(request.engines)
     check_once("models", request.models)
     for name in request.models:
         check_model(name)
@@ -314,6 +316,15 @@ def bench(request: BenchRequest) -> None:
     if request.output is not None:
         folder = open_folder(request.output)
         say("wrote " + ", ".join(str(path) for path in save_measurements(folder, found, layers, parts)))
+
+
+def _check_by_layer(engines: Sequence[str]) -> None:
+    """Refuse to time layers of engines that do not tell what theirs take."""
+    if engines and not {"sparse", "openvino"} & set(engines):
+        raise ExportError(f"--by-layer: {', '.join(engines)} tell nothing of layers; give sparse, openvino or both")
+    problem = kernel_problem()
+    if problem is not None and (not engines or "sparse" in engines):
+        raise ExportError(f"--by-layer: there is no kernel to time, {problem}; give --engines openvino")
 
 
 def _track(what: str, work: Iterable[Any]) -> Iterable[Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -266,8 +267,16 @@ def _file() -> Path | None:
     """Where verdicts of this kernel and this torch are kept."""
     for folder in folders([]):
         if os.access(folder, os.W_OK):
-            return folder / f"breakeven-{kernel_key()[:16]}-{torch.__version__}.json"
+            return folder / f"breakeven-{kernel_key()[:16]}-{_sources()}-{torch.__version__}.json"
     return None
+
+
+@functools.cache
+def _sources() -> str:
+    """What of the Python around the kernel is timed with it, in a few letters."""
+    names = ("breakeven", "layouts", "training", "windows", "frames")
+    text = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in names)
+    return hashlib.sha256(text).hexdigest()[:8]
 
 
 def _kept() -> dict[str, tuple[float, float]]:

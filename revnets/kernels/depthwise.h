@@ -197,7 +197,7 @@ void run_depthwise_lines(const Call& c, const Member& member) {
 
 void run_depthwise_any(const Call& c, const Member& member) {
   const bool square = c.kh == c.kw && c.stride_h == c.stride_w;
-  switch (square ? c.kh * 10 + c.stride_h : 0) {
+  switch (square && c.stride_h <= 2 ? c.kh * 10 + c.stride_h : 0) {
     case 31: return run_depthwise<3, 1>(c, member);
     case 32: return run_depthwise<3, 2>(c, member);
     case 51: return run_depthwise<5, 1>(c, member);

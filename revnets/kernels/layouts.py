@@ -33,6 +33,11 @@ def like(grad: Tensor, x: Tensor | None) -> Tensor:
     return grad.contiguous(memory_format=torch.channels_last if by_pixel(x) else torch.contiguous_format)
 
 
+def sums(grad: Tensor) -> Tensor:
+    """Of each channel, ``(C,)``, in one order whatever the layout: a bias has the same bits in both."""
+    return grad.contiguous().sum((0, 2, 3))
+
+
 def pixels(x: Tensor) -> Tensor:
     """A view ``(N, H, W, C)``, which is contiguous where images are by pixel."""
     return x.permute(0, 2, 3, 1)

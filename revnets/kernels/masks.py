@@ -49,7 +49,14 @@ def masked(weight: Tensor, mask: Tensor) -> Tensor:
 def mask_serves(weight: Tensor, mask: Tensor) -> bool:
     """Whether ``masked`` computes the same, faster: many plain numbers on the CPU, laid out alike."""
     large = weight.numel() >= MIN_WEIGHTS
-    return large and type(mask) is Tensor and mask.is_cpu and serves(weight) and _alike(weight, mask)
+    return (
+        large
+        and type(mask) is Tensor
+        and mask.dtype is torch.bool
+        and mask.is_cpu
+        and serves(weight)
+        and _alike(weight, mask)
+    )
 
 
 def product(weight: Tensor, mask: Tensor) -> Tensor:

@@ -90,6 +90,8 @@ class Plan:
                 raise ValueError(f"step {number} reads values {step.reads}: expected numbers below {inputs + number}")
         if not all(inputs <= value < inputs + len(self._steps) for value in self._outputs):
             raise ValueError(f"outputs {self._outputs}: expected numbers of what the steps compute")
+        if len(set(self._outputs)) < len(self._outputs):
+            raise ValueError(f"outputs {self._outputs}: expected each value once")
         self._bytes = self._of_bytes()
         self._run = load_kernel().revnets_run
         self._free: dict[tuple[Shape, ...], list[_Ready]] = {}

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from .build import CallStruct, Geometry, GradStruct, PixelStruct, kernel_problem, load_kernel, warn_of_dense_path
 from .calls import chunk_size, in_chunks
 from .compressed import MAX_COLUMNS, compress
-from .layouts import by_pixel, check_images, images_by_pixel, like, pixels
+from .layouts import by_pixel, check_images, images_by_pixel, like, pixels, sums
 from .operands import call, pointing, readable
 
 MAX_DENSITY = 0.5  # above it torch's dense kernels are about as fast
@@ -188,7 +188,7 @@ class Structure:
             grad_x = self._transposed.convolve(grad, values.index_select(0, self._order), None)
         if needed[1] and x is not None:
             grad_weight = self._weight_grad(x, grad, shape)
-        return grad_x, grad_weight, grad.sum((0, 2, 3)) if needed[2] else None
+        return grad_x, grad_weight, sums(grad) if needed[2] else None
 
     def _weight_grad(self, x: Tensor, dy: Tensor, shape: torch.Size) -> Tensor:
         """Sums are made in one order, whatever the number of threads."""

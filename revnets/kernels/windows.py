@@ -15,7 +15,7 @@ from .build import Geometry
 from .calls import check_geometry
 from .compressed import MAX_COLUMNS
 from .frames import Lines, Planes, Side
-from .layouts import by_pixel, check_images, laid_out, like, planes
+from .layouts import by_pixel, check_images, laid_out, like, planes, sums
 from .operands import readable
 from .training import Structure
 
@@ -119,7 +119,7 @@ class WindowStructure(Structure):
                 given = _planes(x)
                 frames.weight_grad(self._lines, self._sides(grad.shape), given, dy, self._places, grad_weight)
         if needed[2]:
-            grad_bias = dy.tensor.sum((0, 2, 3))
+            grad_bias = sums(grad)
         return grad_x, grad_weight, grad_bias
 
     def _check_sizes(self, grad: Tensor, size: torch.Size | None, shape: torch.Size) -> None:

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from revnets.cli import app
 from revnets.deploy import ENGINES, ExportError, accuracy, compare, deploy, engines, load, quantize
+from revnets.deploy import command as bench_commands
 from revnets.deploy.compare import Measurement, speedups
 from revnets.deploy.peers import PEERS
 from revnets.deploy.quantize import calibration_images
@@ -331,9 +332,22 @@ def test_bench_command(tmp_path: Path) -> None:
     cases = {(r["case"], float(r["sparsity"]), r["engine"]) for r in parts}
     assert cases == {(f"test_efficientnet, batch {b}", s, "sparse") for b in (1, 3) for s in (0, 0.9)}
     assert any(r["kind"] == "depthwise 3x3" and float(r["seconds"]) > 0 for r in parts)
-    for wrong in (("--sparsity", "1"), ("--threads", "x"), ("--engines", "nonsense"), ("--batch-size", "0")):
+    for wrong in (
+        ("--sparsity", "1"),
+        ("--threads", "x"),
+        ("--engines", "nonsense"),
+        ("--batch-size", "0"),
+        ("--by-layer", "--engines", "torch eager"),
+    ):
         assert command("bench-deploy", "test_efficientnet", *wrong).exit_code == 2
     assert command("bench-deploy", "nonsense").exit_code == 2
+
+
+def test_layers_are_not_timed_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_commands, "kernel_problem", lambda: "there is no compiler")
+    result = command("bench-deploy", "test_efficientnet", "--by-layer", "--engines", "torch eager,sparse")
+    assert result.exit_code == 2
+    assert "there is no compiler; give --engines openvino" in " ".join(result.output.split())
 
 
 def test_signals_are_survived_after_openvino(tmp_path: Path) -> None:

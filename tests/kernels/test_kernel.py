@@ -109,8 +109,8 @@ def test_any_convolution(
 @given(
     size=st.tuples(st.integers(1, 2), st.integers(1, 40), st.integers(1, 40)),
     channels=st.integers(1, 6),
-    side=st.sampled_from([2, 3, 5, 7, 9, 15]),
-    stride=st.sampled_from([1, 2, 3, 4, 8]),
+    side=st.sampled_from([1, 2, 3, 4, 5, 7, 9, 15]),
+    stride=st.sampled_from([1, 2, 3, 4, 8, 11, 12, 21]),
     act=st.sampled_from(ACTIVATIONS),
     use_residual=st.booleans(),
     seed=st.integers(0, 99),

@@ -70,6 +70,7 @@ def test_few_weights_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_other_types_are_left_to_torch() -> None:
     assert not mask_serves(torch.ones(2).double(), torch.ones(2, dtype=torch.bool))
+    assert not mask_serves(torch.ones(2), torch.ones(2))
     with pytest.raises(ValueError, match=r"expected torch\.bool"):
         product(torch.ones(2), torch.ones(2))
 

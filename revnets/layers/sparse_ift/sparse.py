@@ -358,7 +358,7 @@ def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
     less than a million products, not float32 or not on the CPU, autocast, ``torch.compile``, ``torch.func``, while
     RigL gathers dense gradients; and where it was measured, once for its kind of input, that the kernel is no faster:
     see ``revnets.kernels.breakeven``. Maps stay as they are, contiguous or channels last: the kernel reads 1x1
-    convolutions in either, and transposes others. Weights of layers that stay dense are masked by the kernel, too. The
+    convolutions in either, and transposes others. Large weights of layers that stay dense are masked by it, too. The
     choice belongs to the module: it is copied and pickled with it, and is no part of ``state_dict``.
 
     A RevBiFPN keeps its maps contiguous then: RevBiFPN-S0 loses more by it than the kernel gains.
