@@ -35,7 +35,7 @@ from revnets.profiling.memory import mean_square
 from revnets.profiling.target import Setting
 
 SETTING = Setting(channels_last=False)
-NAME = "test_convnext@32:2"
+NAME = "test_convnext@96:2"
 
 
 @pytest.fixture
