@@ -40,6 +40,7 @@ def config(head: str | None = None) -> Any:
 
 
 def case(head: str | None = None, memory: float = 0.8) -> Case:
+    client("mmseg")
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
 
