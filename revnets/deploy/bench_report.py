@@ -44,8 +44,9 @@ def print_layer_times(found: Sequence[LayerTime]) -> None:
     for case in dict.fromkeys((one.case, one.sparsity, one.threads) for one in found):
         here = [one for one in found if (one.case, one.sparsity, one.threads) == case]
         engines = list(dict.fromkeys(one.engine for one in here))
-        title = f"{case[0]}, {case[1]:g} zeros, {case[2]} threads: medians within whole runs ({machine()})"
-        table = Table(title=title, caption="layers that are computed together count as the first of them")
+        title = f"{case[0]}, {case[1]:g} zeros, {case[2]} threads, within whole runs ({machine()})"
+        caption = "medians, of OpenVINO means; layers that are computed together count as the first of them"
+        table = Table(title=title, caption=caption)
         table.add_column("kind of layer", overflow="fold")
         for column in (column for engine in engines for column in (f"{engine}: calls", "ms")):
             table.add_column(column, justify="right")

@@ -274,7 +274,7 @@ def _file() -> Path | None:
 @functools.cache
 def _sources() -> str:
     """What of the Python around the kernel is timed with it, in a few letters."""
-    names = ("breakeven", "layouts", "training", "windows", "frames")
+    names = ("breakeven", "layouts", "masks", "training", "windows", "frames")
     text = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in names)
     return hashlib.sha256(text).hexdigest()[:8]
 

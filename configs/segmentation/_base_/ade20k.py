@@ -15,17 +15,16 @@ train_pipeline = [
 test_pipeline = [load, dict(type="Resize", scale=scale, keep_ratio=True), labels, dict(type="PackSegInputs")]
 train = dict(img_path="images/training", seg_map_path="annotations/training")
 val = dict(img_path="images/validation", seg_map_path="annotations/validation")
+loader = dict(num_workers=4, persistent_workers=True)
 train_dataloader = dict(
+    **loader,
     batch_size=4,
-    num_workers=4,
-    persistent_workers=True,
     sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(type="ADE20KDataset", data_root=data_root, data_prefix=train, pipeline=train_pipeline),
 )
 val_dataloader = dict(
+    **loader,
     batch_size=1,
-    num_workers=4,
-    persistent_workers=True,
     sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(type="ADE20KDataset", data_root=data_root, data_prefix=val, pipeline=test_pipeline),
 )
