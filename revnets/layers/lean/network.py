@@ -162,22 +162,20 @@ def forecast(
 
 
 def _forecast(part: nn.Module, args: Any, kwargs: Any, batch_size: int, share: float) -> Kept:
-    tensors = list(_tensors_of(part))
-
-    def trial(kind: type[Keeper], plan: Plan | None = None) -> Keeper:
-        with torch.enable_grad(), kind(tensors, plan, to_the_end=True).active() as keeper:
+    def trial(kind: Callable[..., Keeper], plan: Plan | None = None) -> Keeper:
+        with torch.enable_grad(), kind(part, plan, to_the_end=True).active() as keeper:
             _plain(part)(part, *args, **kwargs)
         return keeper
 
-    def tried(kind: type[Keeper]) -> tuple[Plan, Keeper]:
+    def tried(kind: Callable[..., Keeper]) -> tuple[Plan, Keeper]:
         least = trial(kind)
         plan = choose(least.candidates, share * least.asked - least.kept, batch_size)
         return plan, (trial(kind, plan) if plan.spared else least)
 
-    plan, best = tried(Recorder)
+    plan, best = tried(_recorder)
     if AVAILABLE:
         with Writes() as writes:
-            reading, read = tried(Reader)
+            reading, read = tried(_reader)
         if read.kept <= max(best.kept, share * read.asked) and not writes.hidden:
             plan, best = replace(plan, reading=reading), read
     return Kept(best.asked / batch_size, best.kept / batch_size, plan)
@@ -264,8 +262,26 @@ def keeper_of(module: nn.Module, to_the_end: bool = False) -> Keeper:
     """
     plan: Plan | None = vars(module).get(_PLAN)
     if plan is not None and plan.reading is not None and _trains_as_tried(module):
-        return Reader(_tensors_of(module), plan.reading, to_the_end)
+        return _reader(module, plan.reading, to_the_end)
+    return _recorder(module, plan, to_the_end)
+
+
+def _recorder(module: nn.Module, plan: Plan | None, to_the_end: bool) -> Keeper:
     return Recorder(_tensors_of(module), plan, to_the_end)
+
+
+def _reader(module: nn.Module, plan: Plan | None, to_the_end: bool) -> Keeper:
+    return Reader(_tensors_of(module), plan, to_the_end, _epsilons(module))
+
+
+def _epsilons(module: nn.Module) -> dict[int, float]:
+    """Of its norms, by their weights."""
+    found = {}
+    for part in tree(module):
+        weight, eps = part._parameters.get("weight"), getattr(part, "eps", None)
+        if weight is not None and isinstance(eps, float):
+            found[id(weight)] = eps
+    return found
 
 
 def _trains_as_tried(module: nn.Module) -> bool:

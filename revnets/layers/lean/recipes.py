@@ -200,6 +200,49 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tens
     return torch.native_batch_norm(x, scale, shift, mean, ones, False, 0.0, 0.0)[0]
 
 
+def _layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor, eps: float | None, shape: Any
+) -> Tensor:
+    if eps is not None:
+        y, _, found = aten.native_layer_norm(x, shape, weight, bias, eps)
+        if _is_same(found, invstd):
+            return y
+    return _scaled(x, weight, bias, mean, invstd)
+
+
+def _group_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor, eps: float | None, *sizes: int
+) -> Tensor:
+    if eps is not None:
+        y, _, found = aten.native_group_norm(x, weight, bias, *sizes, eps)
+        if _is_same(found, invstd):
+            return y
+    weight, bias = (one if one is None else one.view(-1, *[1] * (x.dim() - 2)) for one in (weight, bias))
+    return _scaled(x, weight, bias, mean, invstd)
+
+
+NORMS_OF_ROWS: dict[Any, Again] = {
+    aten.native_layer_norm.default: _layer_norm,
+    aten.native_group_norm.default: _group_norm,
+}
+"""Norms of rows from their input, weight, bias, statistics, epsilon (or None) and shape, by operator.
+
+With the forward pass's epsilon, they are torch's own to the bit; that it is this one is seen in the statistics.
+"""
+
+
+def _is_same(found: Tensor, expected: Tensor) -> bool:
+    return is_fake(found) or found.is_meta or torch.equal(found, expected)
+
+
+def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor) -> Tensor:
+    """``(x - mean) * invstd * weight + bias``, of as many rows as there are statistics."""
+    rows = x.reshape(mean.numel(), -1)
+    y = ((rows - mean.reshape(-1, 1)) * invstd.reshape(-1, 1)).view(x.shape)
+    y = y if weight is None else y.mul_(weight)
+    return (y if bias is None else y.add_(bias)).to(x.dtype)
+
+
 @functools.lru_cache(64)
 def _ones(n: int, dtype: torch.dtype) -> Tensor:
     return torch.ones(n, dtype=dtype, device="cpu")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import importlib
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from ..fake import ProfileError
 from ..memory import measure_training_step, synchronize
 from ..profile import resident_bytes
 from ..target import Job, Setting, Target, parse_targets, set_mode
+from ..turns import clock
 
 Turn = Callable[[], AbstractContextManager[nn.Module]]
 """Makes the context in which a step is run, of the model that it gives."""
@@ -306,8 +306,7 @@ def _timed(turn: Turn, job: Job) -> float:
     with turn() as model:
         job.model.zero_grad(set_to_none=True)
         synchronize(job.x.device)
-        # one thread's own time does not depend on what else the machine does
-        now = time.process_time if job.x.device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+        now = clock(job.x.device)
         start = now()
         job.loss_fn(model(job.x)).backward()
         synchronize(job.x.device)

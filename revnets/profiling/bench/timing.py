@@ -1,7 +1,6 @@
 """Step time and memory of several networks in one run: interleaved, medians, ratios."""
 
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from ..memory import measure_training_step, synchronize
 from ..profile import describe
 from ..report.tables import save_json
 from ..target import Job, Setting, Target
+from ..turns import clock
 from .ablation import AS_IT_IS, COMPILED, VARIANTS
 
 
@@ -28,7 +28,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured for a case: median seconds of a step, and activation bytes per sample (see ``StepMemory``)."""
+    """What was measured for a case: median seconds of a step (see ``turns.clock``), and activation bytes per sample."""
 
     case: Case
     seconds: float
@@ -106,10 +106,11 @@ def _activation_bytes(case: Case, job: Job) -> int:
 def _timed_step(job: Job) -> float:
     job.model.zero_grad(set_to_none=True)
     synchronize(job.x.device)
-    start = time.perf_counter()
+    now = clock(job.x.device)
+    start = now()
     job.loss_fn(job.model(job.x)).backward()
     synchronize(job.x.device)
-    seconds = time.perf_counter() - start
+    seconds = now() - start
     job.model.zero_grad(set_to_none=True)
     return seconds
 
