@@ -142,7 +142,7 @@ class Keeper:
         """Remember of a tensor that is dropped what tells whether it came back; asked again, it has to be the same."""
         if type(tensor) is not Tensor:
             return
-        with torch._C._DisableTorchDispatch(), torch.no_grad():
+        with torch._C._DisableTorchDispatch(), torch._C._AutoDispatchBelowAutograd():
             if node.witness is None:
                 node.witness = Witness.of(tensor)
             else:

@@ -6,6 +6,9 @@ from typing import Any
 
 from . import recipes
 
+TWO_TENSORS = ("add", "mul")
+"""Whose result is as large as the larger one."""
+
 
 class Kind:
     """What an operator does, as far as it matters here."""
@@ -16,6 +19,7 @@ class Kind:
         "code",
         "copies",
         "inplace",
+        "keeps_shape",
         "moves",
         "name",
         "nothing",
@@ -33,6 +37,7 @@ class Kind:
         self.batch_norm = self.again is not None and recipes.is_batch_norm(func)
         self.copies = self.name == "clone"
         self.moves = self.name in recipes.MOVES
+        self.keeps_shape = self.batch_norm or (self.inplace is not None and self.name not in TWO_TENSORS)
         self.code = recipes.CODES.get(recipes.name_of(func))
         self.nothing = not (self.view or self.writes or self.again or self.code)
 

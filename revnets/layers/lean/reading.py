@@ -128,13 +128,16 @@ class Reader(Keeper):
 
     def follow(self, node: Node, function: Any, kind: Kind, again: Any, args: list[Any], kwargs: Any = None) -> None:
         """Give a node its recipe: ``again(*args)``, as ``kind`` computed it."""
-        found = function._input_metadata[0]
-        shape = torch.Size(found.shape)
-        node.spec, node.nbytes = (found.dtype, shape, None), prod(shape) * found.dtype.itemsize
+        first = args[0]
+        if kind.keeps_shape and type(first) is Node and first.spec:  # as its metadata says, which takes longer to ask
+            node.spec, node.nbytes = (*first.spec[:2], None), first.nbytes
+        else:
+            found = function._input_metadata[0]
+            shape = torch.Size(found.shape)
+            node.spec, node.nbytes = (found.dtype, shape, None), prod(shape) * found.dtype.itemsize
         node.again, node.kind, node.inplace = again, kind, kind.inplace
         node.follows_from(args, kwargs)
         if kind.inplace is not None:  # it may have been written to its first input
-            first = args[0]
             node.writes = 1 + (0 if type(first) is Kept else max(first.version, first.writes))
 
 

@@ -104,6 +104,8 @@ def _activation_bytes(case: Case, job: Job) -> int:
 
 
 def _timed_step(job: Job) -> float:
+    """The second of two steps in a row: the first finds the memory as the network before has left it."""
+    job.loss_fn(job.model(job.x)).backward()
     job.model.zero_grad(set_to_none=True)
     synchronize(job.x.device)
     now = clock(job.x.device)
