@@ -4,22 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from . import recipes
 from .keeper import itself
-from .kinds import kind_of
+from .kinds import Kind, kind_of
 from .nodes import Kept, Node
-
-if TYPE_CHECKING:
-    from .reading import Reader
 
 aten = torch.ops.aten
 
-Rule = Callable[["Reader", Any, Node, int], None]
+
+class Graph(Protocol):
+    """What rules ask who reads the graph (``reading.Reader``)."""
+
+    def input(self, edge: tuple[Any, int], depth: int) -> Node | Kept | None:
+        """What goes into a node of autograd's; None where nothing is known of it."""
+
+    def epsilon(self, weight: Node | Kept | None) -> float | None:
+        """Of the norm that has this weight, if it is known."""
+
+    def follow(self, node: Node, function: Any, kind: Kind, again: Any, args: list[Any], kwargs: Any = None) -> None:
+        """Give a node its recipe: ``again(*args)``, as ``kind`` computed it."""
+
+
+Rule = Callable[[Graph, Any, Node, int], None]
 """Gives a node its recipe, from what autograd's node has; leaves it alone where that does not say enough."""
 
 
@@ -60,7 +71,7 @@ def _unary(op: Any, *numbers: str, named: tuple[str, ...] = ()) -> Rule:
     """Of an operator of one tensor, and of numbers that its node has."""
     kind = kind_of(op)
 
-    def rule(reader: Reader, function: Any, node: Node, depth: int) -> None:
+    def rule(reader: Graph, function: Any, node: Node, depth: int) -> None:
         x = reader.input(function.next_functions[0], depth)
         if x is not None:
             args = [x, *(_number(function, name) for name in numbers)]
@@ -72,7 +83,7 @@ def _unary(op: Any, *numbers: str, named: tuple[str, ...] = ()) -> Rule:
 def _view(name: str, *numbers: str) -> Rule:
     """Of a view: a step on the way to others. Those that are asked for lie in their base's memory (``look_into``)."""
 
-    def rule(reader: Reader, function: Any, node: Node, depth: int) -> None:
+    def rule(reader: Graph, function: Any, node: Node, depth: int) -> None:
         source = reader.input(function.next_functions[0], depth)
         if type(source) is not Node or (source.again is None and source.tensor is None):
             return
@@ -85,7 +96,7 @@ def _view(name: str, *numbers: str) -> Rule:
     return rule
 
 
-def _batch_norm(reader: Reader, function: Any, node: Node, depth: int) -> None:
+def _batch_norm(reader: Graph, function: Any, node: Node, depth: int) -> None:
     if not function._saved_training:
         return
     inputs = [reader.input(edge, depth) for edge in function.next_functions]
@@ -98,7 +109,7 @@ def _of_rows(op: Any, *numbers: str) -> Rule:
     """Of a norm of rows: its epsilon is not in the graph, but known by its weight."""
     kind, again = kind_of(op), recipes.NORMS_OF_ROWS[op]
 
-    def rule(reader: Reader, function: Any, node: Node, depth: int) -> None:
+    def rule(reader: Graph, function: Any, node: Node, depth: int) -> None:
         x, edges = _held(function._raw_saved_input), function.next_functions[1:3]
         statistics = [_held(function._raw_saved_result1), _held(function._raw_saved_result2)]
         factors = [reader.input(edge, depth) for edge in edges]
@@ -111,13 +122,13 @@ def _of_rows(op: Any, *numbers: str) -> Rule:
     return rule
 
 
-def _sum(reader: Reader, function: Any, node: Node, depth: int) -> None:
+def _sum(reader: Graph, function: Any, node: Node, depth: int) -> None:
     first, second = (reader.input(edge, depth) for edge in function.next_functions)
     if first is not None and second is not None and function._saved_alpha == 1:
         reader.follow(node, function, _ADD, aten.add.Tensor, [first, second])
 
 
-def _product(reader: Reader, function: Any, node: Node, depth: int) -> None:
+def _product(reader: Graph, function: Any, node: Node, depth: int) -> None:
     edges = function.next_functions
     first = _held(function._raw_saved_self) or reader.input(edges[0], depth)
     second = _held(function._raw_saved_other) or reader.input(edges[1], depth)
@@ -134,7 +145,7 @@ def _held(saved: Any) -> Node | Kept | None:
     return found if type(found) is Kept or type(found) is Node else None
 
 
-def _copy(reader: Reader, function: Any, node: Node, depth: int) -> None:
+def _copy(reader: Graph, function: Any, node: Node, depth: int) -> None:
     source = reader.input(function.next_functions[0], depth)
     if type(source) is not Node:
         return
@@ -146,7 +157,7 @@ def _copy(reader: Reader, function: Any, node: Node, depth: int) -> None:
         node.base = source.base or source
 
 
-def _padding(reader: Reader, function: Any, node: Node, depth: int) -> None:
+def _padding(reader: Graph, function: Any, node: Node, depth: int) -> None:
     """Of no elements is a copy; what others hold is not in the graph."""
     if not any(function._saved_pad):
         _copy(reader, function, node, depth)
@@ -169,20 +180,20 @@ def _signed(number: int) -> int:
     return number - 2**64 if number >= 2**63 else number
 
 
-def _cat(reader: Reader, function: Any, node: Node, depth: int) -> None:
+def _cat(reader: Graph, function: Any, node: Node, depth: int) -> None:
     inputs = [reader.input(edge, depth) for edge in function.next_functions]
     if None not in inputs:
         reader.follow(node, function, _CAT, aten.cat.default, [inputs, _signed(function._saved_dim)])
 
 
-def _nearest(reader: Reader, function: Any, node: Node, depth: int) -> None:
+def _nearest(reader: Graph, function: Any, node: Node, depth: int) -> None:
     x = reader.input(function.next_functions[0], depth)
     if x is not None:
         numbers = function._saved_output_size, function._saved_scales_h, function._saved_scales_w
         reader.follow(node, function, _NEAREST, aten.upsample_nearest2d.default, [x, *numbers])
 
 
-def _max_pool(reader: Reader, function: Any, node: Node, depth: int) -> None:
+def _max_pool(reader: Graph, function: Any, node: Node, depth: int) -> None:
     x, places = _held(function._raw_saved_self), _held(function._raw_saved_result1)
     if x is not None and type(places) is Node:
         reader.follow(node, function, _MAX_POOL, recipes.picked, [x, places])
