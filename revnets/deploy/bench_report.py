@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def print_measurements(title: str, found: Sequence[Measurement]) -> None:
 
     caption = (
         "x dense: times as fast as the fastest dense engine of the same class of accuracy (float32; INT8 and "
-        "bfloat16); x all dense: as the fastest dense one of all"
+        "bfloat16), '-' where there is none; x all dense: as the fastest dense one of all"
     )
     table = Table(title=f"{title}, medians of interleaved calls ({machine()})", caption=caption)
     words = ("case", "engine", "kernels", "zeros that it exploits")
@@ -30,7 +31,8 @@ def print_measurements(title: str, found: Sequence[Measurement]) -> None:
         table.add_column(column, justify="left" if column in words else "right", overflow="fold")
     ratios = zip(speedups(found), speedups(found, cpu=True), speedups(found, any_precision=True), strict=True)
     for (m, wall), (_, cpu), (_, of_all) in ratios:
-        numbers = (f"{1e3 * m.seconds:.3f}", f"{wall:.2f}", f"{1e3 * m.cpu_seconds:.3f}", f"{cpu:.2f}", f"{of_all:.2f}")
+        times = tuple("-" if isnan(ratio) else f"{ratio:.2f}" for ratio in (wall, cpu, of_all))
+        numbers = (f"{1e3 * m.seconds:.3f}", times[0], f"{1e3 * m.cpu_seconds:.3f}", *times[1:])
         what = (m.kernels or "it does not tell", EXPLOITS.get(m.engine, "none"))
         row = (m.case, str(m.batch_size), f"{m.sparsity:g}", str(m.threads), m.engine, m.precision, *numbers, *what)
         table.add_row(*row)
@@ -73,7 +75,10 @@ def save_measurements(
 
 def _records(found: Sequence[Measurement]) -> list[dict[str, Any]]:
     both = zip(speedups(found), speedups(found, any_precision=True), strict=True)
-    return [{**asdict(m), "times_dense": ratio, "times_all_dense": of_all} for (m, ratio), (_, of_all) in both]
+    return [
+        {**asdict(m), "times_dense": None if isnan(ratio) else ratio, "times_all_dense": of_all}
+        for (m, ratio), (_, of_all) in both
+    ]
 
 
 def _draw(folder: Path, found: Sequence[Measurement]) -> Path | None:

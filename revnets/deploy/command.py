@@ -307,9 +307,9 @@ def bench(request: BenchRequest) -> None:
     layers: list[Measurement] = []
     if request.layers and kernel_problem() is None:
         pruned = [s for s in request.sparsities if s]
-        repeats = request.repeats
-        layers = compare_layers(pruned, threads=request.threads, repeats=repeats, progress=partial(_track, "layers"))
-    for title, rows in (("Whole networks", found), ("1x1 convolutions, float32", layers)):
+        measured = partial(compare_layers, pruned, blocked=request.pattern is not None, repeats=request.repeats)
+        layers = measured(threads=request.threads, progress=partial(_track, "layers"))
+    for title, rows in (("Whole networks", found), ("1x1 convolutions", layers)):
         if rows:
             print_measurements(title, rows)
     print_layer_times(parts)

@@ -21,10 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.build import Geometry, kernel_problem, kernel_target, load_kernel
+from ..kernels.byte_blocks import compress_bytes, to_blocks
+from ..kernels.byte_calls import ByteConvCall, Finish
 from ..kernels.calls import ConvCall
 from ..kernels.compressed import compress
 from ..profiling.turns import medians
-from .candidates import FLOAT32
+from .candidates import FLOAT32, INT8
 from .engines import ENGINES, sparse_graph, verify
 from .graph import export_graph, flat
 from .peers import PEERS, check_engine, instructions, kernels_of
@@ -208,6 +210,7 @@ def compare_layers(
     threads: Sequence[int] = (1,),
     repeats: int = 25,
     progress: Progress = iter,
+    blocked: bool = False,
 ) -> list[Measurement]:
     """Time 1x1 convolutions: the best of torch's dense ways against the kernel, by turns, medians.
 
@@ -217,6 +220,7 @@ def compare_layers(
         threads: numbers of threads.
         repeats: timed calls per case.
         progress: wraps the list of pieces of work.
+        blocked: zeros come in blocks of four input channels, and the kernel computes in INT8, too.
 
     Raises:
         KernelUnavailable: where there is no compiler.
@@ -226,16 +230,19 @@ def compare_layers(
     for number, (inputs, outputs, side) in progress(list(itertools.product(threads, layers))):
         with torch_threads(number):
             x, weight = torch.randn(1, inputs, side, side), torch.randn(outputs, inputs, 1, 1) / inputs**0.5
-            bias = torch.randn(outputs)
-            functions = [*_dense_ways(x, weight, bias), *(_sparse_way(x, weight, bias, s) for s in sparsities)]
+            bias, size = torch.randn(outputs), 4 if blocked else 1
+            pruned = [_pruned(weight, sparsity, size) for sparsity in sparsities]
+            functions = [*_dense_ways(x, weight, bias), *(_sparse_way(x, one, bias) for one in pruned)]
+            functions += [_byte_way(x, one) for one in pruned if blocked]
             times = medians(functions, repeats, _WARM_SECONDS)
         dense = min(times[:3], key=lambda pair: pair[0])
         name = f"{inputs} -> {outputs} @ {side}x{side}"
         words = kernels_of("torch")
         found.append(Measurement(name, 0.0, "torch, best of three", number, *dense, kernels=words))
-        words = kernels_of("sparse")
-        for sparsity, taken in zip(sparsities, times[3:], strict=True):
-            found.append(Measurement(name, sparsity, "sparse", number, *taken, kernels=words))
+        ours = [(s, "sparse", FLOAT32) for s in sparsities] + [(s, "sparse int8", INT8) for s in sparsities if blocked]
+        for (sparsity, engine, precision), taken in zip(ours, times[3:], strict=True):
+            words = kernels_of(engine)
+            found.append(Measurement(name, sparsity, engine, number, *taken, precision=precision, kernels=words))
     return found
 
 
@@ -249,11 +256,27 @@ def _dense_ways(x: Tensor, weight: Tensor, bias: Tensor) -> list[Callable[[], Te
     ]
 
 
-def _sparse_way(x: Tensor, weight: Tensor, bias: Tensor, sparsity: float) -> Callable[[], Tensor]:
-    threshold = weight.abs().flatten().kthvalue(max(1, round(weight.numel() * sparsity))).values
-    pruned = torch.where(weight.abs() > threshold, weight, 0.0)
-    call = ConvCall(Geometry(x.shape[1], len(weight)), *compress(pruned), bias)
+def _pruned(weight: Tensor, sparsity: float, size: int) -> Tensor:
+    """Without the smallest blocks of so many input channels."""
+    blocks = weight.reshape(len(weight), -1, size)
+    norms = blocks.norm(dim=2, keepdim=True)
+    threshold = norms.flatten().kthvalue(max(1, round(norms.numel() * sparsity))).values
+    return torch.where(norms > threshold, blocks, 0.0).reshape(weight.shape)
+
+
+def _sparse_way(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]:
+    call = ConvCall(Geometry(x.shape[1], len(weight)), *compress(weight), bias)
     return lambda: call(x)
+
+
+def _byte_way(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    """From bytes to bytes, as in a network that is computed in INT8."""
+    largest = weight.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
+    values = (weight / largest * 127).round().to(torch.int8)
+    finish = Finish(largest.flatten() / 127, zero=128)
+    call = ByteConvCall(Geometry(x.shape[1], len(weight)), *compress_bytes(values), None, 128, finish).plan(1)
+    given = to_blocks((x * 32 + 128).round().clamp(0, 255).to(torch.uint8))
+    return lambda: call(given)[0]
 
 
 def speedups(
