@@ -87,6 +87,7 @@ class Reader(Keeper):
     def _look(self, node: Node, view: Tensor, base: Tensor, storage: torch.UntypedStorage) -> None:
         """How a view comes back: with its base, or not at all."""
         home = self._node_of(base, storage) if is_plain(base) else None
+        self._before = view.shape
         if home is None or home.again is None:
             node.again = node.base = None
         else:
