@@ -183,13 +183,6 @@ FAULTS = (
         tests=("tests/layers/lean/test_reading.py",),
     ),
     Fault(
-        "lean-statistics-read-as-the-norm",
-        "revnets/layers/lean/reading.py",
-        "if rule is not None and place == 0 and depth < FURTHEST:",
-        "if rule is not None and depth < FURTHEST:",
-        tests=("tests/layers/lean/test_reading.py",),
-    ),
-    Fault(
         "lean-padding-is-a-copy",
         "revnets/layers/lean/rules.py",
         "    if not any(function._saved_pad):\n        _copy(",
@@ -197,17 +190,17 @@ FAULTS = (
         tests=("tests/layers/lean/test_reading.py",),
     ),
     Fault(
-        "lean-view-of-a-changed-base",
+        "lean-view-of-a-base-written-in-place",
         "revnets/layers/lean/reading.py",
         "            node.writes = home.writes\n",
-        "            node.writes = 1000\n",
+        "",
         tests=("tests/layers/lean/test_reading.py",),
     ),
     Fault(
         "lean-not-finite",
         "revnets/layers/lean/witness.py",
-        old="wrong |= (found.isnan() != expected.isnan()) | (found.isinf() & (found != expected))",
-        new="wrong |= found.isnan() != expected.isnan()",
+        old="        wrong |= found.isnan() != expected.isnan()\n",
+        new="",
         tests=("tests/layers/lean/test_witness.py",),
     ),
 )
