@@ -25,7 +25,7 @@ SOURCE = Path(__file__).with_name("sparse_conv.cpp")
 HEADERS = [
     SOURCE.with_name(f"{name}.h")
     for name in (
-        *("vectors", "call", "convolution", "depthwise", "planes", "transpose", "weight_grad", "windows", "pixels"),
+        *("vectors", "call", "quads", "convolution", "depthwise", "planes", "transpose", "weight_grad", "windows", "pixels"),
         *("byte_vectors", "bytes", "byte_convolution", "byte_depthwise", "byte_linear", "byte_planes"),
     )
 ]
@@ -70,6 +70,7 @@ class CallStruct(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("gates", "means")),
         *((f"{name}_image", ctypes.c_int64) for name in ("x", "residual", "y", "gates", "means")),
         *((name, ctypes.c_float) for name in ("scale", "residual_scale")),
+        ("counts", ctypes.c_void_p),
     ]
 
 
@@ -315,6 +316,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "revnets_target": (ctypes.c_char_p, []),
     "revnets_byte_target": (ctypes.c_char_p, []),
     "revnets_byte_pairs": (_INTEGER, []),
+    "revnets_quads": (_INTEGER, []),
     "revnets_fits": (_INTEGER, [_POINTER, _POINTER, _INTEGER, _INTEGER, _INTEGER]),
     "revnets_run": (None, [_POINTER, _INTEGER, _INTEGER, _POINTER]),
     "revnets_weight_grad": (None, [_POINTER, _POINTER, _INTEGER]),

@@ -42,6 +42,7 @@ struct Call {
   // Floats from one image to the next, of operands that are some channels of others; 0 where nothing is between them.
   int64_t x_image, residual_image, y_image, gates_image, means_image;
   float scale, residual_scale;
+  const int16_t* counts;  // of a convolution by quads, see quads.h; else null
 };
 
 }  // extern "C"

@@ -23,8 +23,10 @@ from .build import (
     Geometry,
     load_kernel,
 )
-from .operands import call, pointing, readable
+from .operands import address, call, pointing, readable
 from .plan import Part, Plan, Shape, Step
+from .quads import in_quads
+from .quads import pay as quads_pay
 
 _WEIGHTS_PER_LINE = 24  # of a chunk: fewer, and the sums between two chunks cost more than they save
 _CHUNKS = (128, 256)  # inputs whose pixels fill the first cache, and the most that do no harm
@@ -91,10 +93,13 @@ class ConvCall(_Layer):
         if columns is not None and rows is not None:
             self.kind = CONVOLUTION
             inputs = geometry.in_channels // geometry.groups * math.prod(geometry.kernel_size)
-            self._chunk = chunk_size(inputs, len(values) / max(inputs * geometry.out_channels, 1))
+            self._density = len(values) / max(inputs * geometry.out_channels, 1)
+            self._chunk = chunk_size(inputs, self._density)
+            self._chunks = max(-(-inputs // self._chunk), 1)
             if self._chunk < inputs:
-                values, columns, rows = in_chunks(values, columns, rows, self._chunk, -(-inputs // self._chunk))
+                values, columns, rows = in_chunks(values, columns, rows, self._chunk, self._chunks)
         self._kept = (None, values, columns, rows, bias)  # the first is for the input
+        self._quads: tuple[Tensor | None, ...] = ()  # the same and their counts, made when an image needs them
         self._activation = _activation(activation)
 
     @property
@@ -113,8 +118,21 @@ class ConvCall(_Layer):
         names = ("kh", "kw", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w", "groups")
         numbers = zip(names, (*g.kernel_size, *g.stride, *g.padding, *g.dilation, g.groups), strict=True)
         more = {"activation": self._activation, "chunk": self._chunk, **dict(numbers)}
-        struct = _struct(self.kind, shapes[0], out, self._kept, **more)
+        weights, counts = self._weights(out[2] * out[3])
+        struct = _struct(self.kind, shapes[0], out, weights, **more)
+        if counts is not None:
+            struct.counts, struct.held = address(counts), (*weights, counts)
         return [Part(struct, _x_and_residual(shapes))], out
+
+    def _weights(self, pixels: int) -> tuple[Sequence[Tensor | None], Tensor | None]:
+        """The struct's first pointers for images of so many pixels, and the counts of quads where those are faster."""
+        if self.kind != CONVOLUTION or pixels == 1 or not quads_pay(self._density):
+            return self._kept, None
+        if not self._quads:
+            _, values, columns, rows, bias = self._kept
+            *found, counts = in_quads(values, columns, rows, self.geometry.groups, self._chunks)  # type: ignore[arg-type]
+            self._quads = (None, *found, bias, counts)
+        return self._quads[:-1], self._quads[-1]
 
 
 def check_residual(shape: Sequence[int], out: Sequence[int]) -> None:

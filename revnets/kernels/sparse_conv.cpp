@@ -75,6 +75,14 @@ int64_t revnets_byte_pairs() {
   return 0;
 #endif
 }
+// Whether convolutions may come by quads, see quads.h.
+int64_t revnets_quads() {
+#if defined(__AVX512F__)
+  return 1;
+#else
+  return 0;
+#endif
+}
 int64_t revnets_call_size() { return sizeof(Call); }
 int64_t revnets_lanes() { return kLanes; }
 int64_t revnets_grad_call_size() { return sizeof(GradCall); }
