@@ -25,7 +25,8 @@ SOURCE = Path(__file__).with_name("sparse_conv.cpp")
 HEADERS = [
     SOURCE.with_name(f"{name}.h")
     for name in (
-        *("vectors", "call", "quads", "convolution", "depthwise", "planes", "transpose", "weight_grad", "windows", "pixels"),
+        *("vectors", "call", "quads", "convolution", "depthwise", "linear", "planes", "transpose", "weight_grad"),
+        *("windows", "pixels"),
         *("byte_vectors", "bytes", "byte_convolution", "byte_depthwise", "byte_linear", "byte_planes"),
     )
 ]
@@ -52,7 +53,7 @@ class _NoCompiler(KernelUnavailable):
     """There is none; a kernel that is compiled already will do."""
 
 
-CONVOLUTION, DEPTHWISE, MEAN, SCALE, MAP, COPY, UPSAMPLE, MAX_POOL = range(8)
+CONVOLUTION, DEPTHWISE, MEAN, SCALE, MAP, COPY, UPSAMPLE, MAX_POOL, LINEAR = range(9)
 """``Kind`` of ``call.h``, of floats: those whose operands and outputs may be some channels of larger ones."""
 
 

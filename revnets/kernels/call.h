@@ -12,13 +12,14 @@
 extern "C" {
 
 enum Kind { kConvolution = 0, kDepthwise, kMean, kScale, kMap, kCopy, kUpsample, kMaxPool,
+            kLinear,  // of images of one pixel
             // of bytes, see bytes.h
             kByteConvolution, kByteDepthwise, kByteLinear, kByteMean, kByteMap, kByteScale, kByteMaxPool, kToBytes,
             kFromBytes };
 
 // One layer. Weights of a convolution: the flattened (C_in / groups, kh, kw) of a group is cut into chunks of `chunk`
 // inputs; of chunk j and output channel o, values[i] is the weight of input j * chunk + columns[i], for i from
-// rows[j * c_out + o] to rows[j * c_out + o + 1]. Depthwise: values are (C, kh, kw), dense. bias and residual (of the
+// rows[j * c_out + o] to rows[j * c_out + o + 1]. Depthwise: values are (C, kh, kw), linear: (C_out, C_in), dense. bias and residual (of the
 // output's shape, added before the activation) may be null. A convolution with `gates` multiplies each input channel of
 // each image with its own; a depthwise one with `means` writes each plane's mean there, too.
 struct Call {

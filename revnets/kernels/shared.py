@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from .build import COPY, DEPTHWISE, MAX_POOL, MEAN, CallStruct
+from .build import COPY, DEPTHWISE, LINEAR, MEAN, CallStruct
 
 ALIGNMENT = 16  # floats of a cache line
 Shape = tuple[int, ...]
@@ -22,7 +22,7 @@ class Task:
     @property
     def strided(self) -> bool:
         """Whether its operands and its output may be some channels of larger ones."""
-        return int(self.struct.kind) <= MAX_POOL
+        return int(self.struct.kind) <= LINEAR
 
 
 @dataclass

@@ -13,6 +13,7 @@
 #include "call.h"
 #include "convolution.h"
 #include "depthwise.h"
+#include "linear.h"
 #include "pixels.h"
 #include "planes.h"
 #include "transpose.h"
@@ -31,6 +32,7 @@ void run(const Call& c, const Member& member) {
     case kCopy: return run_copy(c, member);
     case kUpsample: return run_upsample(c, member);
     case kMaxPool: return run_max_pool(c, member);
+    case kLinear: return run_linear(c, member);
     case kByteConvolution: return run_byte_convolution(c, member);
     case kByteDepthwise: return run_byte_depthwise(c, member);
     case kByteLinear: return run_byte_linear(c, member);
