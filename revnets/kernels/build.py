@@ -26,7 +26,7 @@ HEADERS = [
     SOURCE.with_name(f"{name}.h")
     for name in (
         *("vectors", "call", "quads", "convolution", "depthwise", "linear", "planes", "transpose", "weight_grad"),
-        *("windows", "pixels"),
+        *("windows", "pixels", "turns"),
         *("byte_vectors", "bytes", "byte_convolution", "byte_depthwise", "byte_linear", "byte_planes"),
     )
 ]

@@ -67,36 +67,6 @@ inline const float* residual_of(const Call& c, int64_t image, int64_t channel = 
   return c.residual ? image_of(c.residual, image, c.residual_image, c.c_out * plane) + channel * plane : nullptr;
 }
 
-// Waits until all threads have come here. They meet within microseconds, so that they spin; where there are fewer
-// cores than threads, or another program has one of them, they let others run.
-class Barrier {
- public:
-  explicit Barrier(int threads) : threads_(threads) {}
-  void wait() {
-    const int turn = turn_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
-      arrived_.store(0, std::memory_order_relaxed);
-      turn_.store(turn + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) {
-      if (spins > kSpins) {
-        std::this_thread::yield();
-      } else {
-#if defined(__x86_64__) || defined(__i386__)
-        __builtin_ia32_pause();
-#endif
-      }
-    }
-  }
-
- private:
-  static constexpr int kSpins = 4000;  // some 50 to 100 microseconds
-  const int threads_;
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<int> turn_{0};
-};
-
 // One of `size` threads that share a layer.
 struct Member {
   int64_t id, size;
