@@ -29,7 +29,6 @@ from ..kernels.plan import Call, Plan, Step
 from .graph import ATEN, add_constant, argument, calls, clean, constant, is_changed, is_in_place, is_known, sole_name
 from .lower import ACTIVATION_OPS, OPS, pair
 
-
 _FEW = 8  # images: for more, torch multiplies matrices
 _FLATTENING = (ATEN.flatten.using_ints, ATEN.view.default, ATEN.reshape.default)
 

@@ -13,7 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..kernels.build import CONVOLUTION, COPY, DEPTHWISE, LINEAR, MAP, MAX_POOL, MEAN, SCALE, UPSAMPLE, CallStruct, load_kernel
+from ..kernels.build import (
+    CONVOLUTION,
+    COPY,
+    DEPTHWISE,
+    LINEAR,
+    MAP,
+    MAX_POOL,
+    MEAN,
+    SCALE,
+    UPSAMPLE,
+    CallStruct,
+    load_kernel,
+)
 from .bind import Bound, bind
 from .engines import ENGINES, sparse_graph
 from .graph import export_graph

@@ -72,6 +72,7 @@ class CallStruct(ctypes.Structure):
         *((f"{name}_image", ctypes.c_int64) for name in ("x", "residual", "y", "gates", "means")),
         *((name, ctypes.c_float) for name in ("scale", "residual_scale")),
         ("counts", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("first_row", "end_row", "x_plane", "y_plane", "ring", "ring_first")),
     ]
 
 

@@ -44,6 +44,9 @@ struct Call {
   int64_t x_image, residual_image, y_image, gates_image, means_image;
   float scale, residual_scale;
   const int16_t* counts;  // of a convolution by quads, see quads.h; else null
+  // Some rows of the output of a convolution, where the last is not 0, and floats from one channel to the next, where
+  // they are not those of an image; of a depthwise one, row r of the input is its row (r + ring_first) % ring, see bands.py.
+  int64_t first_row, end_row, x_plane, y_plane, ring, ring_first;
 };
 
 }  // extern "C"
@@ -55,12 +58,15 @@ template <typename Float>
 inline Float* image_of(Float* first, int64_t image, int64_t apart, int64_t size) {
   return first ? first + image * (apart ? apart : size) : nullptr;
 }
+inline int64_t x_plane(const Call& c) { return c.x_plane ? c.x_plane : c.h * c.w; }
+inline int64_t y_plane(const Call& c) { return c.y_plane ? c.y_plane : c.h_out * c.w_out; }
+inline int64_t end_row(const Call& c) { return c.end_row ? c.end_row : c.h_out; }
 // Planes of a channel of an image, of floats.
 inline const float* x_of(const Call& c, int64_t image, int64_t channel = 0) {
-  return image_of(c.x, image, c.x_image, c.c_in * c.h * c.w) + channel * c.h * c.w;
+  return image_of(c.x, image, c.x_image, c.c_in * c.h * c.w) + channel * x_plane(c);
 }
 inline float* y_of(const Call& c, int64_t image, int64_t channel = 0) {
-  return image_of(c.y, image, c.y_image, c.c_out * c.h_out * c.w_out) + channel * c.h_out * c.w_out;
+  return image_of(c.y, image, c.y_image, c.c_out * c.h_out * c.w_out) + channel * y_plane(c);
 }
 inline const float* residual_of(const Call& c, int64_t image, int64_t channel = 0) {
   const int64_t plane = c.h_out * c.w_out;

@@ -127,7 +127,7 @@ class ConvCall(_Layer):
         return [Part(struct, _x_and_residual(shapes))], out
 
     def _form(self, pixels: int, pixels_out: int) -> tuple[int, Sequence[Tensor | None], Tensor | None]:
-        """What is fastest for images of this size: the kind of call, its weights, and counts where they are by quads."""
+        """What is fastest for images of this size: the kind of call, its weights, and the counts of quads."""
         g, (_, values, columns, rows, bias) = self.geometry, self._kept
         if self.kind != CONVOLUTION or values is None or columns is None or rows is None:
             return self.kind, self._kept, None

@@ -22,18 +22,19 @@ bool is_pointwise(const Call& c) {
   return c.kh == 1 && c.kw == 1 && c.stride_h == 1 && c.stride_w == 1 && !c.pad_h && !c.pad_w;
 }
 
-// How the output's plane is cut into blocks of whole vectors, shared out evenly.
+// How the output's rows are cut into blocks of whole vectors, shared out evenly.
 struct Blocks {
-  int64_t pixels, vectors, count, largest;
+  int64_t first, pixels, vectors, count, largest;
   explicit Blocks(const Call& c) {
-    pixels = c.h_out * c.w_out;
+    first = c.first_row * c.w_out;
+    pixels = end_row(c) * c.w_out - first;
     vectors = (pixels + kLanes - 1) / kLanes;
     const int64_t most = std::max<int64_t>(4, std::min<int64_t>(c.counts ? kQuadVectors : kVectors, kPanel / kLanes / c.chunk));
     count = (vectors + most - 1) / most;
     largest = (vectors + count - 1) / count;
   }
   int64_t first_vector(int64_t block) const { return block * vectors / count; }
-  int64_t start(int64_t block) const { return std::min(first_vector(block) * kLanes, pixels); }
+  int64_t start(int64_t block) const { return first + std::min(first_vector(block) * kLanes, pixels); }
 };
 
 // Neighbouring pixels of the output.
@@ -75,7 +76,7 @@ inline void pack_run(const Call& c, const float* x, const Run& run, int64_t tap_
 // the group's channels may be null.
 void pack(const Call& c, const Block& b, const float* x, const float* gates, int64_t first, int64_t last, int64_t pitch,
           float* panel) {
-  const int64_t plane = c.h * c.w, tail = b.length - kLanes, before = (b.vectors - 1) * kLanes;
+  const int64_t plane = x_plane(c), tail = b.length - kLanes, before = (b.vectors - 1) * kLanes;
   if (is_pointwise(c) && b.length >= kLanes) {
     for (int64_t i = first; i < last; ++i, panel += pitch) {
       const float* from = x + i * plane + b.start;
@@ -213,7 +214,7 @@ void run_convolution(const Call& c, const Member& member) {
     work.end = boundary(c.rows, rows * c.groups, chunks, work.row, rows, end - from, all);
     work.sums = panel + panel_size;
     work.length = block.length;
-    work.plane = blocks.pixels;
+    work.plane = y_plane(c);
     work.y = y_of(c, image) + block.start;
     work.residual = c.residual ? residual_of(c, image) + block.start : nullptr;
     const int64_t channel = group * (c.c_in / c.groups);

@@ -14,10 +14,19 @@ Shape = tuple[int, ...]
 
 @dataclass
 class Task:
-    """A call of the kernel: its numbers, and which value each pointer to pixels is, by field."""
+    """A call of the kernel.
+
+    Attributes:
+        struct: its numbers.
+        values: which value each pointer to pixels is, by field.
+        shifts: floats from where a value lies to where the call takes its first row to be, by field.
+        step: the layer that it is a part of.
+    """
 
     struct: CallStruct
     values: dict[str, int]
+    shifts: dict[str, int] = field(default_factory=dict)
+    step: int = 0
 
     @property
     def strided(self) -> bool:
