@@ -136,7 +136,7 @@ class ConvCall(_Layer):
             if "dense" not in self._forms:
                 self._forms["dense"] = [_dense(values, columns, rows, g, self._chunk)]
             return LINEAR, (None, *self._forms["dense"], None, None, bias), None
-        if pixels_out == 1 or not quads_pay(self._density):
+        if pixels_out == 1 or not quads_pay(len(values) / max(len(rows) - 1, 1)):
             return CONVOLUTION, self._kept, None
         if "quads" not in self._forms:
             self._forms["quads"] = in_quads(values, columns, rows, g.groups, self._chunks)

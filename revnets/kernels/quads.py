@@ -9,12 +9,16 @@ from .build import load_kernel
 
 QUAD = 4
 PATTERNS = 1 << QUAD
-MIN_DENSITY = 0.25  # below it, lists are too short for what a loop costs to leave
+MIN_WEIGHTS = 9.0  # of an output channel and a chunk, on average: of fewer, leaving the loops takes too long
 
 
-def pay(density: float) -> bool:
-    """Whether a layer of this density is faster by quads than channel by channel, with the vectors of this machine."""
-    return density >= MIN_DENSITY and bool(load_kernel().revnets_quads())
+def pay(weights: float) -> bool:
+    """Whether a layer is faster by quads than channel by channel, with the vectors of this machine.
+
+    Args:
+        weights: of an output channel and a chunk, on average.
+    """
+    return weights >= MIN_WEIGHTS and bool(load_kernel().revnets_quads())
 
 
 def in_quads(

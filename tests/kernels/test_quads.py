@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from revnets.deploy.runners import torch_threads
+from revnets.kernels import quads
 from revnets.kernels.build import ACTIVATIONS, LINEAR, Geometry, kernel_problem
 from revnets.kernels.calls import ConvCall, LinearCall, ScaleCall, in_chunks
 from revnets.kernels.compressed import activate, compress
@@ -19,6 +20,12 @@ from revnets.kernels.quads import PATTERNS, QUAD, in_quads, pay
 
 from ..deploy.nets import pruned_weight
 from .nets import needs_kernel
+
+
+@pytest.fixture
+def _always_by_quads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also layers of few weights, where the machine has quads."""
+    monkeypatch.setattr(quads, "MIN_WEIGHTS", 0.0)
 
 
 def _random(*size: int, seed: int = 0) -> Tensor:
@@ -68,6 +75,7 @@ def test_every_weight_is_in_one_list(
 
 
 @needs_kernel
+@pytest.mark.usefixtures("_always_by_quads")
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.7])
 @pytest.mark.parametrize(("inputs", "outputs", "groups"), [(16, 22, 1), (300, 9, 1), (12, 15, 3)])
@@ -86,6 +94,7 @@ def test_blocks_of_any_length(sparsity: float, inputs: int, outputs: int, groups
 
 
 @needs_kernel
+@pytest.mark.usefixtures("_always_by_quads")
 def test_pixels_do_not_depend_on_their_neighbours() -> None:
     """Sums have one order, however many pixels there are beside them."""
     weight = pruned_weight(10, 200, 1, 1, sparsity=0.6, seed=0)
@@ -96,7 +105,8 @@ def test_pixels_do_not_depend_on_their_neighbours() -> None:
 
 
 @needs_kernel
-@pytest.mark.skipif(kernel_problem() is not None or not pay(0.3), reason="no quads on this machine")
+@pytest.mark.skipif(kernel_problem() is not None or not pay(99), reason="no quads on this machine")
+@pytest.mark.usefixtures("_always_by_quads")
 def test_a_number_that_is_none_stays_with_its_inputs() -> None:
     weight = torch.tensor([[1.0, 0, 0], [1.0, 1, 0], [0, 1, 0], [0, 0, 1.0], [1.0, 1, 1]])
     x = _random(1, 3, 4, 5)
