@@ -1,10 +1,8 @@
-// A layer as Python hands it over, and the threads that compute it together.
+// A layer as Python hands it over, and a thread's part of it.
 
 #pragma once
 
-#include <atomic>
 #include <cstdint>
-#include <thread>
 #include <vector>
 
 #include "vectors.h"
@@ -19,9 +17,9 @@ enum Kind { kConvolution = 0, kDepthwise, kMean, kScale, kMap, kCopy, kUpsample,
 
 // One layer. Weights of a convolution: the flattened (C_in / groups, kh, kw) of a group is cut into chunks of `chunk`
 // inputs; of chunk j and output channel o, values[i] is the weight of input j * chunk + columns[i], for i from
-// rows[j * c_out + o] to rows[j * c_out + o + 1]. Depthwise: values are (C, kh, kw), linear: (C_out, C_in), dense. bias and residual (of the
-// output's shape, added before the activation) may be null. A convolution with `gates` multiplies each input channel of
-// each image with its own; a depthwise one with `means` writes each plane's mean there, too.
+// rows[j * c_out + o] to rows[j * c_out + o + 1]. Depthwise: values are (C, kh, kw), linear: (C_out, C_in), dense. bias
+// and residual (of the output's shape, added before the activation) may be null. A convolution with `gates` multiplies
+// each input channel of each image with its own; a depthwise one with `means` writes each plane's mean there, too.
 struct Call {
   const float* x;
   const float* values;

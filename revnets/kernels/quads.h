@@ -1,10 +1,10 @@
 // Convolutions with compressed weights by quads: four output channels at once, where vectors are wide.
 //
-// A processor with AVX-512 loads one vector from the first cache in the time of one multiplication (Zen 4; Intel's two
-// of both), and broadcasting a weight is such a load, too: of five vectors of pixels that a weight multiplies, a sixth of
-// the time is lost. So four output channels share what is loaded: the inputs of a chunk are sorted by which of the four
-// have a weight for them, which makes 15 lists, and each list is a loop that knows its channels. Its vectors of pixels
-// are loaded once for all of them. Fewer weights per list than now make the loops too short: see quads.py.
+// Zen 4 loads a vector of AVX-512 from the first cache in the time of a multiplication, and broadcasting a weight is
+// such a load, too: of five vectors of pixels that a weight multiplies, a sixth of the time is lost. So four output
+// channels share what is loaded: the inputs of a chunk are sorted by which of the four have a weight for them, which
+// makes 15 lists, and each list is a loop that knows its channels. Its vectors of pixels are loaded once for all of them.
+// Where there are few weights, the loops are too short: see quads.py.
 
 #pragma once
 
@@ -15,23 +15,23 @@
 namespace {
 
 constexpr int kQuad = 4;
-constexpr int kPatterns = 1 << kQuad;  // each list's number of inputs, the first of no channel: unused
+constexpr int kPatterns = 1 << kQuad;  // sets of channels; there is no list for the one of none
 constexpr int kQuadVectors = 6;        // of a block, at most: 24 sums, 6 vectors of pixels and a weight are 31 registers
 
 // A chunk of a block of pixels. A row is an output channel or a quad.
 struct Work {
   const float* panel;
-  int64_t pitch;              // of its lines
-  const int32_t* rows;        // where each row's weights begin, from the chunk's first row on
-  int64_t begin, end;         // rows
-  int64_t row, channel;       // the group's first row and output channel
-  int64_t channels;           // of the group
-  float* sums;                // of the chunks before: a line of the panel's pitch per output channel from `begin`
-  bool first, last;           // chunk
-  int64_t length;             // pixels of the block
-  int64_t plane;              // of the output
-  float* y;                   // the block's first pixel in the image's first output channel
-  const float* residual;      // likewise, or null
+  int64_t pitch;           // of its lines
+  const int32_t* rows;     // where each row's weights begin, from the chunk's first row on
+  int64_t begin, end;      // rows
+  int64_t row, channel;    // the group's first row and output channel
+  int64_t channels;        // of the group
+  float* sums;             // of the chunks before: a line of the panel's pitch per output channel from `begin`
+  bool first, last;        // chunk
+  int64_t length;          // pixels of the block
+  int64_t plane;           // of the output
+  float* y;                // the block's first pixel in the image's first output channel
+  const float* residual;   // likewise, or null
 };
 
 #if defined(__AVX512F__)

@@ -2,21 +2,23 @@
 //
 // A thread that another program keeps from its core would hold up all others at a barrier, layer after layer. So each
 // layer is cut into as many pieces as there are threads, whoever is there takes the next, and a layer is over when all
-// pieces that were taken are: one thread does all of them where the others do not come, and those who come late pass by.
+// of them are: one thread takes all where the others do not come, and those who come late pass by.
 
 #pragma once
 
 #include <atomic>
 #include <memory>
+#include <thread>
 
 #include "call.h"
 
 namespace {
 
-// Whether a layer takes less than it costs to hand half of it to another core.
+// Whether a layer takes less than it costs to hand half of it to another core, some tenths of a microsecond.
 bool is_tiny(const Call& c) {
-  const int64_t products = c.kind == kLinear ? c.c_in * c.c_out : c.c_in * c.h * c.w + c.c_out * c.h_out * c.w_out;
-  return c.n * products < 4096;
+  const bool is_mixing = c.kind == kConvolution || c.kind == kLinear || c.kind == kByteConvolution || c.kind == kByteLinear;
+  const int64_t window = std::max<int64_t>(1, c.kh * c.kw) * (is_mixing ? c.c_in / std::max<int64_t>(1, c.groups) : 1);
+  return c.n * std::max(c.c_in * c.h * c.w, c.c_out * c.h_out * c.w_out * window) < 16384;
 }
 
 class Turns {
