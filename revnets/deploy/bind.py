@@ -6,17 +6,31 @@ import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx, nn
 
 from ..kernels.build import CallStruct, Geometry
 from ..kernels.byte_ops import LAYERS as BYTE_LAYERS
 from ..kernels.byte_ops import arguments_of
-from ..kernels.calls import CatCall, ConvCall, MapCall, MaxPoolCall, MeanCall, ScaleCall, SliceCall, UpsampleCall
+from ..kernels.calls import (
+    CatCall,
+    ConvCall,
+    LinearCall,
+    MapCall,
+    MaxPoolCall,
+    MeanCall,
+    ScaleCall,
+    SliceCall,
+    UpsampleCall,
+)
 from ..kernels.compressed import conv_geometry, depthwise_geometry
 from ..kernels.fuse import fuse
 from ..kernels.plan import Call, Plan, Step
-from .graph import ATEN, argument, calls, clean, constant, is_changed, is_in_place, is_known, sole_name
+from .graph import ATEN, add_constant, argument, calls, clean, constant, is_changed, is_in_place, is_known, sole_name
 from .lower import ACTIVATION_OPS, OPS, pair
+
+_FEW = 8  # images: for more, torch multiplies matrices
+_FLATTENING = (ATEN.flatten.using_ints, ATEN.view.default, ATEN.reshape.default)
 
 
 class Bound(nn.Module):
@@ -49,6 +63,7 @@ def bind(graph: fx.GraphModule) -> fx.GraphModule:
     Layers that follow each other become one call; sums, gates, concatenations and the like only where layers are near.
     """
     _split_to_slices(graph)
+    _linear_to_images(graph)
     run: dict[fx.Node, _Layer] = {}
     number = 0
     for node in list(graph.graph.nodes):
@@ -67,7 +82,7 @@ def bind(graph: fx.GraphModule) -> fx.GraphModule:
 def _is_weighty(layer: _Layer) -> bool:
     if getattr(layer.call, "takes_bytes", False) or getattr(layer.call, "gives_bytes", False):
         return True
-    return isinstance(layer.call, ConvCall | MeanCall | MaxPoolCall | UpsampleCall)
+    return isinstance(layer.call, ConvCall | LinearCall | MeanCall | MaxPoolCall | UpsampleCall)
 
 
 def _split_to_slices(graph: fx.GraphModule) -> None:
@@ -89,6 +104,33 @@ def _split_to_slices(graph: fx.GraphModule) -> None:
             graph.graph.erase_node(item)
         if not node.users:
             graph.graph.erase_node(node)
+
+
+def _linear_to_images(graph: fx.GraphModule) -> None:
+    """Linear layers of what is images of one pixel, flattened, as convolutions of those, flattened afterwards.
+
+    Only of few images, a number that is known: of many, torch's products of matrices are faster.
+    """
+    for node in calls(graph, ATEN.linear.default):
+        flat: Any = argument(node, "input")
+        weight, value = constant(graph, argument(node, "weight")), node.meta.get("val")
+        if weight is None or not is_known(graph, argument(node, "bias")) or not isinstance(flat, fx.Node):
+            continue
+        source: Any = flat.args[0] if flat.target in _FLATTENING else None
+        if not _is_image(source) or _sizes(source) != [weight.shape[1], 1, 1] or not isinstance(value, Tensor):
+            continue
+        if not isinstance(value.shape[0], int) or value.shape[0] > _FEW or value.dim() != 2:
+            continue
+        with graph.graph.inserting_before(node):
+            window = add_constant(graph, f"{node.name}_window", weight.detach()[:, :, None, None])
+            image = graph.graph.call_function(ATEN.conv2d.default, (source, window, argument(node, "bias")))
+            image.meta["val"] = value[:, :, None, None]
+            new = graph.graph.call_function(ATEN.flatten.using_ints, (image, 1))
+        new.meta.update(node.meta)
+        node.replace_all_uses_with(new)
+        graph.graph.erase_node(node)
+        if not flat.users:
+            graph.graph.erase_node(flat)
 
 
 def _replace_run(graph: fx.GraphModule, run: dict[fx.Node, _Layer], name: str) -> None:
@@ -169,6 +211,18 @@ def _conv(graph: fx.GraphModule, node: fx.Node) -> _Layer | None:
     settings = [argument(node, name) for name in ("kernel_size", "stride", "padding", "dilation", "groups")]
     geometry = conv_geometry(source.meta["val"], rows, *settings)
     return _Layer(ConvCall(geometry, values, columns, rows, bias, activation), reads)
+
+
+def _linear(graph: fx.GraphModule, node: fx.Node) -> _Layer | None:
+    """A convolution that is a linear layer of images of one pixel."""
+    source, (weight, bias) = node.args[0], (constant(graph, argument(node, name)) for name in ("weight", "bias"))
+    if weight is None or not is_known(graph, argument(node, "bias")) or not _is_image(source):
+        return None
+    if argument(node, "groups") != 1 or _sizes(source)[1:] != [1, 1] or _sizes(node)[1:] != [1, 1]:  # type: ignore[arg-type]
+        return None
+    if tuple(weight.shape[2:]) != (1, 1) or weight.dtype is not torch.float32:
+        return None
+    return _Layer(LinearCall(weight.flatten(1), bias), (source,))  # type: ignore[arg-type]
 
 
 def _mean(graph: fx.GraphModule, node: fx.Node) -> _Layer | None:
@@ -252,6 +306,7 @@ def _max_pool(graph: fx.GraphModule, node: fx.Node) -> _Layer | None:
 _PREPARE: dict[Any, Callable[[fx.GraphModule, fx.Node], _Layer | None]] = {
     OPS.sparse_conv2d.default: _conv,
     OPS.depthwise_conv2d.default: _conv,
+    ATEN.conv2d.default: _linear,
     ATEN.mean.dim: _mean,
     ATEN.mul.Tensor: _product,
     ATEN.add.Tensor: _sum,

@@ -13,7 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..kernels.build import CONVOLUTION, COPY, DEPTHWISE, MAP, MAX_POOL, MEAN, SCALE, UPSAMPLE, CallStruct, load_kernel
+from ..kernels.build import (
+    CONVOLUTION,
+    COPY,
+    DEPTHWISE,
+    LINEAR,
+    MAP,
+    MAX_POOL,
+    MEAN,
+    SCALE,
+    UPSAMPLE,
+    CallStruct,
+    load_kernel,
+)
 from .bind import Bound, bind
 from .engines import ENGINES, sparse_graph
 from .graph import export_graph
@@ -145,6 +157,8 @@ def _described(c: CallStruct) -> tuple[str, str]:
     size = f"{c.c_in} -> {c.c_out} @ {c.h_out}x{c.w_out}"
     window = f"{c.kh}x{c.kw}" + (f" / {c.stride_h}" if max(c.stride_h, c.stride_w) > 1 else "")
     more = "".join(f", {name}" for name in ("residual", "gates", "means") if getattr(c, name))
+    if c.kind == LINEAR:
+        return "images of one pixel", size + more
     if c.kind not in (CONVOLUTION, DEPTHWISE):
         return _KINDS.get(c.kind, "of bytes"), size + more
     if c.kind == DEPTHWISE:

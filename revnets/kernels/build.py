@@ -25,7 +25,8 @@ SOURCE = Path(__file__).with_name("sparse_conv.cpp")
 HEADERS = [
     SOURCE.with_name(f"{name}.h")
     for name in (
-        *("vectors", "call", "convolution", "depthwise", "planes", "transpose", "weight_grad", "windows", "pixels"),
+        *("vectors", "call", "quads", "convolution", "depthwise", "linear", "planes", "transpose", "weight_grad"),
+        *("windows", "pixels", "turns"),
         *("byte_vectors", "bytes", "byte_convolution", "byte_depthwise", "byte_linear", "byte_planes"),
     )
 ]
@@ -52,7 +53,7 @@ class _NoCompiler(KernelUnavailable):
     """There is none; a kernel that is compiled already will do."""
 
 
-CONVOLUTION, DEPTHWISE, MEAN, SCALE, MAP, COPY, UPSAMPLE, MAX_POOL = range(8)
+CONVOLUTION, DEPTHWISE, MEAN, SCALE, MAP, COPY, UPSAMPLE, MAX_POOL, LINEAR = range(9)
 """``Kind`` of ``call.h``, of floats: those whose operands and outputs may be some channels of larger ones."""
 
 
@@ -70,6 +71,8 @@ class CallStruct(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("gates", "means")),
         *((f"{name}_image", ctypes.c_int64) for name in ("x", "residual", "y", "gates", "means")),
         *((name, ctypes.c_float) for name in ("scale", "residual_scale")),
+        ("counts", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("first_row", "end_row", "x_plane", "y_plane", "ring", "ring_first")),
     ]
 
 
@@ -315,6 +318,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "revnets_target": (ctypes.c_char_p, []),
     "revnets_byte_target": (ctypes.c_char_p, []),
     "revnets_byte_pairs": (_INTEGER, []),
+    "revnets_quads": (_INTEGER, []),
     "revnets_fits": (_INTEGER, [_POINTER, _POINTER, _INTEGER, _INTEGER, _INTEGER]),
     "revnets_run": (None, [_POINTER, _INTEGER, _INTEGER, _POINTER]),
     "revnets_weight_grad": (None, [_POINTER, _POINTER, _INTEGER]),

@@ -23,7 +23,7 @@ from .calls import check_geometry, check_residual, in_chunks, pooled
 from .operands import call, pointing, readable
 from .plan import Part, Plan, Shape, Step
 
-CONVOLUTION, DEPTHWISE, LINEAR, MEAN, MAP, SCALE, MAX_POOL, TO_BYTES, FROM_BYTES = range(8, 17)  # ``Kind`` of call.h
+CONVOLUTION, DEPTHWISE, LINEAR, MEAN, MAP, SCALE, MAX_POOL, TO_BYTES, FROM_BYTES = range(9, 18)  # ``Kind`` of call.h
 _LINES = 128  # of a panel, four input channels each: of four vectors of pixels they fill the first cache
 
 

@@ -1,10 +1,8 @@
-// A layer as Python hands it over, and the threads that compute it together.
+// A layer as Python hands it over, and a thread's part of it.
 
 #pragma once
 
-#include <atomic>
 #include <cstdint>
-#include <thread>
 #include <vector>
 
 #include "vectors.h"
@@ -12,15 +10,16 @@
 extern "C" {
 
 enum Kind { kConvolution = 0, kDepthwise, kMean, kScale, kMap, kCopy, kUpsample, kMaxPool,
+            kLinear,  // of images of one pixel
             // of bytes, see bytes.h
             kByteConvolution, kByteDepthwise, kByteLinear, kByteMean, kByteMap, kByteScale, kByteMaxPool, kToBytes,
             kFromBytes };
 
 // One layer. Weights of a convolution: the flattened (C_in / groups, kh, kw) of a group is cut into chunks of `chunk`
 // inputs; of chunk j and output channel o, values[i] is the weight of input j * chunk + columns[i], for i from
-// rows[j * c_out + o] to rows[j * c_out + o + 1]. Depthwise: values are (C, kh, kw), dense. bias and residual (of the
-// output's shape, added before the activation) may be null. A convolution with `gates` multiplies each input channel of
-// each image with its own; a depthwise one with `means` writes each plane's mean there, too.
+// rows[j * c_out + o] to rows[j * c_out + o + 1]. Depthwise: values are (C, kh, kw), linear: (C_out, C_in), dense. bias
+// and residual (of the output's shape, added before the activation) may be null. A convolution with `gates` multiplies
+// each input channel of each image with its own; a depthwise one with `means` writes each plane's mean there, too.
 struct Call {
   const float* x;
   const float* values;
@@ -42,6 +41,10 @@ struct Call {
   // Floats from one image to the next, of operands that are some channels of others; 0 where nothing is between them.
   int64_t x_image, residual_image, y_image, gates_image, means_image;
   float scale, residual_scale;
+  const int16_t* counts;  // of a convolution by quads, see quads.h; else null
+  // Some rows of the output of a convolution, where the last is not 0, and floats from one channel to the next, where
+  // they are not those of an image; of a depthwise one, row r of the input is its row (r + ring_first) % ring, see bands.py.
+  int64_t first_row, end_row, x_plane, y_plane, ring, ring_first;
 };
 
 }  // extern "C"
@@ -53,47 +56,20 @@ template <typename Float>
 inline Float* image_of(Float* first, int64_t image, int64_t apart, int64_t size) {
   return first ? first + image * (apart ? apart : size) : nullptr;
 }
+inline int64_t x_plane(const Call& c) { return c.x_plane ? c.x_plane : c.h * c.w; }
+inline int64_t y_plane(const Call& c) { return c.y_plane ? c.y_plane : c.h_out * c.w_out; }
+inline int64_t end_row(const Call& c) { return c.end_row ? c.end_row : c.h_out; }
 // Planes of a channel of an image, of floats.
 inline const float* x_of(const Call& c, int64_t image, int64_t channel = 0) {
-  return image_of(c.x, image, c.x_image, c.c_in * c.h * c.w) + channel * c.h * c.w;
+  return image_of(c.x, image, c.x_image, c.c_in * c.h * c.w) + channel * x_plane(c);
 }
 inline float* y_of(const Call& c, int64_t image, int64_t channel = 0) {
-  return image_of(c.y, image, c.y_image, c.c_out * c.h_out * c.w_out) + channel * c.h_out * c.w_out;
+  return image_of(c.y, image, c.y_image, c.c_out * c.h_out * c.w_out) + channel * y_plane(c);
 }
 inline const float* residual_of(const Call& c, int64_t image, int64_t channel = 0) {
   const int64_t plane = c.h_out * c.w_out;
   return c.residual ? image_of(c.residual, image, c.residual_image, c.c_out * plane) + channel * plane : nullptr;
 }
-
-// Waits until all threads have come here. They meet within microseconds, so that they spin; where there are fewer
-// cores than threads, or another program has one of them, they let others run.
-class Barrier {
- public:
-  explicit Barrier(int threads) : threads_(threads) {}
-  void wait() {
-    const int turn = turn_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
-      arrived_.store(0, std::memory_order_relaxed);
-      turn_.store(turn + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) {
-      if (spins > kSpins) {
-        std::this_thread::yield();
-      } else {
-#if defined(__x86_64__) || defined(__i386__)
-        __builtin_ia32_pause();
-#endif
-      }
-    }
-  }
-
- private:
-  static constexpr int kSpins = 4000;  // some 50 to 100 microseconds
-  const int threads_;
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<int> turn_{0};
-};
 
 // One of `size` threads that share a layer.
 struct Member {

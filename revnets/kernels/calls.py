@@ -14,6 +14,7 @@ from .build import (
     CONVOLUTION,
     COPY,
     DEPTHWISE,
+    LINEAR,
     MAP,
     MAX_POOL,
     MEAN,
@@ -23,11 +24,14 @@ from .build import (
     Geometry,
     load_kernel,
 )
-from .operands import call, pointing, readable
+from .operands import address, call, pointing, readable
 from .plan import Part, Plan, Shape, Step
+from .quads import in_quads
+from .quads import pay as quads_pay
 
 _WEIGHTS_PER_LINE = 24  # of a chunk: fewer, and the sums between two chunks cost more than they save
 _CHUNKS = (128, 256)  # inputs whose pixels fill the first cache, and the most that do no harm
+_MIN_LINEAR = 0.2  # density: zeros of a linear layer cost less than their columns
 _MOST = 2**15  # pixels of a kernel, stride, padding or dilation: more would fill the memory with padded lines
 
 
@@ -91,10 +95,13 @@ class ConvCall(_Layer):
         if columns is not None and rows is not None:
             self.kind = CONVOLUTION
             inputs = geometry.in_channels // geometry.groups * math.prod(geometry.kernel_size)
-            self._chunk = chunk_size(inputs, len(values) / max(inputs * geometry.out_channels, 1))
+            self._density = len(values) / max(inputs * geometry.out_channels, 1)
+            self._chunk = chunk_size(inputs, self._density)
+            self._chunks = max(-(-inputs // self._chunk), 1)
             if self._chunk < inputs:
-                values, columns, rows = in_chunks(values, columns, rows, self._chunk, -(-inputs // self._chunk))
+                values, columns, rows = in_chunks(values, columns, rows, self._chunk, self._chunks)
         self._kept = (None, values, columns, rows, bias)  # the first is for the input
+        self._forms: dict[str, Sequence[Tensor]] = {}  # the same otherwise sorted, made when images need them
         self._activation = _activation(activation)
 
     @property
@@ -113,8 +120,62 @@ class ConvCall(_Layer):
         names = ("kh", "kw", "stride_h", "stride_w", "pad_h", "pad_w", "dil_h", "dil_w", "groups")
         numbers = zip(names, (*g.kernel_size, *g.stride, *g.padding, *g.dilation, g.groups), strict=True)
         more = {"activation": self._activation, "chunk": self._chunk, **dict(numbers)}
-        struct = _struct(self.kind, shapes[0], out, self._kept, **more)
+        kind, weights, counts = self._form(height * width, out[2] * out[3])
+        struct = _struct(kind, shapes[0], out, weights, **more)
+        if counts is not None:
+            struct.counts, struct.held = address(counts), (*weights, counts)
         return [Part(struct, _x_and_residual(shapes))], out
+
+    def _form(self, pixels: int, pixels_out: int) -> tuple[int, Sequence[Tensor | None], Tensor | None]:
+        """What is fastest for images of this size: the kind of call, its weights, and the counts of quads."""
+        g, (_, values, columns, rows, bias) = self.geometry, self._kept
+        if self.kind != CONVOLUTION or values is None or columns is None or rows is None:
+            return self.kind, self._kept, None
+        alone = (g.kernel_size, g.stride, g.padding, g.groups) == ((1, 1), (1, 1), (0, 0), 1) and pixels == 1
+        if alone and self._density >= _MIN_LINEAR:
+            if "dense" not in self._forms:
+                self._forms["dense"] = [_dense(values, columns, rows, g, self._chunk)]
+            return LINEAR, (None, *self._forms["dense"], None, None, bias), None
+        if pixels_out == 1 or not quads_pay(len(values) / max(len(rows) - 1, 1)):
+            return CONVOLUTION, self._kept, None
+        if "quads" not in self._forms:
+            self._forms["quads"] = in_quads(values, columns, rows, g.groups, self._chunks)
+        *found, counts = self._forms["quads"]
+        return CONVOLUTION, (None, *found, bias), counts
+
+
+class LinearCall(_Layer):
+    """A linear layer of images of one pixel: ``(N, C, 1, 1)`` to ``(N, C_out, 1, 1)``.
+
+    Args:
+        weight: ``(C_out, C)``.
+        bias: ``(C_out,)`` or None.
+
+    Raises:
+        ValueError: for weights of other types or sizes.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        if weight.dim() != 2:
+            raise ValueError(f"weight of shape {tuple(weight.shape)}: expected (outputs, inputs)")
+        self._outputs, self._inputs = weight.shape
+        bias = None if bias is None else readable("bias", bias.detach(), numel=self._outputs)
+        self._kept = (None, readable("weight", weight.detach()), None, None, bias)
+
+    def parts(self, shapes: Sequence[Shape]) -> tuple[list[Part], Shape]:
+        """See ``Call``."""
+        if tuple(shapes[0][1:]) != (self._inputs, 1, 1):
+            raise ValueError(f"input of shape {tuple(shapes[0])}: expected (N, {self._inputs}, 1, 1)")
+        out = (shapes[0][0], self._outputs, 1, 1)
+        return [Part(_struct(LINEAR, shapes[0], out, self._kept), {"x": 0})], out
+
+
+def _dense(values: Tensor, columns: Tensor, rows: Tensor, g: Geometry, chunk: int) -> Tensor:
+    """Weights of one chunk after another as a matrix."""
+    line = row_of_each(rows, len(values))
+    matrix = torch.zeros(g.out_channels, g.in_channels, device=values.device)
+    matrix[line % g.out_channels, line // g.out_channels * chunk + columns.long()] = values
+    return matrix
 
 
 def check_residual(shape: Sequence[int], out: Sequence[int]) -> None:

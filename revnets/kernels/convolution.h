@@ -10,6 +10,7 @@
 #pragma once
 
 #include "call.h"
+#include "quads.h"
 
 namespace {
 
@@ -21,18 +22,19 @@ bool is_pointwise(const Call& c) {
   return c.kh == 1 && c.kw == 1 && c.stride_h == 1 && c.stride_w == 1 && !c.pad_h && !c.pad_w;
 }
 
-// How the output's plane is cut into blocks of whole vectors, shared out evenly.
+// How the output's rows are cut into blocks of whole vectors, shared out evenly.
 struct Blocks {
-  int64_t pixels, vectors, count, largest;
+  int64_t first, pixels, vectors, count, largest;
   explicit Blocks(const Call& c) {
-    pixels = c.h_out * c.w_out;
+    first = c.first_row * c.w_out;
+    pixels = end_row(c) * c.w_out - first;
     vectors = (pixels + kLanes - 1) / kLanes;
-    const int64_t most = std::max<int64_t>(4, std::min<int64_t>(kVectors, kPanel / kLanes / c.chunk));
+    const int64_t most = std::max<int64_t>(4, std::min<int64_t>(c.counts ? kQuadVectors : kVectors, kPanel / kLanes / c.chunk));
     count = (vectors + most - 1) / most;
     largest = (vectors + count - 1) / count;
   }
   int64_t first_vector(int64_t block) const { return block * vectors / count; }
-  int64_t start(int64_t block) const { return std::min(first_vector(block) * kLanes, pixels); }
+  int64_t start(int64_t block) const { return first + std::min(first_vector(block) * kLanes, pixels); }
 };
 
 // Neighbouring pixels of the output.
@@ -74,7 +76,7 @@ inline void pack_run(const Call& c, const float* x, const Run& run, int64_t tap_
 // the group's channels may be null.
 void pack(const Call& c, const Block& b, const float* x, const float* gates, int64_t first, int64_t last, int64_t pitch,
           float* panel) {
-  const int64_t plane = c.h * c.w, tail = b.length - kLanes, before = (b.vectors - 1) * kLanes;
+  const int64_t plane = x_plane(c), tail = b.length - kLanes, before = (b.vectors - 1) * kLanes;
   if (is_pointwise(c) && b.length >= kLanes) {
     for (int64_t i = first; i < last; ++i, panel += pitch) {
       const float* from = x + i * plane + b.start;
@@ -103,20 +105,6 @@ void pack(const Call& c, const Block& b, const float* x, const float* gates, int
 }
 
 // --- multiplying -----------------------------------------------------------------------------------------------------
-
-// A chunk of a block.
-struct Work {
-  const float* panel;
-  int64_t pitch;          // of its lines
-  const int32_t* rows;    // of the chunk
-  int64_t begin, end;     // output channels
-  float* sums;            // of the chunks before: kVectors vectors per output channel from `begin`
-  bool first, last;       // chunk
-  int64_t length;         // pixels of the block
-  int64_t plane;          // of the output
-  float* y;               // the block's first pixel in the image's first output channel
-  const float* residual;  // likewise, or null
-};
 
 template <int kNumber>
 void multiply(const Call& c, const Work& work) {
@@ -197,14 +185,14 @@ void run_vectors(const Call& c, const Member& member) {
   }
 }
 
-// The member's share: whole blocks, of the first and the last perhaps a part of the output channels.
+// The member's share: whole blocks, of the first and the last perhaps a part of the output channels (or quads).
 void run_convolution(const Call& c, const Member& member) {
-  if (is_pointwise(c) && c.h * c.w == 1 && c.groups == 1) return run_vectors(c, member);
-  const int64_t inputs = c.c_in / c.groups * c.kh * c.kw, chunks = (inputs + c.chunk - 1) / c.chunk;
-  const int64_t outputs = c.c_out / c.groups;
+  if (is_pointwise(c) && c.h * c.w == 1 && c.groups == 1 && !c.counts) return run_vectors(c, member);
+  const int64_t inputs = c.c_in / c.groups * c.kh * c.kw, chunks = std::max<int64_t>(1, (inputs + c.chunk - 1) / c.chunk);
+  const int64_t outputs = c.c_out / c.groups, height = c.counts ? kQuad : 1, rows = (outputs + height - 1) / height;
   const Blocks blocks(c);
-  const int64_t pitch = blocks.largest * kLanes, panel_size = std::min(c.chunk, inputs) * pitch;
-  float* panel = scratch(panel_size + (chunks > 1 ? outputs * pitch : 0));
+  const int64_t largest = blocks.largest * kLanes, panel_size = std::min(c.chunk, inputs) * largest;
+  float* panel = scratch(panel_size + (chunks > 1 ? rows * height * largest : 0));
   const int64_t planes = c.n * c.groups, total = planes * blocks.vectors;
   const int64_t begin = total * member.id, end = total * (member.id + 1);  // in vectors / member.size
   for (int64_t piece = begin / member.size / blocks.vectors * blocks.count; piece < planes * blocks.count; ++piece) {
@@ -218,23 +206,27 @@ void run_convolution(const Call& c, const Member& member) {
     const Block block = {blocks.start(index), blocks.start(index + 1) - blocks.start(index), vectors};
     Work work;
     work.panel = panel;
-    work.pitch = pitch;
-    work.begin = boundary(c.rows, c.c_out, chunks, group * outputs, outputs, begin - from, all);
-    work.end = boundary(c.rows, c.c_out, chunks, group * outputs, outputs, end - from, all);
+    work.pitch = vectors * kLanes;
+    work.row = group * rows;
+    work.channel = group * outputs;
+    work.channels = outputs;
+    work.begin = boundary(c.rows, rows * c.groups, chunks, work.row, rows, begin - from, all);
+    work.end = boundary(c.rows, rows * c.groups, chunks, work.row, rows, end - from, all);
     work.sums = panel + panel_size;
     work.length = block.length;
-    work.plane = blocks.pixels;
+    work.plane = y_plane(c);
     work.y = y_of(c, image) + block.start;
     work.residual = c.residual ? residual_of(c, image) + block.start : nullptr;
     const int64_t channel = group * (c.c_in / c.groups);
     const float* x = x_of(c, image, channel);
     const float* gates = c.gates ? image_of(c.gates, image, c.gates_image, c.c_in) + channel : nullptr;
-    for (int64_t j = 0; j < std::max<int64_t>(chunks, 1); ++j) {
-      pack(c, block, x, gates, j * c.chunk, std::min(inputs, (j + 1) * c.chunk), pitch, panel);
-      work.rows = c.rows + j * c.c_out;
+    for (int64_t j = 0; j < chunks; ++j) {
+      pack(c, block, x, gates, j * c.chunk, std::min(inputs, (j + 1) * c.chunk), work.pitch, panel);
+      work.rows = c.rows + j * rows * c.groups;
       work.first = j == 0;
-      work.last = j + 1 >= chunks;
-      multiply_any(c, work);
+      work.last = j + 1 == chunks;
+      if (c.counts) multiply_quads_any(c, work, j * rows * c.groups, chunks * rows * c.groups);
+      else multiply_any(c, work);
     }
   }
 }

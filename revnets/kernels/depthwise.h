@@ -68,7 +68,8 @@ inline void depthwise_rows(const Call& c, const Plane& plane, const Range& range
   const float* lines[kLines];
   for (int m = 0; m < kLines; ++m) {
     const int64_t line = row * kStride + m - c.pad_h;
-    lines[m] = line >= 0 && line < c.h ? plane.x + line * c.w : plane.zeros;
+    const int64_t place = c.ring ? (line + c.ring_first) % c.ring : line;
+    lines[m] = line >= 0 && line < c.h ? plane.x + place * c.w : plane.zeros;
   }
   const Part part(0, c.w_out);
   for (int64_t start = 0; start < c.w_out; start += kLanes) {
@@ -94,8 +95,8 @@ inline void depthwise_rows(const Call& c, const Plane& plane, const Range& range
 
 // What comes after a channel's last pixel, while it is in the first cache.
 inline void finish_plane(const Call& c, int64_t image, int64_t channel, float* y) {
-  const int64_t pixels = c.h_out * c.w_out;
-  finish(y, pixels, c.activation);
+  const int64_t pixels = (end_row(c) - c.first_row) * c.w_out;
+  finish(y + c.first_row * c.w_out, pixels, c.activation);
   if (c.means) image_of(c.means, image, c.means_image, c.c_out)[channel] = mean_of(y, pixels);
 }
 
@@ -113,11 +114,12 @@ void run_depthwise(const Call& c, const Member& member) {
                          c.bias ? c.bias[channel] : 0.0f,
                          y_of(c, image, channel),
                          residual_of(c, image, channel)};
-    int64_t row = 0;
-    if (c.h_out % 7 == 0)
-      for (; row < c.h_out; row += 7) depthwise_rows<kSize, kStride, 7>(c, plane, range, row);
-    for (; row + 4 <= c.h_out; row += 4) depthwise_rows<kSize, kStride, 4>(c, plane, range, row);
-    for (; row < c.h_out; ++row) depthwise_rows<kSize, kStride, 1>(c, plane, range, row);
+    const int64_t last = end_row(c);
+    int64_t row = c.first_row;
+    if ((last - row) % 7 == 0)
+      for (; row < last; row += 7) depthwise_rows<kSize, kStride, 7>(c, plane, range, row);
+    for (; row + 4 <= last; row += 4) depthwise_rows<kSize, kStride, 4>(c, plane, range, row);
+    for (; row < last; ++row) depthwise_rows<kSize, kStride, 1>(c, plane, range, row);
     finish_plane(c, image, channel, plane.y);
   }
 }

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .bands import in_bands
 from .build import CallStruct, load_kernel
 from .operands import address, aim, readable
 from .shared import ALIGNMENT, Places, Shape, Task, arrange, plane, share
@@ -47,11 +48,12 @@ class Step:
 
 @dataclass
 class _Ready:
-    """A plan for inputs of one shape: its calls, what they point at (the memory between them, weights), the pointers
-    that each run sets."""
+    """A plan for inputs of one shape: its calls, what they point at (the memory between them, weights), the layers that
+    they belong to, the pointers that each run sets."""
 
     structs: Any
     held: tuple[Tensor, list[CallStruct]]
+    layers: list[int]
     shapes: list[Shape]
     inputs_at: list[tuple[int, str, int, int]]
     outputs_at: list[tuple[int, str, int, int]]
@@ -151,7 +153,10 @@ class Plan:
         ready = self._prepare(tuple(x.shape for x in inputs))
         outputs, taken = self._point(ready, inputs), (ctypes.c_double * len(ready.structs))()
         self._run(ready.structs, len(ready.structs), torch.get_num_threads(), taken)
-        return outputs, list(zip(ready.structs, taken, strict=True))
+        layers: dict[int, tuple[CallStruct, float]] = {}
+        for struct, step, seconds in zip(ready.structs, ready.layers, taken, strict=True):
+            layers[step] = struct, seconds + layers.get(step, (None, 0.0))[1]
+        return outputs, list(layers.values())
 
     def _given(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if len(inputs) != self._inputs:
@@ -188,11 +193,16 @@ class Plan:
                 raise ValueError(f"input of shape {shapes[0]}: too small, of a layer's output {shape} would be left")
             shapes.append(shape)
         tasks, places = share(tasks, self._inputs, self._outputs)
-        return self._ready(tasks, places, shapes)
+        for number, task in enumerate(tasks):
+            task.step = number
+        tasks, windows = in_bands(tasks, places, self._inputs, self._outputs)
+        return self._ready(tasks, places, shapes, windows)
 
-    def _ready(self, tasks: list[Task], places: Places, shapes: list[Shape]) -> _Ready:
-        """Memory for the values between the tasks, and their pointers to it."""
+    def _ready(self, tasks: list[Task], places: Places, shapes: list[Shape], windows: dict[int, int]) -> _Ready:
+        """Memory for the values between the tasks, of some only for `windows` floats, and their pointers to it."""
         floats = [math.prod(shape) // (4 if v in self._bytes else 1) for v, shape in enumerate(shapes)]
+        for v, number in windows.items():
+            floats[v] = number
         offsets, size = arrange(tasks, places, floats, {*range(self._inputs), *self._outputs})
         memory = torch.empty(size + ALIGNMENT, dtype=torch.float32, device="cpu")
         start = -(-address(memory) // (4 * ALIGNMENT)) * 4 * ALIGNMENT
@@ -201,7 +211,7 @@ class Plan:
         for at, task in enumerate(tasks):
             for name, value in task.values.items():
                 root, first = places.of(value)
-                offset = 4 * first * plane(shapes[root])
+                offset = 4 * (first * plane(shapes[root]) + task.shifts.get(name, 0))
                 if root != value:
                     setattr(array[at], f"{name}_image", math.prod(shapes[root][1:]))
                 if root < self._inputs:
@@ -210,4 +220,5 @@ class Plan:
                     outputs_at.append((at, name, self._outputs.index(root), offset))
                 else:
                     setattr(array[at], name, start + 4 * offsets[root] + offset)
-        return _Ready(array, (memory, [task.struct for task in tasks]), shapes, inputs_at, outputs_at)
+        layers = [task.step for task in tasks]
+        return _Ready(array, (memory, [task.struct for task in tasks]), layers, shapes, inputs_at, outputs_at)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from .build import COPY, DEPTHWISE, MAX_POOL, MEAN, CallStruct
+from .build import COPY, DEPTHWISE, LINEAR, MEAN, CallStruct
 
 ALIGNMENT = 16  # floats of a cache line
 Shape = tuple[int, ...]
@@ -14,15 +14,24 @@ Shape = tuple[int, ...]
 
 @dataclass
 class Task:
-    """A call of the kernel: its numbers, and which value each pointer to pixels is, by field."""
+    """A call of the kernel.
+
+    Attributes:
+        struct: its numbers.
+        values: which value each pointer to pixels is, by field.
+        shifts: floats from where a value lies to where the call takes its first row to be, by field.
+        step: the layer that it is a part of.
+    """
 
     struct: CallStruct
     values: dict[str, int]
+    shifts: dict[str, int] = field(default_factory=dict)
+    step: int = 0
 
     @property
     def strided(self) -> bool:
         """Whether its operands and its output may be some channels of larger ones."""
-        return int(self.struct.kind) <= MAX_POOL
+        return int(self.struct.kind) <= LINEAR
 
 
 @dataclass

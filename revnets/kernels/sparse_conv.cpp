@@ -1,7 +1,6 @@
 // The layers of a network that the kernel computes, one after the other, by a team of threads. Plain C interface.
 
 #include <chrono>
-#include <new>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -13,9 +12,11 @@
 #include "call.h"
 #include "convolution.h"
 #include "depthwise.h"
+#include "linear.h"
 #include "pixels.h"
 #include "planes.h"
 #include "transpose.h"
+#include "turns.h"
 #include "weight_grad.h"
 #include "windows.h"
 
@@ -31,6 +32,7 @@ void run(const Call& c, const Member& member) {
     case kCopy: return run_copy(c, member);
     case kUpsample: return run_upsample(c, member);
     case kMaxPool: return run_max_pool(c, member);
+    case kLinear: return run_linear(c, member);
     case kByteConvolution: return run_byte_convolution(c, member);
     case kByteDepthwise: return run_byte_depthwise(c, member);
     case kByteLinear: return run_byte_linear(c, member);
@@ -75,6 +77,14 @@ int64_t revnets_byte_pairs() {
   return 0;
 #endif
 }
+// Whether convolutions may come by quads, see quads.h.
+int64_t revnets_quads() {
+#if defined(__AVX512F__)
+  return 1;
+#else
+  return 0;
+#endif
+}
 int64_t revnets_call_size() { return sizeof(Call); }
 int64_t revnets_lanes() { return kLanes; }
 int64_t revnets_grad_call_size() { return sizeof(GradCall); }
@@ -94,19 +104,12 @@ int64_t revnets_fits(const int16_t* columns, const int32_t* rows, int64_t output
 void revnets_run(const Call* calls, int64_t count, int64_t threads, double* seconds) {
 #ifdef _OPENMP
   if (threads > 1) {
-    alignas(Barrier) unsigned char memory[sizeof(Barrier)];
-    Barrier* barrier = nullptr;
+    Turns turns(count, threads);
 #pragma omp parallel num_threads(static_cast<int>(threads))
-    {
-      const Member member = {omp_get_thread_num(), omp_get_num_threads()};  // perhaps fewer than asked for
-#pragma omp single
-      barrier = new (memory) Barrier(static_cast<int>(member.size));
-      for (int64_t i = 0; i < count; ++i) {
-        const double start = seconds ? seconds_now() : 0.0;
-        run(calls[i], member);
-        barrier->wait();
-        if (seconds && member.id == 0) seconds[i] = seconds_now() - start;
-      }
+    for (int64_t i = 0; i < count; ++i) {
+      const double start = seconds ? seconds_now() : 0.0;
+      turns.take(i, calls[i], [&](const Member& member) { run(calls[i], member); });
+      if (seconds && omp_get_thread_num() == 0) seconds[i] = seconds_now() - start;
     }
     return;
   }

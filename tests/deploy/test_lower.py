@@ -48,6 +48,20 @@ def test_lowered_network(act: type[nn.Module]) -> None:
         assert worst_error(evaluated(bound, x), evaluated(model, x)) < 1e-5
 
 
+@needs_kernel
+@pytest.mark.parametrize("batch", [1, 3, 9])
+def test_linear_layers_of_one_pixel_are_bound(batch: int) -> None:
+    """Those of few images, a number that is known."""
+    model = nn.Sequential(nn.Conv2d(3, 20, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(20, 7)).eval()
+    model[0].weight.data[:, 1:] = 0
+    x = images(batch, 12)
+    graph = export_graph(model, x, any_batch=False)
+    lower(graph, x, max_density=0.5)
+    bind(graph)
+    assert (ATEN.linear.default in [node.target for node in graph.graph.nodes]) == (batch > 8)
+    assert worst_error(evaluated(graph, x), evaluated(model, x)) < 1e-5
+
+
 def test_only_what_is_safe_is_fused() -> None:
     model, x = Odd().eval(), images(2, 12, channels=8)
     expected = evaluated(model, x.clone())

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from revnets.deploy.runners import torch_threads
-from revnets.kernels import build, compressed, plan
+from revnets.kernels import build, compressed, plan, quads
 from revnets.kernels.build import ACTIVATIONS, Geometry, KernelUnavailable, kernel_problem
 from revnets.kernels.calls import ConvCall, MapCall, MaxPoolCall, MeanCall, ScaleCall
 from revnets.kernels.compressed import activate, compress, decompress
@@ -127,10 +127,11 @@ def test_depthwise(size: Any, channels: int, side: int, stride: int, act: str, u
 @needs_kernel
 @pytest.mark.parametrize("side", [14, 32])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_threads_do_not_change_the_result(side: int, batch: int) -> None:
+@pytest.mark.parametrize("sparsity", [0.5, 0.8])
+def test_threads_do_not_change_the_result(side: int, batch: int, sparsity: float) -> None:
     """Neither those of OpenMP nor those of Python; few pixels are shared out by output channels."""
     g = Geometry(32, 48)
-    x, weight, bias, residual = operands(g, batch, side, side, 0.8, 0)
+    x, weight, bias, residual = operands(g, batch, side, side, sparsity, 0)
     call = ConvCall(g, *compress(weight), bias, "hardswish")
     before = torch.get_num_threads()
     try:
@@ -356,7 +357,8 @@ def test_other_vector_widths(flags: str, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(build, "_ATTEMPTS", [attempt])
     monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path))
     library = build.load_kernel.__wrapped__()
-    monkeypatch.setattr(plan, "load_kernel", lambda: library)
+    for module in (plan, quads):
+        monkeypatch.setattr(module, "load_kernel", lambda: library)
     for g in (Geometry(8, 9), Geometry(4, 6, (3, 3), (2, 2), (1, 1)), Geometry(6, 6, (3, 3), (1, 1), (1, 1), groups=6)):
         for size in (3, 7, 20):
             x, weight, bias, residual = operands(g, 2, size, size, 0.5, size)
