@@ -13,6 +13,7 @@
 #include "call.h"
 #include "convolution.h"
 #include "depthwise.h"
+#include "norms.h"
 #include "pixels.h"
 #include "planes.h"
 #include "transpose.h"
@@ -80,6 +81,7 @@ int64_t revnets_lanes() { return kLanes; }
 int64_t revnets_grad_call_size() { return sizeof(GradCall); }
 int64_t revnets_pixel_call_size() { return sizeof(PixelCall); }
 int64_t revnets_window_call_size() { return sizeof(WindowCall); }
+int64_t revnets_norm_call_size() { return sizeof(NormCall); }
 
 // Whether a layer's structure, see Call, stays within `values` weights and `inputs` inputs of an output channel.
 int64_t revnets_fits(const int16_t* columns, const int32_t* rows, int64_t outputs, int64_t values, int64_t inputs) {
@@ -134,6 +136,11 @@ void revnets_windows_grad(const WindowCall* call, float* sums, int64_t threads) 
 // A 1x1 convolution of images by pixel.
 void revnets_pixels(const PixelCall* call, int64_t threads) {
   together(threads, [&](const Member& member) { run_pixels(*call, member); });
+}
+
+// A batch norm with its activation: of what there is in NormWork, that which is asked for.
+void revnets_norm(const NormCall* call, int64_t work, int64_t threads) {
+  together(threads, [&](const Member& member) { run_norm(*call, work, member); });
 }
 
 // weight * mask, of bytes 0 and 1; y may be the weight itself.

@@ -26,6 +26,7 @@ from ...reversible.traced import is_traced
 from ...sparsity.blocks import block_of, is_whole, shape_of_blocks
 from ...sparsity.masks import check_sparsity, kept, mask_with_count
 from ..fold import folded_layer, plain_layer
+from ..kernel_norms import use_kernel_norms
 from ..sites import MASKED, Unsuitable
 from .geometry import geometry_of
 
@@ -386,6 +387,7 @@ def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
     for module in model.modules():
         if hasattr(module, "keep_layout"):  # in the other its modes would differ in the last bits
             module.keep_layout = served > 0  # type: ignore[assignment]
+    use_kernel_norms(model, served > 0)
     return served
 
 
