@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from .build import CallStruct, Geometry, GradStruct, PixelStruct, kernel_problem, load_kernel, warn_of_dense_path
 from .calls import chunk_size, in_chunks
 from .compressed import MAX_COLUMNS, compress
-from .layouts import by_pixel, check_images, images_by_pixel, like, pixels, sums
+from .layouts import by_pixel, check_images, images_by_pixel, is_channels_last, like, pixels, sums
 from .operands import call, pointing, readable
 
 MAX_DENSITY = 0.5  # above it torch's dense kernels are about as fast
@@ -80,7 +80,9 @@ class Compressed:
         return y
 
     def _by_pixel(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-        y, x = images_by_pixel(x, self.out_channels, x.shape[2:]), readable("input", pixels(x))
+        shape = (len(x), self.out_channels, *x.shape[2:])
+        y = images_by_pixel(x, shape) if is_channels_last(x) else x.new_empty(shape)
+        x = readable("input", pixels(x))
         sizes = (x.numel() // self.in_channels, self.in_channels, self.out_channels, self.groups, self.chunk)
         struct = pointing(PixelStruct, (x, values, self.columns, self.rows, bias, pixels(y)), *sizes)
         call(load_kernel().revnets_pixels, ctypes.byref(struct), torch.get_num_threads())
@@ -166,6 +168,7 @@ class Structure:
         shape: torch.Size,
         needed: Sequence[bool],
         size: torch.Size | None = None,
+        last: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of input, weight and bias, where they are needed.
 
@@ -176,6 +179,7 @@ class Structure:
             shape: of the weight, whose gradient is 0 where the mask is False.
             needed: three.
             size: of the input, where there is no x.
+            last: likewise whether it was channels last.
 
         Raises:
             ValueError: for tensors that do not belong together.
@@ -220,14 +224,14 @@ class _SparseConv(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, structure: Structure) -> Tensor:
         values = structure.values(weight.detach())
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values)
-        ctx.structure, ctx.shape, ctx.size = structure, weight.shape, x.shape
+        ctx.structure, ctx.shape, ctx.input = structure, weight.shape, (x.shape, is_channels_last(x))
         return structure.convolve(x, values, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, values = ctx.saved_tensors
-        return *ctx.structure.grads(grad, x, values, ctx.shape, ctx.needs_input_grad, ctx.size), None
+        return *ctx.structure.grads(grad, x, values, ctx.shape, ctx.needs_input_grad, *ctx.input), None
 
 
 def sparse_conv(x: Tensor, weight: Tensor, bias: Tensor | None, structure: Structure) -> Tensor:

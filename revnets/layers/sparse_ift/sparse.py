@@ -359,10 +359,10 @@ def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
     less than a million products, not float32 or not on the CPU, autocast, ``torch.compile``, ``torch.func``, while
     RigL gathers dense gradients; and where it was measured, once for its kind of input, that the kernel is no faster:
     see ``revnets.kernels.breakeven``. Maps stay as they are, contiguous or channels last: the kernel reads 1x1
-    convolutions in either, and transposes others. Large weights of layers that stay dense are masked by it, too. The
-    choice belongs to the module: it is copied and pickled with it, and is no part of ``state_dict``.
-
-    A RevBiFPN keeps its maps contiguous then: RevBiFPN-S0 loses more by it than the kernel gains.
+    convolutions in either, and transposes others. Large weights of layers that stay dense are masked by it, too, and
+    batch norms in training are computed by it, with their activations where these are one with them: what is left of a
+    step once zeros are skipped is norms for the most part. The choice belongs to the modules: it is copied and pickled
+    with them, and is no part of ``state_dict``.
 
     Args:
         model: with sparse layers.
@@ -384,9 +384,6 @@ def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
     for layer in layers:
         layer.sparse_kernel = enabled and _served(layer)  # type: ignore[assignment]
     served = sum(bool(layer.sparse_kernel) for layer in layers)
-    for module in model.modules():
-        if hasattr(module, "keep_layout"):  # in the other its modes would differ in the last bits
-            module.keep_layout = served > 0  # type: ignore[assignment]
     use_kernel_norms(model, served > 0)
     return served
 
