@@ -25,7 +25,8 @@ SOURCE = Path(__file__).with_name("sparse_conv.cpp")
 HEADERS = [
     SOURCE.with_name(f"{name}.h")
     for name in (
-        *("vectors", "call", "convolution", "depthwise", "planes", "transpose", "weight_grad", "windows", "pixels", "norms"),
+        *("vectors", "call", "convolution", "depthwise", "planes", "transpose", "weight_grad", "windows", "pixels"),
+        *("norms", "norm_parts", "norms_by_pixel", "norms_of_planes"),
         *("byte_vectors", "bytes", "byte_convolution", "byte_depthwise", "byte_linear", "byte_planes"),
     )
 ]

@@ -40,7 +40,9 @@ def is_channels_last(x: Tensor) -> bool:
         >>> is_channels_last(pixel), is_channels_last(pixel.to(memory_format=torch.channels_last))
         (False, True)
     """
-    return x.stride(1) == 1 < x.stride(3) or (not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last))
+    return x.stride(1) == 1 < x.stride(3) or (
+        not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def like(grad: Tensor, x: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Batch norm with its activation on the kernel, in training: see ``norms.h``. The same bits for any number of threads."""
+"""Batch norm with its activation on the kernel, in training: see ``norms.h``. Threads do not change a bit."""
 
 from __future__ import annotations
 

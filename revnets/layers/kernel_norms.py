@@ -1,4 +1,4 @@
-"""Batch norms of any network on the C++ kernel, with the activation inside of timm's: a pass where torch takes three."""
+"""Batch norms of any network on the C++ kernel, with the activation inside of timm's."""
 
 from __future__ import annotations
 

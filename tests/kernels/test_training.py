@@ -96,7 +96,7 @@ def test_layouts_do_not_change_a_bit(channels: Any, chunks: int, size: Any) -> N
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("side", [1, 5])
 def test_some_channels_of_images_are_laid_out_as_these(layout: torch.memory_format, side: int) -> None:
-    """The halves that couplings read: else a network's maps change their layout on the way, and its modes their bits."""
+    """Halves, such as couplings read: else maps change their layout on the way, and a network's modes their bits."""
     made = layer(8, 24)
     x = images(2, 16, side).contiguous(memory_format=layout)[:, 8:]
     found = step(made, x)
