@@ -336,6 +336,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "revnets_pixels": (None, [_POINTER, _INTEGER]),
     "revnets_norm": (None, [_POINTER, _INTEGER, _INTEGER]),
     "revnets_mask": (None, [_POINTER, _POINTER, _INTEGER, _POINTER, _INTEGER]),
+    "revnets_gather": (None, [_POINTER, _POINTER, _INTEGER, _POINTER, _INTEGER]),
     "revnets_transpose": (None, [_POINTER, _INTEGER, _INTEGER, _POINTER, _INTEGER]),
     **dict.fromkeys(SIZES, (_INTEGER, [])),
 }

@@ -148,6 +148,11 @@ void revnets_mask(const float* weight, const uint8_t* mask, int64_t count, float
   together(threads, [&](const Member& member) { run_mask(weight, mask, count, y, member); });
 }
 
+// to[k] = from[places[k]]
+void revnets_gather(const float* from, const int32_t* places, int64_t count, float* to, int64_t threads) {
+  together(threads, [&](const Member& member) { run_gather(from, places, count, to, member); });
+}
+
 // A matrix of `height` lines of `width` numbers.
 void revnets_transpose(const float* x, int64_t height, int64_t width, float* y, int64_t threads) {
   together(threads, [&](const Member& member) { run_transpose(x, height, width, y, member); });

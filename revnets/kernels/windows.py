@@ -17,7 +17,7 @@ from .compressed import MAX_COLUMNS
 from .frames import Lines, Planes, Side
 from .layouts import check_images, is_channels_last, laid_out, planes, sums
 from .operands import readable
-from .training import Structure
+from .training import Structure, gathered
 
 MAX_STRIDE = 8  # frames have its square of phases
 MAX_FRAME = 2**24  # bytes of an image's frame that breakeven.py allows: every thread keeps the memory of its largest
@@ -31,7 +31,7 @@ class _Phase:
         phase: of the rows and of the columns.
         shifts: of the taps, likewise; see ``Side.backwards``.
         lines: where the weights are.
-        order: int64, of its values among those of the structure.
+        order: int32, of its values among those of the structure.
     """
 
     phase: tuple[int, int]
@@ -68,11 +68,10 @@ class WindowStructure(Structure):
         self.verdicts = {}
         numbers = torch.arange(1, mask.numel() + 1, dtype=torch.int32, device="cpu").view(mask.shape) * mask
         self._lines, found = Lines.of(numbers.flatten(2))
-        self._places = found - 1
-        self.places = self._places.long()
+        self.places = found - 1
         self.density = len(found) / max(mask.numel(), 1)
         ranks = torch.zeros(mask.numel(), dtype=torch.int32, device="cpu")
-        ranks[self.places] = torch.arange(1, len(found) + 1, dtype=torch.int32, device="cpu")
+        ranks[self.places.long()] = torch.arange(1, len(found) + 1, dtype=torch.int32, device="cpu")
         self._phases = _phases(ranks.view(mask.shape), geometry)
 
     def convolve(self, x: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -116,10 +115,10 @@ class WindowStructure(Structure):
             self._input_grad(dy, readable("values", values, numel=len(self.places)), dx)
             grad_x = laid_out(dx.tensor, last, size)
         if needed[1] and x is not None:
-            grad_weight = grad.new_zeros(shape)
+            grad_weight = grad.new_empty(shape) if grad.numel() else grad.new_zeros(shape)
             if grad.numel():
                 given = _planes(x, last)
-                frames.weight_grad(self._lines, self._sides(grad.shape), given, dy, self._places, grad_weight)
+                frames.weight_grad(self._lines, self._sides(grad.shape), given, dy, self.places, grad_weight)
         if needed[2]:
             grad_bias = sums(grad)
         return grad_x, grad_weight, grad_bias
@@ -145,7 +144,7 @@ class WindowStructure(Structure):
             numbers = zip(size[2:], g.stride, g.padding, part.phase, part.shifts, strict=True)
             high, wide = (Side.backwards(*each) for each in numbers)
             if size[0] and high.count and wide.count:
-                frames.convolve(part.lines, (high, wide), dy, values.index_select(0, part.order), None, dx)
+                frames.convolve(part.lines, (high, wide), dy, gathered(values, part.order), None, dx)
 
 
 def _planes(x: Tensor, last: bool) -> Planes:
@@ -171,7 +170,7 @@ def _phases(ranks: Tensor, g: Geometry) -> list[_Phase]:
         shifts = [[k * d // s for k in each] for each, d, s in zip(taps, g.dilation, g.stride, strict=True)]
         part = ranks[:, :, taps[0]][:, :, :, taps[1]].transpose(0, 1).flatten(2)
         lines, order = Lines.of(part)
-        found.append(_Phase((phase[0], phase[1]), (shifts[0], shifts[1]), lines, order.long() - 1))
+        found.append(_Phase((phase[0], phase[1]), (shifts[0], shifts[1]), lines, order - 1))
     return found
 
 

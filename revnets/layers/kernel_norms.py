@@ -35,7 +35,7 @@ def use_kernel_norms(model: nn.Module, enabled: bool = True) -> None:
         if type(norm) not in _KINDS:
             continue
         vars(norm).pop("forward", None)
-        norm.sparse_kernel = enabled  # type: ignore[assignment]
+        norm.sparse_kernel = enabled
         if enabled:  # not a class of its own: what asks for the type, such as lean layers, still knows it
             norm.forward = functools.partial(_forward, norm)  # type: ignore[method-assign]
 
