@@ -179,9 +179,10 @@ class MaskedWeight(nn.Module):
             return None
         if not kernel_serves(x, self.weight, self.bias):
             return None
-        version = 0 if self.mask.is_inference() else self.mask._version
+        mask = self.mask
+        version = 0 if mask.is_inference() else mask._version
         settings = self._settings()
-        kind = (x.shape, torch.get_num_threads(), id(self.mask), version, settings)
+        kind = (x.shape, torch.get_num_threads(), id(mask), version, settings)
         if kind == self._dense_for:
             return None
         structure = self._current(settings)
@@ -289,7 +290,7 @@ class SparseConv2d(MaskedWeight, nn.Conv2d):  # type: ignore[misc]
         return min(structure.geometry.output_size(*x.shape[2:])) > 0 and pays(structure, x, linear=False)
 
     def _settings(self) -> tuple[Any, ...]:
-        return geometry_of(self), self.padding_mode, self.padding
+        return self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode
 
     def _make_structure(self, mask: Tensor) -> Structure:
         return structure_of(mask, geometry_of(self))
