@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from revnets.kernels import norms
 from revnets.kernels.norms import NAMES, grads, measured, measured_means, normed, plane_sums
 from revnets.layers import MBConv, SparseConv2d, kernel_norms, use_sparse_kernel
+from revnets.reversible import AdditiveCoupling, RevSequential
 
 from .nets import assert_close, images, needs_kernel, step
 
@@ -261,6 +264,36 @@ def test_differentiable_twice() -> None:
         found.append(torch.autograd.grad(grad.square().sum(), [x, norm.weight]))
     for ours, theirs in zip(*found, strict=True):
         assert float((ours - theirs).norm()) <= 1e-3 * float(theirs.norm())
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_branches_that_are_computed_again(works: list[int], watched: bool) -> None:
+    """The same bits, and the statistics move once; where somebody looks on forwards, torch's own norms do."""
+
+    class Net(RevSequential):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return torch.cat(super().forward(*x.chunk(2, 1)), 1)
+
+    def branch() -> nn.Module:
+        return nn.Sequential(SparseConv2d(8, 8, 1, sparsity=0.5, bias=False), BatchNormAct2d(8))
+
+    torch.manual_seed(0)
+    net, found = Net([AdditiveCoupling(branch(), branch())], exact=True), []
+    use_sparse_kernel(net)
+    for net.mode in ("store", "reversible"):
+        x = images().requires_grad_()
+        with FlopCounterMode(display=False) if watched else nullcontext():
+            y = net(x)
+        y.square().sum().backward()
+        found.append([y.detach(), x.grad, *(p.grad.clone() for p in net.parameters())])
+        net.zero_grad()
+    assert {int(m.num_batches_tracked) for m in net.modules() if isinstance(m, nn.BatchNorm2d)} == {2}
+    if watched:  # other bits the second time
+        for ours, stored in zip(*found, strict=True):
+            assert float((ours - stored).norm()) <= 1e-3 * float(stored.norm())
+    else:
+        assert all(map(torch.equal, *found))
+        assert len(works) == 2 * (2 + 3)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

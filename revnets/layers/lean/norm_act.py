@@ -45,7 +45,7 @@ def norm_act(x: Tensor, norm: nn.Module, act: nn.Module | None = None) -> Tensor
     return normed_on(calls_for(norm, name, x), x, norm, name)
 
 
-def normed_on(calls: Any, x: Tensor, norm: Any, act: str) -> Tensor:
+def normed_on(calls: Any, x: Tensor, norm: Any, act: str, reused: bool = True) -> Tensor:
     """``act(norm(x))`` of a norm that ``takes_batch``.
 
     Args:
@@ -53,9 +53,14 @@ def normed_on(calls: Any, x: Tensor, norm: Any, act: str) -> Tensor:
         x: ``(N, C, H, W)``.
         norm: batch norm.
         act: name of an activation that these know.
+        reused: whether the statistics are, when a branch is computed again: it has to come here both times then.
     """
     fresh: list[Tensor] = []
-    mean, var = once(lambda: in_forward(calls.batch_norm_act_, x, norm, act, fresh), owner=norm)
+
+    def measured() -> Any:
+        return in_forward(calls.batch_norm_act_, x, norm, act, fresh)
+
+    mean, var = once(measured, owner=norm) if reused else measured()
     return _NormAct.apply(x, norm.weight, norm.bias, mean, var, norm.eps, act, fresh, calls)
 
 
