@@ -35,9 +35,9 @@ def use_kernel_norms(model: nn.Module, enabled: bool = True) -> None:
         if type(norm) not in _KINDS:
             continue
         vars(norm).pop("forward", None)
-        norm.sparse_kernel = enabled
+        norm.sparse_kernel = enabled  # type: ignore[assignment]
         if enabled:  # not a class of its own: what asks for the type, such as lean layers, still knows it
-            norm.forward = functools.partial(_forward, norm)  # type: ignore[method-assign]
+            norm.forward = functools.partial(_forward, norm)
 
 
 def _forward(norm: Any, x: Tensor) -> Tensor:
