@@ -37,10 +37,12 @@ from .windows import MAX_FRAME, frame_bytes, structure_of
 _DENSITIES = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
 _SIDE = 64  # of an image, at most, if the window fits in: larger ones are measured as more of these
 _PRODUCTS = 2**27  # of a dense forward pass that is measured, about: fewer images than there are will do
-_ROUNDS = (2, 5)  # at least, at most
+_ROUNDS = (2, 5)  # at least, where it is clear and where it is not
+_SECONDS = 3e-3  # likewise, within _MOST rounds: the first ones of a small layer are not what it takes among others
+_MOST = 50
 _CLEAR = 1.5  # times as fast or as slow: no more rounds
 _MARGIN = 1.1  # by which the kernel has to be faster
-_OVERHEAD = 8e-5  # seconds a forward pass, and its gradients, take longer to find the kernel and to be differentiated
+_OVERHEAD = 2e-5  # seconds a forward pass, and its gradients, take longer to find the kernel and to be differentiated
 
 _log = logging.getLogger(__name__)
 
@@ -170,13 +172,14 @@ def _measured(case: Case) -> tuple[float, float]:
         found: list[list[float]] = [[] for _ in passes]
         for each in passes:
             each()
-        for number in range(1, _ROUNDS[1] + 1):
+        number, spent, clear = 0, 0.0, False
+        while number < _ROUNDS[not clear] or (spent < _SECONDS and number < _MOST):
             for each, times in zip(passes, found, strict=True):
                 times.append(_seconds(each, case.threads))
+            number, spent = number + 1, spent + sum(times[-1] for times in found)
             forward, *others = map(min, found)
             kernel, dense = _worse(forward + _OVERHEAD, *others)
-            if number >= _ROUNDS[0] and not 1 / _CLEAR < kernel / dense < _CLEAR:
-                break
+            clear = not 1 / _CLEAR < kernel / dense < _CLEAR
     return kernel, dense
 
 

@@ -26,7 +26,7 @@ HEADERS = [
     SOURCE.with_name(f"{name}.h")
     for name in (
         *("vectors", "call", "quads", "convolution", "depthwise", "linear", "planes", "transpose", "weight_grad"),
-        *("windows", "pixels", "turns"),
+        *("windows", "pixels", "turns", "norms", "norm_parts", "norms_by_pixel", "norms_of_planes"),
         *("byte_vectors", "bytes", "byte_convolution", "byte_depthwise", "byte_linear", "byte_planes"),
     )
 ]
@@ -104,6 +104,17 @@ class WindowStruct(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("c_out", "h_out", "w_out", "y_image", "y_channel", "y_row", "y_column")),
         *((name, ctypes.c_int64) for name in ("tap_count", "stride_h", "stride_w", "pad_top", "pad_left")),
         *((name, ctypes.c_int64) for name in ("frame_h", "frame_w", "chunk")),
+    ]
+
+
+class NormStruct(ctypes.Structure):
+    """``NormCall`` of ``norms.h``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "dy", "weight", "bias", "gates", "more")),
+        *((name, ctypes.c_void_p) for name in ("mean", "var", "of_weight", "of_bias", "planes", "y")),
+        *((name, ctypes.c_int64) for name in ("n", "channels", "plane", "by_pixel", "activation")),
+        ("eps", ctypes.c_float),
     ]
 
 
@@ -311,6 +322,7 @@ SIZES = {
     "revnets_grad_call_size": GradStruct,
     "revnets_pixel_call_size": PixelStruct,
     "revnets_window_call_size": WindowStruct,
+    "revnets_norm_call_size": NormStruct,
 }
 """Functions that say how large the library takes a structure to be."""
 
@@ -325,7 +337,9 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "revnets_windows": (None, [_POINTER, _INTEGER]),
     "revnets_windows_grad": (None, [_POINTER, _POINTER, _INTEGER]),
     "revnets_pixels": (None, [_POINTER, _INTEGER]),
+    "revnets_norm": (None, [_POINTER, _INTEGER, _INTEGER]),
     "revnets_mask": (None, [_POINTER, _POINTER, _INTEGER, _POINTER, _INTEGER]),
+    "revnets_gather": (None, [_POINTER, _POINTER, _INTEGER, _POINTER, _INTEGER]),
     "revnets_transpose": (None, [_POINTER, _INTEGER, _INTEGER, _POINTER, _INTEGER]),
     **dict.fromkeys(SIZES, (_INTEGER, [])),
 }

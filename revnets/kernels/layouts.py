@@ -22,8 +22,27 @@ def check_images(x: Tensor) -> None:
 
 
 def by_pixel(x: Tensor) -> bool:
-    """Whether the channels of a pixel are neighbours in memory."""
-    return x.shape[2:] == (1, 1) or (x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous())
+    """Whether the channels of a pixel are neighbours in memory; of some channels of such images, too, as torch sees it.
+
+    Example:
+        >>> images = torch.zeros(2, 8, 3, 3).to(memory_format=torch.channels_last)
+        >>> by_pixel(images), by_pixel(images[:, :4]), by_pixel(images.contiguous()[:, :4])
+        (True, True, False)
+    """
+    return x.shape[2:] == (1, 1) or is_channels_last(x)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """As ``by_pixel``, but images of one pixel, which are both, are what their strides say, as torch has it.
+
+    Example:
+        >>> pixel = torch.zeros(2, 8, 1, 1)
+        >>> is_channels_last(pixel), is_channels_last(pixel.to(memory_format=torch.channels_last))
+        (False, True)
+    """
+    return x.stride(1) == 1 < x.stride(3) or (
+        not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def like(grad: Tensor, x: Tensor | None) -> Tensor:
@@ -43,27 +62,27 @@ def pixels(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)
 
 
-def images_by_pixel(model: Tensor, channels: int, size: Sequence[int]) -> Tensor:
-    """Memory for as many images of this size whose channels of a pixel are neighbours."""
-    height, width = size
+def images_by_pixel(model: Tensor, shape: Sequence[int]) -> Tensor:
+    """Memory for images of this shape whose channels of a pixel are neighbours."""
+    n, channels, height, width = shape
     strides = (height * width * channels, 1, width * channels, channels)
-    return model.new_empty_strided((len(model), channels, height, width), strides)
+    return model.new_empty_strided((n, channels, height, width), strides)
 
 
-def planes(x: Tensor) -> Tensor:
-    """The pixels of each channel one after the other: x, or ``(1, C, 1, N H W)`` where it is by pixel."""
-    if not by_pixel(x):
+def planes(x: Tensor, last: bool) -> Tensor:
+    """The pixels of each channel one after the other: x, or ``(1, C, 1, N H W)`` where it is to be channels last."""
+    if not last:
         return x.contiguous()
     matrix = pixels(x.contiguous(memory_format=torch.channels_last)).reshape(-1, x.shape[1])
     return transposed(matrix)[None, :, None]
 
 
-def laid_out(y: Tensor, model: Tensor, shape: torch.Size | None = None) -> Tensor:
-    """What was computed from ``planes(model)``, of its height and width or of this shape, in its layout."""
-    if not by_pixel(model):
+def laid_out(y: Tensor, last: bool, shape: torch.Size) -> Tensor:
+    """What was computed from ``planes``, of this shape, in their layout."""
+    if not last:
         return y
     # no view of what `transposed` makes: autograd refuses changes in place of a view that a Function returns
-    made = images_by_pixel(model, y.shape[1], model.shape[2:] if shape is None else shape[2:])
+    made = images_by_pixel(y, shape)
     _transpose(y[0, :, 0], pixels(made))
     return made
 

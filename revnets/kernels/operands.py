@@ -71,7 +71,7 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
     return function(*[address(a) if isinstance(a, Tensor) else a for a in arguments])
 
 
-def pointing(kind: type[_Struct], tensors: Sequence[Tensor | None], /, *numbers: int, **more: int) -> _Struct:
+def pointing(kind: type[_Struct], tensors: Sequence[Tensor | None], /, *numbers: float, **more: int) -> _Struct:
     """A struct whose first fields are the addresses of tensors, which it holds.
 
     Args:

@@ -53,6 +53,12 @@ void run_pixels(const PixelCall& c, const Member& member) {
   }
 }
 
+// The member's part of numbers that are picked out of others.
+void run_gather(const float* from, const int32_t* places, int64_t count, float* to, const Member& member) {
+  const int64_t end = member.end(count);
+  for (int64_t k = member.begin(count); k < end; ++k) to[k] = from[places[k]];
+}
+
 // The member's part of weight * mask: a tenth of what torch takes, which makes numbers of the mask first.
 void run_mask(const float* weight, const uint8_t* mask, int64_t count, float* y, const Member& member) {
   const int64_t end = member.end(count);

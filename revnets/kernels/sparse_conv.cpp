@@ -13,6 +13,7 @@
 #include "convolution.h"
 #include "depthwise.h"
 #include "linear.h"
+#include "norms.h"
 #include "pixels.h"
 #include "planes.h"
 #include "transpose.h"
@@ -90,6 +91,7 @@ int64_t revnets_lanes() { return kLanes; }
 int64_t revnets_grad_call_size() { return sizeof(GradCall); }
 int64_t revnets_pixel_call_size() { return sizeof(PixelCall); }
 int64_t revnets_window_call_size() { return sizeof(WindowCall); }
+int64_t revnets_norm_call_size() { return sizeof(NormCall); }
 
 // Whether a layer's structure, see Call, stays within `values` weights and `inputs` inputs of an output channel.
 int64_t revnets_fits(const int16_t* columns, const int32_t* rows, int64_t outputs, int64_t values, int64_t inputs) {
@@ -139,9 +141,19 @@ void revnets_pixels(const PixelCall* call, int64_t threads) {
   together(threads, [&](const Member& member) { run_pixels(*call, member); });
 }
 
+// A batch norm with its activation: of what there is in NormWork, that which is asked for.
+void revnets_norm(const NormCall* call, int64_t work, int64_t threads) {
+  together(threads, [&](const Member& member) { run_norm(*call, work, member); });
+}
+
 // weight * mask, of bytes 0 and 1; y may be the weight itself.
 void revnets_mask(const float* weight, const uint8_t* mask, int64_t count, float* y, int64_t threads) {
   together(threads, [&](const Member& member) { run_mask(weight, mask, count, y, member); });
+}
+
+// to[k] = from[places[k]]
+void revnets_gather(const float* from, const int32_t* places, int64_t count, float* to, int64_t threads) {
+  together(threads, [&](const Member& member) { run_gather(from, places, count, to, member); });
 }
 
 // A matrix of `height` lines of `width` numbers.

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from .build import CallStruct, Geometry, GradStruct, PixelStruct, kernel_problem, load_kernel, warn_of_dense_path
 from .calls import chunk_size, in_chunks
 from .compressed import MAX_COLUMNS, compress
-from .layouts import by_pixel, check_images, images_by_pixel, like, pixels, sums
+from .layouts import by_pixel, check_images, images_by_pixel, is_channels_last, like, pixels, sums
 from .operands import call, pointing, readable
 
 MAX_DENSITY = 0.5  # above it torch's dense kernels are about as fast
@@ -80,7 +80,9 @@ class Compressed:
         return y
 
     def _by_pixel(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-        y, x = images_by_pixel(x, self.out_channels, x.shape[2:]), readable("input", pixels(x))
+        shape = (len(x), self.out_channels, *x.shape[2:])
+        y = images_by_pixel(x, shape) if is_channels_last(x) else x.new_empty(shape)
+        x = readable("input", pixels(x))
         sizes = (x.numel() // self.in_channels, self.in_channels, self.out_channels, self.groups, self.chunk)
         struct = pointing(PixelStruct, (x, values, self.columns, self.rows, bias, pixels(y)), *sizes)
         call(load_kernel().revnets_pixels, ctypes.byref(struct), torch.get_num_threads())
@@ -99,7 +101,7 @@ class Structure:
 
     Attributes:
         density: share of True.
-        places: int64, where the non-zeros are in the flattened weight, in the order of their values.
+        places: int32, where the non-zeros are in the flattened weight, in the order of their values.
         geometry: of the convolution.
         verdicts: whether it pays, by kind of input: see ``breakeven.pays``.
 
@@ -122,15 +124,14 @@ class Structure:
         places = torch.arange(1, matrix.numel() + 1, dtype=torch.int32, device=mask.device).view_as(matrix) * matrix
         self.geometry, self.verdicts = Geometry(inputs * groups, outputs, groups=groups), {}
         self._forward, found = Compressed.of(places, groups)
-        self._places = found - 1
-        self.places = self._places.long()
+        self.places = found - 1
         self._numel = mask.numel()
         self.density = len(found) / max(mask.numel(), 1)
         ranks = torch.zeros(matrix.numel(), dtype=torch.int32, device=mask.device)
-        ranks[self.places] = torch.arange(1, len(found) + 1, dtype=torch.int32, device=mask.device)
+        ranks[self.places.long()] = torch.arange(1, len(found) + 1, dtype=torch.int32, device=mask.device)
         turned = ranks.view(groups, -1, inputs).transpose(1, 2).reshape(groups * inputs, -1)
         self._transposed, found = Compressed.of(turned, groups)
-        self._order = found.long() - 1
+        self._order = found - 1
 
     @staticmethod
     def _check_mask(mask: Tensor) -> None:
@@ -147,7 +148,7 @@ class Structure:
             ValueError: for a weight of another size than the mask.
         """
         self._check_size(weight.numel())
-        return readable("weight", weight).reshape(-1).index_select(0, self.places)
+        return gathered(readable("weight", weight), self.places)
 
     def convolve(self, x: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
         """``(N, C_in, H, W)`` to ``(N, C_out, H, W)`` in the same memory layout.
@@ -166,6 +167,7 @@ class Structure:
         shape: torch.Size,
         needed: Sequence[bool],
         size: torch.Size | None = None,
+        last: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of input, weight and bias, where they are needed.
 
@@ -176,6 +178,7 @@ class Structure:
             shape: of the weight, whose gradient is 0 where the mask is False.
             needed: three.
             size: of the input, where there is no x.
+            last: likewise whether it was channels last.
 
         Raises:
             ValueError: for tensors that do not belong together.
@@ -185,7 +188,7 @@ class Structure:
         grad = like(grad, x)
         grad_x = grad_weight = None
         if needed[0]:
-            grad_x = self._transposed.convolve(grad, values.index_select(0, self._order), None)
+            grad_x = self._transposed.convolve(grad, gathered(values, self._order), None)
         if needed[1] and x is not None:
             grad_weight = self._weight_grad(x, grad, shape)
         return grad_x, grad_weight, sums(grad) if needed[2] else None
@@ -202,15 +205,27 @@ class Structure:
         if last:
             x, dy = pixels(x), pixels(dy)
         x, dy = readable("input", x), readable("gradient", dy)
-        gradient, sums = dy.new_zeros(shape), dy.new_empty(len(self.places))
+        gradient, sums = dy.new_empty(shape), dy.new_empty(len(self.places))
         sizes = (n, f.in_channels, f.out_channels, size[0] * size[1], f.groups, f.chunk, last)
-        struct = pointing(GradStruct, (x, dy, f.columns, f.rows, self._places, gradient), *sizes)
+        struct = pointing(GradStruct, (x, dy, f.columns, f.rows, self.places, gradient), *sizes)
         call(load_kernel().revnets_weight_grad, ctypes.byref(struct), sums, torch.get_num_threads())
         return gradient
 
     def _check_size(self, numel: int) -> None:
         if numel != self._numel:
             raise ValueError(f"a weight of {numel} numbers: expected {self._numel}, those of the mask")
+
+
+def gathered(numbers: Tensor, places: Tensor) -> Tensor:
+    """Some of the float32 numbers of a contiguous tensor, by int32 places in it, which nobody checks.
+
+    Example:
+        >>> gathered(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2, 0], dtype=torch.int32))
+        tensor([3., 1.])
+    """
+    found = numbers.new_empty(len(places))
+    call(load_kernel().revnets_gather, numbers, places, len(places), found, torch.get_num_threads())
+    return found
 
 
 class _SparseConv(torch.autograd.Function):
@@ -220,14 +235,14 @@ class _SparseConv(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, structure: Structure) -> Tensor:
         values = structure.values(weight.detach())
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values)
-        ctx.structure, ctx.shape, ctx.size = structure, weight.shape, x.shape
+        ctx.structure, ctx.shape, ctx.input = structure, weight.shape, (x.shape, is_channels_last(x))
         return structure.convolve(x, values, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, values = ctx.saved_tensors
-        return *ctx.structure.grads(grad, x, values, ctx.shape, ctx.needs_input_grad, ctx.size), None
+        return *ctx.structure.grads(grad, x, values, ctx.shape, ctx.needs_input_grad, *ctx.input), None
 
 
 def sparse_conv(x: Tensor, weight: Tensor, bias: Tensor | None, structure: Structure) -> Tensor:

@@ -12,7 +12,7 @@
 extern "C" {
 
 // Structure as in Call: of chunk j and output channel o, columns[i] counts from input j * chunk of the group, for i from
-// rows[j * c_out + o] to rows[j * c_out + o + 1]; gradient[places[i]] is where its sum goes, the rest is left alone.
+// rows[j * c_out + o] to rows[j * c_out + o + 1]; gradient[places[i]] is where its sum goes, the rest becomes 0.
 // x and dy are both planes, or, by pixel, both (n * plane, channels).
 struct GradCall {
   const float* x;
@@ -148,6 +148,17 @@ void grad_rows_any(int64_t vectors, const GradCall& c, const int32_t* rows, int6
   grad_rows<kNumber>(c, rows, begin, end, panel, lines, sums);
 }
 
+// The sums of output channels `first` to `last` to their places among zeros: a row while it is in the first cache.
+void scatter(const int32_t* rows, const int32_t* places, const float* sums, int64_t c_out, int64_t chunks, int64_t inputs,
+             int64_t first, int64_t last, float* gradient) {
+  for (int64_t o = first; o < last; ++o) {
+    std::fill(gradient + o * inputs, gradient + (o + 1) * inputs, 0.0f);
+    for (int64_t j = 0; j < chunks; ++j) {
+      for (int32_t i = rows[j * c_out + o]; i < rows[j * c_out + o + 1]; ++i) gradient[places[i]] = sums[i];
+    }
+  }
+}
+
 // --- sharing out -----------------------------------------------------------------------------------------------------
 
 // The member's output channels, in all pixels: what a sum is made of does not depend on the number of threads.
@@ -181,10 +192,7 @@ void run_weight_grad(const GradCall& c, const Member& member, float* sums) {
       }
     }
   }
-  for (int64_t j = 0; j < chunks; ++j) {
-    const int32_t* rows = c.rows + j * c.c_out;
-    for (int32_t i = rows[first]; i < rows[last]; ++i) c.gradient[c.places[i]] = sums[i];
-  }
+  scatter(c.rows, c.places, sums, c.c_out, chunks, inputs, first, last, c.gradient);
 }
 
 }  // namespace

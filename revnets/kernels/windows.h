@@ -281,10 +281,7 @@ void run_windows_grad(const WindowCall& c, const Member& member, float* sums) {
       }
     });
   }
-  for (int64_t j = 0; j < chunks; ++j) {
-    const int32_t* rows = c.rows + j * c.c_out;
-    for (int32_t i = rows[begin]; i < rows[end]; ++i) c.gradient[c.places[i]] = sums[i];
-  }
+  scatter(c.rows, c.places, sums, c.c_out, chunks, lines, begin, end, c.gradient);
 }
 
 }  // namespace

@@ -15,9 +15,9 @@ from .build import Geometry
 from .calls import check_geometry
 from .compressed import MAX_COLUMNS
 from .frames import Lines, Planes, Side
-from .layouts import by_pixel, check_images, laid_out, like, planes, sums
+from .layouts import check_images, is_channels_last, laid_out, planes, sums
 from .operands import readable
-from .training import Structure
+from .training import Structure, gathered
 
 MAX_STRIDE = 8  # frames have its square of phases
 MAX_FRAME = 2**24  # bytes of an image's frame that breakeven.py allows: every thread keeps the memory of its largest
@@ -31,7 +31,7 @@ class _Phase:
         phase: of the rows and of the columns.
         shifts: of the taps, likewise; see ``Side.backwards``.
         lines: where the weights are.
-        order: int64, of its values among those of the structure.
+        order: int32, of its values among those of the structure.
     """
 
     phase: tuple[int, int]
@@ -68,11 +68,10 @@ class WindowStructure(Structure):
         self.verdicts = {}
         numbers = torch.arange(1, mask.numel() + 1, dtype=torch.int32, device="cpu").view(mask.shape) * mask
         self._lines, found = Lines.of(numbers.flatten(2))
-        self._places = found - 1
-        self.places = self._places.long()
+        self.places = found - 1
         self.density = len(found) / max(mask.numel(), 1)
         ranks = torch.zeros(mask.numel(), dtype=torch.int32, device="cpu")
-        ranks[self.places] = torch.arange(1, len(found) + 1, dtype=torch.int32, device="cpu")
+        ranks[self.places.long()] = torch.arange(1, len(found) + 1, dtype=torch.int32, device="cpu")
         self._phases = _phases(ranks.view(mask.shape), geometry)
 
     def convolve(self, x: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -84,15 +83,15 @@ class WindowStructure(Structure):
         check_images(x)
         values = readable("values", values, numel=len(self.places))
         bias = None if bias is None else readable("bias", bias, numel=self.geometry.out_channels)
-        given = _planes(x)
-        g = self.geometry
+        g, last = self.geometry, is_channels_last(x)
+        given = _planes(x, last)
         out = torch.Size((len(x), g.out_channels, *g.output_size(*x.shape[2:])))
         if min(out[2:]) < 1 or x.shape[1] != g.in_channels:
             raise ValueError(f"input of shape {tuple(x.shape)}: too small, or not of {g.in_channels} channels")
-        y = _made(x, out)
+        y = _made(x, out, last)
         if y.tensor.numel():
             frames.convolve(self._lines, self._sides(out), given, values, bias, y)
-        return laid_out(y.tensor, x, out)
+        return laid_out(y.tensor, last, out)
 
     def grads(
         self,
@@ -102,22 +101,24 @@ class WindowStructure(Structure):
         shape: torch.Size,
         needed: Sequence[bool],
         size: torch.Size | None = None,
+        last: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """See ``Structure.grads``."""
         check_images(grad)
-        size = x.shape if x is not None else size
+        if x is not None:  # what strides say of the gradient of a single pixel is nothing
+            size, last = x.shape, is_channels_last(x)
         self._check_sizes(grad, size, shape)
-        grad = like(grad, x)
-        dy = _planes(grad)
+        dy = _planes(grad, last)
         grad_x = grad_weight = grad_bias = None
         if needed[0] and size is not None:
-            grad_x = self._input_grad(grad, dy, readable("values", values, numel=len(self.places)), size)
-            grad_x = laid_out(grad_x, grad, size)
+            dx = _made(grad, size, last)
+            self._input_grad(dy, readable("values", values, numel=len(self.places)), dx)
+            grad_x = laid_out(dx.tensor, last, size)
         if needed[1] and x is not None:
-            grad_weight = grad.new_zeros(shape)
+            grad_weight = grad.new_empty(shape) if grad.numel() else grad.new_zeros(shape)
             if grad.numel():
-                given = _planes(x)
-                frames.weight_grad(self._lines, self._sides(grad.shape), given, dy, self._places, grad_weight)
+                given = _planes(x, last)
+                frames.weight_grad(self._lines, self._sides(grad.shape), given, dy, self.places, grad_weight)
         if needed[2]:
             grad_bias = sums(grad)
         return grad_x, grad_weight, grad_bias
@@ -135,29 +136,25 @@ class WindowStructure(Structure):
         high, wide = (Side.forwards(*each) for each in numbers)
         return high, wide
 
-    def _input_grad(self, grad: Tensor, dy: Planes, values: Tensor, size: torch.Size) -> Tensor:
-        g = self.geometry
-        dx = _made(grad, size)
+    def _input_grad(self, dy: Planes, values: Tensor, dx: Planes) -> None:
+        g, size = self.geometry, dx.shape
         if len(self._phases) < math.prod(g.stride):
             dx.tensor.zero_()  # no weight sees the others
         for part in self._phases:
             numbers = zip(size[2:], g.stride, g.padding, part.phase, part.shifts, strict=True)
             high, wide = (Side.backwards(*each) for each in numbers)
             if size[0] and high.count and wide.count:
-                frames.convolve(part.lines, (high, wide), dy, values.index_select(0, part.order), None, dx)
-        return dx.tensor
+                frames.convolve(part.lines, (high, wide), dy, gathered(values, part.order), None, dx)
 
 
-def _planes(x: Tensor) -> Planes:
-    return Planes.of(planes(x), x.shape, by_pixel(x))
+def _planes(x: Tensor, last: bool) -> Planes:
+    return Planes.of(planes(x, last), x.shape, last)
 
 
-def _made(like: Tensor, shape: torch.Size) -> Planes:
-    """Memory for a result of this shape, laid out alike."""
+def _made(model: Tensor, shape: torch.Size, last: bool) -> Planes:
+    """Memory for a result of this shape."""
     n, channels, height, width = shape
-    in_lines = by_pixel(like)
-    tensor = like.new_empty((1, channels, 1, n * height * width) if in_lines else shape)
-    return Planes.of(tensor, shape, in_lines)
+    return Planes.of(model.new_empty((1, channels, 1, n * height * width) if last else shape), shape, last)
 
 
 def _phases(ranks: Tensor, g: Geometry) -> list[_Phase]:
@@ -173,7 +170,7 @@ def _phases(ranks: Tensor, g: Geometry) -> list[_Phase]:
         shifts = [[k * d // s for k in each] for each, d, s in zip(taps, g.dilation, g.stride, strict=True)]
         part = ranks[:, :, taps[0]][:, :, :, taps[1]].transpose(0, 1).flatten(2)
         lines, order = Lines.of(part)
-        found.append(_Phase((phase[0], phase[1]), (shifts[0], shifts[1]), lines, order.long() - 1))
+        found.append(_Phase((phase[0], phase[1]), (shifts[0], shifts[1]), lines, order - 1))
     return found
 
 

@@ -80,8 +80,6 @@ class RevBiFPN(MemoryModes, nn.Module):
         torch.Size([2, 10])
     """
 
-    keep_layout = False  # see ``SpaceToDepth``: of the other stem
-
     def __init__(
         self,
         num_classes: int = 1000,
@@ -236,7 +234,7 @@ class RevBiFPN(MemoryModes, nn.Module):
         check_input(x, self.in_chans, self.reduction)
         if self.stem is not None:
             x = self.stem(x).to(next(self.stem.parameters()).dtype)  # autocast must not make the stream half precision
-            if self.training and not self.keep_layout and wants_channels_last(x):
+            if self.training and wants_channels_last(x):
                 x = x.contiguous(memory_format=torch.channels_last)
         return self.body(x)
 

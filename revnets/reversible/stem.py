@@ -24,9 +24,6 @@ class SpaceToDepth(ReversibleOp):
         channels_last: in training, lay the output out so where that saves copies (see ``wants_channels_last``),
             whatever the input's layout; what follows stays in it.
 
-    Attributes:
-        keep_layout: the input's layout stays all the same: layers that follow want contiguous maps.
-
     Raises:
         ValueError: when ``repeated < in_chans`` (channels would be lost), or sizes do not fit.
 
@@ -35,8 +32,6 @@ class SpaceToDepth(ReversibleOp):
         >>> SpaceToDepth(3, block_size=4)(torch.zeros(1, 3, 32, 32))[0].shape
         torch.Size([1, 48, 8, 8])
     """
-
-    keep_layout = False
 
     def __init__(
         self, in_chans: int, block_size: int, repeated: int | None = None, channels_last: bool = False
@@ -66,7 +61,7 @@ class SpaceToDepth(ReversibleOp):
         n, c, h, w = x.shape
         s = self.block_size
         x = x.reshape(n, c, h // s, s, w // s, s)
-        if self.channels_last and not self.keep_layout and self.training and wants_channels_last(x):
+        if self.channels_last and self.training and wants_channels_last(x):
             x = x.permute(0, 2, 4, 3, 5, 1).reshape(n, h // s, w // s, s * s * c)
             return (x.permute(0, 3, 1, 2),)
         x = x.permute(0, 3, 5, 1, 2, 4)

@@ -1,5 +1,6 @@
 """What decides between the kernel and the dense path: measured once per case, kept, and never in the program's way."""
 
+import functools
 import logging
 import threading
 from collections.abc import Iterator
@@ -182,6 +183,26 @@ def test_a_layer_pays_with_its_forward_pass_made_once_or_twice(
     monkeypatch.setattr(breakeven, "_seconds", lambda each, threads: each())
     monkeypatch.setattr(breakeven, "_OVERHEAD", 0.0)
     assert breakeven._measured(Case.of(THREE, (2, 8, 8), 0.1, False, False)) == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "ratio", "rounds"),
+    [(1.0, 3.0, 2), (1.0, 1.2, 5), (1e-4, 3.0, 4), (1e-6, 3.0, 50)],  # large, near the break-even, small, tiny
+)
+def test_small_layers_are_timed_for_as_long_as_it_takes_to_know(
+    seconds: float, ratio: float, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[float] = []
+
+    def taking(taken: float) -> float:
+        called.append(taken)
+        return taken
+
+    passes = [functools.partial(taking, taken) for taken in (seconds, seconds, ratio * seconds, ratio * seconds)]
+    monkeypatch.setattr(breakeven, "_steps", lambda case: (passes[:2], passes[2:]))
+    monkeypatch.setattr(breakeven, "_seconds", lambda each, threads: each())
+    breakeven._measured(Case.of(THREE, (2, 8, 8), 0.1, False, False))
+    assert len(called) == 4 * (rounds + 1)  # one that does not count
 
 
 @needs_kernel

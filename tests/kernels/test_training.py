@@ -93,6 +93,20 @@ def test_layouts_do_not_change_a_bit(channels: Any, chunks: int, size: Any) -> N
 
 
 @needs_kernel
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("side", [1, 5])
+def test_some_channels_of_images_are_laid_out_as_these(layout: torch.memory_format, side: int) -> None:
+    """Halves, such as couplings read: else maps change their layout on the way, and a network's modes their bits."""
+    made = layer(8, 24)
+    x = images(2, 16, side).contiguous(memory_format=layout)[:, 8:]
+    found = step(made, x)
+    y = made(x)
+    assert y.stride() == nn.functional.conv2d(x, made.weight, made.bias).stride()
+    made.sparse_kernel = False
+    assert_close(found, step(made, x))
+
+
+@needs_kernel
 def test_nothing_is_transposed_between_pointwise_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layouts, "_transpose", lambda *args: pytest.fail("a copy in the other layout"))
     net = nn.Sequential(layer(16, 24), nn.BatchNorm2d(24), nn.ReLU(), layer(24, 16))

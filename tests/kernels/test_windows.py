@@ -109,6 +109,26 @@ def test_gradients_of_the_input_alone() -> None:
 
 
 @needs_kernel
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("weight_too", [False, True])
+@pytest.mark.parametrize("side", [1, 4])
+def test_gradients_are_laid_out_as_the_input(layout: torch.memory_format, weight_too: bool, side: int) -> None:
+    """Where the window leaves one pixel, too, of which the gradient's strides say nothing; and as torch does."""
+    mask = torch.rand(8, 4, side, side, generator=torch.Generator().manual_seed(0)) < 0.5
+    structure = WindowStructure(mask, Geometry(4, 8, (side, side), (2, 2)))
+    weight = torch.randn(mask.shape, generator=torch.Generator().manual_seed(1), requires_grad=weight_too)
+    found = []
+    for convolve in (lambda x: sparse_conv(x, weight, None, structure), lambda x: F.conv2d(x, weight * mask, None, 2)):
+        x = images(2, 4, side).contiguous(memory_format=layout).requires_grad_()
+        y = convolve(x)
+        (grad,) = torch.autograd.grad(y, x, torch.ones(y.shape))
+        assert grad.stride() == x.stride()
+        found.append((y, grad))
+    assert found[0][0].stride() == found[1][0].stride()
+    assert_close(*map(list, found))
+
+
+@needs_kernel
 @pytest.mark.parametrize(
     "numbers",
     [

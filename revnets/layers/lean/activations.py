@@ -36,6 +36,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "hardswish": Activation(F.hardswish, lambda grad, x: aten.hardswish_backward(grad, x)),
     "silu": Activation(F.silu, lambda grad, x: aten.silu_backward(grad, x)),
     "relu": Activation(F.relu, lambda grad, x: aten.threshold_backward(grad, x, 0)),
+    "relu6": Activation(F.relu6, lambda grad, x: aten.hardtanh_backward(grad, x, 0, 6)),
     "hardsigmoid": Activation(F.hardsigmoid, lambda grad, x: aten.hardsigmoid_backward(grad, x)),
     "sigmoid": Activation(_sigmoid, lambda grad, x: aten.sigmoid_backward(grad, x.sigmoid())),
 }

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...reversible.hooks import has_hooks
-from ...reversible.operators import calls
 from ...reversible.replay import once
 from ...reversible.traced import is_traced
 from . import cuda  # noqa: F401 - registers the operators and their kernels
 from .activations import ACTIVATIONS, name_of
+from .on_kernel import calls_for
 from .ops import dense
 
 __all__ = ["dense", "has_hooks", "in_forward", "is_lean", "lean_layers", "norm_act", "uses_lean_layers"]
@@ -41,9 +41,32 @@ def norm_act(x: Tensor, norm: nn.Module, act: nn.Module | None = None) -> Tensor
     if is_traced(x) or not is_lean(norm, act):
         x = norm(x)
         return x if act is None else act(x)
+    name = name_of(act) or ""
+    return normed_on(calls_for(norm, name, x), x, norm, name)
+
+
+def normed_on(calls: Any, x: Tensor, norm: Any, act: str, reused: bool = True) -> Tensor:
+    """``act(norm(x))`` of a norm that ``takes_batch``.
+
+    Args:
+        calls: the operators that compute it; see ``on_kernel.calls_for``.
+        x: ``(N, C, H, W)``.
+        norm: batch norm.
+        act: name of an activation that these know.
+        reused: whether the statistics are, when a branch is computed again: it has to come here both times then.
+    """
     fresh: list[Tensor] = []
-    mean, var = once(lambda: in_forward(calls.batch_norm_act_, x, norm, act, fresh), owner=norm)
-    return _NormAct.apply(x, norm.weight, norm.bias, mean, var, norm.eps, name_of(act), fresh)
+
+    def measured() -> Any:
+        return in_forward(calls.batch_norm_act_, x, norm, act, fresh)
+
+    mean, var = once(measured, owner=norm) if reused else measured()
+    return _NormAct.apply(x, norm.weight, norm.bias, mean, var, norm.eps, act, fresh, calls)
+
+
+def takes_batch(norm: Any) -> bool:
+    """Whether a batch norm takes the batch's statistics, moves the running ones by a fixed share, and has weights."""
+    return norm.training and norm.track_running_stats and norm.momentum is not None and norm.affine
 
 
 class _Lean:
@@ -76,13 +99,10 @@ def lean_layers(enabled: bool = True) -> Iterator[None]:
 def is_lean(norm: nn.Module, act: nn.Module | None) -> bool:
     """Whether the lean path is the same as calling the modules: usual batch norm in training, known act, no hooks."""
     return (
-        norm.training
-        and uses_lean_layers()
+        uses_lean_layers()
         and name_of(act) is not None
         and type(norm) is nn.BatchNorm2d
-        and norm.track_running_stats
-        and norm.momentum is not None
-        and norm.affine
+        and takes_batch(norm)
         and not has_hooks(norm)
         and not (act is not None and has_hooks(act))
     )
@@ -93,7 +113,7 @@ def in_forward(
     operator: Callable[..., Sequence[Tensor]],
     x: Tensor,
     norm: Any,
-    act: nn.Module | None,
+    act: str,
     fresh: list[Tensor],
     *rest: Any,
 ) -> Sequence[Tensor]:
@@ -103,7 +123,7 @@ def in_forward(
         operator: gives a map, and small tensors that the recomputation needs.
         x: the norm's input.
         norm: usual batch norm.
-        act: activation.
+        act: name of the activation.
         fresh: where the map is left.
         rest: more arguments of the operator.
 
@@ -116,7 +136,7 @@ def in_forward(
             "use a larger batch or image, or norm.eval()"
         )
     running = (norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum)
-    value, *kept = operator(x.detach(), norm.weight, norm.bias, norm.eps, name_of(act), *running, *rest)
+    value, *kept = operator(x.detach(), norm.weight, norm.bias, norm.eps, act, *running, *rest)
     fresh.append(value)
     return kept
 
@@ -137,9 +157,10 @@ class _NormAct(torch.autograd.Function):
         eps: float,
         act: str,
         fresh: list[Tensor],
+        calls: Any,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, mean, var)
-        ctx.eps, ctx.act = eps, act
+        ctx.eps, ctx.act, ctx.calls = eps, act, calls
         return fresh.pop() if fresh else calls.norm_act(x, weight, bias, mean, var, eps, act)
 
     @staticmethod
@@ -150,8 +171,8 @@ class _NormAct(torch.autograd.Function):
             y = ACTIVATIONS[ctx.act].value(y, inplace=True)
             inputs = (x, weight, bias)
             found = iter(torch.autograd.grad(y, [t for t in inputs if t.requires_grad], grad, create_graph=True))
-            return *(next(found) if t.requires_grad else None for t in inputs), *[None] * 5
+            return *(next(found) if t.requires_grad else None for t in inputs), *[None] * 6
         needed = ctx.needs_input_grad[:3]
         norm = (x, weight, bias, mean, var, ctx.eps, ctx.act)
-        found = iter(calls.norm_act_backward(grad, *norm, needed))
-        return *(next(found) if wanted else None for wanted in needed), *[None] * 5
+        found = iter(ctx.calls.norm_act_backward(grad, *norm, needed))
+        return *(next(found) if wanted else None for wanted in needed), *[None] * 6

@@ -9,13 +9,13 @@ from timm.layers import SEModule
 from torch import Tensor, nn
 
 from ...kernels.training import Structure
-from ...reversible.operators import calls as lean
 from ...reversible.replay import is_recomputed, once, tree
 from ...reversible.traced import is_traced
 from .activations import ACTIVATIONS, name_of
 from .conv import conv_grads, convolved, is_plain_conv, structure_of, weight_of
 from .cuda import is_small
 from .norm_act import dense, has_hooks, in_forward, is_lean, norm_act
+from .on_kernel import calls_for
 
 
 def norm_act_conv(x: Tensor, norm: nn.Module, act: nn.Module, se: SEModule | None, conv: nn.Module) -> Tensor:
@@ -47,10 +47,12 @@ def norm_act_conv(x: Tensor, norm: nn.Module, act: nn.Module, se: SEModule | Non
         x = norm_act(x, norm, act)
         return conv(x if se is None else se(x))
     structure = structure_of(conv, x)
-    settings = _Settings(norm.eps, name_of(act), se, conv, structure)  # type: ignore[arg-type]
+    name = name_of(act) or ""
+    lean = calls_for(norm, name, x)
+    settings = _Settings(norm.eps, name, se, conv, structure, lean)  # type: ignore[arg-type]
     layers = _gate_parameters(se)
     operator, more = (lean.batch_norm_act_, ()) if se is None else (lean.batch_norm_act_se_, settings.gating(layers))
-    kept = once(lambda: in_forward(operator, x, norm, act, settings.fresh, *more), owner=norm)
+    kept = once(lambda: in_forward(operator, x, norm, name, settings.fresh, *more), owner=norm)
     return _NormActConv.apply(x, norm.weight, norm.bias, settings, kept, weight_of(conv, structure), conv.bias, *layers)
 
 
@@ -68,8 +70,10 @@ def _is_plain_se(se: SEModule) -> bool:
 class _Settings:
     """What the function needs besides tensors; ``fresh`` has what the convolution reads, in the forward pass."""
 
-    def __init__(self, eps: float, act: str, se: SEModule | None, conv: nn.Conv2d, structure: Structure | None) -> None:
-        self.eps, self.act, self.conv, self.structure = eps, act, conv, structure
+    def __init__(
+        self, eps: float, act: str, se: SEModule | None, conv: nn.Conv2d, structure: Structure | None, lean: Any
+    ) -> None:
+        self.eps, self.act, self.conv, self.structure, self.lean = eps, act, conv, structure, lean
         self.gate_acts: tuple[Any, ...] = () if se is None else (name_of(se.act), name_of(se.gate))
         self.fresh: list[Tensor] = []
 
@@ -103,7 +107,7 @@ class _NormActConv(torch.autograd.Function):
         conv_bias: Tensor | None,
         *gate_parameters: Tensor | None,
     ) -> Tensor:
-        norm, gated = (x, weight, bias, *kept[:2], settings.eps, settings.act), kept[3:]
+        norm, gated, lean = (x, weight, bias, *kept[:2], settings.eps, settings.act), kept[3:], settings.lean
         if settings.fresh:
             p = settings.fresh.pop()
         else:
@@ -116,7 +120,7 @@ class _NormActConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, bias, conv_weight, conv_bias, p, *rest = ctx.saved_tensors
-        settings, needed = ctx.settings, ctx.needs_input_grad
+        settings, needed, lean = ctx.settings, ctx.needs_input_grad, ctx.settings.lean
         (mean, var, *gated), gate_parameters = rest[: ctx.few], rest[ctx.few :]
         if torch.is_grad_enabled():  # create_graph=True
             return _differentiable_grads(settings, grad, x, weight, bias, conv_weight, conv_bias, gate_parameters)

@@ -26,6 +26,7 @@ from ...reversible.traced import is_traced
 from ...sparsity.blocks import block_of, is_whole, shape_of_blocks
 from ...sparsity.masks import check_sparsity, kept, mask_with_count
 from ..fold import folded_layer, plain_layer
+from ..kernel_norms import use_kernel_norms
 from ..sites import MASKED, Unsuitable
 from .geometry import geometry_of
 
@@ -178,9 +179,10 @@ class MaskedWeight(nn.Module):
             return None
         if not kernel_serves(x, self.weight, self.bias):
             return None
-        version = 0 if self.mask.is_inference() else self.mask._version
+        mask = self.mask
+        version = 0 if mask.is_inference() else mask._version
         settings = self._settings()
-        kind = (x.shape, torch.get_num_threads(), id(self.mask), version, settings)
+        kind = (x.shape, torch.get_num_threads(), id(mask), version, settings)
         if kind == self._dense_for:
             return None
         structure = self._current(settings)
@@ -288,7 +290,7 @@ class SparseConv2d(MaskedWeight, nn.Conv2d):  # type: ignore[misc]
         return min(structure.geometry.output_size(*x.shape[2:])) > 0 and pays(structure, x, linear=False)
 
     def _settings(self) -> tuple[Any, ...]:
-        return geometry_of(self), self.padding_mode, self.padding
+        return self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode
 
     def _make_structure(self, mask: Tensor) -> Structure:
         return structure_of(mask, geometry_of(self))
@@ -358,10 +360,10 @@ def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
     less than a million products, not float32 or not on the CPU, autocast, ``torch.compile``, ``torch.func``, while
     RigL gathers dense gradients; and where it was measured, once for its kind of input, that the kernel is no faster:
     see ``revnets.kernels.breakeven``. Maps stay as they are, contiguous or channels last: the kernel reads 1x1
-    convolutions in either, and transposes others. Large weights of layers that stay dense are masked by it, too. The
-    choice belongs to the module: it is copied and pickled with it, and is no part of ``state_dict``.
-
-    A RevBiFPN keeps its maps contiguous then: RevBiFPN-S0 loses more by it than the kernel gains.
+    convolutions in either, and transposes others. Large weights of layers that stay dense are masked by it, too, and
+    batch norms in training are computed by it, with their activations where these are one with them: what is left of a
+    step once zeros are skipped is norms for the most part. The choice belongs to the modules: it is copied and pickled
+    with them, and is no part of ``state_dict``.
 
     Args:
         model: with sparse layers.
@@ -383,9 +385,7 @@ def use_sparse_kernel(model: nn.Module, enabled: bool = True) -> int:
     for layer in layers:
         layer.sparse_kernel = enabled and _served(layer)  # type: ignore[assignment]
     served = sum(bool(layer.sparse_kernel) for layer in layers)
-    for module in model.modules():
-        if hasattr(module, "keep_layout"):  # in the other its modes would differ in the last bits
-            module.keep_layout = served > 0  # type: ignore[assignment]
+    use_kernel_norms(model, served > 0)
     return served
 
 
