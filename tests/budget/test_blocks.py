@@ -1,12 +1,15 @@
 """Blocks are found by what calls what and by bytes: those that people would name."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
 from torch import nn
 
-from revnets.budget.blocks import Blocks, find_blocks
-from revnets.budget.watch import Watch, figures_of
+from revnets.budget.blocks import Blocks, Run, find_blocks
+from revnets.budget.program import Program
+from revnets.budget.watch import Figures, Watch, figures_of
 from revnets.profiling.predict import predict_training_step, trace_training_step
 from revnets.profiling.target import training_loss
 from tests.budget.networks import make
@@ -63,6 +66,29 @@ def test_figures_sum_to_the_prediction() -> None:
     assert figures.resident == predicted.resident_bytes
     assert len(figures.kept) == 2 * len(found.blocks) + 1
     assert min(figures.seconds[1::2]) > 0
+
+
+def test_the_optimizers_step_counts_at_its_worst() -> None:
+    def optimizer(net: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(net.parameters())
+
+    model, x = nn.Sequential(*(nn.Linear(512, 512) for _ in range(3))).to("meta"), torch.empty(2, 512, device="meta")
+    watch = trace_training_step(model, x, training_loss, optimizer, "cpu", Watch)
+    figures = figures_of(watch, find_blocks(model, watch).names)
+    assert figures.optimizer == figures.peak == predict_training_step(model, x, training_loss, optimizer).peak_bytes
+
+
+def test_a_run_that_is_computed_again_needs_what_its_forward_pass_did() -> None:
+    """Its blocks take little in the backward pass, and much on the way of the forward pass."""
+    place = [0] * 5
+    stored = Figures(
+        0, [0, 1, 0, 1, 0], place, [0, 90, 0, 5, 0], [0, 9, 0, 8, 0], [0, 2, 0, 3, 0], 0, [1.0] * 5, [1.0] * 5
+    )
+    program = Program.__new__(Program)
+    program.store = stored
+    run = program._of_run(Run("a:b", 1, 3), replace(stored, kept=place))
+    assert run.needs[3, "backward"] == 90 + 1  # and the gradient that arrives
+    assert run.needs[1, "backward"] == 9
 
 
 def test_modules_that_are_called_twice_are_no_blocks() -> None:
