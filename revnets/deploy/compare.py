@@ -224,8 +224,12 @@ def compare_layers(
 
     Raises:
         KernelUnavailable: where there is no compiler.
+        ValueError: for blocks of four of other numbers of channels.
     """
     load_kernel()
+    odd = [inputs for inputs, _, _ in layers if blocked and inputs % 4]
+    if odd:
+        raise ValueError(f"a layer of {odd[0]} input channels in blocks of four: expected a multiple of 4")
     found = []
     for number, (inputs, outputs, side) in progress(list(itertools.product(threads, layers))):
         with torch_threads(number):

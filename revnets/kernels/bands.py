@@ -109,7 +109,7 @@ def _layers(chain: list[Task]) -> list[_Layer]:
         return layers
     for task in chain[1:]:
         c, before = task.struct, layers[-1]
-        lag = -((c.pad_h - c.kh - before.lag) // c.stride_h + 1)
+        lag = max(0, -((c.pad_h - c.kh - before.lag) // c.stride_h + 1))
         layers.append(_Layer(task, before.step // c.stride_h, lag))
     return layers
 

@@ -173,8 +173,8 @@ class ByteConvCall(_Weighted):
             raise ValueError(f"values of shape {tuple(values.shape)}: expected (blocks, 4)")
         if not call(load_kernel().revnets_fits, columns, rows, outputs, len(values), lines):
             raise ValueError(
-                f"columns or rows out of range: expected columns from 0 to {lines - 1}, and rows that grow from 0 to "
-                f"{len(values)}, the number of blocks"
+                f"columns or rows out of range: expected columns from 0 to {lines - 1}, in a row each once and in "
+                f"order, and rows that grow from 0 to {len(values)}, the number of blocks"
             )
         row = torch.repeat_interleave(torch.arange(outputs, device="cpu"), rows.diff().long())
         sums, most = (

@@ -73,6 +73,7 @@ class ConvCall(_Layer):
         rows: int32, where each output channel's weights begin, and the end; None for depthwise ones.
         bias: ``(C_out,)`` or None.
         activation: one of ``ACTIVATIONS``.
+        once: it is called once: sorting its weights for images of their size would take longer than it saves.
 
     Raises:
         ValueError: for weights of other types, or that do not fit the geometry.
@@ -88,8 +89,9 @@ class ConvCall(_Layer):
         rows: Tensor | None,
         bias: Tensor | None,
         activation: str = "none",
+        once: bool = False,
     ) -> None:
-        self.geometry, self.kind = geometry, DEPTHWISE
+        self.geometry, self.kind, self._once = geometry, DEPTHWISE, once
         values, columns, rows, bias = _check_weights(geometry, values, columns, rows, bias)
         self._chunk = 1
         if columns is not None and rows is not None:
@@ -103,6 +105,10 @@ class ConvCall(_Layer):
         self._kept = (None, values, columns, rows, bias)  # the first is for the input
         self._forms: dict[str, Sequence[Tensor]] = {}  # the same otherwise sorted, made when images need them
         self._activation = _activation(activation)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made again when it is called."""
+        return {**self.__dict__, "_forms": {}, "_plans": {}}
 
     @property
     def takes_gates(self) -> bool:
@@ -129,7 +135,7 @@ class ConvCall(_Layer):
     def _form(self, pixels: int, pixels_out: int) -> tuple[int, Sequence[Tensor | None], Tensor | None]:
         """What is fastest for images of this size: the kind of call, its weights, and the counts of quads."""
         g, (_, values, columns, rows, bias) = self.geometry, self._kept
-        if self.kind != CONVOLUTION or values is None or columns is None or rows is None:
+        if self._once or self.kind != CONVOLUTION or values is None or columns is None or rows is None:
             return self.kind, self._kept, None
         alone = (g.kernel_size, g.stride, g.padding, g.groups) == ((1, 1), (1, 1), (0, 0), 1) and pixels == 1
         if alone and self._density >= _MIN_LINEAR:
@@ -243,8 +249,9 @@ def _check_weights(
     rows = readable("rows", rows.detach(), torch.int32, g.out_channels + 1)
     if not call(load_kernel().revnets_fits, columns, rows, g.out_channels, len(values), inputs):
         raise ValueError(
-            f"columns or rows out of range: expected columns from 0 to {inputs - 1}, and rows that grow from 0 to "
-            f"{len(values)}, the number of values; are they of a layer of {g.in_channels} inputs?"
+            f"columns or rows out of range: expected columns from 0 to {inputs - 1}, in a row each once and in order, "
+            f"and rows that grow from 0 to {len(values)}, the number of values; are they of a layer of {g.in_channels} "
+            "inputs?"
         )
     return values, columns, rows, bias
 

@@ -137,7 +137,7 @@ def _sparse_conv2d(
 ) -> Tensor:
     geometry = conv_geometry(x, rows, kernel_size, stride, padding, dilation, groups)
     if kernel_problem() is None:
-        return ConvCall(geometry, values, columns, rows, bias, activation)(x, residual)
+        return ConvCall(geometry, values, columns, rows, bias, activation, once=True)(x, residual)
     warn_of_dense_path()
     shape = (geometry.out_channels, geometry.in_channels // groups, *geometry.kernel_size)
     return _dense(x, decompress(values, columns, rows, shape), bias, residual, geometry, activation)
@@ -188,7 +188,7 @@ def _sparse_linear(x: Tensor, values: Tensor, columns: Tensor, rows: Tensor, bia
         raise ValueError("input of no dimension: expected (..., features)")
     features, outputs = x.shape[-1], _outputs(rows)
     if kernel_problem() is None:
-        layer = ConvCall(Geometry(features, outputs), values, columns, rows, bias)
+        layer = ConvCall(Geometry(features, outputs), values, columns, rows, bias, once=True)
         number = math.prod(x.shape[:-1])
         flat = readable("input", x).reshape(number, features)
         if not number:

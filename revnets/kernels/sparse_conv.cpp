@@ -46,11 +46,6 @@ void run(const Call& c, const Member& member) {
   }
 }
 
-// Seconds of a clock that only goes on.
-double seconds_now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
 template <typename Work>
 void together(int64_t threads, const Work& work) {
 #ifdef _OPENMP
@@ -93,11 +88,15 @@ int64_t revnets_pixel_call_size() { return sizeof(PixelCall); }
 int64_t revnets_window_call_size() { return sizeof(WindowCall); }
 int64_t revnets_norm_call_size() { return sizeof(NormCall); }
 
-// Whether a layer's structure, see Call, stays within `values` weights and `inputs` inputs of an output channel.
+// Whether a layer's structure, see Call, stays within `values` weights and `inputs` inputs of an output channel, and
+// names each of them once, in order.
 int64_t revnets_fits(const int16_t* columns, const int32_t* rows, int64_t outputs, int64_t values, int64_t inputs) {
   bool fits = rows[0] == 0 && rows[outputs] == values;
   for (int64_t o = 0; o < outputs; ++o) fits &= rows[o] <= rows[o + 1];
   for (int64_t i = 0; i < values; ++i) fits &= columns[i] >= 0 && columns[i] < inputs;
+  if (!fits) return false;
+  for (int64_t o = 0; o < outputs; ++o)
+    for (int64_t i = rows[o] + 1; i < rows[o + 1]; ++i) fits &= columns[i - 1] < columns[i];
   return fits;
 }
 
@@ -108,11 +107,8 @@ void revnets_run(const Call* calls, int64_t count, int64_t threads, double* seco
   if (threads > 1) {
     Turns turns(count, threads);
 #pragma omp parallel num_threads(static_cast<int>(threads))
-    for (int64_t i = 0; i < count; ++i) {
-      const double start = seconds ? seconds_now() : 0.0;
-      turns.take(i, calls[i], [&](const Member& member) { run(calls[i], member); });
-      if (seconds && omp_get_thread_num() == 0) seconds[i] = seconds_now() - start;
-    }
+    for (int64_t i = 0; i < count; ++i)
+      turns.take(i, calls[i], seconds ? seconds + i : nullptr, [&](const Member& member) { run(calls[i], member); });
     return;
   }
 #endif

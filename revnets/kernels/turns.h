@@ -7,6 +7,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <memory>
 #include <thread>
 
@@ -21,17 +22,23 @@ bool is_tiny(const Call& c) {
   return c.n * std::max(c.c_in * c.h * c.w, c.c_out * c.h_out * c.w_out * window) < 16384;
 }
 
+// Seconds of a clock that only goes on.
+double seconds_now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
 class Turns {
  public:
   Turns(int64_t layers, int64_t threads) : threads_(threads), layers_(new Layer[layers]) {}
   // Computes pieces of a layer by `work` as long as there are any, and returns when all are done.
   template <typename Work>
-  void take(int64_t number, const Call& call, const Work& work) {
+  void take(int64_t number, const Call& call, double* seconds, const Work& work) {
     Layer& layer = layers_[number];
     const int32_t pieces = is_tiny(call) ? 1 : static_cast<int32_t>(threads_);
     for (int32_t piece; (piece = layer.taken.fetch_add(1, std::memory_order_relaxed)) < pieces;) {
+      if (seconds && !piece) layer.start = seconds_now();
       work(Member{piece, pieces});
-      layer.done.fetch_add(1, std::memory_order_release);
+      if (layer.done.fetch_add(1, std::memory_order_acq_rel) + 1 == pieces && seconds) *seconds = seconds_now() - layer.start;
     }
     for (int spins = 0; layer.done.load(std::memory_order_acquire) < pieces; ++spins) wait(spins);
   }
@@ -39,6 +46,7 @@ class Turns {
  private:
   struct alignas(64) Layer {
     std::atomic<int32_t> taken{0}, done{0};
+    double start = 0.0;  // when the first piece was taken
   };
   static constexpr int kSpins = 4000;  // some 50 to 100 microseconds
   static void wait(int spins) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from timm.layers.norm_act import BatchNormAct2d
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..reversible.traced import is_traced
 from .lean.activations import name_of
+from .lean.keeper import keeps
 from .lean.norm_act import normed_on, takes_batch
 from .lean.on_kernel import KernelCalls, calls_for
 
@@ -34,14 +36,16 @@ def use_kernel_norms(model: nn.Module, enabled: bool = True) -> None:
     for norm in model.modules():
         if type(norm) not in _KINDS:
             continue
-        vars(norm).pop("forward", None)
+        for name in _REPLACED:
+            vars(norm).pop(name, None)
         norm.sparse_kernel = enabled  # type: ignore[assignment]
         if enabled:  # not a class of its own: what asks for the type, such as lean layers, still knows it
-            norm.forward = functools.partial(_forward, norm)
+            for name, own in _REPLACED.items():
+                setattr(norm, name, functools.partial(own, norm))
 
 
 def _forward(norm: Any, x: Tensor) -> Tensor:
-    act = _act_of(norm)
+    act = None if keeps() else _act_of(norm)  # a lean network has recipes for torch's own norm
     if act is not None and not is_traced(x) and takes_batch(norm) and x.numel() >= MIN_NUMBERS:
         calls = calls_for(norm, act, x)
         if calls is KernelCalls:
@@ -50,8 +54,22 @@ def _forward(norm: Any, x: Tensor) -> Tensor:
     return found
 
 
+def _replica(norm: Any) -> nn.Module:
+    """What ``DataParallel`` copies has weights of its own: it is a norm of torch's."""
+    copy: nn.Module = type(norm)._replicate_for_data_parallel(norm)
+    for name in _REPLACED:
+        del vars(copy)[name]
+    return copy
+
+
+_REPLACED: dict[str, Callable[..., Any]] = {"forward": _forward, "_replicate_for_data_parallel": _replica}
+"""Methods of a norm that the kernel computes."""
+
+
 def _act_of(norm: Any) -> str | None:
     """The name of the activation inside; None where something else is there."""
+    if type(norm) not in _KINDS:  # such as a class that a parametrisation has made of it since
+        return None
     if type(norm) is nn.BatchNorm2d:
         return ""
     if type(norm.drop) is not nn.Identity:

@@ -18,9 +18,9 @@ from .nets import needs_kernel
 pytestmark = needs_kernel
 
 
-def _conv(inputs: int, outputs: int, side: int = 1, stride: int = 1, groups: int = 1) -> ConvCall:
+def _conv(inputs: int, outputs: int, side: int = 1, stride: int = 1, groups: int = 1, more: int = 0) -> ConvCall:
     generator = torch.Generator().manual_seed(inputs + outputs + side)
-    g = Geometry(inputs, outputs, (side, side), (stride, stride), (side // 2, side // 2), groups=groups)
+    g = Geometry(inputs, outputs, (side, side), (stride, stride), (side // 2 + more, side // 2 + more), groups=groups)
     bias = torch.randn(outputs, generator=generator)
     if groups > 1:
         return ConvCall(g, torch.randn(outputs, 1, side, side, generator=generator), None, None, bias, "relu6")
@@ -28,11 +28,14 @@ def _conv(inputs: int, outputs: int, side: int = 1, stride: int = 1, groups: int
     return ConvCall(g, *compress(weight), bias, "silu" if outputs % 2 else "relu")
 
 
-def _chain(layers: list[tuple[int, int, int]]) -> list[ConvCall]:
-    """A convolution, then depthwise ones of these sizes and strides, each with a pointwise one where it has a width."""
+def _chain(layers: list[tuple[int, int, int]], more: list[int] | None = None) -> list[ConvCall]:
+    """A convolution, then depthwise ones of these sizes and strides, each with a pointwise one where it has a width.
+
+    Their padding is half of their size and what ``more`` says.
+    """
     calls, channels = [_conv(3, 8, 3, 2)], 8
-    for side, stride, width in layers:
-        calls.append(_conv(channels, channels, side, stride, channels))
+    for (side, stride, width), padding in zip(layers, more or [0] * len(layers), strict=True):
+        calls.append(_conv(channels, channels, side, stride, channels, padding))
         if width:
             calls.append(_conv(channels, width))
             channels = width
@@ -51,13 +54,14 @@ def _plan(calls: list[ConvCall], outputs: list[int]) -> Plan:
         max_size=5,
     ),
     size=st.tuples(st.integers(20, 120), st.integers(16, 60)),
+    more=st.lists(st.sampled_from([0, 0, 1, 3, 6]), min_size=5, max_size=5),
     band=st.integers(50, 5000),
     threads=st.sampled_from([1, 2]),
 )
 def test_bands_do_not_change_a_bit(
-    layers: list[tuple[int, int, int]], size: tuple[int, int], band: int, threads: int
+    layers: list[tuple[int, int, int]], size: tuple[int, int], more: list[int], band: int, threads: int
 ) -> None:
-    calls = _chain(layers)
+    calls = _chain(layers, more[: len(layers)])
     x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(band))
     (expected,) = _plan(calls, [len(calls)])(x)
     with pytest.MonkeyPatch.context() as patch, torch_threads(threads):

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from revnets.kernels import norms
 from revnets.kernels.norms import NAMES, grads, measured, measured_means, normed, plane_sums
-from revnets.layers import MBConv, SparseConv2d, kernel_norms, use_sparse_kernel
+from revnets.layers import MBConv, SparseConv2d, kernel_norms, make_lean, use_sparse_kernel
+from revnets.layers.lean.network import keeper_of
 from revnets.reversible import AdditiveCoupling, RevSequential
 
 from .nets import assert_close, images, needs_kernel, step
@@ -309,3 +310,42 @@ def test_lean_layers(works: list[int], se_ratio: float, layout: torch.memory_for
         assert ours.stride() == theirs.stride()
         assert float((ours - theirs).abs().max()) <= 1e-4 * max(1.0, float(theirs.abs().max()))
     torch.testing.assert_close(dict(block.named_buffers()), dict(other.named_buffers()))
+
+
+@needs_kernel
+def test_a_pass_in_evaluation_may_come_before_one_in_training(works: list[int]) -> None:
+    """Running statistics move without a new version, as torch's do: the first pass has kept them."""
+    net, x = _net(), images(4)
+    use_sparse_kernel(net)
+    (net.eval()(x).square().mean() + net.train()(x).mean()).backward()
+    assert works
+
+
+@needs_kernel
+def test_norms_that_change_later(works: list[int]) -> None:
+    norm, x = nn.BatchNorm2d(8), images(4, 8)
+    kernel_norms.use_kernel_norms(norm)
+    replica = norm._replicate_for_data_parallel()
+    replica.weight, replica.bias = nn.Parameter(torch.zeros(8)), nn.Parameter(torch.zeros(8))
+    assert not replica(x).any()
+    norm.running_mean = norm.running_var = None
+    assert norm(x).shape == x.shape
+    norm = nn.BatchNorm2d(8)
+    kernel_norms.use_kernel_norms(norm)
+    nn.utils.parametrizations.weight_norm(norm, "weight", dim=None)
+    assert norm(x).shape == x.shape
+    assert not works
+
+
+@needs_kernel
+def test_lean_networks_keep_as_little_with_the_kernel() -> None:
+    torch.manual_seed(0)
+    layers = [SparseConv2d(16, 16, 1, sparsity=0.5, bias=False), nn.BatchNorm2d(16), nn.SiLU()]
+    net = make_lean(nn.Sequential(*copy.deepcopy(layers), *copy.deepcopy(layers))).train()
+    kept = []
+    for enabled in (False, True):
+        use_sparse_kernel(net, enabled)
+        with keeper_of(net).active() as keeper:
+            type(net)._plain_class.forward(net, images(4, 16))
+        kept.append(keeper.kept)
+    assert kept[0] == kept[1]

@@ -1,5 +1,6 @@
 """Convolutions by quads of output channels, and linear layers of images of one pixel."""
 
+import pickle
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from revnets.deploy.runners import torch_threads
-from revnets.kernels import quads
+from revnets.kernels import calls, quads
 from revnets.kernels.build import ACTIVATIONS, LINEAR, Geometry, kernel_problem
 from revnets.kernels.calls import ConvCall, LinearCall, ScaleCall, in_chunks
 from revnets.kernels.compressed import activate, compress
@@ -153,3 +154,45 @@ def test_linear_layers_read_dense_weights() -> None:
         LinearCall(weight[0], None)
     (part,), _ = ConvCall(Geometry(50, 33), *compress(weight[:, :, None, None]), bias).parts([(2, 50, 1, 1)])
     assert part.struct.kind == LINEAR
+
+
+@needs_kernel
+@pytest.mark.parametrize("pixels", [1, 9])
+def test_weights_are_sorted_for_layers_that_are_called_again_alone(
+    monkeypatch: pytest.MonkeyPatch, pixels: int
+) -> None:
+    """An operator makes its layer at each call: sorting its weights takes longer than it saves."""
+    weight, x = pruned_weight(16, 64, 1, 1, sparsity=0.5), _random(1, 64, pixels, 1)
+    parts = compress(weight)
+    made = ConvCall(Geometry(64, 16), *parts, None)
+    before = len(pickle.dumps(made))
+    expected = made(x)
+    assert len(pickle.dumps(made)) == before  # what is made for images of a size is of this process
+    assert torch.equal(pickle.loads(pickle.dumps(made))(x), expected)
+    for name in ("in_quads", "_dense"):
+        monkeypatch.setattr(calls, name, None)
+    assert torch.allclose(torch.ops.revnets.sparse_conv2d(x, *parts, None, None, *_PLAIN), expected, atol=1e-5)
+    tokens = _random(2, 64)
+    found = torch.ops.revnets.sparse_linear(tokens, *parts, None)
+    assert torch.allclose(found, F.linear(tokens, weight.flatten(1)), atol=1e-5)
+
+
+_PLAIN = ([1, 1], [1, 1], [0, 0], [1, 1], 1, "none")
+
+
+@needs_kernel
+def test_an_input_comes_once_in_a_row() -> None:
+    values, columns, rows = compress(pruned_weight(4, 32, 1, 1, sparsity=0.2))
+    columns[1] = columns[0]
+    with pytest.raises(ValueError, match="each once and in order"):
+        ConvCall(Geometry(32, 4), values, columns, rows, None)
+
+
+@needs_kernel
+@pytest.mark.parametrize("threads", [1, 3])
+def test_layers_take_the_time_of_those_who_compute_them(threads: int) -> None:
+    layer = ConvCall(Geometry(64, 64), *compress(pruned_weight(64, 64, 1, 1, sparsity=0.2)), None)
+    x = _random(1, 64, 28, 28)
+    with torch_threads(threads):
+        taken = [seconds for _ in range(20) for _, seconds in layer.plan(1, times=6).timed(x)[1]]
+    assert min(taken) > 1e-6  # a thread that comes late would find nothing to do

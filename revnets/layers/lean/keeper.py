@@ -213,6 +213,11 @@ class _Running(threading.local):
 _running = _Running()
 
 
+def keeps() -> bool:
+    """Whether a lean network is in its forward pass in this thread."""
+    return bool(_running.keepers)
+
+
 @contextmanager
 def paused() -> Iterator[None]:
     """Within this context the keeper that is active, if one is, looks away: autograd keeps what it always keeps.

@@ -274,13 +274,13 @@ def _reader(module: nn.Module, plan: Plan | None, to_the_end: bool) -> Keeper:
     return Reader(_tensors_of(module), plan, to_the_end, _epsilons(module))
 
 
-def _epsilons(module: nn.Module) -> dict[int, float]:
-    """Of its norms, by their weights."""
-    found = {}
+def _epsilons(module: nn.Module) -> dict[int, tuple[float, ...]]:
+    """Of its norms, by their weights, which several may share."""
+    found: dict[int, tuple[float, ...]] = {}
     for part in tree(module):
         weight, eps = part._parameters.get("weight"), getattr(part, "eps", None)
-        if weight is not None and isinstance(eps, float):
-            found[id(weight)] = eps
+        if weight is not None and isinstance(eps, (int, float)):
+            found[id(weight)] = (*found.get(id(weight), ()), float(eps))
     return found
 
 

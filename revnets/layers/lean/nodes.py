@@ -219,6 +219,8 @@ class Node:
             out: Tensor = self.inplace(*given, **more)
         else:
             out = self.again(*given, **more)  # type: ignore[misc]
+            if out.dtype is not dtype:  # it was written in place of a narrower one
+                out = out.to(dtype)
         if self.base is None and stride is not None and out.stride() != stride:
             out = torch.empty_strided(shape, stride, dtype=out.dtype, device=out.device).copy_(out)
         stays = self.saved and self.base is None and (self.stays or self.ledger.fits(self.nbytes))  # type: ignore[union-attr]

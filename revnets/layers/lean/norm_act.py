@@ -66,7 +66,9 @@ def normed_on(calls: Any, x: Tensor, norm: Any, act: str, reused: bool = True) -
 
 def takes_batch(norm: Any) -> bool:
     """Whether a batch norm takes the batch's statistics, moves the running ones by a fixed share, and has weights."""
-    return norm.training and norm.track_running_stats and norm.momentum is not None and norm.affine
+    if not (norm.training and norm.track_running_stats and norm.momentum is not None and norm.affine):
+        return False
+    return None not in (norm.running_mean, norm.running_var, norm.num_batches_tracked)
 
 
 class _Lean:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...kernels.norms import NAMES, Norm, grads, measured, measured_means, norm_serves, normed, plane_sums
@@ -73,11 +74,12 @@ def calls_for(norm: Any, act: str, x: Tensor) -> Any:
 
 
 def _move(norm: Norm, running: Running) -> None:
-    """Running statistics towards those of the batch."""
+    """Running statistics towards those of the batch; as with torch's norm, without a new version of them."""
     running.batches.add_(1)
     pixels = norm.x.numel() // norm.x.shape[1]
-    running.mean.lerp_(norm.mean.to(running.mean.dtype), running.momentum)
-    running.var.lerp_((norm.var * (pixels / (pixels - 1))).to(running.var.dtype), running.momentum)
+    with torch.autograd._unsafe_preserve_version_counter((running.mean, running.var)):
+        running.mean.lerp_(norm.mean.to(running.mean.dtype), running.momentum)
+        running.var.lerp_((norm.var * (pixels / (pixels - 1))).to(running.var.dtype), running.momentum)
 
 
 def _needed(found: tuple[Tensor | None, ...], needed: Any) -> list[Tensor]:

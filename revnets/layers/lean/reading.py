@@ -52,7 +52,7 @@ class Reader(Keeper):
         persistent: Iterable[Tensor] = (),
         plan: Plan | None = None,
         to_the_end: bool = False,
-        epsilons: Mapping[int, float] | None = None,
+        epsilons: Mapping[int, tuple[float, ...]] | None = None,
     ) -> None:
         super().__init__(persistent, plan, to_the_end)
         self._epsilons = epsilons or {}
@@ -123,9 +123,9 @@ class Reader(Keeper):
             return Kept(leaf, leaf._version) if id(leaf) in self._stay else None
         return self._value(function, place, depth)
 
-    def epsilon(self, weight: Node | Kept | None) -> float | None:
-        """Of the norm that has this weight, if it is known."""
-        return self._epsilons.get(id(weight.tensor)) if type(weight) is Kept else None
+    def epsilons(self, weight: Node | Kept | None) -> tuple[float, ...]:
+        """Of the norms that have this weight, as far as they are known."""
+        return self._epsilons.get(id(weight.tensor), ()) if type(weight) is Kept else ()
 
     def follow(self, node: Node, function: Any, kind: Kind, again: Any, args: list[Any], kwargs: Any = None) -> None:
         """Give a node its recipe: ``again(*args)``, as ``kind`` computed it."""

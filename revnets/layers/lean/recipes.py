@@ -201,31 +201,36 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tens
 
 
 def _layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor, eps: float | None, shape: Any
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor, eps: Any, shape: Any
 ) -> Tensor:
-    if eps is not None:
-        y, _, found = aten.native_layer_norm(x, shape, weight, bias, eps)
+    for one in eps:
+        y, _, found = aten.native_layer_norm(x, shape, weight, bias, one)
         if _is_same(found, invstd):
             return y
     return _scaled(x, weight, bias, mean, invstd)
 
 
 def _group_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor, eps: float | None, *sizes: int
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor, eps: Any, *sizes: int
 ) -> Tensor:
-    if eps is not None:
-        y, _, found = aten.native_group_norm(x, weight, bias, *sizes, eps)
+    for one in eps:
+        y, _, found = aten.native_group_norm(x, weight, bias, *sizes, one)
         if _is_same(found, invstd):
             return y
-    weight, bias = (one if one is None else one.view(-1, *[1] * (x.dim() - 2)) for one in (weight, bias))
-    return _scaled(x, weight, bias, mean, invstd)
+    if weight is None and bias is None:
+        return _scaled(x, None, None, mean, invstd)
+    ones, (n, channels, _, groups) = [1] * (x.dim() - 2), sizes
+    scale, mean = (one.view(n, groups, 1).expand(n, groups, channels // groups).flatten(1) for one in (invstd, mean))
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    return (x * scale.view(n, channels, *ones) + shift.view(n, channels, *ones)).to(x.dtype)  # as torch's kernel does
 
 
 NORMS_OF_ROWS: dict[Any, Again] = {
     aten.native_layer_norm.default: _layer_norm,
     aten.native_group_norm.default: _group_norm,
 }
-"""Norms of rows from their input, weight, bias, statistics, epsilon (or None) and shape, by operator.
+"""Norms of rows from their input, weight, bias, statistics, epsilons that they may have and shape, by operator.
 
 With the forward pass's epsilon, they are torch's own to the bit; that it is this one is seen in the statistics.
 """
@@ -283,7 +288,8 @@ def _unpack(packed: Tensor, dtype: torch.dtype, shape: tuple[int, ...], stride: 
     return mask
 
 
-def _is_dense(x: Tensor, *_: Any, **__: Any) -> bool:
+def is_dense(x: Tensor, *_: Any, **__: Any) -> bool:
+    """Whether a tensor has its memory without gaps, and each number of it once."""
     return bool(torch.ops.aten.is_non_overlapping_and_dense(x))
 
 
@@ -325,7 +331,7 @@ def picked(x: Tensor, index: Tensor) -> Tensor:
 
 
 CODES = {
-    "bernoulli_": Code(0, _is_dense, _pack, _unpack),
+    "bernoulli_": Code(0, is_dense, _pack, _unpack),
     "max_pool2d_with_indices": Code(1, _few_pixels, _short_index, _long_index, picked),
 }
 """Dropout's noise as bits, and the places of maxima, numbers of pixels, in as few bytes as those take."""

@@ -23,8 +23,8 @@ class Graph(Protocol):
     def input(self, edge: tuple[Any, int], depth: int) -> Node | Kept | None:
         """What goes into a node of autograd's; None where nothing is known of it."""
 
-    def epsilon(self, weight: Node | Kept | None) -> float | None:
-        """Of the norm that has this weight, if it is known."""
+    def epsilons(self, weight: Node | Kept | None) -> tuple[float, ...]:
+        """Of the norms that have this weight, as far as they are known."""
 
     def follow(self, node: Node, function: Any, kind: Kind, again: Any, args: list[Any], kwargs: Any = None) -> None:
         """Give a node its recipe: ``again(*args)``, as ``kind`` computed it."""
@@ -44,7 +44,8 @@ def lies_like(copy: Node, source: Node) -> None:
 
 def shorten(node: Node, index: Tensor, before: torch.Size) -> None:
     """Keep places as short integers: of pooling, which asks to keep the map that they are in right before."""
-    short = recipes.shorter(index, prod(before[-2:])) if len(before) > 2 else None
+    dense = len(before) > 2 and recipes.is_dense(index)  # others, such as expanded ones, take less as they are
+    short = recipes.shorter(index, prod(before[-2:])) if dense else None
     if short is not None:
         node.again, node.kind = (lambda bits: bits.to(torch.int64)), _MAX_POOL
         node.follows_from([Kept(short, short._version)])
@@ -115,7 +116,9 @@ def _of_rows(op: Any, *numbers: str) -> Rule:
         factors = [reader.input(edge, depth) for edge in edges]
         absent = [factor is None and edge[0] is not None for factor, edge in zip(factors, edges, strict=True)]
         if x is not None and None not in statistics and not any(absent):
-            eps = reader.epsilon(factors[0])
+            eps = reader.epsilons(factors[0])
+            if factors[0] is not None and not eps:  # from the statistics alone, the last bits would be others
+                return
             args = [x, *factors, *statistics, eps, *(_number(function, name) for name in numbers)]
             reader.follow(node, function, kind, again, args)
 

@@ -229,6 +229,59 @@ def test_writes_through_views_that_autograd_sees(write: Callable[[Tensor, Tensor
     assert_same_step(training_step(read(plain), (images(),), loss), training_step(plain, (images(),), loss), 1e-10)
 
 
+def test_blank_images_and_shared_weights_of_group_norms() -> None:
+    """Where all is one number, the last bits of another order of sums are all there is."""
+
+    class Net(Hidden):
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.silu(F.group_norm(self.conv(x), C, self.own, None, 1e-6))
+            return self.head(F.silu(self.other(self.stem(self.norm(h)))))
+
+    torch.manual_seed(0)
+    plain = Net("").train()
+    plain.norm, plain.other = nn.GroupNorm(C, C, eps=1e-6), nn.GroupNorm(2, C, eps=1e-3)
+    plain.other.weight, plain.own = plain.norm.weight, nn.Parameter(torch.ones(C))
+    for x in (torch.zeros(2, C, 16, 16), torch.randn(2, C, 16, 16)):
+        assert_same_step(training_step(read(plain), (x,), loss), training_step(plain, (x,), loss), 1e-4)
+
+
+def test_a_whole_number_is_an_epsilon() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(C, C, 1), nn.GroupNorm(1, C, eps=1), nn.SiLU(), nn.Conv2d(C, C, 1)).train()
+    x = images(dtype=torch.float32)
+    assert_same_step(training_step(read(plain), (x,), loss), training_step(plain, (x,), loss), 0)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_places_that_are_expanded_stay_as_they_are(share: bool) -> None:
+    class Net(Hidden):
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.silu(self.norm(self.conv(x)))
+            place = h.argmax(3, keepdim=True)
+            return self.head(h.gather(3, place.expand_as(h) if share else place))
+
+    torch.manual_seed(0)
+    plain, x = Net("").double().train(), images()
+    lean = read(plain)
+    assert_same_step(training_step(lean, (x,), loss), training_step(plain, (x,), loss), 1e-10)
+    assert kept_bytes(lean, x) <= saved_bytes(plain, x)
+
+
+@pytest.mark.parametrize(("narrow", "wide"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
+@pytest.mark.parametrize("write", ["mul_", "add_"])
+def test_what_is_written_in_place_keeps_its_type(narrow: torch.dtype, wide: torch.dtype, write: str) -> None:
+    class Net(Hidden):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(self.conv(x))
+            return self.head(getattr(h, write)(self.scale))
+
+    torch.manual_seed(0)
+    plain = Net("").to(narrow).train()
+    plain.scale = nn.Parameter(torch.rand(C, 1, 1, dtype=wide))
+    x = images(dtype=narrow)
+    assert_same_step(training_step(read(plain), (x,), loss), training_step(plain, (x,), loss), 0.05)
+
+
 def test_views_of_what_was_written_in_place_come_back() -> None:
     class Net(Hidden):
         def forward(self, x: Tensor) -> Tensor:
