@@ -91,7 +91,7 @@ FAULTS = (
     Fault(
         "norm-act-momentum",
         "revnets/layers/lean/norm_act.py",
-        old="        and norm.momentum is not None\n",
+        old=" and norm.momentum is not None",
         new="",
         tests=("tests/layers/lean/test_lean_layers.py",),
     ),

@@ -68,7 +68,7 @@ def takes_batch(norm: Any) -> bool:
     """Whether a batch norm takes the batch's statistics, moves the running ones by a fixed share, and has weights."""
     if not (norm.training and norm.track_running_stats and norm.momentum is not None and norm.affine):
         return False
-    return None not in (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    return all(one is not None for one in (norm.running_mean, norm.running_var, norm.num_batches_tracked))
 
 
 class _Lean:
