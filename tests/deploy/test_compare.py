@@ -39,4 +39,4 @@ def test_every_way_computes_the_layer() -> None:
     found = (from_blocks(_byte_way(x, pruned)(), 12).float() - 128) / 32
     expected = F.conv2d(x, pruned)
     inside = expected.abs() < 3.9  # of 4, where bytes end
-    assert (found - expected)[inside].abs().max() < 0.1 * expected.abs().max()
+    assert (found - expected)[inside].abs().max() < 0.02 * expected.abs().max()  # a byte is 1/32 wide
