@@ -26,6 +26,7 @@ from ..kernels.byte_calls import ByteConvCall, Finish
 from ..kernels.calls import ConvCall
 from ..kernels.compressed import compress
 from ..profiling.turns import medians
+from ..pruning.solve import Blocks, solve
 from .candidates import FLOAT32, INT8
 from .engines import ENGINES, sparse_graph, verify
 from .graph import export_graph, flat
@@ -262,10 +263,10 @@ def _dense_ways(x: Tensor, weight: Tensor, bias: Tensor) -> list[Callable[[], Te
 
 def _pruned(weight: Tensor, sparsity: float, size: int) -> Tensor:
     """Without the smallest blocks of so many input channels."""
-    blocks = weight.reshape(len(weight), -1, size)
-    norms = blocks.norm(dim=2, keepdim=True)
-    threshold = norms.flatten().kthvalue(max(1, round(norms.numel() * sparsity))).values
-    return torch.where(norms > threshold, blocks, 0.0).reshape(weight.shape)
+    count = round(weight.numel() / size * sparsity)
+    return solve(
+        weight.flatten(1)[None], None, count if size == 1 else Blocks(count, size), "magnitude"
+    ).weight.view_as(weight)
 
 
 def _sparse_way(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]:

@@ -30,7 +30,7 @@ class Norm(NamedTuple):
         mean: of x, likewise.
         var: likewise, biased.
         eps: added to it.
-        act: one of ``NAMES``.
+        act: name of a lean layer's activation; the kernel has those of ``NAMES``.
     """
 
     x: Tensor

@@ -44,11 +44,19 @@ void plane_statistics(const NormCall& c, const Member& member) {
   }
 }
 
-template <typename Act>
-void plane_normed(const NormCall& c, const Member& member) {
+// work(channel, what its input is multiplied by, what is added then) for the member's channels.
+template <typename Work>
+void plane_channels(const NormCall& c, const Member& member, const Work& work) {
   for (int64_t k = member.begin(c.channels); k < member.end(c.channels); ++k) {
     float scale, shift;
     affine(c, k, &scale, &shift);
+    work(k, scale, shift);
+  }
+}
+
+template <typename Act>
+void plane_normed(const NormCall& c, const Member& member) {
+  plane_channels(c, member, [&](int64_t k, float scale, float shift) {
     const vec by = same(scale), plus = same(shift);
     plane_parts(c, k, [&](int64_t of_image, int64_t start, int64_t end) {
       const vec gate = same(c.gates ? c.gates[of_image] : 1.0f);
@@ -56,14 +64,12 @@ void plane_normed(const NormCall& c, const Member& member) {
         store(c.y + p, Act::value(multiply_add(load(c.x + p, lanes), by, plus)) * gate, lanes);
       });
     });
-  }
+  });
 }
 
 template <typename Act>
 void plane_planes(const NormCall& c, const Member& member) {
-  for (int64_t k = member.begin(c.channels); k < member.end(c.channels); ++k) {
-    float scale, shift;
-    affine(c, k, &scale, &shift);
+  plane_channels(c, member, [&](int64_t k, float scale, float shift) {
     const vec by = same(scale), plus = same(shift);
     double sum = 0.0;
     plane_parts(c, k, [&](int64_t of_image, int64_t start, int64_t end) {
@@ -76,7 +82,7 @@ void plane_planes(const NormCall& c, const Member& member) {
       sum += total(part);
       if (end == (of_image + 1) * c.plane) c.planes[of_image] = static_cast<float>(c.dy ? sum : sum / c.plane);
     });
-  }
+  });
 }
 
 // The gradient of z at `p`, which is in the plane number `of_image`.
@@ -90,9 +96,7 @@ inline vec plane_grad(const NormCall& c, int64_t p, int64_t of_image, vec z, con
 
 template <typename Act>
 void plane_affine_sums(const NormCall& c, const Member& member) {
-  for (int64_t k = member.begin(c.channels); k < member.end(c.channels); ++k) {
-    float scale, shift;
-    affine(c, k, &scale, &shift);
+  plane_channels(c, member, [&](int64_t k, float scale, float shift) {
     const vec by = same(scale), plus = same(shift);
     double of_bias = 0.0, of_weight = 0.0;
     plane_parts(c, k, [&](int64_t of_image, int64_t start, int64_t end) {
@@ -107,14 +111,13 @@ void plane_affine_sums(const NormCall& c, const Member& member) {
     });
     c.of_bias[k] = static_cast<float>(of_bias);
     c.of_weight[k] = static_cast<float>(of_weight / deviation(c, k));
-  }
+  });
 }
 
 template <typename Act>
 void plane_gradient(const NormCall& c, const Member& member) {
-  for (int64_t k = member.begin(c.channels); k < member.end(c.channels); ++k) {
-    float scale, shift, slope, offset;
-    affine(c, k, &scale, &shift);
+  plane_channels(c, member, [&](int64_t k, float scale, float shift) {
+    float slope, offset;
     gradient_terms(c, k, scale, &slope, &offset);
     const vec by = same(scale), plus = same(shift), by_x = same(slope), last = same(offset);
     plane_parts(c, k, [&](int64_t of_image, int64_t start, int64_t end) {
@@ -123,7 +126,7 @@ void plane_gradient(const NormCall& c, const Member& member) {
         store(c.y + p, multiply_add(g, by, multiply_add(x, by_x, last)), lanes);
       });
     });
-  }
+  });
 }
 
 }  // namespace

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...kernels.norms import Norm
 from ...reversible.cuda import launch, usable
 from ...reversible.operators import implement
 from ...reversible.tiles import blocks, grid, layout, like, loops, power_of_2, row_blocks, sizes
 from . import ops
-from .ops import NORM, Gate, Norm
+from .ops import NORM, Gate
 
 ACTS = ("", "relu", "silu", "hardswish", "hardsigmoid", "sigmoid")  # numbered as the kernels know them
 MOST_PARTS = 64  # partial sums per channel

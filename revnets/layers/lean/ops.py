@@ -13,33 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...kernels.norms import Norm
 from ...reversible.operators import operator
 from .activations import ACTIVATIONS
 from .sums import affine_grads, batch_statistics
 
 # --- shared arguments -------------------------------------------------------------------------------------------------
-
-
-class Norm(NamedTuple):
-    """A batch norm and its activation, with the statistics of the batch: of ``act(norm(x))``.
-
-    Attributes:
-        x: input ``(N, C, H, W)``.
-        weight: ``(C,)``.
-        bias: ``(C,)``.
-        mean: of x over all but the channels, ``(C,)``.
-        var: likewise, biased.
-        eps: added to it.
-        act: a name in ``ACTIVATIONS``.
-    """
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor
-    mean: Tensor
-    var: Tensor
-    eps: float
-    act: str
 
 
 class Running(NamedTuple):
