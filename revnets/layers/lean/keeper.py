@@ -142,11 +142,10 @@ class Keeper:
         """Remember of a tensor that is dropped what tells whether it came back; asked again, it has to be the same."""
         if type(tensor) is not Tensor:
             return
-        with torch._C._DisableTorchDispatch(), torch._C._AutoDispatchBelowAutograd():
-            if node.witness is None:
-                node.witness = Witness.of(tensor)
-            else:
-                node.witness.check(tensor)
+        if node.witness is None:
+            node.witness = Witness.of(tensor)
+        else:
+            node.witness.check(tensor)
 
     def _hold(self, node: Node, tensor: Tensor) -> None:
         """Hold a tensor; what it is a copy of need not be computed again for others, either."""
@@ -195,8 +194,7 @@ class Keeper:
             return False
         for leaf, tensor in leaves.values():
             leaf.hold(self._alias(tensor))
-        home.saved, home.rank = True, 1 + max((node.rank for node in chain.values()), default=0)
-        home.back = back + (home.nbytes if home.stays else 0)
+        home.drop(chain, back)
         again = [one for one in (home, *own.values()) if one.kind is not None]
         work = sum(one.kind.weight * one.nbytes for one in again)
         self.candidates.append(Candidate(op, place, memory.nbytes, work, len(again)))

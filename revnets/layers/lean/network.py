@@ -261,40 +261,49 @@ def keeper_of(module: nn.Module, to_the_end: bool = False) -> Keeper:
         to_the_end: count bytes also where the plan has nothing left to do.
     """
     plan: Plan | None = vars(module).get(_PLAN)
-    if plan is not None and plan.reading is not None and _trains_as_tried(module):
-        return _reader(module, plan.reading, to_the_end)
-    return _recorder(module, plan, to_the_end)
+    seen = _seen(module)
+    if plan is not None and plan.reading is not None and seen.as_tried:
+        return Reader(seen.tensors, plan.reading, to_the_end, seen.epsilons)
+    return Recorder(seen.tensors, plan, to_the_end)
 
 
 def _recorder(module: nn.Module, plan: Plan | None, to_the_end: bool) -> Keeper:
-    return Recorder(_tensors_of(module), plan, to_the_end)
+    return Recorder(_seen(module).tensors, plan, to_the_end)
 
 
 def _reader(module: nn.Module, plan: Plan | None, to_the_end: bool) -> Keeper:
-    return Reader(_tensors_of(module), plan, to_the_end, _epsilons(module))
+    seen = _seen(module)
+    return Reader(seen.tensors, plan, to_the_end, seen.epsilons)
 
 
-def _epsilons(module: nn.Module) -> dict[int, tuple[float, ...]]:
-    """Of its norms, by their weights, which several may share."""
-    found: dict[int, tuple[float, ...]] = {}
+@dataclass
+class _Seen:
+    """What a look at all of a network finds, before each forward pass: one look, it takes a millisecond or two.
+
+    Attributes:
+        tensors: parameters and buffers.
+        epsilons: of its norms, by their weights, which several may share.
+        as_tried: whether autograd's graph shows what it showed in the trial: of all of the network, without autocast,
+            and without hooks, which may write unseen.
+    """
+
+    tensors: list[Tensor]
+    epsilons: dict[int, tuple[float, ...]]
+    as_tried: bool
+
+
+def _seen(module: nn.Module) -> _Seen:
+    seen = _Seen([], {}, not torch._C._is_any_autocast_enabled())
     for part in tree(module):
-        weight, eps = part._parameters.get("weight"), getattr(part, "eps", None)
+        seen.as_tried &= part.training and not (part._forward_hooks or part._forward_pre_hooks)
+        parameters = [p for p in part._parameters.values() if p is not None]
+        seen.as_tried &= all(p.requires_grad and (p.is_cpu or p.is_meta) for p in parameters)
+        seen.tensors += parameters
+        seen.tensors += [buffer for buffer in part._buffers.values() if buffer is not None]
+        weight, eps = part._parameters.get("weight"), vars(part).get("eps", getattr(type(part), "eps", None))
         if weight is not None and isinstance(eps, (int, float)):
-            found[id(weight)] = (*found.get(id(weight), ()), float(eps))
-    return found
-
-
-def _trains_as_tried(module: nn.Module) -> bool:
-    """Whether autograd's graph shows what it showed in the trial: of all of the network, and without autocast."""
-    if torch._C._is_any_autocast_enabled():
-        return False
-    for part in tree(module):
-        if not part.training or part._forward_hooks or part._forward_pre_hooks:  # which may write unseen
-            return False
-        for parameter in part._parameters.values():
-            if parameter is not None and not (parameter.requires_grad and parameter.device.type in ("cpu", "meta")):
-                return False
-    return True
+            seen.epsilons[id(weight)] = (*seen.epsilons.get(id(weight), ()), float(eps))
+    return seen
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
@@ -325,9 +334,3 @@ def saves(module: nn.Module) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
     )
 
-
-def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    """Its parameters and buffers."""
-    for part in tree(module):
-        for tensors in (part._parameters, part._buffers):
-            yield from (tensor for tensor in tensors.values() if tensor is not None)

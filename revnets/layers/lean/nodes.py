@@ -16,6 +16,8 @@ DEEPEST = 150
 STRIDE = 3
 """Of tensors that are computed from each other, such as the sums of a stage, so many's last one stays on the way."""
 
+FEW = 1 / 64
+"""All of them stay if one takes at most this share of what is held by then: they would be computed several times."""
 
 WORKING = 4
 """Tensors of one size in a step of the backward pass: the one that stays, gradients, what is on the way."""
@@ -100,6 +102,7 @@ class Node:
         readers: recipes that use it.
         memo: the tensor, computed again.
         rank: saved nodes in a row behind it that are computed with it, itself included.
+        stays: whether it stays when it is computed for another, however little room there is.
         back: bytes that stay when it is computed for another.
         level: operators in a row behind it.
         writes: how often its memory may have been written to, as far as is known, if nothing is asked of ``version``.
@@ -115,7 +118,7 @@ class Node:
     inplace: Any = None
     kind: Any = None
     base: Node | None = None
-    saved = persistent = False
+    saved = persistent = stays = False
     memo: Tensor | None = None
     readers = back = rank = level = 0
     writes = 0
@@ -178,10 +181,16 @@ class Node:
         if self.ledger is not None and self.base is None:
             self.entry = Entry(self.ledger, self.nbytes)
 
-    @property
-    def stays(self) -> bool:
-        """Whether it stays when it is computed for another, however little room there is."""
-        return self.saved and self.rank % STRIDE == 0
+    def drop(self, chain: dict[int, Node], back: int) -> None:
+        """Autograd asked for it, and it will be computed again.
+
+        Args:
+            chain: saved nodes that come back with it.
+            back: bytes of these that stay.
+        """
+        self.saved, self.rank = True, 1 + max((node.rank for node in chain.values()), default=0)
+        self.stays = self.rank % STRIDE == 0 or self.nbytes <= FEW * self.ledger.limit  # type: ignore[union-attr]
+        self.back = back + (self.nbytes if self.stays else 0)
 
     def held(self, tensor: Tensor) -> Tensor:
         """The tensor that is held, if it is still what it was."""
