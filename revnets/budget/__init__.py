@@ -5,7 +5,7 @@
 """
 
 from .choices import BudgetError
+from .fitting import fit
 from .plan import Plan
-from .planner import fit
 
 __all__ = ["BudgetError", "Plan", "fit"]

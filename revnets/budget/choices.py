@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..layers.lean.keeper import paused
 from ..layers.lean.network import call_lean, is_lean
+from ..profiling.compiled import backend_of
 from ..profiling.fake import ProfileError
 from ..reversible import MODES, set_mode
 from ..reversible.mode import recompute
@@ -24,8 +25,12 @@ CHOICES = ("store", "lean", "checkpoint", "offload")
 """``store``: autograd keeps what it needs. ``lean``: what is cheap to compute again is not kept (see ``layers.lean``).
 ``checkpoint``: the inputs are kept, all else is computed again. ``offload``: what autograd needs waits in the CPU's
 memory, for networks on accelerators. Same function, gradients and running statistics in all of them.
+
+``compile:SHARE`` (such as ``compile:0.5``) is one more: torch's compiler makes the kernels, and decides what to keep
+within its ``activation_memory_budget``; numbers are rounded elsewhere, and random ones are others.
 """
 
+_COMPILED = re.compile(r"compile:(\d+(?:\.\d+)?)")
 _SLICE = re.compile(r"(?P<module>.*)\[(?P<first>\d+):(?P<stop>\d+)\]", re.DOTALL)
 
 
@@ -38,7 +43,7 @@ class How:
     """What a module does in training passes.
 
     Attributes:
-        choice: of the module as a whole: one of ``CHOICES``, or None.
+        choice: of the module as a whole (see ``CHOICES``), or None.
         slices: of an ``nn.Sequential``: its children from, and up to, that are checkpointed as one.
     """
 
@@ -61,8 +66,7 @@ def apply_choices(model: nn.Module, choices: Mapping[str, str], mode: str | None
     check_changeable(model)
     found: dict[nn.Module, How] = {}
     for name, choice in choices.items():
-        if choice not in CHOICES:
-            raise BudgetError(f"block {name!r}: unknown choice {choice!r}, expected one of {', '.join(CHOICES)}")
+        check_choice(name, choice)
         module, run = find_block(model, name)
         how = found.setdefault(module, How())
         if run is None:
@@ -77,6 +81,28 @@ def apply_choices(model: nn.Module, choices: Mapping[str, str], mode: str | None
         kind: Any = type(module)
         module.__class__ = _planned_class(kind)
         module.__dict__["_budget"] = how
+
+
+def check_choice(name: str, choice: str) -> None:
+    """Refuse what is no choice for a block.
+
+    Raises:
+        BudgetError: for an unknown one.
+    """
+    if choice not in CHOICES and share_of(choice) is None:
+        known = ", ".join((*CHOICES, "compile:SHARE with a share from 0 to 1"))
+        raise BudgetError(f"block {name!r}: unknown choice {choice!r}, expected one of {known}")
+
+
+def share_of(choice: str | None) -> float | None:
+    """The share that torch's compiler may keep, of a choice that is its; None of others.
+
+    Example:
+        >>> share_of("compile:0.5"), share_of("lean"), share_of("compile:2")
+        (0.5, None, None)
+    """
+    match = _COMPILED.fullmatch(choice or "")
+    return float(match[1]) if match and float(match[1]) <= 1 else None
 
 
 def remove_choices(model: nn.Module) -> bool:
@@ -181,7 +207,7 @@ def _planned_class(kind: Any) -> Any:
         if how is None or not self.training or not torch.is_grad_enabled():
             return kind.forward(self, *args, **kwargs)
         run = _run_slices if how.slices else kind.forward
-        return _WAYS[how.choice](self, run, args, kwargs)
+        return _WAYS.get(how.choice, _compiled)(self, run, args, kwargs)
 
     body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     body |= {"forward": forward, "_unplanned_class": kind}
@@ -222,6 +248,16 @@ def _checkpointed(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> An
 def _offloaded(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
     with paused(), _on_cpu(module):
         return forward(module, *args, **kwargs)
+
+
+def _compiled(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+    with paused():
+        return _compiled_forward(forward, share_of(vars(module)["_budget"].choice))(module, *args, **kwargs)
+
+
+@functools.cache
+def _compiled_forward(forward: Any, share: float) -> Any:
+    return torch.compile(forward, backend=backend_of(share), dynamic=False)
 
 
 _WAYS: dict[str | None, Any] = {

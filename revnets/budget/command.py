@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,6 +37,9 @@ def fit_command(
     optimizer: Annotated[str, text("any of timm's, whose state counts, or none")] = "sgd",
     channels_last: Annotated[bool, typer.Option(help="memory layout of weights and images")] = True,
     device: Annotated[str, text("cpu, cuda, ...; to plan, it need not be here")] = "cpu",
+    compile: Annotated[
+        bool, typer.Option("--compile", help="have plans by torch.compile, too; runs the model, and takes minutes")
+    ] = False,
     plan: Annotated[Path | None, path("also write the plan as JSON, for revnets.Plan.load")] = None,
     picture: Annotated[Path | None, path("also draw the step before and after, as PNG")] = None,
     sweep: Annotated[
@@ -65,16 +69,20 @@ def fit_command(
     setting = Setting(device, channels_last, None, True, None if optimizer == "none" else optimizer)
     target = read_target(model, setting, batch_size)
     if sweep is not None:
-        work = ways(target, setting, sweep, peers)
+        work = ways(target, setting, sweep, peers, compile)
         measured = compare(target, setting, work, repeats, lambda pieces: track(list(pieces), "measuring"))
         print_comparison(measured, setting)
         if output is not None:
             for written in save_table(measured, make_folder(output)):
                 typer.echo(f"wrote {written}")
         return
-    found = planner_of(target, setting, amp).plan(allowed or 0)
+    found = planner_of(target, setting, amp, compile, _compiling).plan(allowed or 0)
     typer.echo(str(found))
     if plan is not None:
         typer.echo(f"wrote {found.save(plan)}")
     if picture is not None:
         typer.echo(f"wrote {found.draw(picture)}")
+
+
+def _compiling(shares: Iterable[Any]) -> Iterable[Any]:
+    return track(list(shares), "compiling")

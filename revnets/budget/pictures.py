@@ -12,9 +12,10 @@ WORDS = {
     "lean": "computes norms, activations and sums again",
     "checkpoint": "keeps its input, computes all else again",
     "offload": "keeps it in the CPU's memory",
+    "compile": "torch's compiler decides, within this share of what is fastest to keep",
 }
 
-REST = "all the rest"
+REST, WHOLE = "all the rest", "the network"
 
 
 def plan_table(plan: Any) -> str:
@@ -27,11 +28,12 @@ def plan_table(plan: Any) -> str:
         + (f"; reversible parts: {plan.mode}" if plan.mode is not None else ""),
     ]
     width = max([len(block.name) for block in plan.blocks] + [len(REST)])
-    lines.append(f"{'block':{width}}  {'choice':10}  {'keeps MB':>9}  {'plain MB':>9}  {'adds ms':>8}")
+    lines.append(f"{'block':{width}}  {'choice':12}  {'keeps MB':>9}  {'plain MB':>9}  {'adds ms':>8}")
+    rest = WHOLE if len(plan.blocks) == 1 else REST
     for b in plan.blocks:
         sizes = f"{_mb(b.kept_bytes):>9}  {_mb(b.plain_bytes):>9}"
-        lines.append(f"{b.name or REST:{width}}  {b.choice:10}  {sizes}  {1e3 * b.seconds:8.1f}")
-    chosen = {block.choice for block in plan.blocks}
+        lines.append(f"{b.name or rest:{width}}  {b.choice:12}  {sizes}  {1e3 * b.seconds:8.1f}")
+    chosen = {block.choice.partition(":")[0] for block in plan.blocks}
     lines += [f"{choice}: {words}" for choice, words in WORDS.items() if choice in chosen]
     return "\n".join(lines)
 

@@ -12,7 +12,16 @@ from torch import nn
 
 from ..training.errors import reason, refused
 from ..training.files import write_json
-from .choices import CHOICES, BudgetError, apply_choices, check_changeable, modes_of, put_modes, remove_choices
+from .choices import (
+    BudgetError,
+    apply_choices,
+    check_changeable,
+    check_choice,
+    modes_of,
+    put_modes,
+    remove_choices,
+    share_of,
+)
 
 FORMAT = 1
 
@@ -24,7 +33,7 @@ class BlockPlan:
     Attributes:
         name: of the module, or of a run of a Sequential's children, such as ``layer1[0:2]``; ``""`` is what lies
             between the blocks.
-        choice: one of ``choices.CHOICES``.
+        choice: see ``choices.CHOICES``.
         plain_bytes: that it keeps for its backward pass when nothing is chosen.
         kept_bytes: that it keeps now.
         seconds: that the choice adds to a step, by the speeds that were assumed or measured.
@@ -94,6 +103,11 @@ class Plan:
         if "lean" in found.values():
             return found
         return {name: choice for name, choice in found.items() if choice != "store"}
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether torch's compiler makes the network's kernels, and decides what is kept."""
+        return any(share_of(block.choice) is not None for block in self.blocks)
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Let a network train by this plan, in place: its class and weights stay, each block does as chosen.
@@ -176,8 +190,9 @@ def _read(found: Any) -> Plan:
         raise ValueError(f"expected a mapping with format {FORMAT}")
     blocks = tuple(BlockPlan(**block) for block in found.pop("blocks"))
     for block in blocks:
-        if block.choice not in CHOICES or not isinstance(block.name, str):
-            raise ValueError(f"block {block.name!r} has the unknown choice {block.choice!r}")
+        if not isinstance(block.name, str) or not isinstance(block.choice, str):
+            raise ValueError(f"block {block.name!r} has the choice {block.choice!r}: expected two texts")
+        check_choice(block.name, block.choice)
     before, after = (
         Timeline(tuple(t["nbytes"]), t["backward"], t["optimizer"]) for t in (found.pop("before"), found.pop("after"))
     )

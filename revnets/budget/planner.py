@@ -1,4 +1,4 @@
-"""``fit``: the fastest way to train a network within so many bytes."""
+"""Plans of one training step for any budget: candidates from the integer program, each checked by a trace."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..profiling.fake import ProfileError
-from ..profiling.fit import BYTES, DoesNotFitError, largest, parse_budget
+from ..profiling.fit import DoesNotFitError, largest
 from ..profiling.predict import StepPrediction, summarize, traceable
-from ..training.errors import reason, shown
-from ..training.options.values import check_choice
-from .blocks import Blocks, find_blocks
-from .choices import BudgetError
-from .measure import measured_seconds
+from ..training.errors import reason
+from .blocks import find_blocks
+from .compiled import Compiled
 from .plan import BlockPlan, Plan, Timeline
 from .program import Program, Solution
-from .step import Step, described, make_inputs, reserve
+from .step import Step, described, reserve
 from .watch import Figures, Watch, figures_of, machine_of
 
 LEVELS = 200
@@ -32,90 +30,8 @@ SLACK = 1.01
 """The program's peaks are off by less; each is checked by a trace of the step with its choices."""
 GENERATOR = 6_000
 """Bytes of the CPU's generator, whose state each checkpoint of a block that draws keeps beside it."""
-TIMES = ("flops", "measure")
 
 _logger = logging.getLogger("revnets")
-
-
-def fit(
-    model: nn.Module,
-    input_size: Sequence[int] | None,
-    batch_size: int | None,
-    budget: str | int,
-    amp_dtype: torch.dtype | str | None = None,
-    optimizer: Any = None,
-    *,
-    loss_fn: Callable[[Any], Tensor] | None = None,
-    device: torch.device | str | None = None,
-    time: str = "flops",
-    apply: bool = True,
-    inputs: Any = None,
-) -> Plan:
-    """Let a network train within a budget of bytes, as fast as that allows, with the gradients it has anyway.
-
-    The budget is for everything that tensors take at any moment of a training step: weights, buffers, gradients,
-    optimizer state, input, activations, and what kernels need for a moment. An accelerator's context and what its
-    allocator holds back come on top.
-
-    Args:
-        model: any network, neither wrapped (``DistributedDataParallel``) nor compiled yet.
-        input_size: of one example, such as ``(3, 224, 224)``.
-        batch_size: of a step.
-        budget: ``"8GB"`` (10^9 bytes each), ``"8GiB"``, or a number of bytes.
-        amp_dtype: that training autocasts to: ``torch.bfloat16``, ``"bf16"``; None for none.
-        optimizer: a name of timm's (``"adamw"``), an optimizer of the model, or a function from a model to one; its
-            state counts. None for none.
-        loss_fn: from the model's output to a scalar; by default cross entropy of logits, else a mean of squares.
-        device: to plan for; by default the model's. It need not be at hand.
-        time: where seconds come from: ``"flops"`` and bytes of each operator, or ``"measure"``, a forward pass of the
-            model on its device.
-        apply: change the model now; else ``plan.apply(model)`` does.
-        inputs: what the model takes in place of ``input_size`` and ``batch_size``: a tensor, a tuple, a mapping.
-
-    Raises:
-        DoesNotFitError: when the least possible is more than the budget; says what it is and what would help.
-        BudgetError: for a network that no plan can be made for.
-        ProfileError: for a budget or a setting that means nothing.
-
-    Example:
-        >>> model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)) for _ in range(4)))
-        >>> plan = fit(model, (64,), batch_size=512, budget="1.4MB")
-        >>> plan.peak_bytes <= plan.budget < plan.plain_bytes
-        True
-    """
-    allowed = as_bytes(budget)
-    if inputs is None:
-        if input_size is None or batch_size is None:
-            raise BudgetError("input_size and batch_size: give both, or inputs")
-        inputs = make_inputs(model, input_size, batch_size) if isinstance(model, nn.Module) else None
-    else:
-        batch_size = None
-    planner = Planner(Step(model, inputs, amp_dtype, optimizer, loss_fn, device), batch_size)
-    if check_choice("time", time, TIMES) == "measure":
-        planner.measured = measured_seconds(model, planner.step)
-    plan = planner.plan(allowed)
-    return plan if not apply else _applied(plan, model)
-
-
-def _applied(plan: Plan, model: nn.Module) -> Plan:
-    plan.apply(model)
-    return plan
-
-
-def as_bytes(budget: str | int) -> int:
-    """A budget as a number of bytes.
-
-    Raises:
-        ProfileError: for what is none.
-    """
-    if isinstance(budget, str):
-        return parse_budget(budget)
-    try:
-        return BYTES.check("budget", budget)
-    except ValueError:
-        raise ProfileError(
-            f"budget={shown(budget)}: expected a size such as '8GB', or a whole number of bytes above 0"
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -124,12 +40,12 @@ class Tried:
 
     Attributes:
         solution: the choices, and what the program expects of them.
-        predicted: the step, traced.
+        predicted: the step, traced; measured, if it is compiled.
         mode: of reversible parts.
     """
 
     solution: Solution
-    predicted: StepPrediction
+    predicted: StepPrediction | Compiled
     mode: str | None = None
 
 
@@ -143,12 +59,14 @@ class Planner:
         within: names of the modules that may be blocks; by default all.
         measured: a function from a Watch and names of blocks to the seconds of their forward passes, if they were
             measured.
+        compiled: a function from a plain step's figures to compiled ones, if there may be plans by ``torch.compile``.
     """
 
     step: Step
     batch_size: int | None = None
     within: Collection[str] | None = None
     measured: Callable[[Sequence[str]], list[float]] | None = None
+    compiled: Callable[[Figures], list[Compiled]] | None = None
     _tried: dict[Any, Tried] = field(default_factory=dict)
     _levels: dict[int, Solution | None] = field(default_factory=dict)
     _program: Program | None = None
@@ -253,6 +171,20 @@ class Planner:
             seconds = sum(store.forward_seconds)
             yield self._try(Solution(choices, 0.0, seconds), mode)
 
+    @cached_property
+    def _compiled(self) -> list[Tried]:
+        """Plans by ``torch.compile``, which were measured."""
+        store = self.figures["store"]
+        if self.compiled is None:
+            return []
+
+        def tried(found: Compiled) -> Tried:
+            choices = (("", f"compile:{found.share:g}"),)
+            added = (found.ratio - 1) * store.total_seconds
+            return Tried(Solution(choices, found.peak_bytes, added), found, self.mode)
+
+        return [tried(found) for found in self.compiled(store)]
+
     def _level_peak(self, index: int) -> float:
         return self._least.peak + (self.plain.predicted.peak_bytes - self._least.peak) * index / LEVELS
 
@@ -280,15 +212,18 @@ class Planner:
 
     # --- the plan ------------------------------------------------------------------------------------------------
 
-    def plan(self, budget: int) -> Plan:
+    def plan(self, budget: int, compiled: bool = True) -> Plan:
         """The fastest plan whose step takes at most so many bytes.
+
+        Args:
+            budget: bytes.
+            compiled: whether it may be one by ``torch.compile``, if there are such plans.
 
         Raises:
             DoesNotFitError: when there is none.
         """
-        if self.needed(self.plain) <= budget:
-            return self._plan(self.plain, budget)
-        tried = list(self._candidates(budget))
+        plain = self.needed(self.plain) <= budget
+        tried = [*(self._compiled if compiled else []), *([self.plain] if plain else self._candidates(budget))]
         fits = [t for t in tried if self.needed(t) <= budget]
         if not fits:
             raise self._does_not_fit(budget)
@@ -331,19 +266,6 @@ class Planner:
 
     def _plan(self, tried: Tried, budget: int) -> Plan:
         store = self.figures["store"]
-        kept = dict(zip(self.blocks.names, range(1, 2 * len(self.blocks.names), 2), strict=True))
-        candidates = {} if self._program is None else {(c.name, c.choice): c for c in self._program.candidates}
-        blocks = []
-        for name, choice in tried.solution.choices:
-            if not name:
-                between = range(0, 2 * len(kept) + 1, 2)
-                plain, now = (sum(self.figures[c].kept[p] for p in between) for c in ("store", choice))
-                blocks.append(BlockPlan(name, choice, plain, now, float(self.program.seconds[-2])))
-                continue
-            c = candidates.get((name, choice))
-            first, last = (c.first, c.last) if c is not None else (kept[name], kept[name])
-            plain = sum(store.kept[p] for p in range(first, last + 1))
-            blocks.append(BlockPlan(name, choice, plain, int(c.kept) if c else plain, c.seconds if c else 0.0))
         setting = {
             "device": str(self.step.device),
             "amp_dtype": None if self.step.amp_dtype is None else str(self.step.amp_dtype).removeprefix("torch."),
@@ -357,12 +279,32 @@ class Planner:
             plain_bytes=self.plain.predicted.peak_bytes,
             seconds=tried.solution.seconds,
             plain_seconds=store.total_seconds,
-            blocks=tuple(blocks),
+            blocks=tuple(self._blocks(tried)),
             mode=tried.mode,
             setting=setting,
             before=timeline(self.plain.predicted),
             after=timeline(tried.predicted),
         )
+
+    def _blocks(self, tried: Tried) -> Iterator[BlockPlan]:
+        """What each block does, keeps and adds."""
+        store = self.figures["store"]
+        if isinstance(tried.predicted, Compiled):
+            ((name, choice),) = tried.solution.choices
+            yield BlockPlan(name, choice, sum(store.kept), tried.predicted.kept_bytes, tried.solution.seconds)
+            return
+        kept = dict(zip(self.blocks.names, range(1, 2 * len(self.blocks.names), 2), strict=True))
+        candidates = {} if self._program is None else {(c.name, c.choice): c for c in self._program.candidates}
+        for name, choice in tried.solution.choices:
+            if not name:
+                between = range(0, 2 * len(kept) + 1, 2)
+                plain, now = (sum(self.figures[c].kept[p] for p in between) for c in ("store", choice))
+                yield BlockPlan(name, choice, plain, now, float(self.program.seconds[-2]))
+                continue
+            c = candidates.get((name, choice))
+            first, last = (c.first, c.last) if c is not None else (kept[name], kept[name])
+            plain = sum(store.kept[p] for p in range(first, last + 1))
+            yield BlockPlan(name, choice, plain, int(c.kept) if c else plain, c.seconds if c else 0.0)
 
 
 def _as_plan(solution: Solution) -> dict[str, str]:
@@ -374,14 +316,13 @@ def _is_channels_last(x: Tensor) -> bool:
     return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-def timeline(predicted: StepPrediction) -> Timeline:
+def timeline(predicted: StepPrediction | Compiled) -> Timeline:
     """What is in use over a step, in at most a thousand points, peaks kept."""
+    if isinstance(predicted, Compiled):
+        return predicted.timeline
     totals = [sum(now) for now in predicted.timeline]
     phases = predicted.phases
     stride = max(1, -(-len(totals) // 1000))
     coarse = tuple(max(totals[i : i + stride]) for i in range(0, len(totals), stride))
     starts = [phases.index(p) if p in phases else len(phases) for p in ("backward", "optimizer")]
     return Timeline(coarse, starts[0] // stride, starts[1] // stride)
-
-
-__all__ = ["Blocks", "BudgetError", "Planner", "as_bytes", "fit", "timeline"]

@@ -9,22 +9,27 @@ from typing import Any
 
 from torch import nn
 
-from ..profiling.bench.peers import PLANNED, Turn, Way, register_curve
+from ..profiling.bench.peers import COMPILED_PLAN, PLANNED, Turn, Way, register_curve
 from ..profiling.fake import ProfileError
 from ..profiling.target import Job, Setting, Target
-from ..training.options.values import COUNT
+from ..training.options.values import COUNT, find_device
+from .compiled import Progress, measured_compiled
 from .plan import Plan
 from .planner import Planner
 from .step import Step
 
 
-def planner_of(target: Target, setting: Setting, amp: str | None = None) -> Planner:
+def planner_of(
+    target: Target, setting: Setting, amp: str | None = None, compiled: bool = False, progress: Progress = iter
+) -> Planner:
     """The planner of a target's training step.
 
     Args:
         target: a network at a size and a batch.
         setting: without autocast.
         amp: that it is autocast to.
+        compiled: whether plans may be by ``torch.compile``, too: the network is made and run on its device.
+        progress: wraps what is compiled.
     """
     try:
         job = target.build(setting, "meta")
@@ -32,32 +37,39 @@ def planner_of(target: Target, setting: Setting, amp: str | None = None) -> Plan
         job = target.build(setting, "cpu")
     optimizer = setting.make_optimizer if setting.optimizer is not None else None
     step = Step(job.network, job.x, amp, optimizer, job.loss_fn, setting.device)
-    return Planner(
-        step, target.batch_size, getattr(job.network, "names", None)
-    )  # a detector's: those of its own modules
+    planner = Planner(step, target.batch_size, getattr(job.network, "names", None))  # of a detector's own modules
+    if compiled:
+        find_device(setting.device, here=True)
+        planner.compiled = measured_compiled(target.build(setting, setting.device).network, step, progress=progress)
+    return planner
 
 
 @register_curve
-def curve(target: Target, setting: Setting, count: int = 10) -> tuple[int, list[Way]]:
+def curve(target: Target, setting: Setting, count: int = 10, compiled: bool = False) -> tuple[int, list[Way]]:
     """Plain's predicted peak, and plans for budgets from the least possible to plain, in equal steps.
 
     Args:
         target: a network at a size and a batch.
         setting: of the step.
         count: budgets.
+        compiled: whether there are plans by ``torch.compile``, too: one for each share that is chosen for a budget.
 
     Raises:
         ProfileError: for a network that cannot be planned.
     """
     COUNT.check("count", count)
-    planner = planner_of(target, replace(setting, amp_dtype=None), setting.amp_dtype)
+    planner = planner_of(target, replace(setting, amp_dtype=None), setting.amp_dtype, compiled)
     least, most = planner.needed(planner.least()), planner.needed(planner.plain)
     shares = [k / max(count - 1, 1) for k in range(count)]
-    plans = [planner.plan(int(least + share * (most - least))) for share in shares]
-    return planner.plain.predicted.peak_bytes, [way_of(plan) for plan in plans]
+    budgets = [int(least + share * (most - least)) for share in shares]
+    found = [way_of(planner.plan(budget, compiled=False)) for budget in budgets]
+    if compiled:
+        by_choice = {plan.blocks[0].choice: plan for plan in map(planner.plan, reversed(budgets)) if plan.is_compiled}
+        found += [way_of(plan, COMPILED_PLAN) for plan in by_choice.values()]
+    return planner.plain.predicted.peak_bytes, found
 
 
-def way_of(plan: Plan) -> Way:
+def way_of(plan: Plan, name: str = PLANNED) -> Way:
     """A plan as a way to train the network that it was made for."""
 
     def start(job: Job) -> Turn:
@@ -74,7 +86,7 @@ def way_of(plan: Plan) -> Way:
         return turn
 
     sizes: dict[str, Any] = {"budget_bytes": plan.budget, "predicted_bytes": plan.peak_bytes}
-    return Way(PLANNED, start, in_short(plan), **sizes)
+    return Way(name, start, in_short(plan), compiles=plan.is_compiled, **sizes)
 
 
 def in_short(plan: Plan) -> str:
@@ -88,7 +100,7 @@ def in_short(plan: Plan) -> str:
     """
     counts: dict[str, int] = {}
     for block in plan.blocks:
-        if block.name:
+        if block.name or len(plan.blocks) == 1:
             counts[block.choice] = counts.get(block.choice, 0) + 1
     mode = [plan.mode] if plan.mode is not None and plan.mode != "store" else []
     return ", ".join([*mode, *(f"{n} {choice}" for choice, n in counts.items())])

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -197,7 +198,11 @@ def _peaks_on_accelerator(step: Callable[[], None], device: torch.device) -> tup
 
 
 class CpuAllocations:
-    """Context in which torch's CPU allocator is watched: ``peak`` is the highest sum of allocations less releases.
+    """Context in which torch's CPU allocator is watched.
+
+    Attributes:
+        peak: the highest sum of allocations less releases.
+        totals: that sum after each of them.
 
     Example:
         >>> with CpuAllocations() as allocations:
@@ -207,6 +212,7 @@ class CpuAllocations:
     """
 
     peak = 0
+    totals: tuple[int, ...] = ()
 
     def __enter__(self) -> "CpuAllocations":
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it prints to stderr
@@ -218,9 +224,6 @@ class CpuAllocations:
     def __exit__(self, *exc: Any) -> None:
         self._profile.__exit__(*exc)
         profiler: Any = self._profile.profiler
-        total = 0
-        for _, change in sorted(
-            (e.start_ns(), e.nbytes()) for e in profiler.kineto_results.events() if e.name() == "[memory]"
-        ):
-            total += change
-            self.peak = max(self.peak, total)
+        changes = sorted((e.start_ns(), e.nbytes()) for e in profiler.kineto_results.events() if e.name() == "[memory]")
+        self.totals = tuple(accumulate(change for _, change in changes))
+        self.peak = max(0, *self.totals)

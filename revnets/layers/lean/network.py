@@ -333,4 +333,3 @@ def saves(module: nn.Module) -> bool:
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
         and torch._C._functorch.peek_interpreter_stack() is None
     )
-

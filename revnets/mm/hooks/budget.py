@@ -12,7 +12,8 @@ from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import HOOKS
 from torch import nn
 
-from ...budget.planner import Planner, as_bytes
+from ...budget.fitting import as_bytes
+from ...budget.planner import Planner
 from ...budget.step import Step, device_of, make_inputs
 from ...profiling.fake import ProfileError
 from ...profiling.target import training_loss

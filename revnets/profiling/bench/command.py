@@ -25,7 +25,6 @@ NAMES = ("revbifpn_s0@224:8", "revbifpn_s1@256:8", "efficientnet_b0@224:8")
 @excludes("repeats", "launches")
 @excludes("ablate", "launches")
 @excludes("ablate", "peers")
-@excludes("compiled", "peers")
 @excludes("launches", "peers")
 @excludes("modes", "peers")
 @needs("budgets", "peers")
@@ -39,7 +38,7 @@ def bench_command(
     exact: Annotated[bool, typer.Option(help="exact mode of reversible networks")] = True,
     modes: Annotated[str | None, text("of these modes only, separated by commas")] = None,
     ablate: Annotated[bool, typer.Option(help="also each part of our work left out, in reversible mode")] = False,
-    compiled: Annotated[bool, typer.Option(help="also with compiled branches; compiling takes minutes")] = False,
+    compiled: Annotated[bool, typer.Option(help="also compiled branches, of --peers plans; takes minutes")] = False,
     launches: Annotated[
         bool, typer.Option(help="instead: count operator calls, and kernels, also of what is compiled")
     ] = (False),
@@ -58,7 +57,7 @@ def bench_command(
         check_file(output)
     names = models or list(NAMES)
     if peers:
-        _compare_peers(names, replace(setting, optimizer="sgd"), budgets, repeats, output)
+        _compare_peers(names, replace(setting, optimizer="sgd"), budgets, repeats, compiled, output)
         return
     cases = bench.make_cases(names, modes or "", setting, ablate, compiled)
     if launches:
@@ -73,7 +72,9 @@ def bench_command(
         bench.save(rows, setting, output)
 
 
-def _compare_peers(names: Sequence[str], setting: Setting, budgets: int, repeats: int, output: Path | None) -> None:
+def _compare_peers(
+    names: Sequence[str], setting: Setting, budgets: int, repeats: int, compiled: bool, output: Path | None
+) -> None:
     """All ways to train each network, a whole training step as ``revnets fit --sweep`` measures it."""
     check_once("networks", names)
     find_device(setting.device, here=True)
@@ -81,7 +82,7 @@ def _compare_peers(names: Sequence[str], setting: Setting, budgets: int, repeats
         raise ProfileError(f"--output {output}: it is for JSON, the picture lies beside it: give a name such as x.json")
     comparisons = []
     for target in [peer_bench.read_target(name, setting) for name in names]:
-        ways = peer_bench.ways(target, setting, budgets)
+        ways = peer_bench.ways(target, setting, budgets, compiled_plans=compiled)
         found = peer_bench.compare(target, setting, ways, repeats, lambda work: track(list(work), "measuring"))
         print_comparison(found, setting)
         comparisons.append(found)

@@ -18,6 +18,7 @@ from torch import nn
 
 from ...training.errors import reason, refused
 from ...training.options.values import COUNT, find_device
+from ..compiled import backend_of
 from ..fake import ProfileError
 from ..memory import measure_training_step, synchronize
 from ..profile import resident_bytes
@@ -27,8 +28,6 @@ from ..turns import clock
 Turn = Callable[[], AbstractContextManager[nn.Module]]
 """Makes the context in which a step is run, of the model that it gives."""
 
-COMPILER = "inductor"
-"""The backend of ``torch.compile`` that is compared with."""
 SHARES = (0.75, 0.5, 0.25)
 """Of ``torch._functorch.config.activation_memory_budget``: 1 saves what is fastest, 0 recomputes everything."""
 
@@ -136,17 +135,7 @@ def _switch(network: Any, on: bool) -> None:
 
 
 def _compiled(job: Job, share: float) -> Turn:
-    """The model compiled under a budget: it counts while the first step is compiled, forward and backward at once."""
-    compile_graph: Any = torch._dynamo.lookup_backend(COMPILER)
-
-    # A backend of its own for each share: dynamo finds what it has compiled by the backend, too, so that no share gets
-    # another one's code, and all can take turns without a reset between them.
-    def backend(*graph: Any, **options: Any) -> Any:
-        config: Any = torch._functorch.config
-        with config.patch(activation_memory_budget=share):
-            return compile_graph(*graph, **options)
-
-    compiled: Any = torch.compile(job.model, backend=backend, dynamic=False)
+    compiled: Any = torch.compile(job.model, backend=backend_of(share), dynamic=False)
     return lambda: nullcontext(compiled)
 
 
@@ -163,12 +152,13 @@ def _offloaded(job: Job) -> Turn:
     return turn
 
 
-PLAIN, CHECKPOINTING, COMPILED, OFFLOADED, PLANNED = (
+PLAIN, CHECKPOINTING, COMPILED, OFFLOADED, PLANNED, COMPILED_PLAN = (
     "plain",
     "its own checkpointing",
     "torch.compile",
     "save_on_cpu",
     "plan",
+    "compiled plan",
 )
 
 PEERS = [
@@ -182,8 +172,9 @@ PEERS = [
 ]
 """What ours is compared with; the first is the reference."""
 
-Curve = Callable[[Target, Setting, int], tuple[int, list[Way]]]
-"""From a network and a number of budgets: plain's predicted peak, and a way for each budget from the least to plain."""
+Curve = Callable[[Target, Setting, int, bool], tuple[int, list[Way]]]
+"""From a network, a number of budgets, and whether plans may be by ``torch.compile``, too: plain's predicted peak, and
+a way for each budget from the least to plain."""
 
 CURVE = "revnets.budget.table"
 """Module that registers the curve when it is imported."""
@@ -196,7 +187,9 @@ def register_curve(curve: Curve) -> Curve:
     return curve
 
 
-def ways(target: Target, setting: Setting, budgets: int, compiled: bool = True) -> list[Way]:
+def ways(
+    target: Target, setting: Setting, budgets: int, compiled: bool = True, compiled_plans: bool = False
+) -> list[Way]:
     """All ways to train a network: peers, and ours by their budgets.
 
     Args:
@@ -204,13 +197,14 @@ def ways(target: Target, setting: Setting, budgets: int, compiled: bool = True) 
         setting: of the step.
         budgets: from the least possible to plain.
         compiled: whether to compare with what compiles for minutes.
+        compiled_plans: whether plans may be by ``torch.compile``, too.
 
     Raises:
         ProfileError: for a network that cannot be planned.
     """
     COUNT.check("budgets", budgets)
     importlib.import_module(CURVE)
-    predicted, ours = _CURVES[CURVE](target, setting, budgets)
+    predicted, ours = _CURVES[CURVE](target, setting, budgets, compiled_plans)
     plain = Way(PLAIN, PEERS[0].start, predicted_bytes=predicted)
     return [plain, *(way for way in PEERS[1:] if compiled or not way.compiles), *ours]
 

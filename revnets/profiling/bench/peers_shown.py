@@ -13,11 +13,16 @@ from ...training.pictures import caption, picture
 from ..profile import describe
 from ..report.tables import save_json
 from ..target import Setting
-from .peers import CHECKPOINTING, COMPILED, OFFLOADED, PLAIN, PLANNED, Comparison, Row
+from .peers import CHECKPOINTING, COMPILED, COMPILED_PLAN, OFFLOADED, PLAIN, PLANNED, Comparison, Row
 
-STYLES = {PLANNED: "o-", PLAIN: "s", CHECKPOINTING: "^", COMPILED: "x--", OFFLOADED: "D"}
+OURS = (PLANNED, COMPILED_PLAN)
+STYLES = {PLANNED: "o-", COMPILED_PLAN: "P:", PLAIN: "s", CHECKPOINTING: "^", COMPILED: "x--", OFFLOADED: "D"}
 """Of a way in a picture: those of several points are a curve."""
-LABELS = {PLANNED: "plans, by budget", COMPILED: "torch.compile, by activation_memory_budget"}
+LABELS = {
+    PLANNED: "plans, by budget",
+    COMPILED_PLAN: "compiled plans, by budget",
+    COMPILED: "torch.compile, by activation_memory_budget",
+}
 
 
 def ours_beside(row: Row, rows: Sequence[Row]) -> tuple[float | None, int | None]:
@@ -36,7 +41,7 @@ def ours_beside(row: Row, rows: Sequence[Row]) -> tuple[float | None, int | None
         >>> ours_beside(Row("m", CHECKPOINTING, None, None, 8, 2.6, 1.3), ours)
         (1.1, 8)
     """
-    plans = [r for r in rows if r.way == PLANNED]
+    plans = [r for r in rows if r.way in OURS]
     times = [r.ratio for r in plans if r.measured_bytes <= row.measured_bytes]
     peaks = [r.measured_bytes for r in plans if r.seconds <= row.seconds]
     return min(times, default=None), min(peaks, default=None)
@@ -59,7 +64,7 @@ def print_comparison(found: Comparison, setting: Setting) -> None:
     for row in found.rows:
         off = "" if row.predicted_bytes is None else f"{100 * (row.measured_bytes / row.predicted_bytes - 1):+.2f}%"
         sizes = (_mb(row.budget_bytes), _mb(row.predicted_bytes), _mb(row.measured_bytes), off)
-        time, peak = (None, None) if row.way == PLANNED else ours_beside(row, found.rows)
+        time, peak = (None, None) if row.way in OURS else ours_beside(row, found.rows)
         beside = ("" if time is None else f"{time:.2f}", _mb(peak))
         table.add_row(row.way, row.choices, *sizes, f"{row.seconds:.3f}", f"{row.ratio:.2f}", *beside)
     console = Console(width=190)

@@ -128,7 +128,7 @@ def test_what_does_not_compile_is_skipped_with_the_reason(compiler: Callable[[An
 
 
 def test_without_compiled_peers_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(peers._CURVES, peers.CURVE, lambda target, setting, count: (1, [Way(PLANNED, PEERS[0].start)]))
+    monkeypatch.setitem(peers._CURVES, peers.CURVE, lambda *_: (1, [Way(PLANNED, PEERS[0].start)]))
     found = ways(read_target(NAME, SETTING), SETTING, 1, compiled=False)
     assert [way.name for way in found] == [PLAIN, CHECKPOINTING, OFFLOADED, PLANNED]
 
@@ -169,7 +169,7 @@ def test_the_command_prints_and_writes_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     compiler(eager)
-    monkeypatch.setitem(peers._CURVES, peers.CURVE, lambda target, setting, count: (1, [Way(PLANNED, PEERS[0].start)]))
+    monkeypatch.setitem(peers._CURVES, peers.CURVE, lambda *_: (1, [Way(PLANNED, PEERS[0].start)]))
     monkeypatch.setattr(peers, "PEERS", [way for way in PEERS if not way.compiles or way.detail.endswith("=0.25")])
     output = tmp_path / "peers.json"
     line = f"bench test_convnext@32:2 test_resnet@32:2 --peers --budgets 1 --repeats 1 --output {output}"
