@@ -15,7 +15,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..layers.lean.keeper import paused
-from ..layers.lean.network import call_lean, is_lean
+from ..layers.lean.network import call_lean, is_lean, put_plan
+from ..layers.lean.share import Plan as LeanPlan
 from ..profiling.compiled import backend_of
 from ..profiling.fake import ProfileError
 from ..reversible import MODES, set_mode
@@ -51,7 +52,7 @@ class How:
     slices: tuple[tuple[int, int], ...] = ()
 
 
-def apply_choices(model: nn.Module, choices: Mapping[str, str], mode: str | None = None) -> None:
+def apply_choices(model: nn.Module, choices: Mapping[str, str], mode: str | None = None, reads: bool = False) -> None:
     """Let the blocks of a network do as chosen, in place; all are checked before the first is changed.
 
     Args:
@@ -59,6 +60,7 @@ def apply_choices(model: nn.Module, choices: Mapping[str, str], mode: str | None
         choices: by the name of a module, or of a run of a Sequential's children, such as ``layer1[0:2]``, which can be
             checkpointed only; ``""`` is the network itself.
         mode: of its reversible parts, if it has any.
+        reads: whether lean blocks read their recipes from autograd's graph (see ``layers.lean.network.reads``).
 
     Raises:
         BudgetError: for a network that lacks such a block, or cannot be changed.
@@ -81,6 +83,7 @@ def apply_choices(model: nn.Module, choices: Mapping[str, str], mode: str | None
         kind: Any = type(module)
         module.__class__ = _planned_class(kind)
         module.__dict__["_budget"] = how
+        put_plan(module, LeanPlan(reading=LeanPlan()) if reads and how.choice == "lean" else None)
 
 
 def check_choice(name: str, choice: str) -> None:
@@ -111,6 +114,7 @@ def remove_choices(model: nn.Module) -> bool:
     for module in planned:
         module.__class__ = vars(type(module))["_unplanned_class"]
         module.__dict__.pop("_budget", None)
+        put_plan(module, None)
     return bool(planned)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ..layers.lean.network import plan_in, put_plan
 from ..training.errors import reason, refused
 from ..training.files import write_json
 from .choices import (
@@ -17,6 +18,7 @@ from .choices import (
     apply_choices,
     check_changeable,
     check_choice,
+    is_planned,
     modes_of,
     put_modes,
     remove_choices,
@@ -77,6 +79,7 @@ class Plan:
         plain_seconds: of a step without it, by the same speeds.
         blocks: in the order of the step.
         mode: of the network's reversible parts, if it has any.
+        reads: whether lean blocks read their recipes from autograd's graph, rather than look at every operator.
         setting: device, precision and optimizer that it holds for.
         before: timeline without the plan.
         after: timeline with it.
@@ -92,6 +95,7 @@ class Plan:
     plain_seconds: float
     blocks: tuple[BlockPlan, ...]
     mode: str | None = None
+    reads: bool = False
     setting: dict[str, Any] = dataclasses.field(default_factory=dict)
     before: Timeline = Timeline((), 0, 0)
     after: Timeline = Timeline((), 0, 0)
@@ -122,7 +126,7 @@ class Plan:
         former = undone(model)
         try:
             modes = modes_of(model)
-            apply_choices(model, self.choices, self.mode)
+            apply_choices(model, self.choices, self.mode, self.reads)
         except Exception:
             former()
             raise
@@ -167,17 +171,17 @@ class Plan:
 
 def undone(model: nn.Module) -> Any:
     """Remove the plan that a network has, if it has one; the function that puts it back."""
-    planned = [(module, type(module), vars(module).get("_budget")) for module in model.modules()]
-    planned = [(module, kind, how) for module, kind, how in planned if "_unplanned_class" in vars(kind)]
+    planned = [(m, type(m), vars(m).get("_budget"), plan_in(m)) for m in model.modules() if is_planned(m)]
     now, before = modes_of(model), model.__dict__.pop("_budget_modes", None)
     remove_choices(model)
     if before is not None:
         put_modes(model, before)
 
     def put_back() -> None:
-        for module, kind, how in planned:
+        for module, kind, how, lean_plan in planned:
             module.__class__ = kind
             module.__dict__["_budget"] = how
+            put_plan(module, lean_plan)
         if before is not None:
             model.__dict__["_budget_modes"] = before
             put_modes(model, now)

@@ -281,6 +281,7 @@ class Planner:
             plain_seconds=store.total_seconds,
             blocks=tuple(self._blocks(tried)),
             mode=tried.mode,
+            reads="lean" in dict(tried.solution.choices).values() and self.step.reads,
             setting=setting,
             before=timeline(self.plain.predicted),
             after=timeline(tried.predicted),

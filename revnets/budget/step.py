@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from ..layers.lean.network import reads
 from ..profiling.fake import ProfileError
 from ..profiling.memory import tensors_of
 from ..profiling.predict import StepPrediction, predict_training_step, trace_training_step
@@ -84,14 +87,33 @@ class Step:
 
     def predicted(self, choices: Mapping[str, str], mode: str | None = None, inputs: Any = None) -> StepPrediction:
         """The step with these choices (and mode of the reversible parts), exactly; on other inputs, if there are."""
-        with self._explained(), _applied(self.network, choices, mode) as network:
+        with self._explained(), self._applied(choices, mode) as network:
             x = self.inputs if inputs is None else inputs
             return predict_training_step(network, x, self.loss_fn, self.optimizer, self.device)
 
     def watched(self, choices: Mapping[str, str], mode: str | None = None) -> Watch:
         """The trace of the step with these choices."""
-        with self._explained(), _applied(self.network, choices, mode) as network:
+        with self._explained(), self._applied(choices, mode) as network:
             return trace_training_step(network, self.inputs, self.loss_fn, self.optimizer, self.device, Watch)
+
+    @functools.cached_property
+    def reads(self) -> bool:
+        """Whether lean blocks may read their recipes from autograd's graph."""
+        if self.device.type != "cpu" or self.amp_dtype is not None:
+            return False
+        x = tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), self.inputs)
+        args, kwargs = ((), x) if isinstance(x, Mapping) else (x if isinstance(x, (tuple, list)) else (x,), {})
+        return reads(self.network, args, kwargs)
+
+    @contextmanager
+    def _applied(self, choices: Mapping[str, str], mode: str | None) -> Iterator[nn.Module]:
+        """The network with choices, for a while."""
+        reads = "lean" in choices.values() and self.reads
+        try:
+            apply_choices(self.network, choices, mode, reads)
+            yield self.network
+        finally:
+            remove_choices(self.network)
 
     def _explained(self) -> Any:
         return _Explained(f"{self.title} on {described(self.inputs)}")
@@ -106,20 +128,6 @@ class _Explained:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if isinstance(error, ProfileError) and not isinstance(error, BudgetError):
             raise BudgetError(f"{self.what} cannot be traced, so no plan can be made: {error}") from error
-
-
-class _applied:
-    """The network with choices, for a while."""
-
-    def __init__(self, network: nn.Module, choices: Mapping[str, str], mode: str | None) -> None:
-        self.network, self.choices, self.mode = network, choices, mode
-
-    def __enter__(self) -> nn.Module:
-        apply_choices(self.network, self.choices, self.mode)
-        return self.network
-
-    def __exit__(self, *exc: Any) -> None:
-        remove_choices(self.network)
 
 
 def described(inputs: Any) -> str:

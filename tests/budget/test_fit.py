@@ -1,9 +1,11 @@
 """Plans: the network computes what it computed, within the bytes that were asked for."""
 
 import copy
+import dataclasses
 import functools
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +15,11 @@ from torch import Tensor, nn
 
 import revnets
 from revnets.budget import BudgetError, Plan
+from revnets.budget.plan import BlockPlan
 from revnets.budget.planner import Planner
 from revnets.budget.step import Step, make_inputs
+from revnets.layers.lean.network import keeper_of, plan_in
+from revnets.layers.lean.reading import Reader
 from revnets.profiling.fit import DoesNotFitError
 from revnets.profiling.memory import measure_training_step
 from revnets.profiling.predict import summarize
@@ -91,6 +96,47 @@ def test_what_is_watched_is_the_step_itself(name: str) -> None:
     step = Step(model, make_inputs(model, size, 4))
     mode = "store" if step.has_modes else None
     assert summarize(step.watched({}, mode).trace, 0).peak_bytes == step.predicted({}, mode).peak_bytes
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_vit", "test_resnet"])
+def test_lean_blocks_read_autograds_graph_where_it_shows_enough(name: str, tmp_path: Path) -> None:
+    """To look at every operator takes longer."""
+    model, _, planned = planner(name)
+    plan = planned.plan(planned.needed(planned._try(planned._all("lean"))))
+    assert plan.reads
+    assert "lean" in plan.choices.values()
+    Plan.load(plan.save(tmp_path / "plan.json")).apply(model)
+    lean = [module for module in model.modules() if plan_in(module) is not None]
+    assert lean
+    assert all(type(keeper_of(module)) is Reader for module in lean)
+    with pytest.raises(BudgetError):
+        dataclasses.replace(plan, blocks=(*plan.blocks, BlockPlan("nowhere", "lean", 0, 0, 0.0))).apply(model)
+    assert [module for module in model.modules() if plan_in(module) is not None] == lean
+    plan.undo(model)
+    assert not any(plan_in(module) for module in model.modules())
+    amp = Step(model, make_inputs(model, (3, 64, 64), 4), "bf16")
+    assert not amp.reads
+
+
+class Writes(nn.Module):
+    """A block that writes to a result behind autograd's back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)) for _ in range(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 2
+        h = torch.nn.functional.gelu(self.blocks(x))
+        h.detach().mul_(2)
+        return h * h.sigmoid()
+
+
+def test_where_something_is_written_unseen_every_operator_is_looked_at() -> None:
+    model = Writes()
+    step = Step(model, torch.randn(512, 64))
+    assert not step.reads
+    assert not Planner(step).plan(10**9).reads
 
 
 def test_fit_in_three_lines() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -91,6 +91,10 @@ def _reason_to_keep(module: nn.Module, found: Kept | None) -> str | None:
     if found is not None and found.lean >= found.plain:
         return "nothing that it keeps is cheap to compute again from the rest"
     return None
+
+
+AS_MUCH = 1.01
+"""Of the bytes that the recorder keeps: what recipes from the graph may keep in its place."""
 
 
 # --- what it saves ---------------------------------------------------------------------------------------------------
@@ -181,6 +185,30 @@ def _forecast(part: nn.Module, args: Any, kwargs: Any, batch_size: int, share: f
     return Kept(best.asked / batch_size, best.kept / batch_size, plan)
 
 
+def reads(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a training pass that drops all it can may read its recipes from autograd's graph, which takes less time.
+
+    It may where the graph shows as much as the operators do, found on tensors without memory.
+
+    Args:
+        module: without memory, in training.
+        args: of its call, without memory.
+        kwargs: likewise.
+    """
+    if not AVAILABLE or not _seen(module).as_tried:
+        return False
+
+    def kept(kind: Callable[..., Keeper]) -> int:
+        with torch.enable_grad(), kind(module, None, to_the_end=True).active() as keeper:
+            module(*args, **kwargs)
+        return keeper.kept
+
+    with suppress(Exception), Writes() as writes:  # whatever a model may raise: then every operator is looked at
+        least = kept(_recorder)
+        return kept(_reader) <= AS_MUCH * least and not writes.hidden
+    return False
+
+
 def _calls(twin: nn.Module, names: Sequence[str], x: Tensor) -> dict[str, tuple[nn.Module, Any, Any]]:
     """The parts of a model, and what they are first called with."""
     found: dict[str, tuple[nn.Module, Any, Any]] = {}
@@ -223,6 +251,20 @@ def make_lean(module: nn.Module, plan: Plan | None = None) -> nn.Module:
 _PLAN = "_lean_plan"
 
 
+def put_plan(module: nn.Module, plan: Plan | None) -> None:
+    """Have ``call_lean`` train a module by a plan; None takes it away again."""
+    if plan is None:
+        vars(module).pop(_PLAN, None)
+    else:
+        vars(module)[_PLAN] = plan
+
+
+def plan_in(module: nn.Module) -> Plan | None:
+    """The plan by which ``call_lean`` trains a module, if it has one."""
+    plan: Plan | None = vars(module).get(_PLAN)
+    return plan
+
+
 def is_lean(module: nn.Module) -> bool:
     """Whether this very module was made lean."""
     return "_plain_class" in vars(type(module))
@@ -260,8 +302,7 @@ def keeper_of(module: nn.Module, to_the_end: bool = False) -> Keeper:
         module: with a plan or without.
         to_the_end: count bytes also where the plan has nothing left to do.
     """
-    plan: Plan | None = vars(module).get(_PLAN)
-    seen = _seen(module)
+    plan, seen = plan_in(module), _seen(module)
     if plan is not None and plan.reading is not None and seen.as_tried:
         return Reader(seen.tensors, plan.reading, to_the_end, seen.epsilons)
     return Recorder(seen.tensors, plan, to_the_end)
