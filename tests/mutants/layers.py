@@ -203,4 +203,11 @@ FAULTS = (
         new="",
         tests=("tests/layers/lean/test_witness.py",),
     ),
+    Fault(
+        "lean-few-stay",
+        "revnets/layers/lean/nodes.py",
+        old=" or self.nbytes <= FEW * self.ledger.limit",
+        new="",
+        tests=("tests/layers/lean/test_network.py", "tests/layers/lean/test_reading.py"),
+    ),
 )

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from revnets.layers import convert, make_lean
-from revnets.layers.lean import nodes
+from revnets.layers.lean import nodes, recipes
 from revnets.layers.lean.keeper import Keeper
 from revnets.layers.lean.keeping import Recorder
 from revnets.layers.lean.network import keeper_of, kept_per_image
@@ -523,3 +523,20 @@ def test_a_prediction_is_what_a_step_takes(width: int) -> None:
     before = sum(t.nbytes for t in (*net.parameters(), *net.buffers(), x))
     measured = measure_training_step(net, x).peak_bytes + before
     assert predict_training_step(net, x).peak_bytes == pytest.approx(measured, rel=0.01)
+
+
+# --- how often something is computed again ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("large", "least"), [(True, False), (False, True)], ids=["beside large maps", "alone"])
+def test_small_sums_in_a_row_are_computed_once(large: bool, least: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them leads to the ones before; where they are much of what is kept, only some may stay meanwhile."""
+    wide = nn.Sequential(*(nn.Conv2d(C, 4 * C, 1), nn.SiLU(), nn.Conv2d(4 * C, C, 1)) * (8 if large else 0))
+    plain = nn.Sequential(wide, nn.AvgPool2d(2), network(*("bottleneck",) * 4)).float().train()
+    again: list[int] = []
+    of_batch = recipes.batch_norm
+    monkeypatch.setattr(recipes, "batch_norm", lambda x, *rest: (again.append(x.nbytes), of_batch(x, *rest))[1])
+    x = torch.randn(4, C, 64, 64)
+    assert_same_step(training_step(read(plain), (x,), loss), training_step(plain, (x,), loss), 0)
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in plain.modules())
+    assert (len(again) > norms) is least
