@@ -175,3 +175,11 @@ def test_a_compiled_step_takes_what_the_plan_says() -> None:
     assert peak <= plan.budget
     assert peak == pytest.approx(found.predicted.peak_bytes, rel=0.02)
     assert backend_of(0.5) is backend_of(0.5)
+
+
+def test_the_optimizers_step_may_be_the_peak(compiler: list[float]) -> None:
+    model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512))
+    step = Step(model, make_inputs(model, (512,), 2), optimizer="adamw")
+    figures = Planner(step).figures["store"]
+    (found,) = measured_compiled(model, step, (1.0,))(figures)
+    assert max(found.timeline.nbytes) < found.peak_bytes == figures.optimizer

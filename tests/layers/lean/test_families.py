@@ -42,7 +42,7 @@ def too_large(sketch: nn.Module, weights: int) -> str:
     report = convert(sketch, "lean")
     note = report.converted[0].note if report.converted else report.skipped[0].reason
     kept = re.search(r"plain ([\d.]+)", note)
-    needed = 6 * weights + 1.5e6 * float(kept[1] if kept else 0)
+    needed = 5 * weights + 1.2e6 * float(kept[1] if kept else 0)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return f"not run, it needs {needed / 1e9:.1f} GB of {free / 1e9:.1f}, {note}" if needed > free else ""
 
