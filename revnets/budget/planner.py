@@ -172,7 +172,7 @@ class Planner:
             yield self._try(Solution(choices, 0.0, seconds), mode)
 
     @cached_property
-    def _compiled(self) -> list[Tried]:
+    def by_compiler(self) -> list[Tried]:
         """Plans by ``torch.compile``, which were measured."""
         store = self.figures["store"]
         if self.compiled is None:
@@ -223,7 +223,7 @@ class Planner:
             DoesNotFitError: when there is none.
         """
         plain = self.needed(self.plain) <= budget
-        tried = [*(self._compiled if compiled else []), *([self.plain] if plain else self._candidates(budget))]
+        tried = [*(self.by_compiler if compiled else []), *([self.plain] if plain else self._candidates(budget))]
         fits = [t for t in tried if self.needed(t) <= budget]
         if not fits:
             raise self._does_not_fit(budget)

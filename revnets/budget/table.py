@@ -64,7 +64,9 @@ def curve(target: Target, setting: Setting, count: int = 10, compiled: bool = Fa
     budgets = [int(least + share * (most - least)) for share in shares]
     found = [way_of(planner.plan(budget, compiled=False)) for budget in budgets]
     if compiled:
-        by_choice = {plan.blocks[0].choice: plan for plan in map(planner.plan, reversed(budgets)) if plan.is_compiled}
+        budgets += map(planner.needed, planner.by_compiler)  # at each of these one share just fits
+        plans = map(planner.plan, sorted(budgets, reverse=True))
+        by_choice = {plan.blocks[0].choice: plan for plan in plans if plan.is_compiled}
         found += [way_of(plan, COMPILED_PLAN) for plan in by_choice.values()]
     return planner.plain.predicted.peak_bytes, found
 

@@ -168,7 +168,7 @@ def test_a_compiled_step_takes_what_the_plan_says() -> None:
     x = torch.randn(8, *size)
     planned = Planner(Step(model, make_inputs(model, size, 8)), 8)
     planned.compiled = measured_compiled(model, planned.step, (0.5,))
-    (found,) = planned._compiled
+    (found,) = planned.by_compiler
     plan = planned.plan(planned.needed(found))
     plan.apply(model)
     peak = measure_training_step(model, x, training_loss).peak_bytes + planned.plain.predicted.resident_bytes

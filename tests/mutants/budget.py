@@ -120,8 +120,8 @@ FAULTS = (
     Fault(
         "budget-compiled-always",
         "revnets/budget/planner.py",
-        old="*(self._compiled if compiled else [])",
-        new="*self._compiled",
+        old="*(self.by_compiler if compiled else [])",
+        new="*self.by_compiler",
         tests=("tests/budget/test_compiled.py",),
     ),
     Fault(
