@@ -31,7 +31,7 @@ memory, for networks on accelerators. Same function, gradients and running stati
 within its ``activation_memory_budget``; numbers are rounded elsewhere, and random ones are others.
 """
 
-_COMPILED = re.compile(r"compile:(\d+(?:\.\d+)?)")
+_COMPILED = re.compile(r"compile:([0-9]+(?:\.[0-9]+)?)")
 _SLICE = re.compile(r"(?P<module>.*)\[(?P<first>\d+):(?P<stop>\d+)\]", re.DOTALL)
 
 
@@ -255,8 +255,25 @@ def _offloaded(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _compiled(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-    with paused():
-        return _compiled_forward(forward, share_of(vars(module)["_budget"].choice))(module, *args, **kwargs)
+    dynamo: Any = torch._dynamo
+    with paused(), dynamo.config.patch(**_COMPILING):
+        try:
+            return _compiled_forward(forward, share_of(vars(module)["_budget"].choice))(module, *args, **kwargs)
+        except dynamo.exc.FailOnRecompileLimitHit as error:
+            raise BudgetError(
+                f"{type(module).__name__} was compiled {_COMPILING['recompile_limit']} times, for as many sizes of "
+                "batch or image: its plan is for one, so keep to it (drop_last=True), or make a plan without compile"
+            ) from error
+
+
+_COMPILING = {
+    "recompile_limit": 64,
+    "accumulated_recompile_limit": 4096,
+    "fail_on_recompile_limit_hit": True,
+    "optimize_ddp": False,
+}
+"""Of dynamo: networks of one class share its limit, beyond which it would run them plain, without a word; and DDP would
+have graphs in pieces, of each of which a share is kept."""
 
 
 @functools.cache

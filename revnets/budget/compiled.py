@@ -5,21 +5,22 @@ from __future__ import annotations
 import logging
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
 from ..profiling.fake import ProfileError
 from ..profiling.memory import CpuAllocations, call, measure_training_step, synchronize
+from ..profiling.profile import free_bytes
 from ..profiling.turns import clock
 from ..reversible.replay import generators_kept
 from ..training.errors import reason, refused
-from .choices import BudgetError, apply_choices, remove_choices
-from .plan import Timeline
+from .choices import BudgetError, apply_choices, modes_of, put_modes, remove_choices
+from .measure import trial_inputs
+from .plan import Timeline, undone
 from .step import Step, device_of
 from .watch import Figures
 
@@ -32,6 +33,7 @@ ROUNDS = 3
 _logger = logging.getLogger("revnets")
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
+Measure = Callable[[Figures, str | None], "list[Compiled]"]
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,12 @@ class Compiled:
 
 def measured_compiled(
     model: nn.Module, step: Step, shares: Sequence[float] = SHARES, progress: Progress = iter
-) -> Callable[[Figures], list[Compiled]]:
-    """A function from a plain step's figures to what steps of the compiled network take, share by share.
+) -> Measure:
+    """A function from a plain step's figures, and reversible parts' mode, to what compiled steps take, share by share.
 
-    It runs training steps of the model where it is, on random input; weights, buffers, gradients, generators and the
-    mode of training stay as they were. A share that cannot be compiled, or does not fit the device, is left out.
+    It runs forward and backward passes of the model where it is, on the given input or a random one; buffers,
+    gradients, torch's generators, modes and an earlier plan are put back. A share that cannot be compiled, or does not
+    fit the device, is left out.
 
     Args:
         model: that the step is made of, on its device.
@@ -70,15 +73,18 @@ def measured_compiled(
         progress: wraps the shares, e.g. ``rich.progress.track``.
 
     Raises:
-        BudgetError: for a model without memory, or one that cannot be compiled.
+        BudgetError: for a model without memory, one that cannot be compiled, or one whose weights change by hooks.
     """
     device = device_of(model)
     if any(p.is_meta for p in model.parameters()) or device.type != step.device.type:
         raise BudgetError(f"compile=True runs the model: put it on {step.device}, or leave compile out")
 
-    def measure(figures: Figures) -> list[Compiled]:
+    if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in model.parameters()):
+        raise BudgetError("compile=True runs steps, by which hooks would change weights: register them after the fit")
+
+    def measure(figures: Figures, mode: str | None = None) -> list[Compiled]:
         with _left_alone(model, device):
-            return _Trial(model, step, device, figures).all(shares, progress)
+            return _Trial(model, step, device, figures, mode).all(shares, progress)
 
     return measure
 
@@ -86,36 +92,33 @@ def measured_compiled(
 class _Trial:
     """Steps of one model, plain and compiled."""
 
-    def __init__(self, model: nn.Module, step: Step, device: torch.device, figures: Figures) -> None:
-        self.network, self.step, self.device, self.figures = model, step, device, figures
+    def __init__(self, model: nn.Module, step: Step, device: torch.device, figures: Figures, mode: str | None) -> None:
+        self.network, self.step, self.device, self.figures, self.mode = model, step, device, figures, mode
         self.model = _Autocast(model, device.type, step.amp_dtype) if step.amp_dtype is not None else model
-        self.x = tree_map_only(Tensor, self._random, step.inputs)
-
-    def _random(self, like: Tensor) -> Tensor:
-        made = torch.randn(like.shape, device=self.device).to(like.dtype)
-        last = like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
-        return made.to(memory_format=torch.channels_last) if last else made
+        self.x = trial_inputs(step, device)
+        self.plain_fits = device.type != "cpu" or figures.peak - figures.resident < free_bytes(device)
 
     def all(self, shares: Sequence[float], progress: Progress) -> list[Compiled]:
         """What was measured of each share that can be compiled."""
         sizes: dict[float, tuple[int, int, tuple[int, ...], int]] = {}
         why = "no share was given"
-        for share in progress(shares):
+        for share in progress([share for share in shares if share < 1 or self.plain_fits]):
             try:
                 with refused(f"compile=True, share {share:g}", kind=BudgetError), self._choice(share):
                     sizes[share] = self._sizes()
             except ProfileError as error:
                 why = reason(error)
                 _logger.info(f"{why}: left out")
-        if not sizes:
+        seconds = self._seconds(tuple(sizes)) if sizes else {}
+        measured = [share for share in sizes if share in seconds]
+        if not measured:
             raise BudgetError(f"{self.step.title}: torch.compile has no step of it: {why}")
-        seconds = self._seconds(tuple(sizes))
         reference = seconds.get(None) or min(seconds.values())
-        return [self._compiled(share, *sizes[share], seconds[share] / reference) for share in sizes]
+        return [self._compiled(share, *sizes[share], seconds[share] / reference) for share in measured]
 
     @contextmanager
     def _choice(self, share: float | None) -> Iterator[None]:
-        apply_choices(self.network, {} if share is None else {"": f"compile:{share:g}"})
+        apply_choices(self.network, {} if share is None else {"": f"compile:{share:g}"}, self.mode)
         try:
             yield
         finally:
@@ -139,26 +142,31 @@ class _Trial:
         return peak, forward.totals[-1] if forward.totals else 0, both.totals, len(forward.totals)
 
     def _seconds(self, shares: Sequence[float]) -> dict[float | None, float]:
-        """Medians by share, and of plain training by None, by turns; a plain step may not fit the device."""
+        """Medians by share, and of plain training by None, by turns; without what does not fit the device."""
         taken: dict[float | None, list[float]] = {share: [] for share in (None, *shares)}
-        now = clock(self.device)
+        if not self.plain_fits:
+            del taken[None]
         for _ in range(ROUNDS):
             for share in list(taken):
                 try:
-                    with self._choice(share):
-                        for _ in range(2):  # the second one counts: it finds memory as it leaves it
-                            self.network.zero_grad(set_to_none=True)
-                            synchronize(self.device)
-                            start = now()
-                            self.step.loss_fn(call(self.model, self.x)).backward()
-                            synchronize(self.device)
-                            seconds = now() - start
-                        taken[share].append(seconds)
-                except torch.OutOfMemoryError:
-                    if share is not None:
-                        raise
+                    with refused("a timed step", kind=BudgetError), self._choice(share):
+                        taken[share].append(self._step())
+                except ProfileError as error:
+                    _logger.info(f"{'plain' if share is None else f'share {share:g}'}: {reason(error)}: left out")
                     del taken[share]
         return {share: statistics.median(found) for share, found in taken.items()}
+
+    def _step(self) -> float:
+        """Seconds of the second of two steps: it finds memory as it leaves it."""
+        now, seconds = clock(self.device), 0.0
+        for _ in range(2):
+            self.network.zero_grad(set_to_none=True)
+            synchronize(self.device)
+            start = now()
+            self.step.loss_fn(call(self.model, self.x)).backward()
+            synchronize(self.device)
+            seconds = now() - start
+        return seconds
 
     def _compiled(
         self, share: float, peak: int, kept: int, totals: tuple[int, ...], forward: int, ratio: float
@@ -184,22 +192,31 @@ class _Autocast(nn.Module):
 
 @contextmanager
 def _left_alone(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Leave buffers, gradients, generators and modes as they were, whatever is run inside."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    """Leave buffers, gradients, generators, modes and plans as they were, whatever is run inside."""
+    put_back_plan = undone(model)
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     grads = [(p, p.grad) for p in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    draws = generators_kept(torch.empty(0, device=device)) if device.type != "meta" else nullcontext()
+    training, modes = [(module, module.training) for module in model.modules()], modes_of(model)
     try:
         model.zero_grad(set_to_none=True)
         if not model.training:
             model.train()
-        with draws:
+        with generators_kept(torch.empty(0, device=device)):
             yield
     finally:
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
         for parameter, grad in grads:
             parameter.grad = grad
-        for module, training in modes:
-            module.training = training
+        for module, was in training:
+            module.training = was
+        put_modes(model, modes)
+        put_back_plan()
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)

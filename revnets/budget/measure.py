@@ -32,7 +32,7 @@ def measured_seconds(model: nn.Module, step: Step) -> Callable[[Sequence[str]], 
     def measure(names: Sequence[str]) -> list[float]:
         modules = dict(model.named_modules())
         with _Clock([modules[name] for name in names], device) as clock, generators_kept(torch.empty(0, device=device)):
-            x = tree_map_only(Tensor, lambda t: torch.randn(t.shape, device=device).to(t.dtype), step.inputs)
+            x = trial_inputs(step, device)
             with frozen_statistics(tree(model)), torch.no_grad(), refused("the timed pass", kind=BudgetError):
                 for _ in range(2):  # the second one counts
                     clock.start()
@@ -45,6 +45,26 @@ def measured_seconds(model: nn.Module, step: Step) -> Callable[[Sequence[str]], 
         return clock.seconds
 
     return measure
+
+
+def trial_inputs(step: Step, device: torch.device) -> Any:
+    """The inputs of a step on a device: those that were given, and where these have no memory, random numbers.
+
+    Whole numbers are zeros then, which are indices of anything.
+    """
+
+    def made(like: Tensor) -> Tensor:
+        if not like.is_meta:
+            return like.detach().to(device, copy=True)
+        layout = torch.channels_last if _is_channels_last(like) else torch.contiguous_format
+        fill = torch.randn if like.is_floating_point() else torch.zeros
+        return fill(like.shape, device=device, dtype=like.dtype).to(memory_format=layout)
+
+    return tree_map_only(Tensor, made, step.inputs)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 class _Clock:

@@ -197,6 +197,8 @@ def _read(found: Any) -> Plan:
         if not isinstance(block.name, str) or not isinstance(block.choice, str):
             raise ValueError(f"block {block.name!r} has the choice {block.choice!r}: expected two texts")
         check_choice(block.name, block.choice)
+    if not isinstance(found.get("reads", False), bool):
+        raise ValueError(f"reads is {found['reads']!r}: expected true or false")
     before, after = (
         Timeline(tuple(t["nbytes"]), t["backward"], t["optimizer"]) for t in (found.pop("before"), found.pop("after"))
     )

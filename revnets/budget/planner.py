@@ -17,7 +17,7 @@ from ..profiling.fit import DoesNotFitError, largest
 from ..profiling.predict import StepPrediction, summarize, traceable
 from ..training.errors import reason
 from .blocks import find_blocks
-from .compiled import Compiled
+from .compiled import Compiled, Measure
 from .plan import BlockPlan, Plan, Timeline
 from .program import Program, Solution
 from .step import Step, described, reserve
@@ -59,14 +59,14 @@ class Planner:
         within: names of the modules that may be blocks; by default all.
         measured: a function from a Watch and names of blocks to the seconds of their forward passes, if they were
             measured.
-        compiled: a function from a plain step's figures to compiled ones, if there may be plans by ``torch.compile``.
+        compiled: measures compiled steps, if there may be plans by ``torch.compile``.
     """
 
     step: Step
     batch_size: int | None = None
     within: Collection[str] | None = None
     measured: Callable[[Sequence[str]], list[float]] | None = None
-    compiled: Callable[[Figures], list[Compiled]] | None = None
+    compiled: Measure | None = None
     _tried: dict[Any, Tried] = field(default_factory=dict)
     _levels: dict[int, Solution | None] = field(default_factory=dict)
     _program: Program | None = None
@@ -171,19 +171,23 @@ class Planner:
             seconds = sum(store.forward_seconds)
             yield self._try(Solution(choices, 0.0, seconds), mode)
 
-    @cached_property
+    @property
     def by_compiler(self) -> list[Tried]:
         """Plans by ``torch.compile``, which were measured."""
+        return [] if self.compiled is None else self._by_compiler
+
+    @cached_property
+    def _by_compiler(self) -> list[Tried]:
+        if self.measured is not None:
+            _ = self.program  # with it, seconds are what was measured
         store = self.figures["store"]
-        if self.compiled is None:
-            return []
 
         def tried(found: Compiled) -> Tried:
             choices = (("", f"compile:{found.share:g}"),)
             added = (found.ratio - 1) * store.total_seconds
             return Tried(Solution(choices, found.peak_bytes, added), found, self.mode)
 
-        return [tried(found) for found in self.compiled(store)]
+        return [tried(found) for found in self.compiled(store, self.mode)]  # type: ignore[misc]
 
     def _level_peak(self, index: int) -> float:
         return self._least.peak + (self.plain.predicted.peak_bytes - self._least.peak) * index / LEVELS
@@ -232,7 +236,7 @@ class Planner:
 
     def _does_not_fit(self, budget: int) -> DoesNotFitError:
         least = self.least()
-        peak = self.needed(least)
+        peak = min(map(self.needed, (least, *self.by_compiler)))
         batch = "" if self.batch_size is None else f", batch {self.batch_size},"
         message = (
             f"{self.step.title} on {described(self.step.inputs)}{batch} does not fit {budget:,} bytes: it needs at "

@@ -40,6 +40,8 @@ def planner_of(
     planner = Planner(step, target.batch_size, getattr(job.network, "names", None))  # of a detector's own modules
     if compiled:
         find_device(setting.device, here=True)
+        if hasattr(job.network, "names"):
+            raise ProfileError(f"--compile: {target} is a detector, whose steps depend on values: plan it without")
         planner.compiled = measured_compiled(target.build(setting, setting.device).network, step, progress=progress)
     return planner
 

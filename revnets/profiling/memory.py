@@ -226,4 +226,4 @@ class CpuAllocations:
         profiler: Any = self._profile.profiler
         changes = sorted((e.start_ns(), e.nbytes()) for e in profiler.kineto_results.events() if e.name() == "[memory]")
         self.totals = tuple(accumulate(change for _, change in changes))
-        self.peak = max(0, *self.totals)
+        self.peak = max(0, max(self.totals, default=0))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import revnets
-from revnets.budget import BudgetError, Plan
+from revnets.budget import BudgetError, Plan, choices
 from revnets.budget.choices import is_planned
 from revnets.budget.compiled import SHARES, Compiled, measured_compiled
 from revnets.budget.plan import Timeline
@@ -50,7 +50,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def measured() -> Callable[[Any], list[Compiled]]:
     """Peaks that are shares of plain's, and times that are shares of plain's, as if they had been measured."""
 
-    def measure(figures: Any) -> list[Compiled]:
+    def measure(figures: Any, mode: str | None) -> list[Compiled]:
         made = []
         for share, (peak, ratio) in zip(SHARES, ((0.9, 0.8), (0.8, 0.85), (0.7, 0.9), (0.65, 1.1)), strict=True):
             resident, extra = figures.resident, figures.peak - figures.resident
@@ -112,7 +112,7 @@ def test_what_is_measured_leaves_the_model_alone(compiler: list[float]) -> None:
     before = copy.deepcopy(model)
     torch.manual_seed(0)
     planned = Planner(Step(model, make_inputs(model, size, 4)), 4)
-    found = measured_compiled(model, planned.step, (1.0, 0.5))(planned.figures["store"])
+    found = measured_compiled(model, planned.step, (1.0, 0.5))(planned.figures["store"], None)
     assert [one.share for one in found] == sorted(compiler, reverse=True) == [1.0, 0.5]
     drawn = torch.rand(3)
     assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(0)))
@@ -181,5 +181,98 @@ def test_the_optimizers_step_may_be_the_peak(compiler: list[float]) -> None:
     model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512))
     step = Step(model, make_inputs(model, (512,), 2), optimizer="adamw")
     figures = Planner(step).figures["store"]
-    (found,) = measured_compiled(model, step, (1.0,))(figures)
+    (found,) = measured_compiled(model, step, (1.0,))(figures, None)
     assert max(found.timeline.nbytes) < found.peak_bytes == figures.optimizer
+
+
+@pytest.mark.parametrize("name", ["test_revbifpn", "lists"])
+def test_what_is_measured_is_what_is_applied(name: str, compiler: list[float]) -> None:
+    """Reversible parts in the mode of the plan, and none of an earlier plan's choices."""
+    model, size = make(name)
+    planned = Planner(Step(model, make_inputs(model, size, 4)), 4)
+    least = planned.plan(planned.needed(planned.least()))
+    least.apply(model)
+    before = [(type(m), vars(m).get("_budget"), vars(m).get("mode")) for m in model.modules()]
+    planned.compiled = measured_compiled(model, planned.step, (1.0,))
+    (found,) = planned.by_compiler
+    assert [(type(m), vars(m).get("_budget"), vars(m).get("mode")) for m in model.modules()] == before
+    least.undo(model)
+    planned._plan(found, 10**9).apply(model)
+    x = torch.randn(4, *size)
+    peak = measure_training_step(model, x, training_loss).peak_bytes + planned.plain.predicted.resident_bytes
+    assert peak == pytest.approx(found.predicted.peak_bytes, rel=0.02)
+
+
+def test_networks_of_one_class_are_each_compiled(compiler: list[float]) -> None:
+    """Beyond its limit, dynamo would run them plain without a word."""
+    for width in range(8, 8 + 6):
+        model = nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Linear(width, 4))
+        compiler.clear()
+        planned = Planner(Step(model, make_inputs(model, (16,), 4)))
+        planned.compiled = measured_compiled(model, planned.step, (1.0, 0.5))
+        assert len(planned.by_compiler) == 2
+        assert len(compiler) == 2
+
+
+def test_more_sizes_than_are_compiled_end_with_a_sentence(
+    compiler: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(choices._COMPILING, "recompile_limit", 2)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    choices.apply_choices(model, {"": "compile:0.5"})
+    for n in (2, 3):
+        model(torch.randn(n, 16)).sum().backward()
+    with pytest.raises(BudgetError, match="compiled 2 times"):
+        model(torch.randn(4, 16))
+
+
+class Words(nn.Module):
+    """Takes places in a table, counts its calls in a buffer that it replaces, and has one that nobody can write to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(10, 16), nn.Linear(16, 4)
+        self.register_buffer("calls", torch.zeros(1))
+        self.register_buffer("ones", torch.ones(1).expand(16))
+
+    def forward(self, index: Any) -> Any:
+        self.calls = self.calls + 1
+        return self.head(self.table(index).mean(1) * self.ones)
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_places_in_tables_and_replaced_buffers(memory: bool, compiler: list[float]) -> None:
+    model = Words().eval()
+    calls = model.calls
+    index = torch.randint(10, (4, 8)) if memory else torch.empty(4, 8, dtype=torch.int64, device="meta")
+    plan = revnets.fit(model, None, None, "1GB", inputs=index, compile=True)
+    assert plan.peak_bytes > 0
+    assert compiler
+    assert model.calls is calls
+    assert not calls
+    assert not model.training
+
+
+def test_weights_that_change_by_hooks_are_refused(compiler: list[float]) -> None:
+    model, size = make("flat")
+    next(model.parameters()).register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(BudgetError, match="hooks would change weights"):
+        revnets.fit(model, size, 4, "1GB", compile=True)
+
+
+def test_what_does_not_fit_the_machine_is_left_out(compiler: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, size = make("flat")
+    planned = Planner(Step(model, make_inputs(model, size, 4)), 4)
+    monkeypatch.setattr("revnets.budget.compiled.free_bytes", lambda device: 1000)
+    found = measured_compiled(model, planned.step)(planned.figures["store"], None)
+    assert [one.share for one in found] == [share for share in SHARES if share < 1]
+    assert min(one.ratio for one in found) == 1
+
+
+def test_measured_seconds_are_those_of_all_plans() -> None:
+    planned = planner()
+    planned.measured = lambda names: [1.0] * (2 * len(names) + 1)
+    added = [tried.solution.seconds for tried in planned.by_compiler]
+    total = planned.figures["store"].total_seconds
+    assert total > 1
+    assert added == pytest.approx([(ratio - 1) * total for ratio in (0.8, 0.85, 0.9, 1.1)])

@@ -303,7 +303,7 @@ def keeper_of(module: nn.Module, to_the_end: bool = False) -> Keeper:
         to_the_end: count bytes also where the plan has nothing left to do.
     """
     plan, seen = plan_in(module), _seen(module)
-    if plan is not None and plan.reading is not None and seen.as_tried:
+    if AVAILABLE and plan is not None and plan.reading is not None and seen.as_tried:
         return Reader(seen.tensors, plan.reading, to_the_end, seen.epsilons)
     return Recorder(seen.tensors, plan, to_the_end)
 

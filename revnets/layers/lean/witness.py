@@ -36,13 +36,14 @@ class ComputedOtherwise(RuntimeError):
     """A tensor that was computed again is not what the forward pass had."""
 
     @classmethod
-    def at(cls, shape: torch.Size, found: float, expected: float) -> ComputedOtherwise:
+    def at(cls, shape: torch.Size, found: float, expected: float, what: str = "") -> ComputedOtherwise:
         """The sentence for a tensor of a shape that holds one number in place of another."""
         return cls(
-            f"lean: a tensor of shape {tuple(shape)} was computed again for the backward pass and holds {found:.6g} "
-            f"where it held {expected:.6g}: after its conversion the network began to write to results unseen by "
-            "autograd (through .data, .detach() or torch.no_grad()), or runs a kernel that writes to its inputs; write "
-            "out of place, or use revnets.layers.make_lean(model) on the plain network, which looks at every operator"
+            f"lean: a tensor of shape {tuple(shape)} was computed again for the backward pass and holds "
+            f"{found:.6g}{what} where it held {expected:.6g}: after its conversion the network began to write to "
+            "results unseen by autograd (through .data, .detach() or torch.no_grad()), or runs a kernel that writes to "
+            "its inputs; write out of place, or use revnets.layers.make_lean(model) on the plain network, which looks "
+            "at every operator"
         )
 
 
@@ -60,10 +61,11 @@ class Witness:
         another tensor
     """
 
-    __slots__ = ("bits", "start", "step", "stride")
+    __slots__ = ("bits", "kind", "start", "step", "stride")
 
     def __init__(self, tensor: Tensor, start: int, step: int) -> None:
         self.start, self.step, self.stride = start, step, tensor.stride()
+        self.kind = tensor.dtype, tensor.numel()
         self.bits = self._bits(tensor)
 
     @classmethod
@@ -91,6 +93,8 @@ class Witness:
         Raises:
             ComputedOtherwise: where it is another one.
         """
+        if (tensor.dtype, tensor.numel()) != self.kind or not tensor.data_ptr():
+            raise ComputedOtherwise.at(tensor.shape, tensor.numel(), self.kind[1], " numbers")
         if tensor.stride() != self.stride and _lies(tensor, tensor.stride()) != _lies(tensor, self.stride):
             return
         bits = self._bits(tensor)

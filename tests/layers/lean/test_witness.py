@@ -82,3 +82,15 @@ def test_views_start_where_they_start() -> None:
     witness(x[2]).check(x[2].clone())
     with pytest.raises(ComputedOtherwise):
         witness(x[2]).check(x[1].clone())
+
+
+def test_a_tensor_of_another_size_or_type_is_another() -> None:
+    x = torch.randn(64, 16)
+    held = witness(x)
+    for other in (x[:20].clone(), x.double(), x.bfloat16(), torch.empty(0, 16)):
+        with pytest.raises(ComputedOtherwise):
+            held.check(other)
+    freed = x.clone()
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ComputedOtherwise, match="1024 numbers where it held 1024"):
+        held.check(freed)
