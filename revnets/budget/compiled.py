@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from ..profiling.fake import ProfileError
-from ..profiling.memory import CpuAllocations, call, measure_training_step, synchronize
+from ..profiling.memory import CpuAllocations, call, measure_training_step
 from ..profiling.profile import free_bytes
-from ..profiling.turns import clock
+from ..profiling.target import Autocast
+from ..profiling.turns import second_of_two
 from ..reversible.replay import generators_kept
 from ..training.errors import reason, refused
 from .choices import BudgetError, apply_choices, modes_of, put_modes, remove_choices
@@ -94,7 +95,7 @@ class _Trial:
 
     def __init__(self, model: nn.Module, step: Step, device: torch.device, figures: Figures, mode: str | None) -> None:
         self.network, self.step, self.device, self.figures, self.mode = model, step, device, figures, mode
-        self.model = _Autocast(model, device.type, step.amp_dtype) if step.amp_dtype is not None else model
+        self.model = Autocast(model, device.type, step.amp_dtype) if step.amp_dtype is not None else model
         self.x = trial_inputs(step, device)
         self.plain_fits = device.type != "cpu" or figures.peak - figures.resident < free_bytes(device)
 
@@ -150,23 +151,11 @@ class _Trial:
             for share in list(taken):
                 try:
                     with refused("a timed step", kind=BudgetError), self._choice(share):
-                        taken[share].append(self._step())
+                        taken[share].append(second_of_two(self.model, self.x, self.step.loss_fn, self.device))
                 except ProfileError as error:
                     _logger.info(f"{'plain' if share is None else f'share {share:g}'}: {reason(error)}: left out")
                     del taken[share]
         return {share: statistics.median(found) for share, found in taken.items()}
-
-    def _step(self) -> float:
-        """Seconds of the second of two steps: it finds memory as it leaves it."""
-        now, seconds = clock(self.device), 0.0
-        for _ in range(2):
-            self.network.zero_grad(set_to_none=True)
-            synchronize(self.device)
-            start = now()
-            self.step.loss_fn(call(self.model, self.x)).backward()
-            synchronize(self.device)
-            seconds = now() - start
-        return seconds
 
     def _compiled(
         self, share: float, peak: int, kept: int, totals: tuple[int, ...], forward: int, ratio: float
@@ -176,18 +165,6 @@ class _Trial:
         line = tuple(resident + max(totals[i : i + stride]) for i in range(0, len(totals), stride))
         highest = max(resident + peak, self.figures.optimizer)
         return Compiled(share, resident, highest, kept, ratio, Timeline(line, forward // stride, len(line)))
-
-
-class _Autocast(nn.Module):
-    """The model under autocast, so that the loss stays outside."""
-
-    def __init__(self, model: nn.Module, device_type: str, dtype: torch.dtype | None) -> None:
-        super().__init__()
-        self.model, self.device_type, self.dtype = model, device_type, dtype
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(self.device_type, dtype=self.dtype):
-            return self.model(*args, **kwargs)
 
 
 @contextmanager

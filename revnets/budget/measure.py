@@ -14,7 +14,7 @@ from ..profiling.memory import call, synchronize
 from ..reversible.replay import frozen_statistics, generators_kept, tree
 from ..training.errors import refused
 from .choices import BudgetError
-from .step import Step, device_of
+from .step import Step, device_of, layout_of
 
 
 def measured_seconds(model: nn.Module, step: Step) -> Callable[[Sequence[str]], list[float]]:
@@ -56,15 +56,10 @@ def trial_inputs(step: Step, device: torch.device) -> Any:
     def made(like: Tensor) -> Tensor:
         if not like.is_meta:
             return like.detach().to(device, copy=True)
-        layout = torch.channels_last if _is_channels_last(like) else torch.contiguous_format
         fill = torch.randn if like.is_floating_point() else torch.zeros
-        return fill(like.shape, device=device, dtype=like.dtype).to(memory_format=layout)
+        return fill(like.shape, device=device, dtype=like.dtype).to(memory_format=layout_of(like))
 
     return tree_map_only(Tensor, made, step.inputs)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 class _Clock:

@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..profiling.fake import ProfileError
 from ..profiling.fit import DoesNotFitError, largest
@@ -20,7 +19,7 @@ from .blocks import find_blocks
 from .compiled import Compiled, Measure
 from .plan import BlockPlan, Plan, Timeline
 from .program import Program, Solution
-from .step import Step, described, reserve
+from .step import Step, described, layout_of, reserve
 from .watch import Figures, Watch, figures_of, machine_of
 
 LEVELS = 200
@@ -254,8 +253,7 @@ class Planner:
         def need(n: int) -> int:
             if n >= batch_size:
                 return budget + n
-            layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-            smaller = torch.empty(n, *x.shape[1:], device="meta", dtype=x.dtype).to(memory_format=layout)
+            smaller = torch.empty(n, *x.shape[1:], device="meta", dtype=x.dtype).to(memory_format=layout_of(x))
             try:
                 predicted = self.step.predicted(choices, least.mode, smaller)
             except ProfileError:  # batch norms want more than one value
@@ -315,10 +313,6 @@ class Planner:
 def _as_plan(solution: Solution) -> dict[str, str]:
     blocks = tuple(BlockPlan(name, choice, 0, 0, 0.0) for name, choice in solution.choices)
     return Plan("", "", None, 0, 0, 0, 0.0, 0.0, blocks).choices
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def timeline(predicted: StepPrediction | Compiled) -> Timeline:

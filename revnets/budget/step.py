@@ -157,6 +157,12 @@ def make_inputs(model: nn.Module, input_size: Sequence[int], batch_size: int) ->
     return x.to(memory_format=torch.channels_last) if last and x.ndim == 4 else x
 
 
+def layout_of(x: Tensor) -> torch.memory_format:
+    """Memory layout of images; contiguous for everything else."""
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def as_amp_dtype(given: torch.dtype | str | None) -> torch.dtype | None:
     """The type that a name stands for.
 

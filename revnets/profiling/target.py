@@ -19,7 +19,7 @@ from ..reversible import MODES
 from ..training.errors import refused
 from ..training.options.values import COUNT, find_device
 from .fake import ProfileError
-from .memory import mean_square
+from .memory import mean_square, tensors_of
 
 MODE_NAMES = {"store": "plain", "checkpoint": "own checkpointing", "lean": "lean"}  # for networks without our modes
 LEAN = "lean"
@@ -159,7 +159,7 @@ def as_job(network: nn.Module, x: Tensor, loss_fn: Callable[[Any], Tensor], sett
     """The job of a network, under autocast if the setting wants it."""
     model = network
     if setting.amp_dtype is not None:
-        model = _Autocast(model, torch.device(setting.device).type, getattr(torch, setting.amp_dtype)).train()
+        model = Autocast(model, torch.device(setting.device).type, getattr(torch, setting.amp_dtype)).train()
     return Job(model, x, loss_fn, network)
 
 
@@ -306,17 +306,17 @@ def _check_name(what: str, name: str, known: list[str]) -> None:
         raise ProfileError(f"unknown {what} {name!r}: {hint}")
 
 
-class _Autocast(nn.Module):
+class Autocast(nn.Module):
     """The model under autocast, as a module, so that the loss stays outside."""
 
     def __init__(self, model: nn.Module, device_type: str, dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.device_type, self.dtype = model, device_type, dtype
 
-    def forward(self, x: Tensor) -> Any:
-        kind = x.device.type if x.device.type != "meta" else self.device_type
-        with torch.autocast(kind, dtype=self.dtype):
-            return self.model(x)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = next((t.device.type for t in tensors_of((args, kwargs))), "meta")
+        with torch.autocast(given if given != "meta" else self.device_type, dtype=self.dtype):
+            return self.model(*args, **kwargs)
 
 
 def training_loss(y: Any) -> Tensor:

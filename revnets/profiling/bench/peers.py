@@ -20,10 +20,10 @@ from ...training.errors import reason, refused
 from ...training.options.values import COUNT, find_device
 from ..compiled import backend_of
 from ..fake import ProfileError
-from ..memory import measure_training_step, synchronize
+from ..memory import measure_training_step
 from ..profile import resident_bytes
 from ..target import Job, Setting, Target, parse_targets, set_mode
-from ..turns import clock
+from ..turns import second_of_two
 
 Turn = Callable[[], AbstractContextManager[nn.Module]]
 """Makes the context in which a step is run, of the model that it gives."""
@@ -297,16 +297,5 @@ def _peak(turn: Turn, job: Job, optimizer: torch.optim.Optimizer | None) -> int:
 
 
 def _timed(turn: Turn, job: Job) -> float:
-    """Of the second of two steps: the first one finds memory and caches as another way has left them."""
-    seconds = 0.0
     with turn() as model:
-        for _ in range(2):
-            job.model.zero_grad(set_to_none=True)
-            synchronize(job.x.device)
-            now = clock(job.x.device)
-            start = now()
-            job.loss_fn(model(job.x)).backward()
-            synchronize(job.x.device)
-            seconds = now() - start
-        job.model.zero_grad(set_to_none=True)
-    return seconds
+        return second_of_two(model, job.x, job.loss_fn, job.x.device)

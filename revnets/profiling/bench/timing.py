@@ -10,11 +10,11 @@ from ...training.errors import refused
 from ...training.options.values import COUNT, find_device
 from ..command import choose_targets
 from ..fake import ProfileError
-from ..memory import measure_training_step, synchronize
+from ..memory import measure_training_step
 from ..profile import describe
 from ..report.tables import save_json
 from ..target import Job, Setting, Target
-from ..turns import clock
+from ..turns import second_of_two
 from .ablation import AS_IT_IS, COMPILED, VARIANTS
 
 
@@ -94,27 +94,14 @@ def run(
                     jobs[case] = job = variant.build(case.target, setting)
                 memory[case] = _activation_bytes(case, job) / case.target.batch_size
             else:
-                seconds[case].append(_timed_step(jobs[case]))
+                job = jobs[case]
+                seconds[case].append(second_of_two(job.model, job.x, job.loss_fn, job.x.device))
     return [Row(case, statistics.median(seconds[case]), memory[case]) for case in cases]
 
 
 def _activation_bytes(case: Case, job: Job) -> int:
     with refused(f"{case.target} cannot run", kind=ProfileError):
         return measure_training_step(job.model, job.x, job.loss_fn).activation_bytes
-
-
-def _timed_step(job: Job) -> float:
-    """The second of two steps in a row: the first finds the memory as the network before has left it."""
-    job.loss_fn(job.model(job.x)).backward()
-    job.model.zero_grad(set_to_none=True)
-    synchronize(job.x.device)
-    now = clock(job.x.device)
-    start = now()
-    job.loss_fn(job.model(job.x)).backward()
-    synchronize(job.x.device)
-    seconds = now() - start
-    job.model.zero_grad(set_to_none=True)
-    return seconds
 
 
 def ratios(rows: Sequence[Row]) -> Iterator[tuple[Row, float, float]]:
